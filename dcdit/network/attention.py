@@ -1,0 +1,120 @@
+"""Attention within each sample of a packed sequence, behind one interface.
+
+All backends compute the same thing. ``sdpa`` runs anywhere, in any precision, and is the oracle; ``varlen`` and
+``flash_attn`` need a CUDA device and half precision and read the sample borders from the device.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcdit.errors import UserError
+
+Backend = Literal["auto", "sdpa", "varlen", "flash_attn"]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the samples of a batch lie in a packed sequence of T tokens.
+
+    Attributes:
+        cu_seqlens: (B + 1,) int32, sample b owns tokens ``cu_seqlens[b]:cu_seqlens[b + 1]``.
+        sample: (T,) int64, the sample that owns each token.
+        index: (T,) int64, position of each token in the flattened (B * L) grid, ascending.
+        lengths: the B sample lengths on the host.
+        bound: static upper bound of a length (the number of grid positions L).
+    """
+
+    cu_seqlens: Tensor
+    sample: Tensor
+    index: Tensor
+    lengths: tuple[int, ...]
+    bound: int
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    batch, longest = len(packing.lengths), max(packing.lengths)
+    if longest * batch == q.shape[0]:  # equal lengths: one dense call
+        dense = (x.unflatten(0, (batch, longest)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*dense).transpose(1, 2).flatten(0, 1)
+    outputs = []
+    for parts in zip(*(x.split(packing.lengths) for x in (q, k, v)), strict=True):
+        heads_first = (x.transpose(0, 1)[None] for x in parts)
+        outputs.append(F.scaled_dot_product_attention(*heads_first)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    borders, bound = packing.cu_seqlens, packing.bound
+    return varlen_attn(q, k, v, borders, borders, bound, bound)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    borders, bound = packing.cu_seqlens, packing.bound
+    return flash_attn_varlen_func(q, k, v, borders, borders, bound, bound)
+
+
+_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {
+    "sdpa": _sdpa,
+    "varlen": _varlen,
+    "flash_attn": _flash_attn,
+}
+
+
+@cache
+def _installed(backend: str) -> bool:
+    module = {"varlen": "torch.nn.attention.varlen", "flash_attn": "flash_attn"}.get(backend)
+    return module is None or importlib.util.find_spec(module) is not None
+
+
+def check_backend(backend: str) -> None:
+    """Raise :class:`UserError` if ``backend`` is unknown or not installed."""
+    if backend not in get_args(Backend):
+        raise UserError(f"attention={backend!r} is not one of {', '.join(get_args(Backend))}")
+    if backend != "auto" and not _installed(backend):
+        remedy = "pip install 'dcdit[flash-attn]'" if backend == "flash_attn" else "install torch 2.10 or newer"
+        raise UserError(f"attention={backend!r} is not installed: {remedy}, or set attention=auto")
+
+
+def resolve_backend(backend: str, tensor: Tensor) -> str:
+    """The backend that runs for queries like ``tensor``.
+
+    ``auto`` takes torch's own variable-length attention on a CUDA device in half precision, then flash-attn, and the
+    SDPA form everywhere else.
+
+    Raises:
+        UserError: if an explicitly chosen backend cannot run on the tensor's device or precision.
+    """
+    fast = tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16)
+    if backend == "auto":
+        return next((name for name in ("varlen", "flash_attn") if fast and _installed(name)), "sdpa")
+    if backend != "sdpa" and not fast:
+        raise UserError(
+            f"attention={backend!r} needs a CUDA device in float16 or bfloat16, got {tensor.dtype} on {tensor.device}:"
+            " train with trainer=gpu (bf16-mixed), or set attention=auto"
+        )
+    return backend
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, backend: str = "auto") -> Tensor:
+    """Softmax attention with scale d_head ** -0.5, each token attending to its own sample only.
+
+    Args:
+        q, k, v: (T, heads, d_head), one dtype.
+        packing: sample borders.
+        backend: one of :data:`Backend`.
+
+    Returns:
+        (T, heads, d_head).
+    """
+    return _BACKENDS[resolve_backend(backend, q)](q, k, v, packing)

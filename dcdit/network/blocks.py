@@ -1,0 +1,144 @@
+"""The layers that DC-DiT and the plain DiT share."""
+
+import math
+from functools import partial
+
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from dcdit.errors import UserError
+from dcdit.network.attention import Packing, packed_attention
+from dcdit.network.init import InitScheme, xavier_init, zero_init
+
+
+def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    """GroupNorm with affine parameters and epsilon 1e-5.
+
+    Raises:
+        UserError: if ``groups`` does not divide ``channels``, or leaves one channel per group: normalising every
+            channel alone erases whatever was added to all positions of it, the conditioning above all.
+    """
+    if channels % groups or channels == groups:
+        fitting = [g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g > 1]
+        raise UserError(
+            f"groups={groups} does not suit {channels} channels: each group needs the same number of channels, at least"
+            f" two; take {' or '.join(map(str, fitting[:2]))}"
+        )
+    return nn.GroupNorm(groups, channels, eps=1e-5)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer-norm modulation ``x * (1 + scale) + shift``."""
+    return x * (1 + scale) + shift
+
+
+class ConvBlock(nn.Module):
+    """Residual convolution block of the encoder and decoder, conditioned between its convolutions.
+
+    Args:
+        in_channels, out_channels: channels; the inner width is the smaller of the two.
+        condition: width D of the conditioning vector.
+        groups: groups of both GroupNorms.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, condition: int, groups: int) -> None:
+        super().__init__()
+        inner = min(in_channels, out_channels)
+        self.norm1 = group_norm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, inner, 3, padding=1)
+        self.condition = xavier_init(nn.Linear(condition, inner))
+        self.norm2 = group_norm(groups, inner)
+        self.conv2 = nn.Conv2d(inner, out_channels, 3, padding=1)
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Map ``x`` (B, in, H, W), conditioned on ``c`` (B, D), to (B, out, H, W)."""
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = hidden + self.condition(F.silu(c))[:, :, None, None]
+        return self.skip(x) + self.conv2(F.silu(self.norm2(hidden)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each sample of a packed sequence.
+
+    Raises:
+        UserError: if ``heads`` does not divide ``width``.
+    """
+
+    def __init__(self, width: int, heads: int, backend: str) -> None:
+        super().__init__()
+        if width % heads:
+            fitting = sorted((h for h in range(1, width + 1) if width % h == 0), key=lambda h: abs(h - heads))
+            raise UserError(
+                f"heads={heads} does not divide width={width}: take heads={fitting[0]},"
+                f" or a width that is a multiple of {heads}"
+            )
+        self.heads = heads
+        self.backend = backend
+        self.qkv = xavier_init(nn.Linear(width, 3 * width))
+        self.out = xavier_init(nn.Linear(width, width))
+
+    def forward(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """Mix ``tokens`` (T, D) within each sample."""
+        q, k, v = self.qkv(tokens).unflatten(1, (3, self.heads, -1)).unbind(1)
+        return self.out(packed_attention(q, k, v, packing, self.backend).flatten(1))
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaptive layer norm (DiT, figure 3) on packed tokens.
+
+    Args:
+        width: token width D.
+        heads: attention heads.
+        mlp_ratio: hidden width of the MLP over D.
+        init: ``paper`` starts the modulation at zero (adaLN-Zero), ``released`` at Xavier uniform.
+        attention: attention backend.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, init: InitScheme, attention: str) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, attention)
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp.fc1, self.mlp.fc2 = xavier_init(self.mlp.fc1), xavier_init(self.mlp.fc2)
+        self.modulation = {"paper": zero_init, "released": xavier_init}[init](nn.Linear(width, 6 * width))
+
+    def forward(self, tokens: Tensor, c: Tensor, packing: Packing) -> Tensor:
+        """Map ``tokens`` (T, D), conditioned per sample on ``c`` (B, D), to (T, D)."""
+        # The Linear runs once per sample; only its output is spread over the sample's tokens.
+        per_token = self.modulation(F.silu(c))[packing.sample]
+        shift1, scale1, gate1, shift2, scale2, gate2 = per_token.chunk(6, dim=1)
+        tokens = tokens + gate1 * self.attention(modulate(layer_norm(tokens), shift1, scale1), packing)
+        return tokens + gate2 * self.mlp(modulate(layer_norm(tokens), shift2, scale2))
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over the last dimension without affine parameters, epsilon 1e-6."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class OutputLayer(nn.Module):
+    """Modulated LayerNorm and Linear, both starting at zero, so that a fresh network predicts zero.
+
+    Args:
+        width: input width.
+        condition: width D of the conditioning vector.
+        out_features: features per position.
+    """
+
+    def __init__(self, width: int, condition: int, out_features: int) -> None:
+        super().__init__()
+        self.modulation = zero_init(nn.Linear(condition, 2 * width))
+        self.linear = zero_init(nn.Linear(width, out_features))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Map ``x`` (B, L, width), conditioned on ``c`` (B, D), to (B, L, out_features)."""
+        shift, scale = self.modulation(F.silu(c))[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(layer_norm(x), shift, scale))
+
+
+def constant_init(layer: nn.Conv2d, bias: float) -> nn.Conv2d:
+    """Set the bias of ``layer`` to ``bias``, leaving its weight."""
+    assert layer.bias is not None and math.isfinite(bias)
+    nn.init.constant_(layer.bias, bias)
+    return layer

@@ -1,0 +1,146 @@
+"""From the grid to packed tokens and back: pure functions, no parameters.
+
+B samples on an H x W grid of L = H * W raster positions; T kept tokens in all.
+"""
+
+import torch
+from torch import Tensor
+
+from dcdit.network.attention import Packing
+from dcdit.network.routing import Routing
+
+
+def make_packing(mask: Tensor) -> Packing:
+    """Lay the kept positions of ``mask`` (B, L) out one sample after the other, each in raster order.
+
+    Costs the only device-to-host read of a forward pass (the B lengths).
+    """
+    batch, positions = mask.shape
+    lengths = mask.sum(dim=1)
+    host_lengths = tuple(lengths.tolist())
+    index = torch.nonzero_static(mask.flatten(), size=sum(host_lengths)).squeeze(1)
+    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    return Packing(cu_seqlens, index // positions, index, host_lengths, positions)
+
+
+def full_packing(batch: int, positions: int, device: torch.device) -> Packing:
+    """The packing that keeps every position of every sample; reads nothing from the device."""
+    index = torch.arange(batch * positions, device=device)
+    cu_seqlens = torch.arange(0, batch * positions + 1, positions, dtype=torch.int32, device=device)
+    return Packing(cu_seqlens, index // positions, index, (positions,) * batch, positions)
+
+
+def pack(grid: Tensor, packing: Packing) -> Tensor:
+    """Gather the kept positions of ``grid`` (B, L, ...) as (T, ...)."""
+    return grid.flatten(0, 1)[packing.index]
+
+
+def unpack(tokens: Tensor, packing: Packing) -> Tensor:
+    """Scatter ``tokens`` (T, ...) to their positions on the grid (B, L, ...), zeros elsewhere."""
+    shape = (len(packing.lengths) * packing.bound, *tokens.shape[1:])
+    return tokens.new_zeros(shape).index_copy(0, packing.index, tokens).unflatten(0, (-1, packing.bound))
+
+
+def nearest_kept(mask: Tensor) -> Tensor:
+    """For every position the raster position of its nearest kept one, ties to the lowest raster index.
+
+    Exact, in O(L * H) time and memory: within a row the nearest kept column is the nearer of a running maximum from
+    the left and a running minimum from the right; among rows the best sum of squared distances wins.
+
+    Args:
+        mask: (B, H, W) bool, at least one position kept per sample.
+
+    Returns:
+        (B, L) int64 raster positions.
+    """
+    height, width = mask.shape[1:]
+    far = height + width  # farther than any position of the grid
+    column = torch.arange(width, dtype=torch.int32, device=mask.device)
+    left = torch.where(mask, column, -far).cummax(dim=2).values
+    right = torch.where(mask, column, 2 * far).flip(2).cummin(dim=2).values.flip(2)
+    nearest_column = torch.where(column - left <= right - column, left, right)  # (B, H', W): kept column in row H'
+    in_row = (column - nearest_column).square().clamp(max=far * far)
+
+    row = torch.arange(height, dtype=torch.int32, device=mask.device)
+    between_rows = (row[:, None] - row).square()  # (H, H')
+    # (B, H, H', W): the row number rides in the low digits, so that the minimum is unique and prefers the upper row.
+    ranked = (between_rows[:, :, None] + in_row[:, None]) * height + row[:, None]
+    nearest_row = ranked.amin(dim=2) % height  # (B, H, W)
+    chosen = nearest_column.long().gather(1, nearest_row.long())
+    return (nearest_row * width + chosen).flatten(1)
+
+
+def gaussian(size: int, sigma: float, device: torch.device) -> Tensor:
+    """(size, size) float32 matrix exp(-(i - j)^2 / (2 sigma^2)): a 1-D blur along a grid axis."""
+    at = torch.arange(size, dtype=torch.float32, device=device)
+    return torch.exp(-(at[:, None] - at).square() / (2 * sigma**2))
+
+
+def smooth(tokens: Tensor, prob: Tensor, packing: Packing, grid: tuple[int, int], sigma: float) -> Tensor:
+    """Blend each kept token with the confidence-weighted Gaussian mean of the kept tokens around it.
+
+    o_i = q_i h_i + (1 - q_i) sum_j W_ij h_j / (sum_j W_ij + 1e-8), W_ij = exp(-|u_i - u_j|^2 / (2 sigma^2)) q_j.
+    The Gaussian separates into rows and columns, so the sums are a normalised blur on the grid: no T x T matrix.
+
+    Args:
+        tokens: (T, D) float32.
+        prob: (T,) float32 boundary probabilities of the kept tokens.
+        packing: where they lie.
+        grid: (H, W).
+        sigma: standard deviation in grid positions.
+
+    Returns:
+        (T, D) float32.
+    """
+    q = prob.clamp(1e-4, 1 - 1e-4)[:, None]
+    weighted = unpack(torch.cat([q * tokens, q], dim=1), packing).unflatten(1, grid)  # (B, H, W, D + 1)
+    rows, columns = (gaussian(size, sigma, tokens.device) for size in grid)
+    blurred = torch.matmul(columns, weighted)  # along W, batched over (B, H)
+    blurred = torch.matmul(rows, blurred.flatten(2)).unflatten(2, blurred.shape[2:])
+    total = pack(blurred.flatten(1, 2), packing)
+    return q * tokens + (1 - q) * total[:, :-1] / (total[:, -1:] + 1e-8)
+
+
+def plug_back(tokens: Tensor, packing: Packing, mask: Tensor) -> Tensor:
+    """Give every position the token of its nearest kept position.
+
+    Args:
+        tokens: (T, D).
+        packing: where they lie.
+        mask: (B, H, W) bool, the kept positions.
+
+    Returns:
+        (B, L, D).
+    """
+    positions = nearest_kept(mask)
+    batch_offset = torch.arange(len(mask), device=mask.device)[:, None] * packing.bound
+    packed_index = mask.flatten().cumsum(0) - 1  # flat grid position -> index in the packed sequence
+    return tokens[packed_index[batch_offset + positions]]
+
+
+def dechunk(
+    tokens: Tensor, routing: Routing, packing: Packing, grid: tuple[int, int], sigma: float | None
+) -> Tensor:
+    """Spread the backbone's output over the whole grid (paper, de-chunk): smooth, then plug back.
+
+    Args:
+        tokens: (T, D) backbone output.
+        routing: the decision that ``packing`` was made from.
+        packing: where the tokens lie.
+        grid: (H, W).
+        sigma: smoothing width in grid positions; None spreads the tokens unsmoothed (ablation).
+
+    Returns:
+        (B, L, D) float32.
+    """
+    tokens = tokens.float()
+    if sigma is not None:
+        tokens = smooth(tokens, pack(routing.prob, packing), packing, grid, sigma)
+    return plug_back(tokens, packing, routing.mask.unflatten(1, grid))
+
+
+def straight_through(confidence: Tensor) -> Tensor:
+    """Exactly 1 in the forward pass; passes the gradient to ``confidence`` (>= 0.5) unchanged."""
+    # For s in [0.5, 1] the difference 1 - s is exact in floating point, hence so is the sum.
+    return confidence + (1 - confidence.detach())

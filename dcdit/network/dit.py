@@ -1,0 +1,90 @@
+"""The plain DiT with fixed patches, on the same blocks: the baseline of every comparison."""
+
+from torch import Tensor, nn
+
+from dcdit.errors import UserError
+from dcdit.network.attention import check_backend
+from dcdit.network.blocks import DiTBlock, OutputLayer
+from dcdit.network.chunking import full_packing
+from dcdit.network.dcdit import Conditioning, Output, check_inputs, check_label_dropout, check_sizes
+from dcdit.network.embeddings import position_table
+from dcdit.network.init import xavier_init
+
+
+class DiT(nn.Module):
+    """Diffusion Transformer with fixed patches and adaLN-Zero (DiT, arXiv 2212.09748).
+
+    Args:
+        grid: side of the square latent grid.
+        channels: latent channels C.
+        num_classes: real classes; label ``num_classes`` is the null class.
+        patch: patch side; must divide ``grid``.
+        width, depth, heads, mlp_ratio, label_dropout, attention: as in :class:`dcdit.network.DCDiT`.
+
+    Raises:
+        UserError: if the sizes do not fit each other or a name is unknown.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        grid: int = 32,
+        channels: int = 4,
+        num_classes: int = 1000,
+        patch: int = 2,
+        width: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        mlp_ratio: float = 4.0,
+        label_dropout: float = 0.1,
+        attention: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_sizes(grid=grid, channels=channels, num_classes=num_classes, width=width, depth=depth, heads=heads)
+        check_sizes(patch=patch)
+        check_backend(attention)
+        check_label_dropout(label_dropout)
+        if grid % patch:
+            raise UserError(f"patch={patch} does not divide grid={grid}: take a patch side that does, such as 2")
+        self.grid = (grid, grid)
+        self.channels = channels
+        self.num_classes = num_classes
+        self.patch = patch
+        side = grid // patch
+
+        self.condition = Conditioning(width, num_classes, label_dropout)
+        self.embed = xavier_init(nn.Conv2d(channels, width, patch, stride=patch))
+        self.register_buffer("pos_embed", position_table(side, side, width), persistent=False)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, "paper", attention) for _ in range(depth))
+        self.output = OutputLayer(width, width, patch * patch * 2 * channels)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Output:
+        """Predict the noise and the variance of ``x``.
+
+        Args:
+            x: (B, C, H, W) noisy latents.
+            t: (B,) timesteps in 0..999.
+            y: (B,) class labels in 0..num_classes.
+            drop_fraction: must be 0: there is no router to drop tokens.
+
+        Raises:
+            UserError: if the shapes do not fit the network or a drop fraction is given.
+        """
+        check_inputs(x, t, y, (self.channels, *self.grid))
+        if isinstance(drop_fraction, Tensor) or drop_fraction != 0:
+            raise UserError(f"drop_fraction={drop_fraction}: a plain DiT has a fixed budget; take 0, or a dcdit model")
+        c = self.condition(t, y)  # (B, D)
+        patches = self.embed(x).flatten(2).transpose(1, 2)  # (B, L / patch^2, D)
+        packing = full_packing(len(x), patches.shape[1], x.device)
+        tokens = (patches + self.pos_embed).flatten(0, 1)
+        for block in self.blocks:
+            tokens = block(tokens, c, packing)
+        out = self.output(tokens.unflatten(0, (len(x), -1)), c)  # (B, L / patch^2, patch^2 * 2C)
+        return Output(self.unpatchify(out), None)
+
+    def unpatchify(self, out: Tensor) -> Tensor:
+        """(B, h * w, patch * patch * 2C) to (B, 2C, h * patch, w * patch)."""
+        side = self.grid[0] // self.patch
+        tiles = out.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (side, side))  # (B, h, w, p, q, 2C)
+        return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

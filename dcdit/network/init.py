@@ -1,0 +1,43 @@
+"""Initialisers applied where a layer is constructed: ``self.fc = zero_init(nn.Linear(4, 4))``."""
+
+from typing import Literal, TypeVar, get_args
+
+from torch import nn
+
+from dcdit.errors import UserError
+
+InitScheme = Literal["released", "paper"]
+"""``released``: what the published numbers came from. ``paper``: what the paper intends (adaLN-Zero, zero residual)."""
+
+Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d | nn.Embedding)
+
+
+def _zero_bias(layer: Layer) -> Layer:
+    bias = getattr(layer, "bias", None)
+    if bias is not None:
+        nn.init.zeros_(bias)
+    return layer
+
+
+def xavier_init(layer: Layer) -> Layer:
+    """Xavier-uniform weight (a convolution kernel counts as its flattened matrix), zero bias."""
+    nn.init.xavier_uniform_(layer.weight.data.flatten(1))
+    return _zero_bias(layer)
+
+
+def zero_init(layer: Layer) -> Layer:
+    """Zero weight and bias."""
+    nn.init.zeros_(layer.weight)
+    return _zero_bias(layer)
+
+
+def normal_init(layer: Layer, std: float = 0.02) -> Layer:
+    """Normal weight, zero bias."""
+    nn.init.normal_(layer.weight, std=std)
+    return _zero_bias(layer)
+
+
+def check_scheme(scheme: str) -> None:
+    """Raise :class:`UserError` unless ``scheme`` is a known initialisation scheme."""
+    if scheme not in get_args(InitScheme):
+        raise UserError(f"init={scheme!r} is not one of {', '.join(get_args(InitScheme))}")

@@ -1,0 +1,156 @@
+"""Which grid positions become backbone tokens: the routers and the tail drop."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcdit.errors import UserError
+from dcdit.network.blocks import constant_init, group_norm
+
+RouterName = Literal["predictability", "cosine"]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The router's decision for a batch of B grids of L positions in raster order.
+
+    Attributes:
+        prob: (B, L) float32, probability that a position is a boundary; the first and the last are 1.
+        natural_mask: (B, L) bool, ``prob > 0.5``: what the router keeps by itself.
+        mask: (B, L) bool, what is kept after the tail drop; a subset of ``natural_mask``.
+    """
+
+    prob: Tensor
+    natural_mask: Tensor
+    mask: Tensor
+
+    @property
+    def confidence(self) -> Tensor:
+        """(B, L) probability of the natural decision: p where kept, 1 - p elsewhere; never below 0.5."""
+        return torch.where(self.natural_mask, self.prob, 1 - self.prob)
+
+
+def route(prob: Tensor, drop_fraction: float | Tensor = 0.0) -> Routing:
+    """Turn raw router probabilities into a decision.
+
+    Args:
+        prob: (B, L) float32.
+        drop_fraction: see :func:`tail_drop`.
+    """
+    ends = torch.zeros_like(prob, dtype=torch.bool)
+    ends[:, 0] = ends[:, -1] = True
+    prob = prob.masked_fill(ends, 1.0)
+    natural_mask = prob > 0.5
+    return Routing(prob, natural_mask, tail_drop(prob.detach(), natural_mask, drop_fraction))
+
+
+def check_drop_fraction(drop_fraction: float, name: str = "drop_fraction") -> None:
+    """Raise :class:`UserError` unless ``drop_fraction`` lies in [0, 1)."""
+    if not 0 <= drop_fraction < 1:
+        raise UserError(
+            f"{name}={drop_fraction} is outside [0, 1): it is the share of kept tokens to drop, 0 keeps all of them,"
+            " 0.9 a tenth"
+        )
+
+
+def tail_drop(prob: Tensor, natural_mask: Tensor, drop_fraction: float | Tensor) -> Tensor:
+    """Drop the least certain share of each sample's kept tokens (paper, tail drop).
+
+    Of the n kept tokens of a sample the floor(rho * n) of lowest probability go, the product taken in float32; at
+    least one stays, ties keep the lower raster index. Masks nest: a larger fraction keeps a subset of a smaller one.
+
+    Args:
+        prob: (B, L) boundary probabilities.
+        natural_mask: (B, L) bool, at least one position per sample.
+        drop_fraction: rho in [0, 1), one number or a (B,) tensor.
+
+    Returns:
+        (B, L) bool.
+
+    Raises:
+        UserError: if a fraction given as a number lies outside [0, 1).
+    """
+    if not isinstance(drop_fraction, Tensor):
+        check_drop_fraction(drop_fraction)
+        if drop_fraction == 0:
+            return natural_mask
+        drop_fraction = torch.full((len(prob),), drop_fraction, dtype=torch.float32, device=prob.device)
+    kept = natural_mask.sum(dim=1)
+    dropped = (kept.float() * drop_fraction.float()).floor().long()
+    remaining = (kept - dropped).clamp(min=1)
+    order = prob.masked_fill(~natural_mask, -1.0).sort(dim=1, descending=True, stable=True).indices
+    top = torch.arange(prob.shape[1], device=prob.device) < remaining[:, None]
+    return torch.zeros_like(natural_mask).scatter(1, order, top)
+
+
+class PredictabilityRouter(nn.Module):
+    """Spatial-predictability router: a position is a boundary where its neighbourhood does not predict it.
+
+    Args:
+        channels: feature channels D.
+        bottleneck: channels of the prediction, D / 4 as published.
+        bias: initial value of the last bias; -1.1 starts with almost nothing kept.
+    """
+
+    def __init__(self, channels: int, bottleneck: int | None = None, groups: int = 8, bias: float = -1.1) -> None:
+        super().__init__()
+        inner = bottleneck or channels // 4
+        self.project = nn.Conv2d(channels, inner, 1)
+        self.predict = nn.Conv2d(inner, inner, 3, padding=1)
+        self.scorer = nn.Sequential(
+            nn.Conv2d(inner, inner, 3, padding=1),
+            group_norm(groups, inner),
+            nn.SiLU(),
+            constant_init(nn.Conv2d(inner, 1, 1), bias),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Boundary probabilities (B, L) of ``features`` (B, D, H, W), float32."""
+        latent = self.project(features)
+        return self.scorer(latent - self.predict(latent)).flatten(1).sigmoid()
+
+
+class CosineRouter(nn.Module):
+    """H-Net's cosine router on a grid (the paper's ablation).
+
+    The probability of position i is the mean of (1 - cos(q_i, k_j)) / 2 over its existing neighbours j above, below,
+    left and right. Both projections start as the identity.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(channels, channels, bias=False)
+        self.key = nn.Linear(channels, channels, bias=False)
+        nn.init.eye_(self.query.weight)
+        nn.init.eye_(self.key.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Boundary probabilities (B, L) of ``features`` (B, D, H, W), float32."""
+        tokens = features.permute(0, 2, 3, 1)
+        query, key = F.normalize(self.query(tokens), dim=-1), F.normalize(self.key(tokens), dim=-1)
+        total = torch.zeros_like(query[..., 0])
+        count = torch.zeros_like(total)
+        height, width = total.shape[1:]
+        for rows, columns in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+            here = (slice(None), _inside(rows, height), _inside(columns, width))
+            there = (slice(None), _inside(-rows, height), _inside(-columns, width))
+            total[here] += (1 - (query[here] * key[there]).sum(-1)) / 2
+            count[here] += 1
+        return (total / count.clamp(min=1)).flatten(1).clamp(0, 1)
+
+
+def _inside(shift: int, size: int) -> slice:
+    """The positions whose neighbour ``shift`` away lies on the grid."""
+    return slice(max(0, -shift), size - max(0, shift))
+
+
+def build_router(name: str, channels: int) -> nn.Module:
+    """The router called ``name`` for features of ``channels`` channels; :class:`UserError` if there is none."""
+    if name == "predictability":
+        return PredictabilityRouter(channels)
+    if name == "cosine":
+        return CosineRouter(channels)
+    raise UserError(f"router={name!r} is not one of predictability, cosine")
