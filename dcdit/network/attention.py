@@ -39,6 +39,11 @@ class Packing:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    if q.device.type == "cpu" and q.dtype != torch.float32:
+        # The fused CPU kernel is slower in bfloat16 than in float32, its backward several times; autocast would undo
+        # the conversion.
+        with torch.autocast("cpu", enabled=False):
+            return _sdpa(q.float(), k.float(), v.float(), packing).to(q.dtype)
     batch, longest = len(packing.lengths), max(packing.lengths)
     if longest * batch == q.shape[0]:  # equal lengths: one dense call
         dense = (x.unflatten(0, (batch, longest)).transpose(1, 2) for x in (q, k, v))

@@ -106,7 +106,7 @@ class DiTBlock(nn.Module):
     def forward(self, tokens: Tensor, c: Tensor, packing: Packing) -> Tensor:
         """Map ``tokens`` (T, D), conditioned per sample on ``c`` (B, D), to (T, D)."""
         # The Linear runs once per sample; only its output is spread over the sample's tokens.
-        per_token = self.modulation(F.silu(c))[packing.sample]
+        per_token = self.modulation(F.silu(c)).index_select(0, packing.sample)
         shift1, scale1, gate1, shift2, scale2, gate2 = per_token.chunk(6, dim=1)
         tokens = tokens + gate1 * self.attention(modulate(layer_norm(tokens), shift1, scale1), packing)
         return tokens + gate2 * self.mlp(modulate(layer_norm(tokens), shift2, scale2))

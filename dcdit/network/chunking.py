@@ -33,7 +33,7 @@ def full_packing(batch: int, positions: int, device: torch.device) -> Packing:
 
 def pack(grid: Tensor, packing: Packing) -> Tensor:
     """Gather the kept positions of ``grid`` (B, L, ...) as (T, ...)."""
-    return grid.flatten(0, 1)[packing.index]
+    return grid.flatten(0, 1).index_select(0, packing.index)
 
 
 def unpack(tokens: Tensor, packing: Packing) -> Tensor:
@@ -71,17 +71,27 @@ def nearest_kept(mask: Tensor) -> Tensor:
     return (nearest_row * width + chosen).flatten(1)
 
 
-def gaussian(size: int, sigma: float, device: torch.device) -> Tensor:
-    """(size, size) float32 matrix exp(-(i - j)^2 / (2 sigma^2)): a 1-D blur along a grid axis."""
-    at = torch.arange(size, dtype=torch.float32, device=device)
-    return torch.exp(-(at[:, None] - at).square() / (2 * sigma**2))
+def blur(field: Tensor, sigma: float) -> Tensor:
+    """Unnormalised Gaussian sum over the grid: out_i = sum_j exp(-|u_i - u_j|^2 / (2 sigma^2)) field_j.
+
+    The Gaussian separates into rows and columns, so this is two small matrix products.
+
+    Args:
+        field: (B, H, W, D) float32.
+        sigma: standard deviation in grid positions.
+    """
+    for axis in (1, 2):
+        at = torch.arange(field.shape[axis], dtype=torch.float32, device=field.device)
+        kernel = torch.exp(-(at[:, None] - at).square() / (2 * sigma**2))
+        field = torch.matmul(kernel, field.flatten(axis + 1)).view_as(field)
+    return field
 
 
 def smooth(tokens: Tensor, prob: Tensor, packing: Packing, grid: tuple[int, int], sigma: float) -> Tensor:
     """Blend each kept token with the confidence-weighted Gaussian mean of the kept tokens around it.
 
     o_i = q_i h_i + (1 - q_i) sum_j W_ij h_j / (sum_j W_ij + 1e-8), W_ij = exp(-|u_i - u_j|^2 / (2 sigma^2)) q_j.
-    The Gaussian separates into rows and columns, so the sums are a normalised blur on the grid: no T x T matrix.
+    Both sums are blurs on the grid, so no T x T matrix is needed.
 
     Args:
         tokens: (T, D) float32.
@@ -94,12 +104,11 @@ def smooth(tokens: Tensor, prob: Tensor, packing: Packing, grid: tuple[int, int]
         (T, D) float32.
     """
     q = prob.clamp(1e-4, 1 - 1e-4)[:, None]
-    weighted = unpack(torch.cat([q * tokens, q], dim=1), packing).unflatten(1, grid)  # (B, H, W, D + 1)
-    rows, columns = (gaussian(size, sigma, tokens.device) for size in grid)
-    blurred = torch.matmul(columns, weighted)  # along W, batched over (B, H)
-    blurred = torch.matmul(rows, blurred.flatten(2)).unflatten(2, blurred.shape[2:])
-    total = pack(blurred.flatten(1, 2), packing)
-    return q * tokens + (1 - q) * total[:, :-1] / (total[:, -1:] + 1e-8)
+    # Two blurs rather than one of D + 1 channels: an odd channel count costs the matrix product its speed.
+    sums, weights = (
+        pack(blur(unpack(field, packing).unflatten(1, grid), sigma).flatten(1, 2), packing) for field in (q * tokens, q)
+    )
+    return q * tokens + (1 - q) * sums / (weights + 1e-8)
 
 
 def plug_back(tokens: Tensor, packing: Packing, mask: Tensor) -> Tensor:
@@ -116,7 +125,8 @@ def plug_back(tokens: Tensor, packing: Packing, mask: Tensor) -> Tensor:
     positions = nearest_kept(mask)
     batch_offset = torch.arange(len(mask), device=mask.device)[:, None] * packing.bound
     packed_index = mask.flatten().cumsum(0) - 1  # flat grid position -> index in the packed sequence
-    return tokens[packed_index[batch_offset + positions]]
+    nearest = packed_index.take(batch_offset + positions)
+    return tokens.index_select(0, nearest.flatten()).unflatten(0, nearest.shape)
 
 
 def dechunk(

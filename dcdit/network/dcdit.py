@@ -53,7 +53,8 @@ class ConvStack(nn.Module):
         """Map ``x`` (B, in, H, W), conditioned on ``c`` (B, D), to features (B, H, W, out)."""
         for block in self.blocks:
             x = block(x, c)
-        return self.norm(x.permute(0, 2, 3, 1))
+        # float32 in, as the weight is: mixed types would leave the fused kernel
+        return self.norm(x.permute(0, 2, 3, 1).float())
 
 
 class Backbone(nn.Module):
@@ -161,7 +162,8 @@ class DCDiT(nn.Module):
         features = self.encoder(self.embed(x), c)  # (B, H, W, D)
         routing = self.route(features, drop_fraction)
         packing = make_packing(routing.mask)
-        kept = pack(features.flatten(1, 2), packing) + self.pos_embed[packing.index % packing.bound]
+        positions = self.pos_embed.index_select(0, packing.index % packing.bound)
+        kept = pack(features.flatten(1, 2), packing) + positions
         tokens = self.backbone(kept, c, packing)  # (T, D)
         combined = self.combine(tokens, features, routing, packing)  # (B, H, W, D)
         decoded = self.decoder(combined.permute(0, 3, 1, 2), c)  # (B, H, W, E)

@@ -1,0 +1,34 @@
+"""Exponential moving average of the weights."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from dcdit.errors import UserError
+
+
+class EMA(WeightAveraging):
+    """Lightning's weight averaging with the fused update over all tensors at once.
+
+    In checkpoints ``state_dict`` holds the average and ``current_model_state`` the raw weights; validation runs on the
+    average.
+
+    Args:
+        decay: weight of the old average at every optimiser step, 0.9999 as published.
+
+    Raises:
+        UserError: if ``decay`` is outside [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"decay={decay} is outside [0, 1): take 0.9999 for long runs, 0.99 for very short ones")
+        # Buffers are constant tables: nothing to average.
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Create the average when fitting begins."""
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            # The update asks this counter whether it is zero: on the host that costs no synchronisation.
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()

@@ -1,0 +1,94 @@
+"""Small data sets that write their own shards: real handwritten digits, and synthetic latents for dry runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dcdit.data.manifest import IDENTITY
+from dcdit.data.shards import write_shards
+from dcdit.errors import UserError
+
+
+class Source(Protocol):
+    """Writes shards below a directory, one subdirectory with a manifest per split (``train``, ``val``)."""
+
+    def write(self, directory: Path) -> None:
+        """Write all splits; called once, by one process, where the training split has no manifest yet."""
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The 1,797 handwritten digits bundled with scikit-learn, enlarged, as one-channel latents in [-1, 1].
+
+    Attributes:
+        grid: side of the enlarged image; the originals are 8 x 8.
+        validation: how many of them form the ``val`` split.
+        samples_per_shard: samples per tar file.
+    """
+
+    grid: int = 16
+    validation: int = 180
+    samples_per_shard: int = 256
+
+    def images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All images (N, 1, grid, grid) in [-1, 1] and labels (N,), in the order of the data set."""
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise UserError("data=digits needs scikit-learn: pip install 'dcdit[demo]'") from None
+        bundle = load_digits()
+        images = torch.from_numpy(bundle.images).float()[:, None] / 16
+        enlarged = F.interpolate(images, size=(self.grid, self.grid), mode="bicubic", align_corners=False)
+        return enlarged.clamp(0, 1) * 2 - 1, torch.from_numpy(bundle.target)
+
+    def write(self, directory: Path) -> None:
+        """Write the ``train`` and ``val`` splits as float16 shards with the identity autoencoder."""
+        images, labels = self.images()
+        order = np.random.default_rng(0).permutation(len(images))
+        for split, rows in (("val", order[: self.validation]), ("train", order[self.validation :])):
+            write_shards(
+                directory / split,
+                images[rows].numpy().astype(np.float16),
+                labels[rows].numpy(),
+                classes=tuple(str(digit) for digit in range(10)),
+                autoencoder=IDENTITY,
+                scale=1.0,
+                shift=0.0,
+                samples_per_shard=self.samples_per_shard,
+            )
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Gaussian noise in the shape of real latents, for dry runs of a full-size experiment on any machine.
+
+    Attributes:
+        channels, grid: latent shape (channels, grid, grid).
+        num_classes: number of classes.
+        samples: samples in the only split, ``train``.
+        samples_per_shard: samples per tar file.
+    """
+
+    channels: int = 4
+    grid: int = 32
+    num_classes: int = 1000
+    samples: int = 64
+    samples_per_shard: int = 16
+
+    def write(self, directory: Path) -> None:
+        """Write the ``train`` split as float16 shards."""
+        rng = np.random.default_rng(0)
+        write_shards(
+            directory / "train",
+            rng.standard_normal((self.samples, self.channels, self.grid, self.grid)).astype(np.float16),
+            rng.integers(self.num_classes, size=self.samples),
+            classes=tuple(str(number) for number in range(self.num_classes)),
+            autoencoder=IDENTITY,
+            scale=1.0,
+            shift=0.0,
+            samples_per_shard=self.samples_per_shard,
+        )
