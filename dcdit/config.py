@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, field, make_dataclass
+from dataclasses import field, make_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
@@ -23,9 +23,12 @@ def _schema(target: Callable[..., Any]) -> type:
     columns = []
     for name, parameter in inspect.signature(target).parameters.items():
         hint = hints.get(name, Any)
-        hint = str if get_origin(hint) is Literal else hint  # the constructor itself checks the choices
-        default = MISSING if parameter.default is parameter.empty else parameter.default
-        columns.append((name, hint, field(default="???" if default is MISSING else default)))
+        if get_origin(hint) is Literal:
+            hint = str  # the constructor itself checks the choices
+        elif inspect.isclass(hint) and getattr(hint, "_is_protocol", False):
+            hint = Any  # an object that has been built already
+        default = "???" if parameter.default is parameter.empty else parameter.default  # OmegaConf's missing marker
+        columns.append((name, hint, field(default=default)))
     return make_dataclass("Schema", columns)
 
 
@@ -47,7 +50,7 @@ def call_checked(target: Callable[..., T], values: Mapping[str, Any], prefix: st
     Raises:
         UserError: naming the key, the value and the remedy.
     """
-    schema = OmegaConf.structured(_schema(target))
+    schema = OmegaConf.structured(_schema(target), flags={"allow_objects": True})
     for key, value in values.items():
         if key not in schema:
             raise UserError(f"{prefix}.{key}={value!r}: there is no such key, {suggestion(key, schema.keys())}")

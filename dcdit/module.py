@@ -1,7 +1,7 @@
 """The LightningModule: network, diffusion loss, ratio loss and the sampled drop fraction."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -54,7 +54,7 @@ class Budget:
         warmup: optimiser steps at the full budget before the first draw.
     """
 
-    fractions: list[float] = field(default_factory=list)
+    fractions: list[float]
     warmup: int = 50_000
 
     def __post_init__(self) -> None:

@@ -1,16 +1,28 @@
-"""Networks by name: the allow-list between a configuration or a checkpoint and the constructors."""
+"""Networks and data sources by name: the allow-list between a configuration or checkpoint and a constructor."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from dcdit.config import call_checked
+from dcdit.data.sources import Digits, Source, Synthetic
 from dcdit.errors import UserError
 from dcdit.network import DCDiT, DiT
 
-NETWORKS: dict[str, type[nn.Module]] = {"dcdit": DCDiT, "dit": DiT}
-"""What the key ``model.name`` may say. Nothing else is ever constructed from a checkpoint."""
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"dcdit": DCDiT, "dit": DiT}
+"""What ``model.name`` may say. Nothing else is ever constructed from a checkpoint."""
+
+SOURCES: dict[str, Callable[..., Source]] = {"digits": Digits, "synthetic": Synthetic}
+"""What ``data.source.name`` may say."""
+
+
+def _build(table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], prefix: str) -> Any:
+    values = dict(spec)
+    name = values.pop("name", None)
+    if name not in table:
+        raise UserError(f"{prefix}.name={name!r} is not one of {', '.join(table)}")
+    return call_checked(table[name], values, prefix)
 
 
 def build_network(spec: Mapping[str, Any]) -> nn.Module:
@@ -19,8 +31,9 @@ def build_network(spec: Mapping[str, Any]) -> nn.Module:
     Raises:
         UserError: if the name is not on the list, or an argument is unknown, of the wrong type or out of range.
     """
-    values = dict(spec)
-    name = values.pop("name", None)
-    if name not in NETWORKS:
-        raise UserError(f"model.name={name!r} is not one of {', '.join(NETWORKS)}")
-    return call_checked(NETWORKS[name], values, prefix="model")
+    return _build(NETWORKS, spec, "model")
+
+
+def build_source(spec: Mapping[str, Any]) -> Source:
+    """Construct the data source that ``spec`` describes; raises like :func:`build_network`."""
+    return _build(SOURCES, spec, "data.source")

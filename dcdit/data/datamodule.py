@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
@@ -57,9 +58,14 @@ class LatentDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Have the source write the shards, unless they are there."""
-        if self.source is not None and not (self.directory / "train" / MANIFEST_NAME).is_file():
-            rank_zero_info(f"Writing shards to {self.directory}")
-            self.source.write(self.directory)
+        if self.source is None:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # Several processes may start at once; one writes, the others wait and then find the shards.
+        with FileLock(self.directory / ".lock"):
+            if not (self.directory / "train" / MANIFEST_NAME).is_file():
+                rank_zero_info(f"Writing shards to {self.directory}")
+                self.source.write(self.directory)
 
     def manifest(self, split: str = "train") -> Manifest:
         """The checked manifest of a split; UserError if it is missing or does not match its shards."""

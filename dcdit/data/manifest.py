@@ -51,6 +51,16 @@ class Manifest:
         """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
+    def summary(self) -> dict[str, Any]:
+        """What a sampler must know of the latents, as plain values for a checkpoint."""
+        return {
+            "shape": list(self.latent_shape),
+            "autoencoder": self.autoencoder,
+            "scale": self.scale,
+            "shift": self.shift,
+            "classes": list(self.classes),
+        }
+
     def write(self, directory: Path) -> None:
         """Write ``manifest.json`` into ``directory``, replacing it at once or not at all."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}

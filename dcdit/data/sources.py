@@ -32,7 +32,7 @@ class Digits:
 
     grid: int = 16
     validation: int = 180
-    samples_per_shard: int = 256
+    samples_per_shard: int = 45
 
     def images(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All images (N, 1, grid, grid) in [-1, 1] and labels (N,), in the order of the data set."""

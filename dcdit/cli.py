@@ -1,0 +1,65 @@
+"""What all command-line entry points share: where the configuration lies, resolvers, and how errors are told."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from dcdit.config import suggestion
+from dcdit.errors import UserError
+from dcdit.module import NonFiniteLossError
+
+_PACKAGE = Path(__file__).parent
+CONFIG_DIR = str(_PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs")
+"""The configuration tree: inside an installed package, or at the top of the repository."""
+
+USER_ERROR_STATUS = 2
+
+
+def cpu_precision() -> str:
+    """``bf16-mixed`` where the processor multiplies bfloat16 natively (AMX, AVX512-BF16), else ``32-true``."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    native = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return "bf16-mixed" if native else "32-true"
+
+
+def entry_point(main: Callable[[], None]) -> None:
+    """Run a Hydra main function; a user's mistake ends in one message on stderr and exit status 2."""
+    OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of Hydra's own printout
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    try:
+        main()
+    except ConfigCompositionException as error:
+        fail(_explain_override(error))
+    except InstantiationException as error:
+        fail(f"{error.__cause__ or error}")
+    except (UserError, MisconfigurationException, NonFiniteLossError, HydraException, OmegaConfBaseException) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """Print ``message`` in a red box on stderr and exit with status 2."""
+    Console(stderr=True).print(Panel(Text(message.strip()), title="dcdit", border_style="red"))
+    sys.exit(USER_ERROR_STATUS)
+
+
+def _explain_override(error: ConfigCompositionException) -> str:
+    """Hydra's message about a wrong override, with the key that was probably meant."""
+    cause = error.__cause__
+    message = str(error).splitlines()[0]
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
+        given = [word for word in sys.argv[1:] if word.split("=")[0].lstrip("+~") == cause.full_key]
+        remedy = suggestion(str(cause.key), [str(key) for key in cause.parent_node])
+        return f"{given[0] if given else cause.full_key}: there is no such key, {remedy}"
+    return f"{message}\n{cause or ''}"

@@ -1,0 +1,77 @@
+"""Pictures of samples and of the router's boundary maps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.utils import save_image
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One sample at one timestep.
+
+    Attributes:
+        timestep: training timestep.
+        image: (height, width, 1 or 3) uint8, the decoded x_t.
+        prob: (H, W) boundary probability.
+        mask: (H, W) bool, the kept positions.
+    """
+
+    timestep: int
+    image: Tensor
+    prob: Tensor
+    mask: Tensor
+
+
+def save_grid(images: Tensor, columns: int, path: Path, least_side: int = 64) -> None:
+    """Save ``images`` (N, 1 or 3, height, width) uint8 as one PNG; small images are enlarged, pixels kept sharp."""
+    factor = max(1, -(-least_side // images.shape[-1]))
+    enlarged = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    save_image(enlarged.float() / 255, path, nrow=columns, padding=2, pad_value=0.5)
+
+
+def save_boundaries(rows: Sequence[Sequence[Snapshot]], titles: Sequence[str], path: Path) -> None:
+    """Save x_t above its boundary probability, one column per timestep, the kept share under each (paper, figure 3).
+
+    Args:
+        rows: for each sample its snapshots, all at the same timesteps.
+        titles: one per sample.
+        path: PNG to write.
+    """
+    height, width = 2 * len(rows), len(rows[0])
+    figure, axes = plt.subplots(height, width, figsize=(1.15 * width + 0.9, 1.3 * height), squeeze=False)
+    shown = None
+    for number, (row, title) in enumerate(zip(rows, titles, strict=True)):
+        for column, snapshot in enumerate(row):
+            top, bottom = axes[2 * number][column], axes[2 * number + 1][column]
+            image = snapshot.image.numpy()
+            top.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
+            shown = bottom.imshow(snapshot.prob.numpy(), cmap="magma", vmin=0, vmax=1)
+            bottom.contour(np.pad(snapshot.mask.numpy(), 0), levels=[0.5], colors="white", linewidths=0.4)
+            bottom.set_xlabel(f"kept {snapshot.mask.float().mean():.0%}", fontsize=8)
+            if number == 0:
+                top.set_title(f"t = {snapshot.timestep}", fontsize=9)
+        axes[2 * number][0].set_ylabel(title, fontsize=9)
+        axes[2 * number + 1][0].set_ylabel("boundary p", fontsize=8)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.tight_layout(pad=0.4)
+    if shown is not None:
+        figure.colorbar(shown, ax=axes, fraction=0.015, pad=0.01)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def snapshot(timestep: int, image: Tensor, prob: Tensor, mask: Tensor, grid: tuple[int, int]) -> Snapshot:
+    """Gather one sample's picture (1 or 3, height, width) and routing (L,) at one timestep on the host."""
+    arrange = image.permute(1, 2, 0).cpu()
+    return Snapshot(timestep, arrange, prob.detach().float().cpu().view(grid), mask.cpu().view(grid).to(torch.bool))

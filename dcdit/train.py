@@ -1,0 +1,154 @@
+"""Train or resume: ``python -m dcdit.train experiment=digits``."""
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from dcdit.callbacks import AtomicCheckpointIO, StopOnInterrupt
+from dcdit.cli import CONFIG_DIR, entry_point
+from dcdit.config import call_checked
+from dcdit.data.datamodule import LatentDataModule
+from dcdit.data.manifest import Manifest
+from dcdit.errors import UserError
+from dcdit.module import DCDiTModule
+from dcdit.registry import build_network, build_source
+from dcdit.runtime import keep_freed_memory
+
+LAST = "last"
+
+
+def check_fit(manifest: Manifest, model: dict[str, Any]) -> None:
+    """Raise :class:`UserError` unless the network that ``model`` describes takes the latents of ``manifest``."""
+    channels, height, width = manifest.latent_shape
+    pairs = [
+        ("grid", model["grid"], height if height == width else (height, width)),
+        ("channels", model["channels"], channels),
+        ("num_classes", model["num_classes"], len(manifest.classes)),
+    ]
+    for name, wanted, found in pairs:
+        if wanted != found:
+            raise UserError(
+                f"model.{name}={wanted} does not fit the shards, which have {found}"
+                f" (latents {channels} x {height} x {width}, {len(manifest.classes)} classes): set model.{name}={found},"
+                " or point data.directory at other shards"
+            )
+
+
+def build_module(config: DictConfig, latents: dict[str, Any]) -> DCDiTModule:
+    """The LightningModule of a composed configuration."""
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    names = ("model", "compression", "ratio", "budget", "optimizer", "seed", "nonfinite_limit")
+    values = {name: plain[name] for name in names}
+    if plain["model"]["name"] == "dit" and plain["budget"]["fractions"]:
+        raise UserError(f"budget.fractions={plain['budget']['fractions']}: a plain DiT drops no tokens, set budget=none")
+    return DCDiTModule(latents=latents, max_steps=plain["trainer"]["max_steps"], **values)
+
+
+def build_data(config: DictConfig) -> LatentDataModule:
+    """The LightningDataModule of a composed configuration."""
+    values: Any = OmegaConf.to_container(config.data, resolve=True)
+    source = values.pop("source", None)
+    return call_checked(LatentDataModule, {**values, "source": source and build_source(source)}, "data")
+
+
+def check_devices(config: DictConfig) -> None:
+    """Raise :class:`UserError` if the trainer asks for a GPU that is not there."""
+    if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"trainer.accelerator={config.trainer.accelerator}: this machine has no usable CUDA device; train on the"
+            " CPU with trainer=cpu, or try the run out with debug=tiny"
+        )
+
+
+def find_checkpoint(config: DictConfig, run_dir: Path) -> Path | None:
+    """The checkpoint to resume from: what ``ckpt_path`` says, or None to start afresh.
+
+    Raises:
+        UserError: if it does not exist, or a fresh start would overwrite an earlier run.
+    """
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if config.ckpt_path is None:
+        if last.exists():
+            raise UserError(
+                f"run_dir={run_dir} already holds a run: resume it with ckpt_path=last, start another with"
+                " run_name=..., or delete the directory"
+            )
+        return None
+    if config.ckpt_path == "auto":
+        return last if last.exists() else None
+    path = last if config.ckpt_path == LAST else Path(config.ckpt_path)
+    if not path.is_file():
+        raise UserError(f"ckpt_path={config.ckpt_path}: there is no checkpoint {path}; leave ckpt_path out to start anew")
+    return path
+
+
+def build_trainer(config: DictConfig) -> pl.Trainer:
+    """The Trainer with its callbacks and loggers."""
+    callbacks = [hydra.utils.instantiate(node) for node in (config.callbacks or {}).values() if node]
+    loggers = [hydra.utils.instantiate(node) for node in (config.logger or {}).values() if node]
+    return hydra.utils.instantiate(
+        config.trainer, callbacks=callbacks, logger=loggers or False, plugins=[AtomicCheckpointIO()]
+    )
+
+
+@rank_zero_only
+def save_config(config: DictConfig, run_dir: Path) -> None:
+    """Write the resolved configuration beside the checkpoints."""
+    OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+
+
+def train(config: DictConfig, run_dir: Path) -> dict[str, float]:
+    """Run a composed configuration in ``run_dir`` and return its last metrics.
+
+    Everything that can be wrong with the configuration is checked before the first step.
+
+    Raises:
+        UserError: naming key, value and remedy.
+    """
+    config.run_dir = str(run_dir)
+    checkpoint = find_checkpoint(config, run_dir)
+    check_devices(config)
+    with torch.device("meta"):
+        build_module(config, latents={})  # cheap at any scale, before any data are written
+    data = build_data(config)
+    data.prepare_data()
+    manifest = data.manifest()
+    check_fit(manifest, OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
+
+    keep_freed_memory()
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    module = build_module(config, latents=manifest.summary())
+    if config.trainer.accelerator == "cpu":
+        module.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trainer = build_trainer(config)
+    save_config(config, run_dir)
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    report_end(trainer, run_dir)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def report_end(trainer: pl.Trainer, run_dir: Path) -> None:
+    """Say what to do next."""
+    interrupted = any(isinstance(c, StopOnInterrupt) and c.interrupted for c in trainer.callbacks)  # type: ignore[attr-defined]
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if interrupted:
+        rank_zero_info(f"Stopped and saved at step {trainer.global_step}. Resume: the same command with ckpt_path=last")
+    else:
+        rank_zero_info(f"Finished at step {trainer.global_step}. Sample: python -m dcdit.sample checkpoint={last}")
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="train")
+def main(config: DictConfig) -> float | None:
+    """Hydra entry point; returns the validation loss for sweepers that optimise it."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    return train(config, run_dir).get("val/diffusion_loss")
+
+
+if __name__ == "__main__":
+    entry_point(main)
