@@ -1,5 +1,6 @@
 """What all command-line entry points share: where the configuration lies, resolvers, and how errors are told."""
 
+import logging
 import os
 import sys
 import warnings
@@ -33,11 +34,18 @@ def cpu_precision() -> str:
     return "bf16-mixed" if native else "32-true"
 
 
+def register_resolvers() -> None:
+    """Make ``${cpu_precision:}`` known to OmegaConf."""
+    OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
+
+
 def entry_point(main: Callable[[], None]) -> None:
     """Run a Hydra main function; a user's mistake ends in one message on stderr and exit status 2."""
-    OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
+    register_resolvers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of Hydra's own printout
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    for noise in (".*LeafSpec.*", "Total length of `list` across ranks is zero.*"):
+        warnings.filterwarnings("ignore", message=noise)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     try:
         main()
     except ConfigCompositionException as error:

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, make_dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
@@ -16,17 +17,17 @@ T = TypeVar("T")
 
 
 @cache
-def _schema(target: Callable[..., Any]) -> type:
+def _schema(target: Callable[..., Any], without: frozenset[str]) -> type:
     """A dataclass with the parameters of ``target``, for OmegaConf to check types against."""
     # A class is described by its constructor; dataclasses and plain classes alike.
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     columns = []
     for name, parameter in inspect.signature(target).parameters.items():
+        if name in without:
+            continue
         hint = hints.get(name, Any)
         if get_origin(hint) is Literal:
             hint = str  # the constructor itself checks the choices
-        elif inspect.isclass(hint) and getattr(hint, "_is_protocol", False):
-            hint = Any  # an object that has been built already
         default = "???" if parameter.default is parameter.empty else parameter.default  # OmegaConf's missing marker
         columns.append((name, hint, field(default=default)))
     return make_dataclass("Schema", columns)
@@ -39,21 +40,25 @@ def suggestion(key: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
 
 
-def call_checked(target: Callable[..., T], values: Mapping[str, Any], prefix: str) -> T:
+def call_checked(
+    target: Callable[..., T], values: Mapping[str, Any], prefix: str, built: Mapping[str, Any] = MappingProxyType({})
+) -> T:
     """Call ``target`` with ``values`` after checking names and types against its signature.
 
     Args:
         target: a class or function whose parameters are annotated with types that OmegaConf knows.
         values: its keyword arguments.
         prefix: the section's place in the configuration, for the messages.
+        built: further arguments that are objects already, passed on unchecked.
 
     Raises:
         UserError: naming the key, the value and the remedy.
     """
-    schema = OmegaConf.structured(_schema(target), flags={"allow_objects": True})
+    schema = OmegaConf.structured(_schema(target, frozenset(built)))
     for key, value in values.items():
-        if key not in schema:
-            raise UserError(f"{prefix}.{key}={value!r}: there is no such key, {suggestion(key, schema.keys())}")
+        if key not in schema.keys():  # noqa: SIM118  (a key without a value yet is "in" its keys only)
+            names = [str(name) for name in schema]
+            raise UserError(f"{prefix}.{key}={value!r}: there is no such key, {suggestion(key, names)}")
         try:
             schema[key] = value
         except OmegaConfBaseException as error:
@@ -65,6 +70,6 @@ def call_checked(target: Callable[..., T], values: Mapping[str, Any], prefix: st
     plain = OmegaConf.to_container(schema, resolve=True)
     assert isinstance(plain, dict)
     try:
-        return target(**{str(key): value for key, value in plain.items()})
+        return target(**{str(key): value for key, value in plain.items()}, **built)
     except UserError as error:
         raise UserError(f"{prefix}: {error}") from None

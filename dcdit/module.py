@@ -203,7 +203,9 @@ class DCDiTModule(pl.LightningModule):
         config = self.optimizer
         adamw = torch.optim.AdamW(self.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         try:
-            schedule = get_scheduler(config.schedule, adamw, config.warmup, self.max_steps)
+            schedule = get_scheduler(
+                config.schedule, adamw, num_warmup_steps=config.warmup, num_training_steps=self.max_steps
+            )
         except ValueError as error:
             raise UserError(f"optimizer.schedule={config.schedule!r}: {error}") from None
         return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

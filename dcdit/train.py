@@ -1,5 +1,6 @@
 """Train or resume: ``python -m dcdit.train experiment=digits``."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def build_module(config: DictConfig, latents: dict[str, Any]) -> DCDiTModule:
 def build_data(config: DictConfig) -> LatentDataModule:
     """The LightningDataModule of a composed configuration."""
     values: Any = OmegaConf.to_container(config.data, resolve=True)
-    source = values.pop("source", None)
-    return call_checked(LatentDataModule, {**values, "source": source and build_source(source)}, "data")
+    spec = values.pop("source")
+    return call_checked(LatentDataModule, values, "data", {"source": build_source(spec) if spec else None})
 
 
 def check_devices(config: DictConfig) -> None:
@@ -136,11 +137,13 @@ def train(config: DictConfig, run_dir: Path) -> dict[str, float]:
 def report_end(trainer: pl.Trainer, run_dir: Path) -> None:
     """Say what to do next."""
     interrupted = any(isinstance(c, StopOnInterrupt) and c.interrupted for c in trainer.callbacks)  # type: ignore[attr-defined]
-    last = run_dir / "checkpoints" / "last.ckpt"
+    last = Path(os.path.relpath(run_dir / "checkpoints" / "last.ckpt"))
     if interrupted:
         rank_zero_info(f"Stopped and saved at step {trainer.global_step}. Resume: the same command with ckpt_path=last")
-    else:
+    elif last.exists():
         rank_zero_info(f"Finished at step {trainer.global_step}. Sample: python -m dcdit.sample checkpoint={last}")
+    else:
+        rank_zero_info(f"Finished at step {trainer.global_step}.")
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="train")

@@ -2,6 +2,6 @@
 
 from dcdit.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint, StopOnInterrupt
 from dcdit.callbacks.ema import EMA
-from dcdit.callbacks.throughput import Throughput
+from dcdit.callbacks.throughput import Progress, Throughput
 
-__all__ = ["EMA", "AtomicCheckpointIO", "Checkpoint", "StopOnInterrupt", "Throughput"]
+__all__ = ["EMA", "AtomicCheckpointIO", "Checkpoint", "Progress", "StopOnInterrupt", "Throughput"]

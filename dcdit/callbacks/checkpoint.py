@@ -46,7 +46,8 @@ class Checkpoint(ModelCheckpoint):
     def __init__(self, dirpath: str, every_n_steps: int = 10_000, keep_all: bool = True) -> None:
         super().__init__(
             dirpath=dirpath,
-            filename="{step:08d}",
+            filename="step_{step:08d}",
+            auto_insert_metric_name=False,
             save_last=True,
             save_top_k=-1 if keep_all else 1,
             every_n_train_steps=every_n_steps,

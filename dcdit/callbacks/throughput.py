@@ -1,10 +1,10 @@
-"""How fast training runs."""
+"""How far training is and how fast it runs."""
 
 import time
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 
 class Throughput(Callback):
@@ -31,5 +31,32 @@ class Throughput(Callback):
         before, first = self._since
         if step > first:
             images = (step - first) * trainer.accumulate_grad_batches * trainer.world_size * len(batch[0])
-            pl_module.log("train/images_per_s", images / (now - before), prog_bar=True)
+            rate = images / (now - before)
+            pl_module.log("train/images_per_s", rate)
+            pl_module.log("images/s", rate, prog_bar=True, logger=False)
             self._since = (now, step)
+
+
+class Progress(RichProgressBar):
+    """Lightning's progress bar over the steps of the whole run; there are no epochs to count.
+
+    Args:
+        refresh_rate: steps between two refreshes; each one reads the loss from the device.
+    """
+
+    def __init__(self, refresh_rate: int = 20) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Micro-batches of the whole run; a resumed run counts on from where it stopped."""
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """The metrics shown, without the logger's version number."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics

@@ -18,12 +18,13 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: in
     Args:
         conditional, unconditional: (B, 2C, H, W).
         scale: guidance scale s; 1 is the conditional prediction.
-        channels: how many noise channels to guide; None guides all C. The published numbers guided 3 of 4.
+        channels: how many noise channels to guide, at most C; None guides all C. The published numbers guided 3 of 4.
 
     Returns:
         (B, 2C, H, W): the remaining noise channels and the variance are the conditional ones.
     """
-    guided = conditional.shape[1] // 2 if channels is None else channels
+    noise_channels = conditional.shape[1] // 2
+    guided = noise_channels if channels is None else min(channels, noise_channels)
     noise = unconditional[:, :guided] + scale * (conditional[:, :guided] - unconditional[:, :guided])
     return torch.cat([noise, conditional[:, guided:]], dim=1)
 

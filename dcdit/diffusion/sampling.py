@@ -16,6 +16,7 @@ from dcdit.errors import UserError
 SamplerName = Literal["ddpm", "ddim"]
 GuidedDenoiser = Callable[[Tensor, Tensor, Tensor], GuidedOutput]
 """``denoiser(x, t, y)`` for x (B, C, H, W), t (B,), y (B,)."""
+Scheduler = DDPMScheduler | DDIMScheduler
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Sampler:
         if not 0 <= self.eta <= 1:
             raise UserError(f"sampler.eta={self.eta} is outside [0, 1]: 0 is deterministic DDIM, 1 is as noisy as DDPM")
 
-    def scheduler(self) -> DDPMScheduler | DDIMScheduler:
+    def scheduler(self) -> Scheduler:
         """The diffusers scheduler, its timesteps set.
 
         Its tables are replaced by float64 ones: with float32 tables, clipped trajectories lose a factor of a thousand
@@ -94,21 +95,25 @@ class Sampler:
             labels: (B,) class labels; their device is where sampling runs.
             generators: one CPU generator per sample, the only source of randomness of that sample.
         """
-        scheduler, channels, device = self.scheduler(), shape[0], labels.device
-        streams = list(generators)
-        x = torch.cat([torch.randn(1, *shape, generator=stream) for stream in streams]).to(device)
+        scheduler, streams = self.scheduler(), list(generators)
+        x = torch.cat([torch.randn(1, *shape, generator=stream) for stream in streams]).to(labels.device)
         for index, timestep in enumerate(scheduler.timesteps.tolist()):
             output = denoiser(x, torch.full_like(labels, timestep), labels)
-            prediction = output.prediction.float()
-            if isinstance(scheduler, DDPMScheduler):
-                step = scheduler.step(prediction, timestep, x, generator=streams)
-            else:
-                noise = prediction[:, :channels]
-                step = scheduler.step(
-                    noise, timestep, x, eta=self.eta, use_clipped_model_output=self.clip, generator=streams
-                )
-            yield Step(index, timestep, x, output, step.prev_sample)
-            x = step.prev_sample
+            following = self.advance(scheduler, output.prediction.float(), timestep, x, streams)
+            yield Step(index, timestep, x, output, following)
+            x = following
+
+    def advance(
+        self, scheduler: Scheduler, prediction: Tensor, timestep: int, x: Tensor, generators: list[torch.Generator]
+    ) -> Tensor:
+        """One step of ``scheduler`` from ``x`` (B, C, H, W) at ``timestep``, given noise and variance (B, 2C, H, W)."""
+        if isinstance(scheduler, DDPMScheduler):
+            return scheduler.step(prediction, timestep, x, generator=generators).prev_sample
+        # Where x_0 is clipped, the noise is recomputed from the clipped x_0.
+        noise = prediction[:, : x.shape[1]]
+        return scheduler.step(
+            noise, timestep, x, eta=self.eta, use_clipped_model_output=self.clip, generator=generators
+        ).prev_sample
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:

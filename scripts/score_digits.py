@@ -1,0 +1,98 @@
+"""Score a digits run: ``python scripts/score_digits.py runs/digits`` after training and sampling.
+
+Reads the newest checkpoint and the samples that ``dcdit.sample`` wrote beside it, and reports
+
+* the share of samples that a classifier trained on the real digits assigns to the requested class,
+* the kept share against 1 / compression,
+* how often the router keeps positions on or next to ink and on empty background, by timestep.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from sklearn.svm import SVC
+
+from dcdit.data.sources import Digits
+from dcdit.diffusion.schedule import Posterior, add_noise
+from dcdit.interop import read_checkpoint
+from dcdit.sample import load_model
+
+TIMESTEPS = (20, 200, 500, 800)
+INK = -0.5  # in [-1, 1]; paper white is -1
+
+
+def class_accuracy(samples: Path, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Share of generated digits assigned to the requested class, and the classifier's own accuracy on unseen ones."""
+    features, truth = images.flatten(1).numpy(), labels.numpy()
+    order = np.random.default_rng(0).permutation(len(features))
+    unseen, seen = order[:400], order[400:]
+    judge = SVC(gamma="scale").fit(features[seen], truth[seen])
+    with np.load(samples, allow_pickle=False) as stored:
+        generated, wanted = stored["latents"].clip(-1, 1), stored["labels"]
+    return {
+        "generated_digits": len(wanted),
+        "class_accuracy": float((judge.predict(generated.reshape(len(wanted), -1)) == wanted).mean()),
+        "classifier_accuracy_on_unseen_real_digits": float((judge.predict(features[unseen]) == truth[unseen]).mean()),
+    }
+
+
+def router_statistics(checkpoint: str, images: torch.Tensor, labels: torch.Tensor) -> list[dict[str, float]]:
+    """Kept share of positions on or next to ink and of empty background, for real digits diffused to timestep t."""
+    network, tables = load_model(checkpoint).network, Posterior.linear()
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    near_ink = F.max_pool2d((images > INK).float(), 3, stride=1, padding=1).flatten(1).bool()
+    rows = []
+    for timestep in TIMESTEPS:
+        t = torch.full((len(images),), timestep)
+        with torch.no_grad():
+            kept = network(add_noise(tables, images, noise, t), t, labels).routing.natural_mask
+        rows.append(
+            {
+                "t": timestep,
+                "kept": float(kept.float().mean()),
+                "kept_on_or_next_to_ink": float(kept[near_ink].float().mean()),
+                "kept_on_background": float(kept[~near_ink].float().mean()),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Print the scores and write them to ``score.json`` in the run's directory."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run directory, such as runs/digits")
+    run = parser.parse_args().run
+    checkpoint, samples = run / "checkpoints" / "last.ckpt", run / "samples" / "latents.npz"
+    for path in (checkpoint, samples):
+        if not path.is_file():
+            parser.error(f"{path} is missing: train and sample first (make train)")
+    settings = read_checkpoint(checkpoint)["hyper_parameters"]
+    images, labels = Digits(grid=settings["model"]["grid"]).images()
+
+    score = {
+        **class_accuracy(samples, images, labels),
+        "one_over_compression": 1 / settings["compression"],
+        "router": router_statistics(str(checkpoint), images[:512], labels[:512]),
+    }
+    (run / "score.json").write_text(json.dumps(score, indent=1) + "\n")
+    table = Table(title=f"router, kept share (asked for {1 / settings['compression']:.2f} on average)")
+    for heading in ("t", "all positions", "on or next to ink", "background"):
+        table.add_column(heading, justify="right")
+    for row in score["router"]:
+        table.add_row(*(f"{value:.2f}" if key != "t" else f"{value:.0f}" for key, value in row.items()))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{score['class_accuracy']:.1%} of {score['generated_digits']} generated digits are read as the requested class"
+        f" (the same classifier reads {score['classifier_accuracy_on_unseen_real_digits']:.1%} of unseen real digits)"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from dcdit.cli import CONFIG_DIR, register_resolvers
+
+register_resolvers()
+
+TINY = (
+    "experiment=digits",
+    "model.width=32",
+    "model.depth=1",
+    "model.encoder_width=16",
+    "model.grid=8",
+    "data.batch_size=8",
+    "budget.warmup=2",
+    "trainer.log_every_n_steps=1",
+    "callbacks.progress=null",
+)
+"""Overrides for a digits run of a second or two."""
+
+
+def compose_config(*overrides: str, name: str = "train") -> DictConfig:
+    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def golden_folders() -> dict[str, Path]:
+    """The reference's numbers: ``mini`` lies here, ``dev`` where DCDIT_GOLDEN points, if it does."""
+    folders = {"mini": Path(__file__).parent / "golden" / "mini"}
+    dev = Path(os.environ.get("DCDIT_GOLDEN", "")) / "dev"
+    if "DCDIT_GOLDEN" in os.environ and dev.is_dir():
+        folders["dev"] = dev
+    return folders
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 8 x 8 digits."""
+    from dcdit.data.sources import Digits
+
+    directory = tmp_path_factory.mktemp("digits")
+    Digits(grid=8).write(directory)
+    return directory
+
+
+@pytest.fixture
+def tiny(digits: Path, tmp_path: Path):
+    """Run a tiny digits training in a directory; returns the run directory."""
+    from dcdit.train import train
+
+    def run(name: str, *overrides: str) -> Path:
+        run_dir = tmp_path / name
+        run_dir.mkdir(exist_ok=True)
+        train(compose_config(*TINY, f"data.directory={digits}", *overrides), run_dir)
+        return run_dir
+
+    return run
+
+
+def perturb(module: torch.nn.Module, seed: int = 0) -> None:
+    """Move every parameter off its initial value, zero-initialised ones above all."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
