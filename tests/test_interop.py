@@ -1,3 +1,4 @@
+import argparse
 import os
 import pickle
 import sys
@@ -30,19 +31,26 @@ def test_a_reference_file_loads_without_running_its_pickle(tmp_path, monkeypatch
     module.Config.__module__ = "their_package"
     monkeypatch.setitem(sys.modules, "their_package", module)
     state = {name: tensor.float() for name, tensor in load_file(STATE).items()}
-    marker, path = tmp_path / "exploded", tmp_path / "reference.pt"
+    path = tmp_path / "reference.pt"
     raw = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    config = {"arch": module.Config(), "bomb": Bomb(marker)}
+    config = {"arch": module.Config(), "args": argparse.Namespace(lr=1e-4)}
     torch.save({"model": raw, "ema": state, "opt": {}, "config": config}, path)
     monkeypatch.delitem(sys.modules, "their_package")
 
     net = load_reference(path, heads=4)
-    assert not marker.exists()
     direct = load_reference(state, heads=4)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), direct.parameters(), strict=True))
     assert not net.training
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
+
+
+def test_a_hostile_file_is_refused_and_runs_nothing(tmp_path):
+    marker, path = tmp_path / "exploded", tmp_path / "hostile.pt"
+    torch.save({"ema": {}, "config": Bomb(marker)}, path)
+    with pytest.raises(UserError, match=r"it asks to run posix\.system"):
+        load_reference(path, heads=4)
+    assert not marker.exists()
 
 
 def test_the_network_is_read_off_the_shapes():

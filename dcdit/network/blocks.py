@@ -1,6 +1,5 @@
 """The layers that DC-DiT and the plain DiT share."""
 
-import math
 from functools import partial
 
 import torch.nn.functional as F
@@ -136,9 +135,3 @@ class OutputLayer(nn.Module):
         shift, scale = self.modulation(F.silu(c))[:, None].chunk(2, dim=-1)
         return self.linear(modulate(layer_norm(x), shift, scale))
 
-
-def constant_init(layer: nn.Conv2d, bias: float) -> nn.Conv2d:
-    """Set the bias of ``layer`` to ``bias``, leaving its weight."""
-    assert layer.bias is not None and math.isfinite(bias)
-    nn.init.constant_(layer.bias, bias)
-    return layer

@@ -37,6 +37,13 @@ def normal_init(layer: Layer, std: float = 0.02) -> Layer:
     return _zero_bias(layer)
 
 
+def constant_init(layer: nn.Conv2d, bias: float) -> nn.Conv2d:
+    """The given bias; the weight stays at PyTorch's default."""
+    assert layer.bias is not None
+    nn.init.constant_(layer.bias, bias)
+    return layer
+
+
 def check_scheme(scheme: str) -> None:
     """Raise :class:`UserError` unless ``scheme`` is a known initialisation scheme."""
     if scheme not in get_args(InitScheme):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdit.errors import UserError
-from dcdit.network.blocks import constant_init, group_norm
+from dcdit.network.init import constant_init
 
 RouterName = Literal["predictability", "cosine"]
 
@@ -90,21 +90,30 @@ class PredictabilityRouter(nn.Module):
     """Spatial-predictability router: a position is a boundary where its neighbourhood does not predict it.
 
     Args:
-        channels: feature channels D.
-        bottleneck: channels of the prediction, D / 4 as published.
-        bias: initial value of the last bias; -1.1 starts with almost nothing kept.
+        channels: feature channels D, a multiple of 32.
+
+    Raises:
+        UserError: if they are not.
     """
 
-    def __init__(self, channels: int, bottleneck: int | None = None, groups: int = 8, bias: float = -1.1) -> None:
+    GROUPS = 8
+    BIAS = -1.1  # of the last layer: starts with almost nothing kept
+
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        inner = bottleneck or channels // 4
+        inner = channels // 4
+        if channels % (4 * self.GROUPS):
+            raise UserError(
+                f"width={channels} is not a multiple of {4 * self.GROUPS}, which the router's {self.GROUPS} groups of"
+                " width / 4 channels need"
+            )
         self.project = nn.Conv2d(channels, inner, 1)
         self.predict = nn.Conv2d(inner, inner, 3, padding=1)
         self.scorer = nn.Sequential(
             nn.Conv2d(inner, inner, 3, padding=1),
-            group_norm(groups, inner),
+            nn.GroupNorm(self.GROUPS, inner),
             nn.SiLU(),
-            constant_init(nn.Conv2d(inner, 1, 1), bias),
+            constant_init(nn.Conv2d(inner, 1, 1), self.BIAS),
         )
 
     def forward(self, features: Tensor) -> Tensor:

@@ -46,10 +46,9 @@ def test_published_parameter_counts(width, heads, depth, count, positions):
 def test_every_parameter_gets_a_gradient(variant):
     net = lively(**variant).train()
     output = net(*inputs())
-    assert 0.1 < output.routing.mask.float().mean() < 1
+    assert 0.05 < output.routing.mask.float().mean() < 1
     (output.prediction.square().mean() + output.routing.prob.mean()).backward()
     missing = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    # A cosine router that keeps everything or nothing would show here too.
     assert missing == []
 
 
@@ -155,7 +154,8 @@ def test_bf16_autocast_keeps_the_router_in_float32():
     [
         ({"heads": 5}, "heads=5 does not divide width=64"),
         ({"width": 0}, "width=0 is not a positive number"),
-        ({"width": 62, "heads": 2}, "width=62 is not divisible by 4"),
+        ({"width": 62, "heads": 2, "groups": 2}, "width=62 is not divisible by 4"),
+        ({"width": 48}, "width=48 is not a multiple of 32"),
         ({"groups": 32}, "groups=32 does not suit 32 channels"),
         ({"groups": 7}, "groups=7 does not suit 32 channels"),
         ({"init": "papr"}, "init='papr'"),
