@@ -8,7 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -48,7 +53,7 @@ def entry_point(main: Callable[[], None]) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     try:
         main()
-    except ConfigCompositionException as error:
+    except (ConfigCompositionException, MissingConfigException) as error:
         fail(_explain_override(error))
     except InstantiationException as error:
         fail(f"{error.__cause__ or error}")
@@ -62,10 +67,13 @@ def fail(message: str) -> None:
     sys.exit(USER_ERROR_STATUS)
 
 
-def _explain_override(error: ConfigCompositionException) -> str:
+def _explain_override(error: ConfigCompositionException | MissingConfigException) -> str:
     """Hydra's message about a wrong override, with the key that was probably meant."""
     cause = error.__cause__
     message = str(error).splitlines()[0]
+    if isinstance(error, MissingConfigException):
+        options = ", ".join(error.options or [])
+        return f"{message}" + (f"\navailable: {options}" if options else "")
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
         given = [word for word in sys.argv[1:] if word.split("=")[0].lstrip("+~") == cause.full_key]
         remedy = suggestion(str(cause.key), [str(key) for key in cause.parent_node])

@@ -48,28 +48,29 @@ def call_checked(
     Args:
         target: a class or function whose parameters are annotated with types that OmegaConf knows.
         values: its keyword arguments.
-        prefix: the section's place in the configuration, for the messages.
+        prefix: the section's place in the configuration, for the messages; empty for the top level.
         built: further arguments that are objects already, passed on unchecked.
 
     Raises:
         UserError: naming the key, the value and the remedy.
     """
     schema = OmegaConf.structured(_schema(target, frozenset(built)))
+    place = f"{prefix}." if prefix else ""
     for key, value in values.items():
         if key not in schema.keys():  # noqa: SIM118  (a key without a value yet is "in" its keys only)
             names = [str(name) for name in schema]
-            raise UserError(f"{prefix}.{key}={value!r}: there is no such key, {suggestion(key, names)}")
+            raise UserError(f"{place}{key}={value!r}: there is no such key, {suggestion(key, names)}")
         try:
             schema[key] = value
         except OmegaConfBaseException as error:
             expected = str(error).splitlines()[0]
-            raise UserError(f"{prefix}.{key}={value!r}: {expected}") from None
+            raise UserError(f"{place}{key}={value!r}: {expected}") from None
     missing = sorted(OmegaConf.missing_keys(schema))
     if missing:
-        raise UserError(f"{prefix}.{missing[0]} is not set: give {prefix}.{missing[0]}=...")
+        raise UserError(f"{place}{missing[0]} is not set: give {place}{missing[0]}=...")
     plain = OmegaConf.to_container(schema, resolve=True)
     assert isinstance(plain, dict)
     try:
         return target(**{str(key): value for key, value in plain.items()}, **built)
     except UserError as error:
-        raise UserError(f"{prefix}: {error}") from None
+        raise UserError(f"{prefix}: {error}" if prefix else str(error)) from None

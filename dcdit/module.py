@@ -11,6 +11,7 @@ from diffusers.optimization import get_scheduler
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from dcdit.callbacks.throughput import logging_interval
 from dcdit.config import call_checked
 from dcdit.data.stream import Batch
 from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss
@@ -230,7 +231,7 @@ class DCDiTModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Stop with a clear error after too many skipped steps in a row; looked at only when metrics are logged."""
-        due = max(1, min(self.trainer.log_every_n_steps, self.nonfinite_limit))
+        due = max(1, min(logging_interval(self.trainer), self.nonfinite_limit))
         if self.trainer.global_step % due == 0 and self.skipped[1] >= self.nonfinite_limit:
             raise NonFiniteLossError(
                 f"{int(self.skipped[1])} steps in a row had non-finite gradients (limit nonfinite_limit="

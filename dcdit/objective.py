@@ -57,4 +57,4 @@ def drop_fraction_at(step: int, seed: int, fractions: Sequence[float], warmup: i
     if step < warmup or not fractions:
         return 0.0
     draw = np.random.default_rng([seed, step]).integers(len(fractions))
-    return float(fractions[draw])
+    return float(fractions[int(draw)])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+from matplotlib import pyplot as plt
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,13 @@ def resolve_labels(request: Request, names: list[str]) -> Tensor:
 
 
 def sample(
-    model: Model, guidance: Guidance, sampler: Sampler, labels: Tensor, request: Request, decode: Decoder, shown: list[int]
+    model: Model,
+    guidance: Guidance,
+    sampler: Sampler,
+    labels: Tensor,
+    request: Request,
+    decode: Decoder,
+    shown: list[int],
 ) -> Result:
     """Sample ``labels`` in batches; sample i depends on (seed, i) only.
 
@@ -146,8 +152,8 @@ def sample(
         shown: numbers of the samples to take snapshots of.
     """
     device = next(model.network.parameters()).device
-    shape = tuple(model.latents["shape"])
-    wanted = np.linspace(0, sampler.steps - 1, request.snapshots).round().astype(int) if request.snapshots else []
+    channels, height, width = model.latents["shape"]
+    wanted = set(np.linspace(0, sampler.steps - 1, request.snapshots).round().astype(int).tolist())
     latents: list[Tensor] = []
     shares: list[Tensor] = []
     snapshots: dict[int, list[Snapshot]] = {number: [] for number in shown}
@@ -157,7 +163,7 @@ def sample(
         for rows in batches:
             streams = [sample_generator(request.seed, int(row)) for row in rows]
             x = torch.empty(0)
-            for step in sampler.trajectory(guidance, shape, labels[rows].to(device), streams):
+            for step in sampler.trajectory(guidance, (channels, height, width), labels[rows].to(device), streams):
                 x, routing = step.next, step.output.routing
                 if routing is not None:
                     shares.append(routing.mask.float().mean())
@@ -166,7 +172,7 @@ def sample(
                             if number in snapshots:
                                 image = decode(step.x[place : place + 1])[0]
                                 prob, mask = routing.prob[place], routing.mask[place]
-                                snapshots[number].append(snapshot(step.timestep, image, prob, mask, model.network.grid))
+                                snapshots[number].append(snapshot(step.timestep, image, prob, mask, (height, width)))
                 progress.advance(task)
             latents.append(x.float().cpu())
     kept = float(torch.stack(shares).mean()) if shares else None
@@ -205,9 +211,7 @@ def run(config: DictConfig) -> Path:
     labels = resolve_labels(request, names)
     guidance = Guidance(model.network, null_class=len(names), **guided)
     device = next(model.network.parameters()).device
-    decode = load_decoder(
-        model.latents["autoencoder"], model.latents["scale"], model.latents["shift"], device
-    )
+    decode = load_decoder(model.latents["autoencoder"], model.latents["scale"], model.latents["shift"], device)
     shown = list(range(0, len(labels), request.per_class))[:4]  # the first of each class
     result = sample(model, guidance, sampler, labels, request, decode, shown)
 

@@ -1,6 +1,7 @@
 """Train or resume: ``python -m dcdit.train experiment=digits``."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dcdit.data.datamodule import LatentDataModule
 from dcdit.data.manifest import Manifest
 from dcdit.errors import UserError
 from dcdit.module import DCDiTModule
-from dcdit.registry import build_network, build_source
+from dcdit.registry import build_source
 from dcdit.runtime import keep_freed_memory
 
 LAST = "last"
@@ -36,19 +37,41 @@ def check_fit(manifest: Manifest, model: dict[str, Any]) -> None:
         if wanted != found:
             raise UserError(
                 f"model.{name}={wanted} does not fit the shards, which have {found}"
-                f" (latents {channels} x {height} x {width}, {len(manifest.classes)} classes): set model.{name}={found},"
-                " or point data.directory at other shards"
+                f" (latents {channels} x {height} x {width}, {len(manifest.classes)} classes):"
+                f" set model.{name}={found}, or point data.directory at other shards"
             )
 
 
+@dataclass(frozen=True)
+class Run:
+    """The keys at the top of ``configs/train.yaml``."""
+
+    compression: float
+    seed: int
+    run_name: str
+    run_dir: str
+    ckpt_path: str | None
+    nonfinite_limit: int
+
+
 def build_module(config: DictConfig, latents: dict[str, Any]) -> DCDiTModule:
-    """The LightningModule of a composed configuration."""
+    """The LightningModule of a composed configuration; UserError if a value is wrong."""
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    names = ("model", "compression", "ratio", "budget", "optimizer", "seed", "nonfinite_limit")
-    values = {name: plain[name] for name in names}
-    if plain["model"]["name"] == "dit" and plain["budget"]["fractions"]:
-        raise UserError(f"budget.fractions={plain['budget']['fractions']}: a plain DiT drops no tokens, set budget=none")
-    return DCDiTModule(latents=latents, max_steps=plain["trainer"]["max_steps"], **values)
+    run = call_checked(Run, {name: value for name, value in plain.items() if not isinstance(value, dict)}, "")
+    fractions = plain["budget"].get("fractions")
+    if plain["model"]["name"] == "dit" and fractions:
+        raise UserError(f"budget.fractions={fractions}: a plain DiT drops no tokens, set budget=none")
+    return DCDiTModule(
+        model=plain["model"],
+        latents=latents,
+        compression=run.compression,
+        ratio=plain["ratio"],
+        budget=plain["budget"],
+        optimizer=plain["optimizer"],
+        max_steps=plain["trainer"]["max_steps"],
+        seed=run.seed,
+        nonfinite_limit=run.nonfinite_limit,
+    )
 
 
 def build_data(config: DictConfig) -> LatentDataModule:
@@ -85,7 +108,9 @@ def find_checkpoint(config: DictConfig, run_dir: Path) -> Path | None:
         return last if last.exists() else None
     path = last if config.ckpt_path == LAST else Path(config.ckpt_path)
     if not path.is_file():
-        raise UserError(f"ckpt_path={config.ckpt_path}: there is no checkpoint {path}; leave ckpt_path out to start anew")
+        raise UserError(
+            f"ckpt_path={config.ckpt_path}: there is no checkpoint {path}; leave ckpt_path out to start anew"
+        )
     return path
 
 
@@ -113,10 +138,10 @@ def train(config: DictConfig, run_dir: Path) -> dict[str, float]:
         UserError: naming key, value and remedy.
     """
     config.run_dir = str(run_dir)
-    checkpoint = find_checkpoint(config, run_dir)
-    check_devices(config)
     with torch.device("meta"):
         build_module(config, latents={})  # cheap at any scale, before any data are written
+    checkpoint = find_checkpoint(config, run_dir)
+    check_devices(config)
     data = build_data(config)
     data.prepare_data()
     manifest = data.manifest()
@@ -126,7 +151,7 @@ def train(config: DictConfig, run_dir: Path) -> dict[str, float]:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     module = build_module(config, latents=manifest.summary())
     if config.trainer.accelerator == "cpu":
-        module.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module.network.to(memory_format=torch.channels_last)
     trainer = build_trainer(config)
     save_config(config, run_dir)
     trainer.fit(module, data, ckpt_path=checkpoint)

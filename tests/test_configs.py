@@ -72,7 +72,8 @@ def test_the_config_of_a_job_is_readable():
     ],
 )
 def test_mistakes_end_in_one_screen(tmp_path, override, words):
-    result = run("dcdit.train", "experiment=digits", f"run_dir={tmp_path}/run", f"data.directory={tmp_path}/data", override)
+    places = (f"run_dir={tmp_path}/run", f"data.directory={tmp_path}/data")
+    result = run("dcdit.train", "experiment=digits", *places, override)
     text = " ".join((result.stdout + result.stderr).replace("│", " ").split())
     assert result.returncode == 2, text
     for word in words:

@@ -65,7 +65,7 @@ def test_clear_refusals(tmp_path):
         load_reference(state)
     with pytest.raises(UserError, match="heads=7 does not divide"):
         load_reference(state, heads=7)
-    with pytest.raises(UserError, match="'surprise.weight' is not one of"):
+    with pytest.raises(UserError, match=r"'surprise.weight' is not one of"):
         load_reference({**state, "surprise.weight": torch.zeros(1)}, heads=4)
     with pytest.raises(UserError, match="does not fit"):
         load_reference({k: v for k, v in state.items() if k != "final_layer.linear.bias"}, heads=4)

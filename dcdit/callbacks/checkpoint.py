@@ -31,7 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Load ``path`` onto the CPU, without ever running pickled code."""
-        return super().load_checkpoint(path, map_location or "cpu", weights_only=True)
+        return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
 
 
 class Checkpoint(ModelCheckpoint):

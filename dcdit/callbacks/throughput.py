@@ -7,6 +7,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 
+def logging_interval(trainer: pl.Trainer) -> int:
+    """Optimiser steps between two logged ones."""
+    return trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+
+
 class Throughput(Callback):
     """Logs ``train/images_per_s`` over all ranks between two logged steps."""
 
@@ -25,7 +30,7 @@ class Throughput(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log at the trainer's logging interval."""
-        if self._since is None or trainer.global_step % trainer.log_every_n_steps:
+        if self._since is None or trainer.global_step % logging_interval(trainer):
             return
         now, step = time.perf_counter(), trainer.global_step
         before, first = self._since

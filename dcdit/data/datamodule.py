@@ -83,7 +83,8 @@ class LatentDataModule(pl.LightningDataModule):
             )
         consumed = self.samples_seen // (micro * self.trainer.world_size)
         stream = LatentStream(self.directory / "train", self.manifest(), self._order(micro), start=consumed)
-        stream.deal(0, self.trainer.world_size * max(1, self.num_workers))  # too few shards: say so here, not in a worker
+        # Too few shards: say so here rather than in a worker process.
+        stream.deal(0, self.trainer.world_size * max(1, self.num_workers))
         return self._loader(stream)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:

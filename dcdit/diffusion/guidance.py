@@ -2,14 +2,36 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dcdit.errors import UserError
 
-Denoiser = Callable[..., "object"]
-"""``denoiser(x, t, y, drop_fraction)`` returns an object with ``.prediction`` (B, 2C, H, W) and ``.routing``."""
+
+class RoutingLike(Protocol):
+    """A router's decision: probabilities, and what was kept before and after the tail drop, each (B, L)."""
+
+    @property
+    def prob(self) -> Tensor: ...  # noqa: D102
+    @property
+    def natural_mask(self) -> Tensor: ...  # noqa: D102
+    @property
+    def mask(self) -> Tensor: ...  # noqa: D102
+
+
+class Prediction(Protocol):
+    """What a denoiser returns: noise and variance (B, 2C, H, W), and the routing if there is any."""
+
+    @property
+    def prediction(self) -> Tensor: ...  # noqa: D102
+    @property
+    def routing(self) -> RoutingLike | None: ...  # noqa: D102
+
+
+Denoiser = Callable[[Tensor, Tensor, Tensor, "float | Tensor"], Prediction]
+"""``denoiser(x, t, y, drop_fraction)``: a network."""
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: int | None) -> Tensor:
@@ -34,7 +56,7 @@ class GuidedOutput:
     """Guided prediction (B, 2C, H, W), and the routing of the conditional and, if it ran, the unconditional half."""
 
     prediction: Tensor
-    routing: object
+    routing: RoutingLike | None
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from dcdit.diffusion.guidance import GuidedOutput
@@ -16,7 +17,8 @@ from dcdit.errors import UserError
 SamplerName = Literal["ddpm", "ddim"]
 GuidedDenoiser = Callable[[Tensor, Tensor, Tensor], GuidedOutput]
 """``denoiser(x, t, y)`` for x (B, C, H, W), t (B,), y (B,)."""
-Scheduler = DDPMScheduler | DDIMScheduler
+Scheduler = Any
+"""A diffusers scheduler; their annotations know neither lists of generators nor each other's options."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Sampler:
         in precision at the last steps.
         """
         common = {"beta_start": BETA_START, "beta_end": BETA_END, "clip_sample": self.clip}
+        scheduler: Scheduler
         if self.name == "ddpm":
             scheduler = DDPMScheduler(**common, variance_type="learned_range", timestep_spacing="linspace")
         else:
@@ -85,7 +88,11 @@ class Sampler:
         return scheduler
 
     def trajectory(
-        self, denoiser: GuidedDenoiser, shape: tuple[int, int, int], labels: Tensor, generators: Sequence[torch.Generator]
+        self,
+        denoiser: GuidedDenoiser,
+        shape: tuple[int, int, int],
+        labels: Tensor,
+        generators: Sequence[torch.Generator],
     ) -> Iterator[Step]:
         """Sample, yielding every step.
 
@@ -107,7 +114,7 @@ class Sampler:
         self, scheduler: Scheduler, prediction: Tensor, timestep: int, x: Tensor, generators: list[torch.Generator]
     ) -> Tensor:
         """One step of ``scheduler`` from ``x`` (B, C, H, W) at ``timestep``, given noise and variance (B, 2C, H, W)."""
-        if isinstance(scheduler, DDPMScheduler):
+        if self.name == "ddpm":
             return scheduler.step(prediction, timestep, x, generator=generators).prev_sample
         # Where x_0 is clipped, the noise is recomputed from the clipped x_0.
         noise = prediction[:, : x.shape[1]]

@@ -81,7 +81,9 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     borders, bound = packing.cu_seqlens, packing.bound
-    return varlen_attn(q, k, v, borders, borders, bound, bound)
+    out = varlen_attn(q, k, v, borders, borders, bound, bound)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

@@ -1,9 +1,8 @@
 """The layers that DC-DiT and the plain DiT share."""
 
-from functools import partial
-
 import torch.nn.functional as F
 from timm.layers import Mlp
+from timm.layers.activations import GELUTanh
 from torch import Tensor, nn
 
 from dcdit.errors import UserError
@@ -98,7 +97,7 @@ class DiTBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float, init: InitScheme, attention: str) -> None:
         super().__init__()
         self.attention = Attention(width, heads, attention)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=GELUTanh)
         self.mlp.fc1, self.mlp.fc2 = xavier_init(self.mlp.fc1), xavier_init(self.mlp.fc2)
         self.modulation = {"paper": zero_init, "released": xavier_init}[init](nn.Linear(width, 6 * width))
 
@@ -134,4 +133,3 @@ class OutputLayer(nn.Module):
         """Map ``x`` (B, L, width), conditioned on ``c`` (B, D), to (B, L, out_features)."""
         shift, scale = self.modulation(F.silu(c))[:, None].chunk(2, dim=-1)
         return self.linear(modulate(layer_norm(x), shift, scale))
-

@@ -129,9 +129,7 @@ def plug_back(tokens: Tensor, packing: Packing, mask: Tensor) -> Tensor:
     return tokens.index_select(0, nearest.flatten()).unflatten(0, nearest.shape)
 
 
-def dechunk(
-    tokens: Tensor, routing: Routing, packing: Packing, grid: tuple[int, int], sigma: float | None
-) -> Tensor:
+def dechunk(tokens: Tensor, routing: Routing, packing: Packing, grid: tuple[int, int], sigma: float | None) -> Tensor:
     """Spread the backbone's output over the whole grid (paper, de-chunk): smooth, then plug back.
 
     Args:

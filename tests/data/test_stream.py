@@ -1,4 +1,4 @@
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -40,6 +40,10 @@ def numbers(batches):
     return [latents.flatten().long().tolist() for latents, _ in batches]
 
 
+def flat(lists):
+    return list(chain.from_iterable(lists))
+
+
 def loader(dataset, workers):
     return DataLoader(dataset, batch_size=None, num_workers=workers)
 
@@ -53,7 +57,7 @@ def test_resuming_at_any_batch_continues_the_uninterrupted_order(shards, workers
 
 
 def test_an_epoch_visits_no_sample_twice_and_drops_less_than_a_batch(shards):
-    seen = sum(numbers(stream(shards, epochs=1)), [])
+    seen = flat(numbers(stream(shards, epochs=1)))
     assert len(seen) == len(set(seen)) == SAMPLES // 3 * 3
 
 
@@ -62,13 +66,13 @@ def test_epochs_and_seeds_shuffle_differently(shards):
     first, second = two[:16], two[16:]
     assert first != second
     assert first != numbers(stream(shards, epochs=1, seed=1))
-    assert sorted(sum(first, [])) != sum(first, [])
+    assert sorted(flat(first)) != flat(first)
 
 
 def test_ranks_share_an_epoch_without_overlap_and_equally(shards):
     parts = [numbers(stream(shards, epochs=1, rank=r, world_size=3, batch_size=2)) for r in range(3)]
     assert len({len(part) for part in parts}) == 1
-    seen = sum((sum(part, []) for part in parts), [])
+    seen = flat(flat(part) for part in parts)
     assert len(seen) == len(set(seen))
 
 

@@ -106,7 +106,7 @@ class TestGuidance:
     def test_wrong_settings(self):
         with pytest.raises(UserError, match=r"guidance.scale=-1"):
             Guidance(self.net, 0, scale=-1)
-        with pytest.raises(UserError, match="guidance.channels=0"):
+        with pytest.raises(UserError, match=r"guidance.channels=0"):
             Guidance(self.net, 0, channels=0)
 
 
@@ -136,7 +136,8 @@ def test_golden_steps(folder, size, case, sampler, monkeypatch):
     assert scheduler.timesteps.tolist() == steps_map[::-1].tolist()
     for k, timestep in enumerate(scheduler.timesteps.tolist()):
         for module in ("ddpm", "ddim"):
-            monkeypatch.setattr(f"diffusers.schedulers.scheduling_{module}.randn_tensor", lambda *a, k=k, **kw: noises[k])
+            draw = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
+            monkeypatch.setattr(draw, lambda *_, k=k, **__: noises[k])
         stepped = sampler.advance(scheduler, outputs[k], timestep, states[k], generators=[])
         relative = (stepped - states[k + 1]).abs().max() / states[k + 1].abs().max()
         assert relative < 1e-5, (k, relative)

@@ -53,7 +53,7 @@ def compare(output, data: dict[str, Tensor], case: str, tolerance: float = 2e-5)
     if f"{case}/boundary_prob" in data:
         assert torch.equal(output.routing.natural_mask, data[f"{case}/boundary_mask_natural"])
         torch.testing.assert_close(output.routing.prob, data[f"{case}/boundary_prob"], rtol=0, atol=5e-6)
-        torch.testing.assert_close(output.routing.confidence, data[f"{case}/selected_probs"].squeeze(-1), rtol=0, atol=5e-6)
+        torch.testing.assert_close(output.routing.confidence, data[f"{case}/selected_probs"], rtol=0, atol=5e-6)
     torch.testing.assert_close(output.prediction, data[f"{case}/out"], rtol=0, atol=tolerance)
 
 
