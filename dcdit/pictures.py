@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.utils import save_image
@@ -47,15 +46,16 @@ def save_boundaries(rows: Sequence[Sequence[Snapshot]], titles: Sequence[str], p
         path: PNG to write.
     """
     height, width = 2 * len(rows), len(rows[0])
-    figure, axes = plt.subplots(height, width, figsize=(1.15 * width + 0.9, 1.3 * height), squeeze=False)
-    shown = None
+    figure, axes = plt.subplots(
+        height, width, figsize=(1.15 * width + 1, 1.22 * height), squeeze=False, layout="constrained"
+    )
     for number, (row, title) in enumerate(zip(rows, titles, strict=True)):
         for column, snapshot in enumerate(row):
             top, bottom = axes[2 * number][column], axes[2 * number + 1][column]
             image = snapshot.image.numpy()
             top.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
-            shown = bottom.imshow(snapshot.prob.numpy(), cmap="magma", vmin=0, vmax=1)
-            bottom.contour(np.pad(snapshot.mask.numpy(), 0), levels=[0.5], colors="white", linewidths=0.4)
+            shades = bottom.imshow(snapshot.prob.numpy(), cmap="magma", vmin=0, vmax=1)
+            bottom.contour(snapshot.mask.numpy(), levels=[0.5], colors="white", linewidths=0.4)
             bottom.set_xlabel(f"kept {snapshot.mask.float().mean():.0%}", fontsize=8)
             if number == 0:
                 top.set_title(f"t = {snapshot.timestep}", fontsize=9)
@@ -64,9 +64,7 @@ def save_boundaries(rows: Sequence[Sequence[Snapshot]], titles: Sequence[str], p
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.tight_layout(pad=0.4)
-    if shown is not None:
-        figure.colorbar(shown, ax=axes, fraction=0.015, pad=0.01)
+    figure.colorbar(shades, ax=axes, fraction=0.03, aspect=40, label="boundary probability")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from dcdit.cli import CONFIG_DIR, cpu_precision, entry_point
+from dcdit.cli import CONFIG_DIR, entry_point
 from dcdit.config import call_checked
 from dcdit.data.autoencoder import Decoder, load_decoder
 from dcdit.diffusion.guidance import Guidance
@@ -54,10 +54,10 @@ class Request:
         classes: labels or class names; None takes the first ten.
         per_class: samples of each class.
         seed: with a sample's number, the only source of randomness.
-        batch_size: samples per forward pass; changes the speed, not the images.
+        batch_size: samples per forward pass; changes the speed, and the images by no more than rounding.
         weights: ``ema`` or ``raw``.
         device: ``auto`` or a torch device.
-        precision: ``auto``, ``fp32`` or ``bf16``.
+        precision: ``fp32``, ``bf16``, or ``auto``: bf16 on a GPU, fp32 elsewhere.
         snapshots: columns of ``boundaries.png``; 0 leaves the picture out.
     """
 
@@ -180,9 +180,9 @@ def sample(
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 autocast where asked for, or where it is fast and nobody asked."""
+    """bf16 autocast where asked for, and on a GPU where nobody asked."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" or cpu_precision() == "bf16-mixed" else "fp32"
+        precision = "bf16" if device.type == "cuda" else "fp32"
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 

@@ -30,7 +30,7 @@ class Manifest:
     Attributes:
         latent_shape: (C, H, W) of one latent.
         dtype: numpy name of the stored type.
-        representation: ``sample`` (one latent per image) or ``moments`` (posterior mean and log-variance).
+        representation: ``sample``, one latent per image.
         autoencoder: ``identity``, or what ``AutoencoderKL.from_pretrained`` takes.
         scale, shift: the network sees (stored - shift) * scale.
         classes: class names; a label is an index into them.
@@ -102,6 +102,8 @@ class Manifest:
         shape = tuple(int(size) for size in values.pop("latent_shape"))
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"latent_shape is {shape}, not (C, H, W)")
+        if values["representation"] != "sample":
+            raise ValueError(f"representation is {values['representation']!r}, this release reads 'sample'")
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
         if not shards or not values["classes"]:
             raise ValueError("it lists no shards or no classes")

@@ -71,6 +71,7 @@ def test_missing_and_cut_shards_are_named(tmp_path):
         ({"schema_version": 99}, "schema_version is 99"),
         ({"latent_shape": [4]}, "latent_shape"),
         ({"surprise": 1}, "surprise"),
+        ({"representation": "moments"}, "reads .sample."),
         ({"shards": []}, "no shards"),
         ({"shards": [{"name": "../x.tar", "samples": 1, "bytes": 1, "sha256": ""}]}, "out of the directory"),
     ],

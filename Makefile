@@ -1,0 +1,47 @@
+# `make` lists what there is to do. The first target that needs it installs everything into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/digits
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint types check format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed ## install the package and its development tools into .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: install ## train on handwritten digits, sample, score; an interrupted run is resumed
+	$(BIN)/python -m dcdit.train experiment=digits ckpt_path=auto
+	$(BIN)/python -m dcdit.sample checkpoint=$(RUN)/checkpoints/last.ckpt \
+		per_class=24 sampler.steps=50 guidance.scale=3
+	$(BIN)/python scripts/score_digits.py $(RUN)
+	@echo "Pictures: $(RUN)/samples/samples.png and $(RUN)/samples/boundaries.png"
+
+test: install ## run all tests
+	$(BIN)/python -m pytest
+
+lint: install ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## check types
+	$(BIN)/mypy
+
+check: lint types test ## lint, types and tests: what continuous integration runs
+
+format: install ## put the code into the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what tools cached; data, runs and .venv stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
