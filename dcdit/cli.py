@@ -48,7 +48,8 @@ def entry_point(main: Callable[[], None]) -> None:
     """Run a Hydra main function; a user's mistake ends in one message on stderr and exit status 2."""
     register_resolvers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of Hydra's own printout
-    for noise in (".*LeafSpec.*", "Total length of `list` across ranks is zero.*"):
+    # Lightning finds a missing validation split strange, uses what torch deprecates, and advertises.
+    for noise in ("Total length of `list` across ranks is zero.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", message=noise)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     try:
@@ -59,6 +60,11 @@ def entry_point(main: Callable[[], None]) -> None:
         fail(f"{error.__cause__ or error}")
     except (UserError, MisconfigurationException, NonFiniteLossError, HydraException, OmegaConfBaseException) as error:
         fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or 'A file'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
 
 
 def fail(message: str) -> None:

@@ -73,4 +73,4 @@ def call_checked(
     try:
         return target(**{str(key): value for key, value in plain.items()}, **built)
     except UserError as error:
-        raise UserError(f"{prefix}: {error}" if prefix else str(error)) from None
+        raise UserError(f"{place}{error}") from None  # constructors begin their messages with the argument's name

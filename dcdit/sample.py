@@ -201,7 +201,7 @@ def run(config: DictConfig) -> Path:
     values: Any = OmegaConf.to_container(config, resolve=True)
     sampler = call_checked(Sampler, values.pop("sampler"), "sampler")
     guided = values.pop("guidance")
-    request = call_checked(Request, values, "sample")
+    request = call_checked(Request, values, "")
     for name in ("drop_fraction", "uncond_drop_fraction"):
         if guided[name] is not None:
             check_drop_fraction(guided[name], f"guidance.{name}")
@@ -209,7 +209,7 @@ def run(config: DictConfig) -> Path:
     model = load_model(request.checkpoint, request.weights, pick_device(request.device))
     names = [str(name) for name in model.latents["classes"]]
     labels = resolve_labels(request, names)
-    guidance = Guidance(model.network, null_class=len(names), **guided)
+    guidance = call_checked(Guidance, guided, "guidance", {"denoiser": model.network, "null_class": len(names)})
     device = next(model.network.parameters()).device
     decode = load_decoder(model.latents["autoencoder"], model.latents["scale"], model.latents["shift"], device)
     shown = list(range(0, len(labels), request.per_class))[:4]  # the first of each class

@@ -22,8 +22,6 @@ from dcdit.module import DCDiTModule
 from dcdit.registry import build_source
 from dcdit.runtime import keep_freed_memory
 
-LAST = "last"
-
 
 def check_fit(manifest: Manifest, model: dict[str, Any]) -> None:
     """Raise :class:`UserError` unless the network that ``model`` describes takes the latents of ``manifest``."""
@@ -106,7 +104,7 @@ def find_checkpoint(config: DictConfig, run_dir: Path) -> Path | None:
         return None
     if config.ckpt_path == "auto":
         return last if last.exists() else None
-    path = last if config.ckpt_path == LAST else Path(config.ckpt_path)
+    path = last if config.ckpt_path == "last" else Path(config.ckpt_path)
     if not path.is_file():
         raise UserError(
             f"ckpt_path={config.ckpt_path}: there is no checkpoint {path}; leave ckpt_path out to start anew"
@@ -153,10 +151,23 @@ def train(config: DictConfig, run_dir: Path) -> dict[str, float]:
     if config.trainer.accelerator == "cpu":
         module.network.to(memory_format=torch.channels_last)
     trainer = build_trainer(config)
+    report_start(module, config)
     save_config(config, run_dir)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     trainer.fit(module, data, ckpt_path=checkpoint)
     report_end(trainer, run_dir)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def report_start(module: DCDiTModule, config: DictConfig) -> None:
+    """Say what is about to be trained."""
+    parameters = sum(p.numel() for p in module.network.parameters())
+    rank_zero_info(
+        f"Training {config.model.name} with {parameters / 1e6:.1f}M parameters for {config.trainer.max_steps} steps of"
+        f" {config.data.batch_size} samples, {config.trainer.accelerator} {config.trainer.precision},"
+        f" in {os.path.relpath(config.run_dir)}"
+    )
 
 
 def report_end(trainer: pl.Trainer, run_dir: Path) -> None:

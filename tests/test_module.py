@@ -104,13 +104,13 @@ def test_validation_leaves_the_random_state_alone(module):
     ("override", "message"),
     [
         ("compression=1", r"compression=1\.0 must be greater than 1"),
-        ("budget.fractions=[0,1.0]", r"budget: fractions=1\.0 is outside \[0, 1\)"),
-        ("model.heads=7", "model: heads=7 does not divide width=32"),
+        ("budget.fractions=[0,1.0]", r"budget\.fractions=1\.0 is outside \[0, 1\)"),
+        ("model.heads=7", r"model\.heads=7 does not divide width=32"),
         ("model.width=wide", r"model.width='wide': .*Integer"),
         ("+model.widht=3", r"model.widht=3: there is no such key, did you mean width\?"),
         ("model.name=dcdti", "model.name='dcdti' is not one of dcdit, dit"),
-        ("optimizer.lr=-1", r"optimizer: lr=-1\.0 is not positive"),
-        ("ratio.group=0", "ratio: group=0"),
+        ("optimizer.lr=-1", r"optimizer\.lr=-1\.0 is not positive"),
+        ("ratio.group=0", r"ratio\.group=0"),
     ],
 )
 def test_wrong_values(override, message):

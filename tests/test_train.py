@@ -245,7 +245,10 @@ def test_sampling_from_a_run(tiny, tmp_path):
     for overrides, message in (
         (["classes=[11]"], "classes: 11 is neither"),
         (["guidance.drop_fraction=1.0"], r"guidance.drop_fraction=1.0 is outside \[0, 1\)"),
-        (["sampler.name=euler"], "sampler.name='euler'"),
+        (["sampler.name=euler"], r"sampler\.name='euler'"),
+        (["guidance.scale=-1"], r"guidance\.scale=-1"),
+        (["+guidance.scal=2"], r"guidance\.scal=2: there is no such key, did you mean scale"),
+        (["checkpoint=???"], r"checkpoint is not set: give checkpoint="),
         (["weights=mean"], "weights='mean'"),
         (["checkpoint=nowhere.ckpt"], "nowhere.ckpt does not exist"),
         (["device=cuda:99"], "device='cuda:99'"),
@@ -254,6 +257,22 @@ def test_sampling_from_a_run(tiny, tmp_path):
         with pytest.raises(UserError, match=message):
             sample("wrong", *overrides)
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, monkeypatch):
+    run = tiny("full", "trainer.max_steps=2")
+    original = torch.save
+
+    def full(checkpoint, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"No space left on device.*ckpt_path=last"):
+        tiny("full", "trainer.max_steps=4", "ckpt_path=last")
+    monkeypatch.setattr(torch, "save", original)
+    assert load(run)["global_step"] == 2
+    assert not list((run / "checkpoints").glob(".*"))
 
 
 def test_raw_and_averaged_weights(tiny):

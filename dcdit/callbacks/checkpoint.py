@@ -12,19 +12,28 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from dcdit.errors import UserError
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, flushes to disk and renames; reads tensors and plain values only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Replace ``path`` by ``checkpoint`` at once or not at all."""
+        """Replace ``path`` by ``checkpoint`` at once or not at all; UserError if the disk does not take it."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f".{target.name}.part")
-        with draft.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with draft.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            draft.unlink(missing_ok=True)
+            raise UserError(
+                f"checkpoint {target} cannot be written ({error}): make room on the disk, then resume with"
+                " ckpt_path=last; earlier checkpoints are whole"
+            ) from error
         draft.replace(target)
 
     def load_checkpoint(
@@ -64,11 +73,6 @@ class Checkpoint(ModelCheckpoint):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
-
-    @property
-    def last(self) -> Path:
-        """Path of ``last.ckpt``."""
-        return Path(str(self.dirpath)) / "last.ckpt"
 
 
 class StopOnInterrupt(Callback):

@@ -47,7 +47,7 @@ class LatentDataModule(pl.LightningDataModule):
             ("shuffle_buffer", shuffle_buffer, 0),
         ):
             if value < least:
-                raise UserError(f"data.{name}={value} is below {least}")
+                raise UserError(f"{name}={value} is below {least}")
         self.directory = Path(directory)
         self.batch_size = batch_size
         self.num_workers = num_workers

@@ -77,7 +77,10 @@ class Manifest:
         """
         path = directory / MANIFEST_NAME
         if not path.is_file():
-            raise UserError(f"data.directory: {path} does not exist: no shards have been written to {directory}")
+            raise UserError(
+                f"data.directory={directory.parent}: {path} does not exist, no shards have been written there;"
+                " set data.directory to a folder with train/manifest.json"
+            )
         try:
             manifest = cls.parse(json.loads(path.read_text()))
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -81,9 +81,9 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if self.scale < 0:
-            raise UserError(f"guidance.scale={self.scale} is negative: 1 is no guidance, 4 is strong")
+            raise UserError(f"scale={self.scale} is negative: 1 is no guidance, 4 is strong")
         if self.channels is not None and self.channels < 1:
-            raise UserError(f"guidance.channels={self.channels} guides nothing: take 3 as published, or null for all")
+            raise UserError(f"channels={self.channels} guides nothing: take 3 as published, or null for all")
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> GuidedOutput:
         """Guided prediction for ``x`` (B, C, H, W), ``t`` (B,), ``y`` (B,); both halves run in one batch of 2B."""

@@ -62,11 +62,11 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if self.name not in get_args(SamplerName):
-            raise UserError(f"sampler.name={self.name!r} is not one of {', '.join(get_args(SamplerName))}")
+            raise UserError(f"name={self.name!r} is not one of {', '.join(get_args(SamplerName))}")
         if not 1 <= self.steps <= TRAIN_STEPS:
-            raise UserError(f"sampler.steps={self.steps} is outside 1..{TRAIN_STEPS}, the steps of the trained process")
+            raise UserError(f"steps={self.steps} is outside 1..{TRAIN_STEPS}, the steps of the trained process")
         if not 0 <= self.eta <= 1:
-            raise UserError(f"sampler.eta={self.eta} is outside [0, 1]: 0 is deterministic DDIM, 1 is as noisy as DDPM")
+            raise UserError(f"eta={self.eta} is outside [0, 1]: 0 is deterministic DDIM, 1 is as noisy as DDPM")
 
     def scheduler(self) -> Scheduler:
         """The diffusers scheduler, its timesteps set.

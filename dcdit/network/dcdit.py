@@ -1,5 +1,6 @@
 """DC-DiT: a diffusion transformer over a learned selection of grid positions (arXiv 2603.06351)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -116,7 +117,8 @@ class DCDiT(nn.Module):
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        check_sizes(grid=grid, channels=channels, num_classes=num_classes, width=width, depth=depth, heads=heads)
+        sizes = {"grid": grid, "channels": channels, "num_classes": num_classes}
+        check_sizes({**sizes, "width": width, "depth": depth, "heads": heads})
         check_scheme(init)
         check_backend(attention)
         check_label_dropout(label_dropout)
@@ -183,7 +185,7 @@ class DCDiT(nn.Module):
             return gated.unflatten(1, self.grid) + self.residual(features.float())
 
 
-def check_sizes(**sizes: int) -> None:
+def check_sizes(sizes: Mapping[str, int]) -> None:
     """Raise :class:`UserError` naming the first of ``sizes`` that is not positive."""
     for name, size in sizes.items():
         if size < 1:

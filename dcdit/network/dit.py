@@ -41,8 +41,8 @@ class DiT(nn.Module):
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        check_sizes(grid=grid, channels=channels, num_classes=num_classes, width=width, depth=depth, heads=heads)
-        check_sizes(patch=patch)
+        sizes = {"grid": grid, "channels": channels, "num_classes": num_classes, "patch": patch}
+        check_sizes({**sizes, "width": width, "depth": depth, "heads": heads})
         check_backend(attention)
         check_label_dropout(label_dropout)
         if grid % patch:

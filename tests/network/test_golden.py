@@ -48,7 +48,7 @@ GOLDEN = [
 pytestmark = pytest.mark.parametrize("golden", GOLDEN, ids=[f"{g.folder.name}-{g.size}" for g in GOLDEN])
 
 
-def compare(output, data: dict[str, Tensor], case: str, tolerance: float = 2e-5) -> None:
+def assert_matches(output, data: dict[str, Tensor], case: str, tolerance: float = 2e-5) -> None:
     assert torch.equal(output.routing.mask, data[f"{case}/boundary_mask"])
     if f"{case}/boundary_prob" in data:
         assert torch.equal(output.routing.natural_mask, data[f"{case}/boundary_mask_natural"])
@@ -61,9 +61,9 @@ def compare(output, data: dict[str, Tensor], case: str, tolerance: float = 2e-5)
 def test_forward(golden: Golden) -> None:
     net, data = golden.net(), golden.arrays("io")
     x, t, y = data["in/x"], data["in/t"], data["in/y"]
-    compare(net(x, t, y), data, "a_drop0")
-    compare(net(x, t, y, 0.3), data, "b_drop0.3")
-    compare(net(x, t, y, data["in/frac"]), data, "c_persample")
+    assert_matches(net(x, t, y), data, "a_drop0")
+    assert_matches(net(x, t, y, 0.3), data, "b_drop0.3")
+    assert_matches(net(x, t, y, data["in/frac"]), data, "c_persample")
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def test_forward(golden: Golden) -> None:
 def test_fewest_and_most_tokens(golden: Golden, bias: float, case: str) -> None:
     net, data = golden.net(), golden.arrays("io")
     net.router.scorer[3].bias.fill_(bias)
-    compare(net(data["in/x"], data["in/t"], data["in/y"]), data, case)
+    assert_matches(net(data["in/x"], data["in/t"], data["in/y"]), data, case)
 
 
 @torch.no_grad()
