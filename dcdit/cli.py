@@ -60,6 +60,8 @@ def entry_point(main: Callable[[], None]) -> None:
         fail(f"{error.__cause__ or error}")
     except (UserError, MisconfigurationException, NonFiniteLossError, HydraException, OmegaConfBaseException) as error:
         fail(str(error))
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         fail(f"{error.filename or 'A file'}: {error.strerror or error}")
     except KeyboardInterrupt:
