@@ -12,14 +12,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from dcdit.callbacks.throughput import logging_interval
+from dcdit.checks import check_compression, check_drop_fraction
 from dcdit.config import call_checked
 from dcdit.data.stream import Batch
 from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss
 from dcdit.diffusion.schedule import TRAIN_STEPS, Posterior, add_noise
 from dcdit.errors import UserError
 from dcdit.network import Output
-from dcdit.network.routing import check_drop_fraction
-from dcdit.objective import check_compression, drop_fraction_at, ratio_loss, target_compression
+from dcdit.objective import drop_fraction_at, ratio_loss, target_compression
 from dcdit.registry import build_network
 
 

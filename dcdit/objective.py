@@ -6,16 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit.errors import UserError
-
-
-def check_compression(compression: float, name: str = "compression") -> None:
-    """Raise :class:`UserError` unless the target compression N exceeds 1."""
-    if not compression > 1:
-        raise UserError(
-            f"{name}={compression} must be greater than 1: N = 4 asks the router to keep a quarter of the tokens"
-        )
-
 
 def ratio_loss(prob: Tensor, natural_mask: Tensor, compression: float | Tensor, group: int | None = 16) -> Tensor:
     """Pull the kept share towards 1 / N (paper, ratio loss).

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
@@ -67,9 +66,3 @@ def save_boundaries(rows: Sequence[Sequence[Snapshot]], titles: Sequence[str], p
     figure.colorbar(shades, ax=axes, fraction=0.03, aspect=40, label="boundary probability")
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def snapshot(timestep: int, image: Tensor, prob: Tensor, mask: Tensor, grid: tuple[int, int]) -> Snapshot:
-    """Gather one sample's picture (1 or 3, height, width) and routing (L,) at one timestep on the host."""
-    arrange = image.permute(1, 2, 0).cpu()
-    return Snapshot(timestep, arrange, prob.detach().float().cpu().view(grid), mask.cpu().view(grid).to(torch.bool))

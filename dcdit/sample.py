@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from dcdit.cli import CONFIG_DIR, entry_point
 from dcdit.config import call_checked
 from dcdit.data.autoencoder import Decoder, load_decoder
-from dcdit.diffusion.guidance import Guidance
-from dcdit.diffusion.sampling import Sampler, sample_generator
+from dcdit.diffusion.guidance import Guidance, RoutingLike
+from dcdit.diffusion.sampling import Sampler, Step, sample_generator
 from dcdit.errors import UserError
 from dcdit.interop import read_checkpoint
-from dcdit.network.routing import check_drop_fraction
-from dcdit.pictures import Snapshot, save_boundaries, save_grid, snapshot
+from dcdit.pictures import Snapshot, save_boundaries, save_grid
 from dcdit.registry import build_network
 from dcdit.runtime import keep_freed_memory
 
@@ -170,13 +169,18 @@ def sample(
                     if step.index in wanted:
                         for place, number in enumerate(rows.tolist()):
                             if number in snapshots:
-                                image = decode(step.x[place : place + 1])[0]
-                                prob, mask = routing.prob[place], routing.mask[place]
-                                snapshots[number].append(snapshot(step.timestep, image, prob, mask, (height, width)))
+                                snapshots[number].append(take_snapshot(step, place, routing, decode))
                 progress.advance(task)
             latents.append(x.float().cpu())
     kept = float(torch.stack(shares).mean()) if shares else None
     return Result(torch.cat(latents), labels, kept, list(snapshots.values()) if shares else [])
+
+
+def take_snapshot(step: Step, place: int, routing: RoutingLike, decode: Decoder) -> Snapshot:
+    """Picture of the sample at ``place`` in the batch before ``step``."""
+    image = decode(step.x[place : place + 1])[0]
+    prob, mask = (x[place].view(step.x.shape[2:]).cpu() for x in (routing.prob, routing.mask))
+    return Snapshot(step.timestep, image.permute(1, 2, 0).cpu(), prob, mask)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -202,9 +206,6 @@ def run(config: DictConfig) -> Path:
     sampler = call_checked(Sampler, values.pop("sampler"), "sampler")
     guided = values.pop("guidance")
     request = call_checked(Request, values, "")
-    for name in ("drop_fraction", "uncond_drop_fraction"):
-        if guided[name] is not None:
-            check_drop_fraction(guided[name], f"guidance.{name}")
     keep_freed_memory()
     model = load_model(request.checkpoint, request.weights, pick_device(request.device))
     names = [str(name) for name in model.latents["classes"]]
@@ -219,7 +220,7 @@ def run(config: DictConfig) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     np.savez(out / "latents.npz", latents=result.latents.numpy(), labels=labels.numpy())
     save_grid(decode(result.latents), request.per_class, out / "samples.png")
-    if result.snapshots:
+    if request.snapshots and result.snapshots:
         titles = [names[int(labels[number])] for number in shown]
         save_boundaries(result.snapshots, titles, out / "boundaries.png")
     kept = "" if result.kept is None else f", {result.kept:.1%} of the tokens kept"

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcdit.checks import check_compression
 from dcdit.errors import UserError
-from dcdit.objective import check_compression, drop_fraction_at, ratio_loss, target_compression
+from dcdit.objective import drop_fraction_at, ratio_loss, target_compression
 
 
 @settings(max_examples=50, deadline=None)

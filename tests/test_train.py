@@ -242,9 +242,11 @@ def test_sampling_from_a_run(tiny, tmp_path):
     with np.load(other / "latents.npz") as stored:
         np.testing.assert_allclose(stored["latents"], latents, rtol=0, atol=1e-4)
 
+    assert "boundaries.png" not in {path.name for path in sample("three", "snapshots=0").iterdir()}
     for overrides, message in (
         (["classes=[11]"], "classes: 11 is neither"),
         (["guidance.drop_fraction=1.0"], r"guidance.drop_fraction=1.0 is outside \[0, 1\)"),
+        (["guidance.drop_fraction=half"], r"guidance.drop_fraction='half'"),
         (["sampler.name=euler"], r"sampler\.name='euler'"),
         (["guidance.scale=-1"], r"guidance\.scale=-1"),
         (["+guidance.scal=2"], r"guidance\.scal=2: there is no such key, did you mean scale"),

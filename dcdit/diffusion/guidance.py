@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dcdit.checks import check_drop_fraction
 from dcdit.errors import UserError
 
 
@@ -82,6 +83,9 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.scale < 0:
             raise UserError(f"scale={self.scale} is negative: 1 is no guidance, 4 is strong")
+        check_drop_fraction(self.drop_fraction)
+        if self.uncond_drop_fraction is not None:
+            check_drop_fraction(self.uncond_drop_fraction, "uncond_drop_fraction")
         if self.channels is not None and self.channels < 1:
             raise UserError(f"channels={self.channels} guides nothing: take 3 as published, or null for all")
 

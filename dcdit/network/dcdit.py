@@ -1,11 +1,11 @@
 """DC-DiT: a diffusion transformer over a learned selection of grid positions (arXiv 2603.06351)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from dcdit.checks import check_label_dropout, check_sizes
 from dcdit.errors import UserError
 from dcdit.network.attention import Packing, check_backend
 from dcdit.network.blocks import ConvBlock, DiTBlock, OutputLayer
@@ -183,19 +183,6 @@ class DCDiT(nn.Module):
             spread = dechunk(tokens, routing, packing, self.grid, self.smoothing_sigma)  # (B, L, D)
             gated = spread * straight_through(routing.confidence)[..., None]
             return gated.unflatten(1, self.grid) + self.residual(features.float())
-
-
-def check_sizes(sizes: Mapping[str, int]) -> None:
-    """Raise :class:`UserError` naming the first of ``sizes`` that is not positive."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{name}={size} is not a positive number")
-
-
-def check_label_dropout(label_dropout: float) -> None:
-    """Raise :class:`UserError` unless ``label_dropout`` is a probability below 1."""
-    if not 0 <= label_dropout < 1:
-        raise UserError(f"label_dropout={label_dropout} is outside [0, 1): it is a probability, 0.1 as published")
 
 
 def check_inputs(x: Tensor, t: Tensor, y: Tensor, shape: tuple[int, int, int]) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dcdit.checks import check_drop_fraction
 from dcdit.errors import UserError
 from dcdit.network.init import constant_init
 
@@ -45,15 +46,6 @@ def route(prob: Tensor, drop_fraction: float | Tensor = 0.0) -> Routing:
     prob = prob.masked_fill(ends, 1.0)
     natural_mask = prob > 0.5
     return Routing(prob, natural_mask, tail_drop(prob.detach(), natural_mask, drop_fraction))
-
-
-def check_drop_fraction(drop_fraction: float, name: str = "drop_fraction") -> None:
-    """Raise :class:`UserError` unless ``drop_fraction`` lies in [0, 1)."""
-    if not 0 <= drop_fraction < 1:
-        raise UserError(
-            f"{name}={drop_fraction} is outside [0, 1): it is the share of kept tokens to drop, 0 keeps all of them,"
-            " 0.9 a tenth"
-        )
 
 
 def tail_drop(prob: Tensor, natural_mask: Tensor, drop_fraction: float | Tensor) -> Tensor:
