@@ -1,6 +1,9 @@
 import os
 from pathlib import Path
 
+# Before torch is loaded: threads that spin while they wait make tiny runs many times slower beside any other job.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
