@@ -48,8 +48,13 @@ def entry_point(main: Callable[[], None]) -> None:
     """Run a Hydra main function; a user's mistake ends in one message on stderr and exit status 2."""
     register_resolvers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of Hydra's own printout
-    # Lightning finds a missing validation split strange, uses what torch deprecates, and advertises.
-    for noise in ("Total length of `list` across ranks is zero.*", ".*LeafSpec.*"):
+    # Lightning finds a missing validation split and a resumed run strange, uses what torch deprecates, and advertises.
+    noises = (
+        "Total length of `list` across ranks is zero",
+        "Checkpoint directory .* exists and is not empty",
+        ".*LeafSpec",
+    )
+    for noise in noises:
         warnings.filterwarnings("ignore", message=noise)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     try:
