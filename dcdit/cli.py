@@ -56,7 +56,7 @@ def entry_point(main: Callable[[], None]) -> None:
     )
     for noise in noises:
         warnings.filterwarnings("ignore", message=noise)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
     try:
         main()
     except (ConfigCompositionException, MissingConfigException) as error:

@@ -56,6 +56,11 @@ def build_module(config: DictConfig, latents: dict[str, Any]) -> DCDiTModule:
     """The LightningModule of a composed configuration; UserError if a value is wrong."""
     plain: Any = OmegaConf.to_container(config, resolve=True)
     run = call_checked(Run, {name: value for name, value in plain.items() if not isinstance(value, dict)}, "")
+    max_steps = plain["trainer"]["max_steps"]
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise UserError(
+            f"trainer.max_steps={max_steps!r} is not a whole number of at least 1: give the steps of the run"
+        )
     fractions = plain["budget"].get("fractions")
     if plain["model"]["name"] == "dit" and fractions:
         raise UserError(f"budget.fractions={fractions}: a plain DiT drops no tokens, set budget=none")
@@ -66,7 +71,7 @@ def build_module(config: DictConfig, latents: dict[str, Any]) -> DCDiTModule:
         ratio=plain["ratio"],
         budget=plain["budget"],
         optimizer=plain["optimizer"],
-        max_steps=plain["trainer"]["max_steps"],
+        max_steps=max_steps,
         seed=run.seed,
         nonfinite_limit=run.nonfinite_limit,
     )

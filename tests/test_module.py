@@ -110,6 +110,8 @@ def test_validation_leaves_the_random_state_alone(module):
         ("+model.widht=3", r"model.widht=3: there is no such key, did you mean width\?"),
         ("model.name=dcdti", "model.name='dcdti' is not one of dcdit, dit"),
         ("optimizer.lr=-1", r"optimizer\.lr=-1\.0 is not positive"),
+        ("trainer.max_steps=many", r"trainer\.max_steps='many' is not a whole number"),
+        ("trainer.max_steps=1.5", r"trainer\.max_steps=1\.5 is not a whole number"),
         ("ratio.group=0", r"ratio\.group=0"),
     ],
 )
