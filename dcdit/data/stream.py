@@ -49,6 +49,9 @@ class LatentStream(IterableDataset[Batch]):
         config: the order.
         start: batches of this rank already consumed.
         epochs: how many epochs to yield; None never ends.
+
+    Raises:
+        UserError: while iterating, if there are too few shards for the readers or a sample is damaged.
     """
 
     def __init__(
