@@ -14,6 +14,7 @@ from torch import Tensor
 from dcdit.callbacks.throughput import logging_interval
 from dcdit.checks import check_compression, check_drop_fraction
 from dcdit.config import call_checked
+from dcdit.data.manifest import disagreement
 from dcdit.data.stream import Batch
 from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss
 from dcdit.diffusion.schedule import TRAIN_STEPS, Posterior, add_noise
@@ -246,5 +247,11 @@ class DCDiTModule(pl.LightningModule):
         checkpoint["skipped"] = self.skipped.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the count of skipped steps."""
+        """Restore the count of skipped steps; UserError if the checkpoint was trained on latents of another kind."""
+        difference = disagreement(checkpoint["hyper_parameters"]["latents"], self.hparams["latents"])
+        if difference:
+            raise UserError(
+                f"the checkpoint was trained on other latents than the shards hold: {difference}. Point data.directory"
+                " at the shards it was trained on, or start another run"
+            )
         self.skipped = checkpoint["skipped"].to(self.device)

@@ -1,8 +1,16 @@
-"""Settings of the process that training on a CPU profits from."""
+"""The process and its machine: rank, device, precision, and how memory is kept."""
 
 import ctypes
 import ctypes.util
+import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
+from dcdit.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -18,3 +26,45 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc accepts
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to ``bf16`` or ``fp16``; nothing for ``fp32``."""
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtype=types[precision]) if precision in types else nullcontext()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` takes a GPU where there is one, this process's own of several.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    if name == "auto":
+        name = f"cuda:{local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name!r} is not usable here: {str(error).splitlines()[0]}") from None
+
+
+def _launcher() -> ClusterEnvironment | None:
+    """Whoever started this process as one of several: torchrun or srun."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    # sbatch alone sets the number of tasks too, but starts the script once
+    if SLURMEnvironment.detect() and "SLURM_STEP_NUM_TASKS" in os.environ:
+        return SLURMEnvironment(auto_requeue=False)
+    return None
+
+
+def local_rank() -> int:
+    """This process among those of its machine."""
+    launcher = _launcher()
+    return launcher.local_rank() if launcher else 0
+
+
+def processes() -> tuple[int, int]:
+    """Rank of this process, and how many there are; (0, 1) if it was started alone."""
+    launcher = _launcher()
+    return (launcher.global_rank(), launcher.world_size()) if launcher else (0, 1)

@@ -1,7 +1,5 @@
 """Sample from a checkpoint: ``python -m dcdit.sample checkpoint=runs/digits/checkpoints/last.ckpt``."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from dcdit.errors import UserError
 from dcdit.interop import read_checkpoint
 from dcdit.pictures import Snapshot, save_boundaries, save_grid
 from dcdit.registry import build_network
-from dcdit.runtime import keep_freed_memory
+from dcdit.runtime import autocast, keep_freed_memory, pick_device
 
 _PREFIX = "network."
 
@@ -39,7 +37,7 @@ class Model:
     """
 
     network: nn.Module
-    latents: Mapping[str, Any]
+    latents: dict[str, Any]
     step: int
 
 
@@ -57,6 +55,7 @@ class Request:
         weights: ``ema`` or ``raw``.
         device: ``auto`` or a torch device.
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 on a GPU, fp32 elsewhere.
+        autoencoder: decode with this one; None takes the one that the checkpoint names.
         snapshots: columns of ``boundaries.png``; 0 leaves the picture out.
     """
 
@@ -69,6 +68,7 @@ class Request:
     weights: str = "ema"
     device: str = "auto"
     precision: str = "auto"
+    autoencoder: str | None = None
     snapshots: int = 8
 
     def __post_init__(self) -> None:
@@ -151,13 +151,16 @@ def sample(
         shown: numbers of the samples to take snapshots of.
     """
     device = next(model.network.parameters()).device
+    precision = request.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
     channels, height, width = model.latents["shape"]
     wanted = set(np.linspace(0, sampler.steps - 1, request.snapshots).round().astype(int).tolist())
     latents: list[Tensor] = []
     shares: list[Tensor] = []
     snapshots: dict[int, list[Snapshot]] = {number: [] for number in shown}
     batches = torch.arange(len(labels)).split(request.batch_size)
-    with Progress(console=Console(stderr=True)) as progress, torch.no_grad(), autocast(request.precision, device):
+    with Progress(console=Console(stderr=True)) as progress, torch.no_grad(), autocast(precision, device):
         task = progress.add_task("sampling", total=len(batches) * sampler.steps)
         for rows in batches:
             streams = [sample_generator(request.seed, int(row)) for row in rows]
@@ -183,23 +186,6 @@ def take_snapshot(step: Step, place: int, routing: RoutingLike, decode: Decoder)
     return Snapshot(step.timestep, image.permute(1, 2, 0).cpu(), prob, mask)
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 autocast where asked for, and on a GPU where nobody asked."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name!r} is not usable here: {str(error).splitlines()[0]}") from None
-
-
 def run(config: DictConfig) -> Path:
     """Sample what ``config`` asks for, write latents and pictures, and return their folder."""
     values: Any = OmegaConf.to_container(config, resolve=True)
@@ -212,7 +198,7 @@ def run(config: DictConfig) -> Path:
     labels = resolve_labels(request, names)
     guidance = call_checked(Guidance, guided, "guidance", {"denoiser": model.network, "null_class": len(names)})
     device = next(model.network.parameters()).device
-    decode = load_decoder(model.latents["autoencoder"], model.latents["scale"], model.latents["shift"], device)
+    decode = load_decoder(model.latents, device, request.autoencoder)
     shown = list(range(0, len(labels), request.per_class))[:4]  # the first of each class
     result = sample(model, guidance, sampler, labels, request, decode, shown)
 

@@ -39,6 +39,9 @@ class Throughput(Callback):
             rate = images / (now - before)
             pl_module.log("train/images_per_s", rate)
             pl_module.log("images/s", rate, prog_bar=True, logger=False)
+            damaged = getattr(trainer.datamodule, "damaged", ())  # type: ignore[attr-defined]  # set by fit
+            if damaged:
+                pl_module.log("train/damaged_samples", float(len(damaged)))
             self._since = (now, step)
 
 

@@ -1,12 +1,17 @@
-"""From latents back to images: the only place that knows autoencoders."""
+"""Between images and latents: the only place that knows autoencoders, their scale and their channels."""
 
+import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dcdit.data.manifest import IDENTITY
+from dcdit.data.manifest import IDENTITY, MOMENTS, Manifest
 from dcdit.errors import UserError
+from dcdit.runtime import autocast
 
 Decoder = Callable[[Tensor], Tensor]
 """Maps network-side latents (B, C, H, W) to images (B, 1 or 3, height, width), uint8."""
@@ -17,33 +22,168 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
 
 
-def load_decoder(autoencoder: str, scale: float, shift: float, device: torch.device, chunk: int = 16) -> Decoder:
-    """The decoder of the autoencoder that a manifest names.
+def network_latents(stored: Tensor, manifest: Manifest, generator: torch.Generator | None) -> Tensor:
+    """Scaled float32 latents from stored ones; from moments, a fresh sample of the posterior.
 
     Args:
-        autoencoder: ``identity``, or a local path or hub id that ``AutoencoderKL.from_pretrained`` takes.
-        scale, shift: as in :class:`dcdit.data.manifest.Manifest`.
-        device: where to decode.
+        stored: (B, C, H, W) latents, or (B, 2C, H, W) mean and log-variance.
+        manifest: says which.
+        generator: for the posterior's noise, on the device of ``stored``; None takes the posterior's mean.
+
+    Returns:
+        (B, C, H, W), (z - shift) * scale.
+    """
+    z = stored.float()
+    if manifest.representation == MOMENTS:
+        z, log_variance = z.chunk(2, dim=1)
+        if generator is not None:
+            noise = torch.randn(z.shape, generator=generator, device=z.device)
+            z = z + torch.exp(0.5 * log_variance) * noise
+    return (z - manifest.shift) * manifest.scale
+
+
+@dataclass(frozen=True)
+class Autoencoder(ABC):
+    """Encodes images and decodes latents.
+
+    Attributes:
+        name: what a manifest calls it.
+        fingerprint: digest of its weights; None if it has none.
+        scale, shift: the network sees (z - shift) * scale.
+        channels: C of a latent.
+        factor: pixels per latent position along each side.
+    """
+
+    name: str
+    fingerprint: str | None
+    scale: float
+    shift: float
+    channels: int
+    factor: int
+
+    @abstractmethod
+    def encode(self, images: Tensor, precision: str) -> Tensor:
+        """Posterior moments (B, 2C, H, W) float32 of images (B, 3, height, width) uint8, on the device of the weights.
+
+        Args:
+            images: pixels.
+            precision: ``fp32``, or ``bf16`` or ``fp16`` for autocast.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, channels, height, width) uint8 on the CPU of unscaled latents (B, C, H, W)."""
+
+
+class Identity(Autoencoder):
+    """Latents are the images themselves, in [-1, 1]; the posterior is as narrow as diffusers allows."""
+
+    def encode(self, images: Tensor, precision: str) -> Tensor:
+        """See :class:`Autoencoder`."""
+        pixels = images.float() / 127.5 - 1
+        return torch.cat([pixels, torch.full_like(pixels, -30.0)], dim=1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See :class:`Autoencoder`."""
+        return to_uint8(latents).cpu()
+
+
+@dataclass(frozen=True)
+class Diffusers(Autoencoder):
+    """An ``AutoencoderKL`` of diffusers, frozen.
+
+    Attributes:
+        vae: the model, in evaluation mode on its device.
         chunk: images decoded at once, which bounds the memory.
+    """
+
+    vae: Any
+    chunk: int = 16
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, precision: str) -> Tensor:
+        """See :class:`Autoencoder`."""
+        pixels = images.to(self.vae.device).float() / 127.5 - 1
+        with autocast(precision, self.vae.device):
+            posterior = self.vae.encode(pixels.to(memory_format=torch.channels_last)).latent_dist
+        return torch.cat([posterior.mean.float(), posterior.logvar.float()], dim=1)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See :class:`Autoencoder`."""
+        parts = latents.to(self.vae.device).split(self.chunk)
+        return torch.cat([to_uint8(self.vae.decode(part).sample).cpu() for part in parts])
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Digest of a module's weights, wherever they were loaded from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
+    """The autoencoder called ``name``.
+
+    Args:
+        name: ``identity``, or a local path or hub id that ``AutoencoderKL.from_pretrained`` takes.
+        device: where it computes.
 
     Raises:
-        UserError: if the autoencoder cannot be loaded.
+        UserError: if it cannot be loaded, or normalises its latents other than by scale and shift.
     """
-    if autoencoder == IDENTITY:
-        return lambda latents: to_uint8(latents / scale + shift)
+    if name == IDENTITY:
+        return Identity(IDENTITY, fingerprint=None, scale=1.0, shift=0.0, channels=3, factor=1)
     from diffusers import AutoencoderKL
 
     try:
-        vae = AutoencoderKL.from_pretrained(autoencoder, use_safetensors=True).to(device).eval()
+        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"autoencoder={autoencoder!r} cannot be loaded: give a local folder written by save_pretrained, or a hub id"
+            f"autoencoder={name!r} cannot be loaded: give a local folder written by save_pretrained, or a hub id"
             f" and a network connection ({str(error).splitlines()[0]})"
         ) from error
+    if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
+        raise UserError(
+            f"autoencoder={name!r} has a mean and deviation for each channel: only scale and shift are known"
+        )
+    if vae.config.in_channels != 3:
+        raise UserError(f"autoencoder={name!r} takes images of {vae.config.in_channels} channels, not 3")
+    digest = fingerprint(vae)
+    return Diffusers(
+        vae=vae.to(device, memory_format=torch.channels_last),
+        name=name,
+        fingerprint=digest,
+        scale=float(vae.config.scaling_factor),
+        shift=float(vae.config.get("shift_factor") or 0.0),
+        channels=int(vae.config.latent_channels),
+        factor=2 ** (len(vae.config.block_out_channels) - 1),
+    )
 
-    @torch.no_grad()
-    def decode(latents: Tensor) -> Tensor:
-        raw = (latents / scale + shift).to(device)
-        return torch.cat([to_uint8(vae.decode(part).sample).cpu() for part in raw.split(chunk)])
 
-    return decode
+def load_decoder(latents: dict[str, Any], device: torch.device, instead: str | None = None) -> Decoder:
+    """The decoder for the latents that a manifest's or a checkpoint's summary describes.
+
+    Args:
+        latents: see :meth:`dcdit.data.manifest.Manifest.summary`.
+        device: where to decode.
+        instead: another autoencoder than the one named there, such as the same one in another place.
+
+    Raises:
+        UserError: if the autoencoder cannot be loaded, or its weights are not those that made the latents.
+    """
+    autoencoder = load_autoencoder(instead or latents["autoencoder"], device)
+    wanted = latents.get("fingerprint")
+    if not instead and wanted is not None and autoencoder.fingerprint != wanted:
+        raise UserError(
+            f"autoencoder={autoencoder.name!r} has weights {autoencoder.fingerprint}, the latents were made with"
+            f" {wanted}: give the autoencoder they were made with, or this one deliberately, with autoencoder=..."
+        )
+    if autoencoder.name != IDENTITY and autoencoder.channels != latents["shape"][0]:
+        raise UserError(
+            f"autoencoder={autoencoder.name!r} has {autoencoder.channels} channels, the latents {latents['shape'][0]}"
+        )
+    scale, shift = latents["scale"], latents["shift"]
+    return lambda z: autoencoder.decode(z / scale + shift)

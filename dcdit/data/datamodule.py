@@ -1,34 +1,47 @@
 """The LightningDataModule over latent shards."""
 
-from pathlib import Path
+import logging
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from dcdit.data.autoencoder import network_latents
+from dcdit.data.location import Location
 from dcdit.data.manifest import MANIFEST_NAME, Manifest
+from dcdit.data.order import Position, Readers
 from dcdit.data.sources import Source
-from dcdit.data.stream import Batch, LatentStream, StreamConfig
+from dcdit.data.stream import Batch, LatentStream, StoredBatch
 from dcdit.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class LatentDataModule(pl.LightningDataModule):
     """Streams latent shards to any number of ranks, endlessly, in an order fixed by the seed.
 
-    Lightning sees one endless epoch; the position in the data is saved with each checkpoint.
+    Lightning sees one endless epoch; the position in the data is saved with each checkpoint. A run that is resumed by
+    other readers (another number of processes, batch size or shuffle buffer) keeps epoch and sample count: they divide
+    among themselves what is left of the epoch, and see none of its samples again.
 
     Args:
-        directory: holds ``train/`` and, if there is a validation split, ``val/``, each with a manifest.
+        directory: holds ``train/`` and, if there is a validation split, ``val/``, each with a manifest; or the URL of
+            such a place, where ``{}``, if it occurs, stands for the file.
         batch_size: samples per optimiser step over all ranks and micro-batches.
-        num_workers: reading processes per rank; 0 reads in the training process.
-        shuffle_buffer: samples held for shuffling per worker.
+        num_workers: reading processes per rank; 0 reads in the training process. Does not change the order.
+        shuffle_buffer: samples shuffled together; 0 shuffles shards only.
         seed: order of shards and samples.
         source: writes the shards if the training split has none yet; None expects them to be there.
+        autoencoder: the one that the shards must name; None takes any.
+        scale: the scale that the shards must have; None takes any.
+        damaged_limit: unreadable samples that each rank leaves out before training stops.
+        cache, cache_gb, allow_pipe: for URLs, see :class:`dcdit.data.location.Location`.
 
     Raises:
-        UserError: if a size is out of range.
+        UserError: if a value is out of range.
     """
 
     def __init__(
@@ -39,83 +52,143 @@ class LatentDataModule(pl.LightningDataModule):
         shuffle_buffer: int = 10_000,
         seed: int = 0,
         source: Source | None = None,
+        autoencoder: str | None = None,
+        scale: float | None = None,
+        damaged_limit: int = 100,
+        cache: str | None = None,
+        cache_gb: float = 20.0,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
             ("shuffle_buffer", shuffle_buffer, 0),
+            ("damaged_limit", damaged_limit, 0),
         ):
             if value < least:
                 raise UserError(f"{name}={value} is below {least}")
-        self.directory = Path(directory)
+        self.location = Location(directory, cache, cache_gb, allow_pipe)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
         self.source = source
-        self.samples_seen = 0
+        self.autoencoder = autoencoder
+        self.scale = scale
+        self.damaged_limit = damaged_limit
+        self.damaged: set[str] = set()
+        self._manifests: dict[str, Manifest] = {}
+        self._begin, self._begin_step = Position(), 0
 
     def prepare_data(self) -> None:
         """Have the source write the shards, unless they are there."""
         if self.source is None:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if self.location.remote:
+            raise UserError(f"directory={self.location.place}: data.source writes to local directories only")
+        directory = self.location.directory
+        directory.mkdir(parents=True, exist_ok=True)
         # Several processes may start at once; one writes, the others wait and then find the shards.
-        with FileLock(self.directory / ".lock"):
-            if not (self.directory / "train" / MANIFEST_NAME).is_file():
-                rank_zero_info(f"Writing shards to {self.directory}")
-                self.source.write(self.directory)
+        with FileLock(directory / ".lock"):
+            if not (directory / "train" / MANIFEST_NAME).is_file():
+                rank_zero_info(f"Writing shards to {directory}")
+                self.source.write(directory)
 
     def manifest(self, split: str = "train") -> Manifest:
-        """The checked manifest of a split; UserError if it is missing or does not match its shards."""
-        return Manifest.read(self.directory / split)
+        """The manifest of a split.
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+        Raises:
+            UserError: if it is missing, does not match its shards, or disagrees with ``autoencoder`` or ``scale``.
+        """
+        if split not in self._manifests:
+            manifest = self.location.below(split).manifest()
+            for name, wanted in (("autoencoder", self.autoencoder), ("scale", self.scale)):
+                found = getattr(manifest, name)
+                if wanted is not None and wanted != found:
+                    raise UserError(
+                        f"data.{name}={wanted}, but the shards in {self.location.place}/{split} were made with {found}:"
+                        f" set data.{name}={found} or null, or point data.directory at other shards"
+                    )
+            self._manifests[split] = manifest
+        return self._manifests[split]
+
+    def train_dataloader(self) -> DataLoader[StoredBatch]:
         """Endless training batches, from where the last checkpoint stopped."""
         assert self.trainer is not None
-        micro, rest = divmod(self.batch_size, self.trainer.world_size * self.trainer.accumulate_grad_batches)
-        if rest or not micro:
-            raise UserError(
-                f"data.batch_size={self.batch_size} cannot be split over {self.trainer.world_size} processes x"
-                f" trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}: take a multiple of"
-                f" {self.trainer.world_size * self.trainer.accumulate_grad_batches}"
+        manifest, readers = self.manifest(), self._readers()
+        before = self._begin.done[-1][0] if self._begin.done else readers
+        if before != readers:
+            rank_zero_info(
+                f"Resuming with {_words(readers)} instead of {_words(before)}: epoch {self._begin.epoch} goes on after"
+                f" {self._begin.samples} of its {manifest.samples} samples, none of which is seen again; the order of"
+                " the others is new."
             )
-        consumed = self.samples_seen // (micro * self.trainer.world_size)
-        stream = LatentStream(self.directory / "train", self.manifest(), self._order(micro), start=consumed)
-        # Too few shards: say so here rather than in a worker process.
-        stream.deal(0, self.trainer.world_size * max(1, self.num_workers))
-        return self._loader(stream)
-
-    def val_dataloader(self) -> list[DataLoader[Batch]]:
-        """One pass over the validation split in a fixed order; none if there is no such split."""
-        assert self.trainer is not None
-        if not (self.directory / "val" / MANIFEST_NAME).is_file():
-            return []
-        manifest = self.manifest("val")
-        smallest = min(shard.samples for shard in manifest.shards)
-        micro = max(1, min(self.batch_size // self.trainer.world_size, smallest))
-        stream = LatentStream(self.directory / "val", manifest, self._order(micro, shuffle_buffer=0), epochs=1)
-        return [DataLoader(stream, batch_size=None)]
-
-    def _order(self, micro: int, shuffle_buffer: int | None = None) -> StreamConfig:
-        assert self.trainer is not None
-        buffer = self.shuffle_buffer if shuffle_buffer is None else shuffle_buffer
-        return StreamConfig(micro, self.seed, buffer, self.trainer.global_rank, self.trainer.world_size)
-
-    def _loader(self, stream: LatentStream) -> DataLoader[Batch]:
-        assert self.trainer is not None
+        place = self.location.below("train")
+        stream = LatentStream(place, manifest, readers, self.trainer.global_rank, self.seed, self._begin)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         workers = self.num_workers
         return DataLoader(
             stream, batch_size=None, num_workers=workers, pin_memory=on_gpu, persistent_workers=workers > 0
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position in the data: samples seen by all ranks."""
+    def val_dataloader(self) -> list[DataLoader[StoredBatch]]:
+        """One pass over the validation split in a fixed order; none if there is no such split."""
         assert self.trainer is not None
-        return {"samples_seen": self.trainer.global_step * self.batch_size}
+        place = self.location.below("val")
+        if not place.exists():
+            return []
+        manifest, world = self.manifest("val"), self.trainer.world_size
+        # Batches of one size, as large as those of training allow, that leave out as little as possible.
+        own = max(1, manifest.samples // world)
+        size = own // -(-own // self._readers().batch_size)
+        stream = LatentStream(place, manifest, Readers(world, size, 0), self.trainer.global_rank, self.seed, epochs=1)
+        return [DataLoader(stream, batch_size=None)]
+
+    def on_after_batch_transfer(self, batch: StoredBatch, dataloader_idx: int) -> Batch:
+        """Turn stored latents or moments into scaled latents, on the device, and report what could not be read.
+
+        Raises:
+            UserError: if more than ``damaged_limit`` samples could not be read, or nothing can be any more.
+        """
+        for complaint in batch.damaged:
+            if complaint not in self.damaged:
+                self.damaged.add(complaint)
+                log.warning("left out: %s (%d so far)", complaint, len(self.damaged))
+        if len(self.damaged) > self.damaged_limit or not len(batch.labels):
+            raise UserError(
+                f"{len(self.damaged)} samples in {self.location.place} could not be read (data.damaged_limit="
+                f"{self.damaged_limit}); the last: {batch.damaged[-1]}. Restore the shards, or raise the limit, and"
+                " resume with ckpt_path=last"
+            )
+        generator = torch.Generator(batch.stored.device).manual_seed(batch.seed)
+        split = "train" if self.trainer is None or self.trainer.training else "val"
+        return network_latents(batch.stored, self.manifest(split), generator), batch.labels
+
+    def _readers(self) -> Readers:
+        """Who reads the training split together; UserError if the batch cannot be divided among them."""
+        assert self.trainer is not None
+        parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        micro, rest = divmod(self.batch_size, parts)
+        if rest or not micro:
+            raise UserError(
+                f"data.batch_size={self.batch_size} cannot be split over {self.trainer.world_size} processes x"
+                f" trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}: take a multiple of {parts}"
+            )
+        return Readers(self.trainer.world_size, micro, self.shuffle_buffer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, and the optimiser step that it belongs to."""
+        assert self.trainer is not None
+        step = self.trainer.global_step
+        taken = (step - self._begin_step) * self.trainer.accumulate_grad_batches
+        position = self._begin.advance(self._readers(), taken, self.manifest().samples)
+        return {"position": position.to_plain(), "step": step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after the samples already seen."""
-        self.samples_seen = state_dict["samples_seen"]
+        """Continue at the position of a checkpoint."""
+        self._begin, self._begin_step = Position.from_plain(state_dict["position"]), state_dict["step"]
+
+
+def _words(readers: Readers) -> str:
+    return f"{readers.world_size} x {readers.batch_size} samples (shuffle buffer {readers.window})"

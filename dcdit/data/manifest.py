@@ -1,16 +1,22 @@
 """The manifest of a directory of latent shards: everything needed to read them and to refuse a mismatch."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dcdit.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 IDENTITY = "identity"
 """Autoencoder id of shards whose latents are the images themselves, in [-1, 1]."""
+SAMPLE, MOMENTS = "sample", "moments"
+"""Representations: one latent (C, H, W) per image, or mean and log-variance of its posterior (2C, H, W)."""
+DTYPES = ("float16", "float32")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # a shard's name becomes part of paths, URLs and commands
 
 
 @dataclass(frozen=True)
@@ -24,38 +30,61 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """An image that is not in the shards, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a directory of shards holds.
 
     Attributes:
-        latent_shape: (C, H, W) of one latent.
-        dtype: numpy name of the stored type.
-        representation: ``sample``, one latent per image.
+        latent_shape: (C, H, W) of one latent as the network sees it.
+        dtype: numpy name of the stored type, ``float16`` or ``float32``.
+        representation: ``sample`` or ``moments``.
+        mirrored: each sample also holds the latent of the image mirrored left to right.
         autoencoder: ``identity``, or what ``AutoencoderKL.from_pretrained`` takes.
-        scale, shift: the network sees (stored - shift) * scale.
+        scale, shift: the network sees (latent - shift) * scale.
         classes: class names; a label is an index into them.
         shards: the files.
+        fingerprint: digest of the autoencoder's weights; None if unknown.
+        skipped: images of the source that could not be encoded.
+        extraction: settings of ``dcdit.extract``; empty for shards written otherwise.
     """
 
     latent_shape: tuple[int, int, int]
     dtype: str
     representation: str
+    mirrored: bool
     autoencoder: str
     scale: float
     shift: float
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
+    fingerprint: str | None = None
+    skipped: tuple[Skipped, ...] = ()
+    extraction: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
         """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """Shape of a stored array: (C, H, W), or (2C, H, W) for moments."""
+        channels, height, width = self.latent_shape
+        return channels * (2 if self.representation == MOMENTS else 1), height, width
+
     def summary(self) -> dict[str, Any]:
         """What a sampler must know of the latents, as plain values for a checkpoint."""
         return {
             "shape": list(self.latent_shape),
             "autoencoder": self.autoencoder,
+            "fingerprint": self.fingerprint,
             "scale": self.scale,
             "shift": self.shift,
             "classes": list(self.classes),
@@ -69,28 +98,17 @@ class Manifest:
         draft.replace(directory / MANIFEST_NAME)
 
     @classmethod
-    def read(cls, directory: Path) -> "Manifest":
-        """Read and check the manifest of ``directory``, and that its shards lie beside it in their full size.
-
-        Raises:
-            UserError: if the directory holds no usable manifest, or a shard is missing or cut short.
-        """
-        path = directory / MANIFEST_NAME
-        if not path.is_file():
-            raise UserError(
-                f"data.directory={directory.parent}: {path} does not exist, no shards have been written there;"
-                " set data.directory to a folder with train/manifest.json"
-            )
+    def read(cls, path: Path) -> "Manifest":
+        """Read and check the manifest file ``path``; :class:`UserError` if it is missing or invalid."""
         try:
-            manifest = cls.parse(json.loads(path.read_text()))
+            return cls.parse(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} does not exist, no shards have been written there, or not all of them yet: set data.directory"
+                " to a folder with train/manifest.json, or write shards with python -m dcdit.extract"
+            ) from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is no valid manifest ({error}): write the shards again") from error
-        for shard in manifest.shards:
-            size = (directory / shard.name).stat().st_size if (directory / shard.name).is_file() else None
-            if size != shard.bytes:
-                found = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
-                raise UserError(f"shard {directory / shard.name} {found}: restore it or write the shards again")
-        return manifest
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> "Manifest":
@@ -99,18 +117,44 @@ class Manifest:
         version = values.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {version}, this release reads {SCHEMA_VERSION}")
-        expected = {field.name for field in fields(cls)}
+        expected = {column.name for column in fields(cls)}
         if expected != set(values):
             raise ValueError(f"keys differ: {sorted(expected ^ set(values))}")
         shape = tuple(int(size) for size in values.pop("latent_shape"))
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"latent_shape is {shape}, not (C, H, W)")
-        if values["representation"] != "sample":
-            raise ValueError(f"representation is {values['representation']!r}, this release reads 'sample'")
+        for key, choices in (("representation", (SAMPLE, MOMENTS)), ("dtype", DTYPES)):
+            if values[key] not in choices:
+                raise ValueError(f"{key} is {values[key]!r}, this release reads {' and '.join(choices)}")
+        if not all(isinstance(values[key], int | float) for key in ("scale", "shift")) or not values["scale"]:
+            raise ValueError(f"scale is {values['scale']!r} and shift {values['shift']!r}")
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
         if not shards or not values["classes"]:
             raise ValueError("it lists no shards or no classes")
-        if any(Path(shard.name).name != shard.name for shard in shards):
-            raise ValueError("a shard name leads out of the directory")
+        for shard in shards:
+            if not _PLAIN_NAME.fullmatch(shard.name):
+                raise ValueError(f"{shard.name!r} is no name of a shard: letters, digits and . _ - only")
+            if shard.samples < 1 or shard.bytes < 1:
+                raise ValueError(f"{shard.name} has {shard.samples} samples in {shard.bytes} bytes")
+        skipped = tuple(Skipped(**image) for image in values.pop("skipped"))
         classes = tuple(str(name) for name in values.pop("classes"))
-        return cls(latent_shape=shape, shards=shards, classes=classes, **values)
+        return cls(latent_shape=shape, shards=shards, skipped=skipped, classes=classes, **values)
+
+
+def disagreement(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """The first difference between two :meth:`Manifest.summary`, in words; None if the latents are of one kind.
+
+    The autoencoder's name may differ, such as after moving it, where the fingerprints of its weights are equal.
+    """
+    same_weights = wanted.get("fingerprint") is not None and wanted.get("fingerprint") == found.get("fingerprint")
+    for key in ("shape", "autoencoder", "fingerprint", "scale", "shift"):
+        one, other = wanted.get(key), found.get(key)
+        if one != other and not (key == "autoencoder" and same_weights) and None not in (one, other):
+            return f"{key} is {one} there and {other} here"
+    mine, theirs = list(wanted.get("classes", [])), list(found.get("classes", []))
+    if len(mine) != len(theirs):
+        return f"there are {len(mine)} classes there and {len(theirs)} here"
+    for label, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+        if one != other:
+            return f"class {label} is {one!r} there and {other!r} here"
+    return None

@@ -1,29 +1,53 @@
-"""Latent shards in webdataset's tar layout: one ``.latent.npy`` and one ``.cls`` per sample."""
+"""Latent shards: webdataset tar files whose samples all take the same number of bytes.
+
+A sample is ``<key>.json`` with label, checksums and the image's name, ``<key>.latent.npy``, and ``<key>.mirrored.npy``
+where the mirrored image was encoded too. Any webdataset reader takes the files. Since sample i of a shard begins at
+i times the sample's size, this one reads any sample with one call, without an index.
+"""
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+import json
+import os
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any
 
 import numpy as np
 import webdataset as wds
 from numpy.typing import NDArray
 
-from dcdit.data.manifest import Manifest, Shard
-from dcdit.errors import UserError
+from dcdit.data.manifest import SAMPLE, Manifest, Shard
 
-LATENT_KEY, LABEL_KEY = "latent.npy", "cls"
+_LONGEST_NOTE = BLOCKSIZE  # the JSON of a sample fills one block of the tar file
+_SIZE_FIELD = slice(124, 135)  # of a tar header, octal
+
+
+class DamagedSampleError(Exception):
+    """A sample that cannot be read: says which and why."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A stored latent (C, H, W) and its class label."""
+    """One image's latents as stored.
+
+    Attributes:
+        key: unique name within all shards.
+        label: class label.
+        latent: (C, H, W), or (2C, H, W) for moments.
+        mirrored: the same of the mirrored image; None if the shards hold none.
+        source: name of the image, for messages.
+    """
 
     key: str
-    latent: NDArray[Any]
     label: int
+    latent: NDArray[Any]
+    mirrored: NDArray[Any] | None = None
+    source: str = ""
 
 
 def _npy(array: NDArray[Any]) -> bytes:
@@ -32,18 +56,144 @@ def _npy(array: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
-    """Write one shard, whole or not at all; equal samples give equal bytes."""
+def _note(label: int, checksums: list[int], source: str) -> bytes:
+    """The JSON member of a sample; a long source loses its beginning."""
+    while True:
+        note = json.dumps({"label": label, "crc32": checksums, "source": source}).encode()
+        if len(note) <= _LONGEST_NOTE:
+            return note
+        source = source[max(1, (len(note) - _LONGEST_NOTE) // 6) :]
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCKSIZE) * BLOCKSIZE
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things lie within a sample's bytes.
+
+    Attributes:
+        stored_shape: of an array.
+        dtype: numpy name of its type.
+        mirrored: whether a second array follows the first.
+    """
+
+    stored_shape: tuple[int, ...]
+    dtype: str
+    mirrored: bool
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Layout":
+        """The layout of the shards that ``manifest`` describes."""
+        return cls(manifest.stored_shape, manifest.dtype, manifest.mirrored)
+
+    @cached_property
+    def npy_header(self) -> bytes:
+        """What ``numpy.save`` puts before the array; no other header, above all none of a pickle, is accepted."""
+        array = np.zeros(self.stored_shape, self.dtype)
+        return _npy(array)[: -array.nbytes]
+
+    @cached_property
+    def array_bytes(self) -> int:
+        """Bytes of one array."""
+        return int(np.prod(self.stored_shape)) * np.dtype(self.dtype).itemsize
+
+    @cached_property
+    def member_bytes(self) -> int:
+        """Bytes of a tar member with one array, header and padding included."""
+        return BLOCKSIZE + _padded(len(self.npy_header) + self.array_bytes)
+
+    @property
+    def note_bytes(self) -> int:
+        """Bytes of the tar member with the JSON."""
+        return BLOCKSIZE + _LONGEST_NOTE
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of a sample: the distance between two of them."""
+        return self.note_bytes + self.member_bytes * (2 if self.mirrored else 1)
+
+    def read(self, descriptor: int, index: int, mirrored: bool, out: NDArray[np.uint8]) -> int:
+        """Read sample ``index`` of an open shard.
+
+        Args:
+            descriptor: of the file.
+            index: place within the shard.
+            mirrored: which of the two arrays.
+            out: (array_bytes,) uint8, receives the array.
+
+        Returns:
+            The label.
+
+        Raises:
+            DamagedSampleError: with the key if it can be read, and the reason.
+        """
+        start = index * self.sample_bytes
+        note, member = bytearray(self.note_bytes), bytearray(self.member_bytes)
+        got = os.preadv(descriptor, [note], start)
+        got += os.preadv(descriptor, [member], start + self.note_bytes + (self.member_bytes if mirrored else 0))
+        if got < len(note) + len(member):
+            raise DamagedSampleError(f"sample {index}: the file ends before it")
+        where = f"sample {index}, key {bytes(note[:100]).split(b'.json')[0].decode('ascii', 'replace')}"
+        try:
+            length = int(bytes(note[_SIZE_FIELD]), 8)
+            values = json.loads(bytes(note[BLOCKSIZE : BLOCKSIZE + length]))
+            label, expected = int(values["label"]), int(values["crc32"][int(mirrored)])
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise DamagedSampleError(f"{where}: label and checksum are unreadable") from None
+        payload = BLOCKSIZE + len(self.npy_header)
+        if member[BLOCKSIZE:payload] != self.npy_header:
+            raise DamagedSampleError(f"{where}: no {self.dtype} array of shape {self.stored_shape} follows")
+        array = memoryview(member)[payload : payload + self.array_bytes]
+        if zlib.crc32(array) != expected:
+            raise DamagedSampleError(f"{where}: the checksum of its latent differs")
+        out[:] = np.frombuffer(array, np.uint8)
+        return label
+
+
+def write_shard(path: Path, samples: Iterable[Sample], layout: Layout) -> Shard | None:
+    """Write one shard, whole or not at all; equal samples give equal bytes.
+
+    Returns:
+        Its entry for the manifest; None, and no file, if there are no samples.
+    """
     draft = path.with_name(path.name + ".part")
     count = 0
-    with wds.TarWriter(str(draft), mtime=0, user="", group="") as writer:
-        for sample in samples:
-            label = str(sample.label).encode()
-            writer.write({"__key__": sample.key, LATENT_KEY: _npy(sample.latent), LABEL_KEY: label})
-            count += 1
-    content = draft.read_bytes()
-    draft.replace(path)
-    return Shard(path.name, count, len(content), hashlib.sha256(content).hexdigest())
+    try:
+        # File names as strings would go through webdataset's URL opener.
+        with draft.open("wb") as file, wds.TarWriter(file, mtime=0, user="", group="") as writer:
+            for sample in samples:
+                arrays = [sample.latent] if sample.mirrored is None else [sample.latent, sample.mirrored]
+                for array in arrays:
+                    assert (array.shape, str(array.dtype)) == (layout.stored_shape, layout.dtype)
+                assert len(arrays) == 1 + layout.mirrored
+                checksums = [zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data) for array in arrays]
+                members = {"json": _note(sample.label, checksums, sample.source)}
+                # webdataset writes the members in alphabetical order, on which the layout relies
+                members |= dict(zip(("latent.npy", "mirrored.npy"), map(_npy, arrays), strict=False))
+                writer.write({"__key__": sample.key, **members})
+                count += 1
+        # The rename must not reach the disk before the content does.
+        with draft.open("rb") as written:
+            os.fsync(written.fileno())
+        if count:
+            size, digest = draft.stat().st_size, file_digest(draft)
+            assert size >= count * layout.sample_bytes
+            draft.replace(path)
+            return Shard(path.name, count, size, digest)
+        return None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_shards(
@@ -56,27 +206,32 @@ def write_shards(
     scale: float,
     shift: float,
     samples_per_shard: int,
+    representation: str = SAMPLE,
 ) -> Manifest:
     """Write arrays that fit in memory as shards with a manifest.
 
     Args:
         directory: created if needed.
-        latents: (N, C, H, W).
+        latents: (N, C, H, W), or (N, 2C, H, W) for moments; float16 or float32.
         labels: (N,) integers below ``len(classes)``.
-        classes, autoencoder, scale, shift: see :class:`Manifest`.
+        classes, autoencoder, scale, shift, representation: see :class:`Manifest`.
         samples_per_shard: the last shard may hold fewer.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    stored, height, width = (int(size) for size in latents.shape[1:])
+    layout = Layout((stored, height, width), str(latents.dtype), mirrored=False)
     shards = []
     for number, start in enumerate(range(0, len(latents), samples_per_shard)):
         rows = range(start, min(start + samples_per_shard, len(latents)))
-        samples = (Sample(f"{row:08d}", latents[row], int(labels[row])) for row in rows)
-        shards.append(write_shard(directory / f"shard-{number:06d}.tar", samples))
-    shape = tuple(int(size) for size in latents.shape[1:])
+        samples = (Sample(f"{row:08d}", int(labels[row]), latents[row]) for row in rows)
+        shard = write_shard(directory / f"shard-{number:06d}.tar", samples, layout)
+        assert shard is not None
+        shards.append(shard)
     manifest = Manifest(
-        latent_shape=(shape[0], shape[1], shape[2]),
-        dtype=str(latents.dtype),
-        representation="sample",
+        latent_shape=(stored if representation == SAMPLE else stored // 2, height, width),
+        dtype=layout.dtype,
+        representation=representation,
+        mirrored=False,
         autoencoder=autoencoder,
         scale=scale,
         shift=shift,
@@ -85,22 +240,3 @@ def write_shards(
     )
     manifest.write(directory)
     return manifest
-
-
-def read_raw(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """Undecoded samples of the shards, one after the other."""
-    return iter(wds.DataPipeline(wds.SimpleShardList([str(path) for path in paths]), wds.tarfile_to_samples()))
-
-
-def decode(raw: dict[str, Any]) -> Sample:
-    """Decode one raw sample. Arrays with pickled content are refused.
-
-    Raises:
-        UserError: naming shard and key if the sample is damaged.
-    """
-    try:
-        latent = np.load(io.BytesIO(raw[LATENT_KEY]), allow_pickle=False)
-        return Sample(raw["__key__"], latent, int(raw[LABEL_KEY]))
-    except (KeyError, ValueError, OSError, EOFError) as error:
-        where = f"{raw.get('__url__', 'a shard')}, key {raw.get('__key__', '?')}"
-        raise UserError(f"{where}: damaged sample ({error}); write the shards again") from error

@@ -1,112 +1,144 @@
-"""The order in which latents are seen: a pure function of (seed, epoch, rank, world size, workers)."""
+"""Reading batches in the order of :mod:`dcdit.data.order`."""
 
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import count, islice
-from pathlib import Path
+from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import webdataset as wds
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dcdit.data.manifest import Manifest, Shard
-from dcdit.data.shards import decode, read_raw
+from dcdit.data.location import Location, ShardReader
+from dcdit.data.manifest import Manifest
+from dcdit.data.order import EpochOrder, Position, Readers
+from dcdit.data.shards import DamagedSampleError, Layout
 from dcdit.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
-"""Latents (B, C, H, W) float32, scaled and shifted for the network, and labels (B,) int64."""
+"""What the network trains on: latents (B, C, H, W) float32, scaled and shifted, and labels (B,) int64."""
 
 
-@dataclass(frozen=True)
-class StreamConfig:
-    """Who reads what.
+class StoredBatch(NamedTuple):
+    """A batch as it lies in the shards.
 
     Attributes:
-        batch_size: samples per batch of one rank.
-        seed: shuffles shards and samples.
-        shuffle_buffer: samples held for shuffling within a shard list; 0 keeps stored order.
-        rank, world_size: this process among all.
+        stored: (B, C, H, W) latents or (B, 2C, H, W) moments, in the stored type.
+        labels: (B,) int64.
+        seed: for what is random about the batch; a pure function of its place in the order.
+        damaged: samples that could not be read and are missing here, with shard, key and reason.
     """
 
-    batch_size: int
+    stored: Tensor
+    labels: Tensor
     seed: int
-    shuffle_buffer: int
-    rank: int = 0
-    world_size: int = 1
+    damaged: list[str]
 
 
-class LatentStream(IterableDataset[Batch]):
-    """Endless batches, epoch after epoch, resumable at any batch.
+class LatentStream(IterableDataset[StoredBatch]):
+    """Batches of one rank, epoch after epoch, beginning anywhere, with any number of loader workers.
 
-    Shards are permuted by (seed, epoch) and dealt to ``world_size * workers`` slots; in every epoch each slot yields
-    the same number of batches, the one that the poorest slot can fill, so that no rank waits for another.
+    The loader asks its workers in turn, so each reads the batches whose turn is its own, and their number does not
+    change the order. Memory is bounded by the batches in flight: the shuffle window is one of places, not of data.
+
+    A sample that cannot be read is left out of its batch and reported with it. Where none of a batch can be read, the
+    next readable sample of the rank's epoch stands in, for every rank must yield the same number of batches; where
+    there is none, the batch is empty.
 
     Args:
-        directory, manifest: the shards.
-        config: the order.
-        start: batches of this rank already consumed.
+        location, manifest: the shards.
+        readers: who reads together.
+        rank: this process among them.
+        seed: of everything random.
+        position: where to begin.
         epochs: how many epochs to yield; None never ends.
 
     Raises:
-        UserError: while iterating, if there are too few shards for the readers or a sample is damaged.
+        UserError: if the shards cannot fill one batch of every rank.
     """
 
     def __init__(
-        self, directory: Path, manifest: Manifest, config: StreamConfig, start: int = 0, epochs: int | None = None
+        self,
+        location: Location,
+        manifest: Manifest,
+        readers: Readers,
+        rank: int = 0,
+        seed: int = 0,
+        position: Position = Position(),  # noqa: B008  (immutable)
+        epochs: int | None = None,
     ) -> None:
         super().__init__()
-        self.directory = directory
+        self.location = location
         self.manifest = manifest
-        self.config = config
-        self.start = start
+        self.readers = readers
+        self.rank = rank
+        self.seed = seed
+        self.position = position.join(readers)
         self.epochs = epochs
-
-    def deal(self, epoch: int, slots: int) -> tuple[list[list[Shard]], int]:
-        """The shards of every slot in ``epoch``, and the number of batches that each slot yields.
-
-        Raises:
-            UserError: if a slot cannot fill a single batch.
-        """
-        shards = self.manifest.shards
-        order = np.random.default_rng([self.config.seed, epoch]).permutation(len(shards))
-        dealt = [[shards[i] for i in order[slot::slots]] for slot in range(slots)]
-        poorest = min(sum(shard.samples for shard in own) for own in dealt)
-        batches = poorest // self.config.batch_size
-        if batches == 0:
+        self._layout = Layout.of(manifest)
+        if not readers.batches(manifest.samples):
             raise UserError(
-                f"data: {len(shards)} shards with {self.manifest.samples} samples in {self.directory} cannot give each"
-                f" of {self.config.world_size} ranks x {slots // self.config.world_size} workers one batch of"
-                f" {self.config.batch_size}: lower data.batch_size or data.num_workers, or write smaller shards"
+                f"batch_size={readers.world_size * readers.batch_size} exceeds the {manifest.samples} samples in"
+                f" {location.place}: lower data.batch_size"
             )
-        return dealt, batches
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[StoredBatch]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        # The loader asks its workers in turn from worker 0 on; after a resume at batch k the turn is worker k % n's.
-        worker = (worker + self.start) % workers
-        skip = -((worker - self.start) // workers)  # batches of this worker among the first `start`
-        slots, slot = self.config.world_size * workers, self.config.rank * workers + worker
-        epochs = count() if self.epochs is None else range(self.epochs)
-        for epoch in epochs:
-            dealt, batches = self.deal(epoch, slots)
-            if skip >= batches:
-                skip -= batches
-                continue
-            yield from islice(self._epoch(epoch, slot, dealt[slot], skip), batches - skip)
-            skip = 0
+        sizes = [shard.samples for shard in self.manifest.shards]
+        reader = ShardReader(self.location, self.manifest.shards)
+        position, turn = self.position, 0
+        for epoch in count(position.epoch):
+            if self.epochs is not None and epoch >= self.position.epoch + self.epochs:
+                return
+            order = EpochOrder(sizes, self.seed, position)
+            window: tuple[int, int] | None = None
+            for number in range(order.first, order.batches):
+                if turn == worker:
+                    if window != (window := self.readers.window_of(number, order.batches)):
+                        reader.prepare(*order.neighbourhood(self.rank, number))
+                    yield self._read(reader, order, number)
+                turn = (turn + 1) % workers
+            position = Position(epoch + 1).join(self.readers)
 
-    def _epoch(self, epoch: int, slot: int, shards: list[Shard], skip: int) -> Iterator[Batch]:
-        raw = read_raw(self.directory / shard.name for shard in shards)
-        if self.config.shuffle_buffer:
-            rng = random.Random(f"{self.config.seed}-{epoch}-{slot}")  # noqa: S311  (not for secrets)
-            size = self.config.shuffle_buffer
-            raw = wds.filters._shuffle(raw, bufsize=size, initial=size, rng=rng)
-        samples = map(decode, islice(raw, skip * self.config.batch_size, None))
-        while rows := list(islice(samples, self.config.batch_size)):
-            latents = torch.from_numpy(np.stack([row.latent for row in rows]).astype(np.float32))
-            labels = torch.tensor([row.label for row in rows])
-            yield (latents - self.manifest.shift) * self.manifest.scale, labels
+    def _read(self, reader: ShardReader, order: EpochOrder, number: int) -> StoredBatch:
+        damaged: list[str] = []
+        # The seed says where in the order the batch stands; the order itself draws from other streams.
+        place = [self.seed, order.epoch, self.rank, number, order.part, 1]
+        seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
+        mirror = np.random.default_rng(seed).random(self.readers.batch_size) < 0.5
+        shards, indices = order.batch(self.rank, number)
+        arrays = np.empty((len(shards), self._layout.array_bytes), np.uint8)
+        labels: list[int] = []
+        for shard, index, mirrored in zip(shards.tolist(), indices.tolist(), mirror.tolist(), strict=True):
+            self._read_sample(reader, shard, index, mirrored, arrays, labels, damaged)
+        following = number + 1
+        while not labels and following < order.batches:
+            for shard, index in zip(*(places.tolist() for places in order.batch(self.rank, following)), strict=True):
+                if not labels:
+                    self._read_sample(reader, shard, index, False, arrays, labels, damaged)
+            following += 1
+        stored = arrays[: len(labels)].view(self._layout.dtype).reshape(-1, *self._layout.stored_shape)
+        return StoredBatch(torch.from_numpy(stored), torch.tensor(labels), seed, damaged)
+
+    def _read_sample(
+        self,
+        reader: ShardReader,
+        shard: int,
+        index: int,
+        mirrored: bool,
+        arrays: np.ndarray,
+        labels: list[int],
+        damaged: list[str],
+    ) -> None:
+        """Put a sample into the next free row, or its complaint into ``damaged``."""
+        try:
+            row = arrays[len(labels)]
+            label = self._layout.read(reader.descriptor(shard), index, mirrored and self.manifest.mirrored, row)
+            if not 0 <= label < len(self.manifest.classes):
+                raise DamagedSampleError(
+                    f"sample {index}: label {label} is none of {len(self.manifest.classes)} classes"
+                )
+            labels.append(label)
+        except (DamagedSampleError, OSError) as error:
+            damaged.append(f"{self.manifest.shards[shard].name}: {error}")

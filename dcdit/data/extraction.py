@@ -1,0 +1,255 @@
+"""From images to latent shards, restartable at any moment, on any number of processes.
+
+Every unit of the source becomes one shard, and nothing in it depends on which process writes it or on what was written
+before. Processes share nothing but the directory.
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dcdit.data.autoencoder import Autoencoder
+from dcdit.data.image_sources import ImageSource
+from dcdit.data.images import Decoded, ImageBatches
+from dcdit.data.ledger import Ledger
+from dcdit.data.manifest import DTYPES, MOMENTS, SAMPLE, Manifest, Shard, Skipped
+from dcdit.data.shards import Layout, Sample, write_shard
+from dcdit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the bytes of the shards depend on, beside the images and the autoencoder.
+
+    Attributes:
+        image_size: side of the cropped images in pixels.
+        representation: ``moments`` or ``sample``.
+        mirrored: encode every image mirrored left to right too.
+        dtype: stored type, ``float16`` or ``float32``.
+        precision: of the autoencoder: ``fp32``, ``bf16`` or ``fp16``.
+        batch_size: images encoded at once.
+        samples_per_shard: images of a shard.
+        seed: shuffles the images, and draws the samples of the posterior if those are stored.
+        min_side: images with fewer pixels along a side are skipped.
+    """
+
+    image_size: int
+    representation: str
+    mirrored: bool
+    dtype: str
+    precision: str
+    batch_size: int
+    samples_per_shard: int
+    seed: int
+    min_side: int
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("representation", (MOMENTS, SAMPLE)),
+            ("dtype", DTYPES),
+            ("precision", ("fp32", "bf16", "fp16")),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        for name in ("image_size", "batch_size", "samples_per_shard", "min_side"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} is not a positive number")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} is negative")
+
+    def layout(self, autoencoder: Autoencoder) -> Layout:
+        """Layout of the shards."""
+        side, rest = divmod(self.image_size, autoencoder.factor)
+        if rest:
+            raise UserError(
+                f"image_size={self.image_size} is no multiple of {autoencoder.factor}, which"
+                f" autoencoder={autoencoder.name!r} needs"
+            )
+        channels = autoencoder.channels * (2 if self.representation == MOMENTS else 1)
+        return Layout((channels, side, side), self.dtype, self.mirrored)
+
+
+class Watcher(Protocol):
+    """Is told how far an extraction is."""
+
+    def begin(self, units: int, done: int, images: int | None) -> None:
+        """Of ``units`` of this process ``done`` were there; ``images`` are left, if that is known."""
+
+    def advance(self, files: int) -> None:
+        """So many more files have been dealt with."""
+
+    def shard(self, name: str, samples: int) -> None:
+        """A shard is finished."""
+
+
+class Extraction:
+    """One process of an extraction.
+
+    Args:
+        directory: receives shards and manifest.
+        source: the images.
+        autoencoder: on the device that encodes.
+        settings: what else the bytes depend on.
+        rank, world_size: this process among all.
+        workers: processes that decode images.
+        strict: stop at the first image that cannot be used.
+
+    Raises:
+        UserError: if settings do not fit together.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        source: ImageSource,
+        autoencoder: Autoencoder,
+        settings: Settings,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        strict: bool = False,
+    ) -> None:
+        self.directory, self.source, self.autoencoder, self.settings = directory, source, autoencoder, settings
+        self.rank, self.world_size, self.workers, self.strict = rank, world_size, workers, strict
+        self.layout = settings.layout(autoencoder)
+        made_by = {"autoencoder": autoencoder.fingerprint or autoencoder.name}
+        self.ledger = Ledger(directory, {**asdict(settings), **made_by, "source": source.inventory}, source.units)
+        if strict and source.skipped:
+            raise UserError(f"strict=true: {source.skipped[0].file}: {source.skipped[0].reason}")
+
+    def run(self, watcher: Watcher) -> Manifest | None:
+        """Encode what is not done yet of this process's share.
+
+        Returns:
+            The manifest if all shards of all processes are done, else None.
+
+        Raises:
+            UserError: if the directory holds something else, the disk is too small, or, with ``strict``, for the first
+                image that cannot be used.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.directory / f".extract-{self.rank}.lock")
+        try:
+            with lock.acquire(timeout=0):
+                return self._run(watcher)
+        except Timeout:
+            raise UserError(f"{self.directory}: another process {self.rank} is already extracting there") from None
+
+    def _run(self, watcher: Watcher) -> Manifest | None:
+        finished = self.ledger.open()
+        if finished:
+            return finished
+        own = range(self.rank, self.source.units, self.world_size)
+        units = [unit for unit in own if not self.ledger.is_done(unit)]
+        sizes = [self.source.size(unit) for unit in units]
+        images = sum(size for size in sizes if size is not None) if None not in sizes else None
+        self._check_disk(images)
+        watcher.begin(len(own), len(own) - len(units), images)
+        stream = self._encoded(units, watcher)
+        for unit, batches in groupby(stream, key=lambda batch: batch[0].unit):
+            name = f"shard-{unit:06d}.tar"
+            skipped: list[Skipped] = []
+            shard = write_shard(self.directory / name, self._samples(batches, skipped), self.layout)
+            self.ledger.enter(unit, shard, skipped)
+            watcher.shard(name, shard.samples if shard else 0)
+        return self.ledger.close(self._manifest)
+
+    def _manifest(self, shards: tuple[Shard, ...], skipped: tuple[Skipped, ...]) -> Manifest:
+        return Manifest(
+            latent_shape=(self.autoencoder.channels, *self.layout.stored_shape[1:]),  # type: ignore[arg-type]
+            dtype=self.settings.dtype,
+            representation=self.settings.representation,
+            mirrored=self.settings.mirrored,
+            autoencoder=self.autoencoder.name,
+            scale=self.autoencoder.scale,
+            shift=self.autoencoder.shift,
+            classes=self.source.classes,
+            shards=shards,
+            fingerprint=self.autoencoder.fingerprint,
+            skipped=(*self.source.skipped, *skipped),
+            extraction=self.ledger.plan,
+        )
+
+    def _check_disk(self, images: int | None) -> None:
+        needed, free = (images or 0) * self.layout.sample_bytes, shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise UserError(
+                f"{self.directory}: {needed / 1e9:.1f} GB are needed for {images} images, {free / 1e9:.1f} GB are free"
+            )
+
+    # ---- encoding ------------------------------------------------------------------------------------------------
+
+    def _encoded(self, units: list[int], watcher: Watcher) -> Iterator[tuple[Decoded, list[NDArray[Any]]]]:
+        """Decoded batches with their moments; a GPU works on the next batch while this one is written."""
+        if not units:
+            return
+        loader = DataLoader(
+            ImageBatches(
+                self.source, units, self.settings.batch_size, self.settings.image_size, self.settings.min_side
+            ),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+        )
+        waiting: tuple[Decoded, list[Tensor]] | None = None
+        for batch in loader:
+            if batch.problem or (self.strict and batch.skipped):
+                first = batch.skipped[0] if batch.skipped else None
+                raise UserError(batch.problem or f"strict=true: {first.file}: {first.reason}")  # type: ignore[union-attr]
+            ahead = batch, self._launch(batch.images, self.settings.precision)
+            if waiting:
+                yield self._collect(*waiting)
+                watcher.advance(waiting[0].files)
+            waiting = ahead
+        if waiting:
+            yield self._collect(*waiting)
+            watcher.advance(waiting[0].files)
+
+    def _launch(self, images: Tensor, precision: str) -> list[Tensor]:
+        if not len(images):
+            return []
+        views = [images, images.flip(-1)] if self.settings.mirrored else [images]
+        return [self.autoencoder.encode(view, precision) for view in views]
+
+    def _collect(self, batch: Decoded, moments: list[Tensor]) -> tuple[Decoded, list[NDArray[Any]]]:
+        arrays = [self._store(batch, part.cpu(), view) for view, part in enumerate(moments)]
+        if self.settings.precision != "fp32" and not all(np.isfinite(array).all() for array in arrays):
+            exact = self._launch(batch.images, "fp32")  # autocast has overflowed
+            arrays = [self._store(batch, part.cpu(), view) for view, part in enumerate(exact)]
+        return batch, arrays
+
+    def _store(self, batch: Decoded, moments: Tensor, view: int) -> NDArray[Any]:
+        """Moments (n, 2C, H, W), or a sample (n, C, H, W) of them, in the stored type."""
+        if self.settings.representation == SAMPLE:
+            mean, log_variance = moments.chunk(2, dim=1)
+            noise = [self._noise(batch.unit, place, view, mean.shape[1:]) for place in batch.places]
+            moments = mean + torch.exp(0.5 * log_variance) * torch.stack(noise)
+        with np.errstate(over="ignore"):  # seen as an infinity by whoever checks
+            return moments.numpy().astype(self.settings.dtype)
+
+    def _noise(self, unit: int, place: int, view: int, shape: torch.Size) -> Tensor:
+        seed = np.random.SeedSequence([self.settings.seed, unit, place, view]).generate_state(1, np.uint64)[0]
+        return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed >> np.uint64(1))))
+
+    def _samples(
+        self, batches: Iterable[tuple[Decoded, list[NDArray[Any]]]], skipped: list[Skipped]
+    ) -> Iterator[Sample]:
+        """Samples of one shard; what must be left out is added to ``skipped``."""
+        for batch, arrays in batches:
+            skipped += batch.skipped
+            rows = zip(batch.places, batch.labels, batch.sources, *arrays, strict=True) if arrays else ()
+            for place, label, source, *views in rows:
+                if not all(np.isfinite(array).all() for array in views):
+                    skipped.append(Skipped(source, f"its latent is not finite in {self.settings.dtype}"))
+                    continue
+                yield Sample(f"{batch.unit:06d}-{place:06d}", label, views[0], views[1] if self.layout.mirrored else None, source)

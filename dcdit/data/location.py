@@ -1,0 +1,217 @@
+"""Where shards lie: a local directory, or any URL that webdataset opens, kept in a bounded cache on disk."""
+
+import getpass
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_info
+from webdataset import gopen
+
+from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard
+from dcdit.data.shards import file_digest
+from dcdit.errors import UserError
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
+_PAUSES = (0.5, 2.0)  # seconds before a download is tried again
+
+
+@dataclass(frozen=True)
+class Location:
+    """A directory with a manifest and its shards.
+
+    Attributes:
+        place: local path; or a URL, to which ``/<file>`` is appended, or in which ``{}`` stands for the file.
+        cache: directory for files fetched from a URL; None takes one in the system's temporary directory.
+        cache_gb: size to which the cache is kept, apart from shards in use.
+        allow_pipe: open ``pipe:`` URLs, which run a shell command.
+    """
+
+    place: str
+    cache: str | None = None
+    cache_gb: float = 20.0
+    allow_pipe: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.cache_gb > 0:
+            raise UserError(f"cache_gb={self.cache_gb} is not positive")
+        if self.place.startswith("pipe:") and not self.allow_pipe:
+            raise UserError(
+                f"directory={self.place!r} runs a shell command: set data.allow_pipe=true if you trust it with that"
+            )
+
+    @property
+    def remote(self) -> bool:
+        """Whether files must be fetched."""
+        return bool(_SCHEME.match(self.place)) and not self.place.startswith("file:")
+
+    @property
+    def directory(self) -> Path:
+        """The local directory, or the cache of this URL."""
+        if not self.remote:
+            return Path(re.sub("^file:(//)?", "", self.place))
+        digest = hashlib.sha256(self.place.encode()).hexdigest()[:16]
+        home = Path(self.cache) if self.cache else Path(tempfile.gettempdir()) / f"dcdit-{getpass.getuser()}"
+        return home / digest
+
+    def below(self, name: str) -> "Location":
+        """The location ``name`` within this one."""
+        place = self.place.replace("{}", f"{name}/{{}}") if "{}" in self.place else f"{self.place.rstrip('/')}/{name}"
+        return Location(place, self.cache, self.cache_gb, self.allow_pipe)
+
+    def exists(self) -> bool:
+        """Whether there is a manifest."""
+        if self.remote:
+            try:
+                self._fetch(MANIFEST_NAME, self.directory / MANIFEST_NAME)
+            except OSError as error:
+                rank_zero_info(f"Not there: {error}")
+                return False
+        return (self.directory / MANIFEST_NAME).is_file()
+
+    def manifest(self) -> Manifest:
+        """The manifest, checked; of a local directory also that every shard lies there in its full size.
+
+        Raises:
+            UserError: if there is no usable manifest, or a shard is missing or cut short.
+        """
+        path = self.directory / MANIFEST_NAME
+        if self.remote:
+            try:
+                self._fetch(MANIFEST_NAME, path)
+            except OSError as error:
+                raise UserError(f"data.directory: {error}") from error
+            return Manifest.read(path)
+        manifest = Manifest.read(path)
+        for shard in manifest.shards:
+            found = self.directory / shard.name
+            size = found.stat().st_size if found.is_file() else None
+            if size != shard.bytes:
+                words = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
+                raise UserError(f"shard {found} {words}: restore it or write the shards again")
+        return manifest
+
+    def fetch(self, shard: Shard, in_use: Collection[Shard] = ()) -> Path:
+        """The local file of ``shard``, fetched and checked unless it is there; safe with many processes.
+
+        Args:
+            shard: entry of the manifest.
+            in_use: shards that must stay in the cache.
+
+        Raises:
+            OSError: if it cannot be fetched whole.
+        """
+        if not self.remote:
+            return self.directory / shard.name
+        path = self.directory / _cached_name(shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if path.is_file():
+                os.utime(path)  # the cache drops what was not used for longest
+                return path
+            self._make_room(shard.bytes, {path.name, *map(_cached_name, in_use)})
+            for pause in _PAUSES:
+                with suppress(OSError):
+                    self._fetch(shard.name, path, shard)
+                    return path
+                time.sleep(pause)
+            self._fetch(shard.name, path, shard)
+            return path
+
+    def _fetch(self, name: str, path: Path, shard: Shard | None = None) -> None:
+        """Fetch ``name`` to ``path``, whole or not at all."""
+        url = self.place.replace("{}", name) if "{}" in self.place else f"{self.place.rstrip('/')}/{name}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+        try:
+            try:
+                with gopen(url, "rb") as source, draft.open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+            except ValueError as error:  # gopen knows no such scheme
+                raise UserError(f"directory={self.place}: {error}") from error
+            except OSError as error:
+                if error.filename or error.errno:
+                    raise  # this machine's disk
+                raise OSError(f"{url} cannot be fetched ({str(error)[-60:].strip()})") from error
+            size = draft.stat().st_size
+            if not size:
+                raise OSError(f"{url} is empty")
+            if shard and (size != shard.bytes or file_digest(draft) != shard.sha256):
+                raise OSError(f"{url} differs from what the manifest says ({size} of {shard.bytes} bytes came)")
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _make_room(self, size: int, in_use: Collection[str]) -> None:
+        """Drop the shards not used for longest until ``size`` more bytes fit. Open files stay readable."""
+        files = []
+        for path in self.directory.glob("*.tar"):
+            with suppress(FileNotFoundError):  # dropped by another process
+                files.append((path.stat().st_mtime, path.stat().st_size, path))
+        total = size + sum(bytes_ for _, bytes_, _ in files)
+        for _, bytes_, path in sorted(files):
+            if total <= self.cache_gb * 1e9:
+                break
+            if path.name not in in_use:
+                path.unlink(missing_ok=True)
+                total -= bytes_
+
+
+def _cached_name(shard: Shard) -> str:
+    """By content, so that shards written anew under an old name are fetched anew."""
+    return f"{shard.sha256[:32]}.tar"
+
+
+class ShardReader:
+    """Open shards of one process, fetched ahead where they are remote.
+
+    Args:
+        location: where the shards lie.
+        shards: those of the manifest.
+    """
+
+    def __init__(self, location: Location, shards: Sequence[Shard]) -> None:
+        self.location = location
+        self.shards = shards
+        self._open: dict[int, int] = {}
+        self._failed: dict[int, tuple[float, OSError]] = {}
+        self._background = ThreadPoolExecutor(1, "fetch") if location.remote else None
+
+    def prepare(self, wanted: Sequence[int], soon: Sequence[int]) -> None:
+        """Say which shards are about to be read, and which after them; all others are closed."""
+        for number in [number for number in self._open if number not in wanted]:
+            os.close(self._open.pop(number))
+        if self._background:
+            needed = [self.shards[number] for number in (*wanted, *soon)]
+            for shard in needed:
+                self._background.submit(self._fetch_quietly, shard, needed)
+
+    def _fetch_quietly(self, shard: Shard, needed: Collection[Shard]) -> None:
+        with suppress(OSError):  # whoever needs the shard tries again and reports
+            self.location.fetch(shard, needed)
+
+    def descriptor(self, number: int) -> int:
+        """File descriptor of a shard, for ``os.pread``; raises OSError if it cannot be had."""
+        if number in self._failed:
+            since, error = self._failed[number]
+            if time.monotonic() - since < 60:  # do not ask a dead server for every sample
+                raise error
+        if number not in self._open:
+            try:
+                self._open[number] = descriptor = os.open(self.location.fetch(self.shards[number]), os.O_RDONLY)
+            except OSError as error:
+                self._failed[number] = (time.monotonic(), error)
+                raise
+            if hasattr(os, "posix_fadvise"):  # its samples are wanted in random order: have it read in one go
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        return self._open[number]

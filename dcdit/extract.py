@@ -1,0 +1,203 @@
+"""Images to latent shards: ``python -m dcdit.extract source=/data/imagenet/train out=data/imagenet256``."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dcdit.cli import CONFIG_DIR, entry_point
+from dcdit.config import call_checked
+from dcdit.data.autoencoder import load_autoencoder
+from dcdit.data.extraction import Extraction, Settings
+from dcdit.data.image_sources import FolderSource, ImageSource, TarSource
+from dcdit.data.manifest import Manifest
+from dcdit.errors import UserError
+from dcdit.runtime import local_processes, pick_device, processes
+
+_LISTED = 10  # skipped images named in the summary
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to extract, and where; what shapes the bytes is in :class:`dcdit.data.extraction.Settings`.
+
+    Attributes:
+        source: folder with a subfolder per class; or webdataset shards, as a folder or a path with braces.
+        out: the shards go to ``<out>/<split>``.
+        split: name of the split.
+        classes: of webdataset shards: their number, or a text file with one name per line.
+        autoencoder: see :func:`dcdit.data.autoencoder.load_autoencoder`.
+        strict: stop at the first image that cannot be used.
+        device: ``auto`` or a torch device.
+        num_workers: processes that decode images; None takes this process's share of the cores.
+    """
+
+    source: str
+    out: str
+    split: str
+    classes: Any = None
+    autoencoder: str = "stabilityai/sd-vae-ft-ema"
+    strict: bool = False
+    device: str = "auto"
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_workers is not None and self.num_workers < 0:
+            raise UserError(f"num_workers={self.num_workers} is negative")
+        if Path(self.split).name != self.split:
+            raise UserError(f"split={self.split!r} is not the plain name of a folder")
+
+
+class Display:
+    """A progress bar where there is a terminal, else a line for every shard."""
+
+    def __init__(self, rank: int) -> None:
+        console = Console(stderr=True)
+        self._rank = rank
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=rank > 0 or not console.is_terminal,
+        )
+        self._images = self._shards = self._done = 0
+        self._since = 0.0
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        self._bar.stop()
+
+    def begin(self, units: int, done: int, images: int | None) -> None:
+        """See :class:`dcdit.data.extraction.Watcher`."""
+        if done:
+            print(f"Continuing: {done} of {units} shards of process {self._rank} are done", file=sys.stderr)
+        self._shards, self._done, self._since = units, done, time.monotonic()
+        self._task = self._bar.add_task("encoding", total=images, rate="")
+
+    def advance(self, files: int) -> None:
+        """See :class:`dcdit.data.extraction.Watcher`."""
+        self._images += files
+        self._bar.update(self._task, advance=files, rate=f"images, {self._rate:.1f}/s")
+
+    def shard(self, name: str, samples: int) -> None:
+        """See :class:`dcdit.data.extraction.Watcher`."""
+        self._done += 1
+        if self._bar.disable:
+            left = (self._shards - self._done) * (time.monotonic() - self._since)
+            left /= max(1, self._images) * max(1, samples) ** -1
+            place = f"process {self._rank}: " if self._rank else ""
+            print(
+                f"{place}{name}: {samples} samples, shard {self._done} of {self._shards}, {self._rate:.1f} images/s,"
+                f" about {left / 60:.0f} min left",
+                file=sys.stderr,
+            )
+
+    @property
+    def _rate(self) -> float:
+        return self._images / max(1e-9, time.monotonic() - self._since)
+
+
+def open_source(request: Request, settings: Settings) -> ImageSource:
+    """Folders or webdataset shards, whichever ``source`` names; UserError if it is neither."""
+    path = Path(request.source)
+    subfolders = path.is_dir() and any(child.is_dir() for child in path.iterdir())
+    if path.is_dir() and (subfolders or not any(path.glob("*.tar"))):
+        if request.classes is not None:
+            raise UserError(f"classes={request.classes} is for webdataset shards; of folders the names are the classes")
+        return FolderSource(path, settings.samples_per_shard, settings.seed)
+    if not path.is_dir() and not request.source.endswith(".tar"):
+        raise UserError(f"source={request.source}: there is no such folder")
+    return TarSource(request.source, class_names(request.classes))
+
+
+def class_names(classes: Any) -> tuple[str, ...]:
+    """Names from a number of classes or a text file; UserError for anything else."""
+    if isinstance(classes, int) and classes > 0:
+        return tuple(str(label) for label in range(classes))
+    if isinstance(classes, str) and Path(classes).is_file():
+        names = tuple(line.strip() for line in Path(classes).read_text().splitlines() if line.strip())
+        if names:
+            return names
+    raise UserError(
+        f"classes={classes}: webdataset shards hold labels only, give the number of classes, or a text file with one"
+        " name per line"
+    )
+
+
+def run(config: DictConfig) -> Manifest | None:
+    """Extract what ``config`` asks for; returns the manifest if this process finished the whole."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    if values["precision"] == "auto":
+        values["precision"] = "fp16" if pick_device(values["device"]).type == "cuda" else "fp32"
+    names = {column.name for column in fields(Settings)}
+    settings = call_checked(Settings, {key: value for key, value in values.items() if key in names}, "")
+    request = call_checked(Request, {key: value for key, value in values.items() if key not in names}, "")
+    rank, world_size = processes()
+    source = open_source(request, settings)
+    device = pick_device(request.device)
+    torch.backends.cudnn.benchmark = False  # it may choose other kernels, and other bits, in every run
+    autoencoder = load_autoencoder(request.autoencoder, device)
+    workers = request.num_workers
+    if workers is None:
+        workers = max(1, len(os.sched_getaffinity(0)) // local_processes())
+    directory = Path(request.out) / request.split
+    extraction = Extraction(directory, source, autoencoder, settings, rank, world_size, workers, request.strict)
+    if rank == 0:
+        for remark in source.remarks:
+            print(remark, file=sys.stderr)
+    with Display(rank) as display:
+        try:
+            manifest = extraction.run(display)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or directory}: {error.strerror or error}. Finished shards are kept; the same command"
+                " goes on from there"
+            ) from error
+        except KeyboardInterrupt:
+            raise UserError("Interrupted. Finished shards are kept; the same command goes on from there") from None
+    report(manifest, directory, rank)
+    return manifest
+
+
+def report(manifest: Manifest | None, directory: Path, rank: int) -> None:
+    """Say what there is now."""
+    if manifest is None:
+        print(f"Process {rank} is done; other processes, or another start of the same command, write the rest.")
+        return
+    size = sum(shard.bytes for shard in manifest.shards)
+    print(
+        f"{manifest.samples} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards,"
+        f" {size / 1e9:.3g} GB: {directory}"
+    )
+    if manifest.skipped:
+        print(f"{len(manifest.skipped)} files skipped, listed in {directory / 'manifest.json'}:")
+        for image in manifest.skipped[:_LISTED]:
+            print(f"  {image.file}: {image.reason}")
+        if len(manifest.skipped) > _LISTED:
+            print(f"  and {len(manifest.skipped) - _LISTED} more")
+    print(f"Look at them: python -m dcdit.data.inspect directory={directory.parent} split={directory.name}")
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="extract")
+def main(config: DictConfig) -> None:
+    """Hydra entry point."""
+    run(config)
+
+
+if __name__ == "__main__":
+    entry_point(main)
