@@ -72,8 +72,9 @@ class Display:
             console=console,
             disable=rank > 0 or not console.is_terminal,
         )
-        self._images = self._shards = self._done = 0
+        self._images = self._left = self._written = 0
         self._since = 0.0
+        self.began = False
 
     def __enter__(self) -> "Display":
         self._bar.start()
@@ -86,7 +87,7 @@ class Display:
         """See :class:`dcdit.data.extraction.Watcher`."""
         if done:
             print(f"Continuing: {done} of {units} shards of process {self._rank} are done", file=sys.stderr)
-        self._shards, self._done, self._since = units, done, time.monotonic()
+        self.began, self._left, self._since = True, units - done, time.monotonic()
         self._task = self._bar.add_task("encoding", total=images, rate="")
 
     def advance(self, files: int) -> None:
@@ -96,14 +97,13 @@ class Display:
 
     def shard(self, name: str, samples: int) -> None:
         """See :class:`dcdit.data.extraction.Watcher`."""
-        self._done += 1
+        self._left, self._written = self._left - 1, self._written + 1
         if self._bar.disable:
-            left = (self._shards - self._done) * (time.monotonic() - self._since)
-            left /= max(1, self._images) * max(1, samples) ** -1
+            minutes = self._left * (time.monotonic() - self._since) / self._written / 60
             place = f"process {self._rank}: " if self._rank else ""
             print(
-                f"{place}{name}: {samples} samples, shard {self._done} of {self._shards}, {self._rate:.1f} images/s,"
-                f" about {left / 60:.0f} min left",
+                f"{place}{name}: {samples} samples, {self._rate:.1f} images/s, {self._left} shards left"
+                + (f", about {minutes:.0f} min" if self._left else ""),
                 file=sys.stderr,
             )
 
@@ -169,7 +169,10 @@ def run(config: DictConfig) -> Manifest | None:
                 " goes on from there"
             ) from error
         except KeyboardInterrupt:
-            raise UserError("Interrupted. Finished shards are kept; the same command goes on from there") from None
+            print("Finished shards are kept; the same command goes on from there.", file=sys.stderr)
+            raise
+    if not display.began:
+        print("Everything is there already.")
     report(manifest, directory, rank)
     return manifest
 
@@ -190,7 +193,7 @@ def report(manifest: Manifest | None, directory: Path, rank: int) -> None:
             print(f"  {image.file}: {image.reason}")
         if len(manifest.skipped) > _LISTED:
             print(f"  and {len(manifest.skipped) - _LISTED} more")
-    print(f"Look at them: python -m dcdit.data.inspect directory={directory.parent} split={directory.name}")
+    print(f"Look at them: python -m dcdit.inspect_latents directory={directory.parent} split={directory.name}")
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="extract")

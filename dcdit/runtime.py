@@ -68,3 +68,11 @@ def processes() -> tuple[int, int]:
     """Rank of this process, and how many there are; (0, 1) if it was started alone."""
     launcher = _launcher()
     return (launcher.global_rank(), launcher.world_size()) if launcher else (0, 1)
+
+
+def local_processes() -> int:
+    """How many processes were started on this machine."""
+    for variable in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if _launcher() and os.environ.get(variable, "").isdigit():
+            return int(os.environ[variable])
+    return 1

@@ -142,7 +142,7 @@ def test_the_average_follows_the_weights(tiny):
 
 def test_gradient_accumulation_splits_the_stated_batch(tiny):
     run = tiny("accumulate", "trainer.max_steps=3", "trainer.accumulate_grad_batches=4")
-    assert load(run)["LatentDataModule"]["samples_seen"] == 24
+    assert load(run)["LatentDataModule"]["position"]["done"][0]["batches"] == 12
     with pytest.raises(UserError, match=r"data.batch_size=8 cannot be split"):
         tiny("odd", "trainer.max_steps=3", "trainer.accumulate_grad_batches=3")
 
@@ -159,7 +159,11 @@ def test_what_would_go_wrong_is_said_before_training(tiny, digits, tmp_path):
         (["model.channels=4"], r"model.channels=4 does not fit"),
         ([f"data.directory={tmp_path}/none", "data.source=null"], r"manifest.json does not exist"),
         (["data.batch_size=0"], r"data.batch_size=0 is below 1"),
-        (["data.num_workers=99"], r"lower data.batch_size or data.num_workers"),
+        (["data.batch_size=4096"], r"batch_size=4096 exceeds the 1617 samples .*lower data.batch_size"),
+        (["data.autoencoder=vae"], r"data.autoencoder=vae, but the shards .* were made with identity"),
+        (["data.scale=0.18215"], r"data.scale=0.18215, but the shards .* were made with 1.0"),
+        (["data.damaged_limit=-1"], r"data.damaged_limit=-1 is below 0"),
+        (["data.directory=pipe:cat"], r"data.directory='pipe:cat' runs a shell command"),
         (["ckpt_path=last"], r"there is no checkpoint .*last.ckpt"),
         (["trainer.accelerator=gpu"], r"no usable CUDA device.*trainer=cpu"),
         (PLAIN_DIT, r"budget.fractions=.*budget=none"),

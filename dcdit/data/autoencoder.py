@@ -139,12 +139,13 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     from diffusers import AutoencoderKL
 
     try:
-        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
+        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"autoencoder={name!r} cannot be loaded: give a local folder written by save_pretrained, or a hub id"
             f" and a network connection ({str(error).splitlines()[0]})"
         ) from error
+    vae.eval().requires_grad_(False)
     if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
         raise UserError(
             f"autoencoder={name!r} has a mean and deviation for each channel: only scale and shift are known"

@@ -252,4 +252,6 @@ class Extraction:
                 if not all(np.isfinite(array).all() for array in views):
                     skipped.append(Skipped(source, f"its latent is not finite in {self.settings.dtype}"))
                     continue
-                yield Sample(f"{batch.unit:06d}-{place:06d}", label, views[0], views[1] if self.layout.mirrored else None, source)
+                yield Sample(
+                    f"{batch.unit:06d}-{place:06d}", label, views[0], views[1] if self.layout.mirrored else None, source
+                )

@@ -1,10 +1,15 @@
 import json
+import os
 
 import numpy as np
 import pytest
+import webdataset as wds
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dcdit.data.manifest import Manifest
-from dcdit.data.shards import Sample, decode, read_raw, write_shard, write_shards
+from dcdit.data.location import Location
+from dcdit.data.manifest import Manifest, disagreement
+from dcdit.data.shards import DamagedSampleError, Layout, Sample, write_shard, write_shards
 from dcdit.data.sources import Digits, Synthetic
 from dcdit.errors import UserError
 
@@ -25,14 +30,63 @@ def write(directory, count=10, per_shard=4):
     return manifest, latents, labels
 
 
+def read_all(directory, manifest, mirrored=False):
+    layout = Layout.of(manifest)
+    labels, arrays = [], []
+    for shard in manifest.shards:
+        descriptor = os.open(directory / shard.name, os.O_RDONLY)
+        for index in range(shard.samples):
+            row = np.empty(layout.array_bytes, np.uint8)
+            labels.append(layout.read(descriptor, index, mirrored, row))
+            arrays.append(row.view(layout.dtype).reshape(layout.stored_shape))
+        os.close(descriptor)
+    return labels, np.stack(arrays)
+
+
 def test_round_trip(tmp_path):
     manifest, latents, labels = write(tmp_path)
-    assert Manifest.read(tmp_path) == manifest
+    assert Location(str(tmp_path)).manifest() == manifest
     assert [shard.samples for shard in manifest.shards] == [4, 4, 2]
-    samples = [decode(raw) for raw in read_raw(tmp_path / shard.name for shard in manifest.shards)]
-    assert np.array_equal(np.stack([s.latent for s in samples]), latents)
-    assert [s.label for s in samples] == labels.tolist()
-    assert samples[0].latent.dtype == np.float16
+    found, arrays = read_all(tmp_path, manifest)
+    assert np.array_equal(arrays, latents)
+    assert found == labels.tolist()
+    assert arrays.dtype == np.float16
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 5)] * 3),
+    dtype=st.sampled_from(["float16", "float32"]),
+    mirrored=st.booleans(),
+    count=st.integers(1, 5),
+    source=st.text(st.characters(exclude_categories=["Cs"]), max_size=700),
+)
+@settings(max_examples=50, deadline=None)
+def test_every_sample_lies_where_the_layout_says(tmp_path_factory, shape, dtype, mirrored, count, source):
+    """Whatever the shape, and however long or strange the name of the image."""
+    directory, layout = tmp_path_factory.mktemp("layout"), Layout(shape, dtype, mirrored)
+    rng = np.random.default_rng(0)
+    arrays = rng.standard_normal((count, 2, *shape)).astype(dtype)
+    samples = [
+        Sample(f"{n:06d}-{n:06d}", n, arrays[n, 0], arrays[n, 1] if mirrored else None, source) for n in range(count)
+    ]
+    assert write_shard(directory / "s.tar", samples, layout).samples == count
+    descriptor = os.open(directory / "s.tar", os.O_RDONLY)
+    for n in range(count):
+        for view in range(1 + mirrored):
+            row = np.empty(layout.array_bytes, np.uint8)
+            assert layout.read(descriptor, n, bool(view), row) == n
+            assert np.array_equal(row.view(dtype).reshape(shape), arrays[n, view])
+    with pytest.raises(DamagedSampleError):
+        layout.read(descriptor, count, False, row)
+    os.close(descriptor)
+
+
+def test_any_webdataset_reader_takes_the_shards(tmp_path):
+    manifest, latents, labels = write(tmp_path)
+    urls = [str(tmp_path / shard.name) for shard in manifest.shards]
+    samples = list(wds.WebDataset(urls, shardshuffle=False).decode())
+    assert np.array_equal(np.stack([sample["latent.npy"] for sample in samples]), latents)
+    assert [sample["json"]["label"] for sample in samples] == labels.tolist()
 
 
 def test_equal_samples_give_equal_bytes(tmp_path):
@@ -43,12 +97,14 @@ def test_equal_samples_give_equal_bytes(tmp_path):
 
 def test_an_interrupted_shard_leaves_nothing_under_its_name(tmp_path):
     def samples():
-        yield Sample("0", np.zeros((1, 2, 2), np.float16), 0)
+        yield Sample("0", 0, np.zeros((1, 2, 2), np.float16))
         raise KeyboardInterrupt
 
+    layout = Layout((1, 2, 2), "float16", False)
     with pytest.raises(KeyboardInterrupt):
-        write_shard(tmp_path / "shard.tar", samples())
-    assert not (tmp_path / "shard.tar").exists()
+        write_shard(tmp_path / "shard.tar", samples(), layout)
+    assert write_shard(tmp_path / "shard.tar", [], layout) is None
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_and_cut_shards_are_named(tmp_path):
@@ -57,12 +113,12 @@ def test_missing_and_cut_shards_are_named(tmp_path):
     content = shard.read_bytes()
     shard.write_bytes(content[:-100])
     with pytest.raises(UserError, match=r"shard-000001.tar has \d+ bytes, the manifest says \d+"):
-        Manifest.read(tmp_path)
+        Location(str(tmp_path)).manifest()
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-000001.tar is missing"):
-        Manifest.read(tmp_path)
+        Location(str(tmp_path)).manifest()
     with pytest.raises(UserError, match=r"no shards have been written"):
-        Manifest.read(tmp_path / "elsewhere")
+        Location(str(tmp_path / "elsewhere")).manifest()
 
 
 @pytest.mark.parametrize(
@@ -71,9 +127,13 @@ def test_missing_and_cut_shards_are_named(tmp_path):
         ({"schema_version": 99}, "schema_version is 99"),
         ({"latent_shape": [4]}, "latent_shape"),
         ({"surprise": 1}, "surprise"),
-        ({"representation": "moments"}, "reads .sample."),
+        ({"representation": "median"}, "representation is 'median', this release reads sample and moments"),
+        ({"dtype": "object"}, "dtype is 'object'"),
+        ({"scale": 0}, "scale is 0"),
+        ({"scale": "1"}, "scale is '1'"),
+        ({"shards": [{"name": "x.tar", "samples": 0, "bytes": 1, "sha256": ""}]}, "0 samples"),
         ({"shards": []}, "no shards"),
-        ({"shards": [{"name": "../x.tar", "samples": 1, "bytes": 1, "sha256": ""}]}, "out of the directory"),
+        ({"shards": [{"name": "../x.tar", "samples": 1, "bytes": 1, "sha256": ""}]}, "no name of a shard"),
     ],
 )
 def test_damaged_manifests_are_refused(tmp_path, change, message):
@@ -81,26 +141,34 @@ def test_damaged_manifests_are_refused(tmp_path, change, message):
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        Manifest.read(tmp_path)
+        Manifest.read(path)
     path.write_text("{")
     with pytest.raises(UserError, match="no valid manifest"):
-        Manifest.read(tmp_path)
+        Manifest.read(path)
 
 
-def test_pickles_are_never_decoded():
-    import io
-
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match="damaged sample"):
-        decode({"__key__": "k", "latent.npy": buffer.getvalue(), "cls": b"1"})
+def test_latents_of_another_kind_are_told_apart(tmp_path):
+    manifest, _, _ = write(tmp_path)
+    here = manifest.summary()
+    assert disagreement(here, here) is None
+    for change, words in (
+        ({"shape": [4, 2, 2]}, "shape is [4, 2, 2] there and [3, 2, 2] here"),
+        ({"scale": 0.13}, "scale is 0.13 there and 0.5 here"),
+        ({"autoencoder": "vae"}, "autoencoder is vae there and identity here"),
+        ({"classes": ["a", "b"]}, "2 classes there and 3 here"),
+        ({"classes": ["a", "c", "b"]}, "class 1 is 'c' there and 'b' here"),
+    ):
+        assert words in disagreement(here | change, here)
+    moved = {"autoencoder": "/elsewhere", "fingerprint": "f"}
+    assert disagreement(here | moved, here | {"fingerprint": "f"}) is None
+    assert "fingerprint is f there and g here" in disagreement(here | moved, here | moved | {"fingerprint": "g"})
 
 
 def test_sources_write_what_they_promise(tmp_path):
     Digits(grid=12, validation=97).write(tmp_path / "digits")
-    train, val = (Manifest.read(tmp_path / "digits" / split) for split in ("train", "val"))
+    train, val = (Manifest.read(tmp_path / "digits" / split / "manifest.json") for split in ("train", "val"))
     assert (train.samples, val.samples) == (1700, 97)
     assert train.latent_shape == (1, 12, 12)
     assert len(train.classes) == 10
     Synthetic(channels=4, grid=8, num_classes=7, samples=10, samples_per_shard=4).write(tmp_path / "noise")
-    assert Manifest.read(tmp_path / "noise" / "train").samples == 10
+    assert Manifest.read(tmp_path / "noise" / "train" / "manifest.json").samples == 10

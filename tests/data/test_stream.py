@@ -1,96 +1,145 @@
-from itertools import chain, islice
+"""Reading shards in order: real files, loader workers, damage, and moments."""
+
+import io
+import os
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numbered import flat, loader, numbers, stream, write_numbers
 
+from dcdit.data.autoencoder import network_latents
 from dcdit.data.manifest import Manifest
-from dcdit.data.shards import write_shards
-from dcdit.data.stream import LatentStream, StreamConfig
+from dcdit.data.order import Position, Readers
+from dcdit.data.shards import Layout
+from dcdit.data.stream import LatentStream
 from dcdit.errors import UserError
-
-SAMPLES = 50
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """50 samples in uneven shards; the latent holds the sample's number."""
-    directory = tmp_path_factory.mktemp("shards")
-    numbers = np.arange(SAMPLES, dtype=np.float32).reshape(-1, 1, 1, 1)
-    write_shards(
-        directory,
-        numbers,
-        np.arange(SAMPLES) % 5,
-        classes=tuple("abcde"),
-        autoencoder="identity",
-        scale=1.0,
-        shift=0.0,
-        samples_per_shard=7,
-    )
-    return directory
+def uneven(tmp_path_factory):
+    return write_numbers(tmp_path_factory.mktemp("uneven"), [7, 13, 1, 9, 20])
 
 
-def stream(directory, start=0, epochs=None, rank=0, world_size=1, batch_size=3, seed=0, buffer=10):
-    config = StreamConfig(batch_size, seed, buffer, rank, world_size)
-    return LatentStream(directory, Manifest.read(directory), config, start, epochs)
-
-
-def numbers(batches):
-    return [latents.flatten().long().tolist() for latents, _ in batches]
-
-
-def flat(lists):
-    return list(chain.from_iterable(lists))
-
-
-def loader(dataset, workers):
-    return DataLoader(dataset, batch_size=None, num_workers=workers)
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    readers=st.builds(Readers, st.integers(1, 3), st.integers(1, 4), st.integers(0, 20)),
+    killed_at=st.integers(0, 25),
+    seed=st.integers(0, 3),
+)
+def test_what_is_read_after_a_kill(tmp_path_factory, sizes, readers, killed_at, seed):
+    if not readers.batches(sum(sizes)):
+        return
+    location = write_numbers(tmp_path_factory.mktemp("shards"), sizes)
+    per_epoch = readers.batches(sum(sizes))
+    seen = []
+    for rank in range(readers.world_size):
+        whole = numbers(islice(stream(location, readers, rank, seed=seed), killed_at + 4))
+        resumed = numbers(islice(stream(location, readers, rank, killed_at, seed=seed), 4))
+        assert resumed == whole[killed_at:]
+        seen += numbers(islice(stream(location, readers, rank, seed=seed), per_epoch))
+    assert len(flat(seen)) == len(set(flat(seen)))
+    assert sum(sizes) - len(flat(seen)) < readers.world_size * readers.batch_size
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_resuming_at_any_batch_continues_the_uninterrupted_order(shards, workers):
-    whole = numbers(islice(loader(stream(shards), workers), 30))
-    assert whole == numbers(islice(loader(stream(shards), workers), 30))
-    for start in (1, 4, 16, 23):  # within and across epochs
-        assert numbers(islice(loader(stream(shards, start), workers), 30 - start)) == whole[start:]
+def test_the_number_of_workers_changes_nothing(uneven, workers):
+    readers = Readers(1, 3, 10)
+    whole = numbers(islice(stream(uneven, readers), 40))  # 16 batches an epoch
+    seeds = [batch.seed for batch in islice(stream(uneven, readers), 40)]
+    assert len(set(seeds)) == 40
+    for start in (0, 1, 15, 16, 23):
+        got = list(islice(loader(stream(uneven, readers, start=start), workers), 40 - start))
+        assert numbers(got) == whole[start:]
+        assert [batch.seed for batch in got] == seeds[start:]
 
 
-def test_an_epoch_visits_no_sample_twice_and_drops_less_than_a_batch(shards):
-    seen = flat(numbers(stream(shards, epochs=1)))
-    assert len(seen) == len(set(seen)) == SAMPLES // 3 * 3
+def test_labels_stay_with_their_latents(uneven):
+    for batch in stream(uneven, Readers(1, 4, 30), epochs=1):
+        assert torch.equal(batch.labels, batch.stored.flatten().long() % 5)
+        assert batch.labels.dtype == torch.int64
 
 
-def test_epochs_and_seeds_shuffle_differently(shards):
-    two = numbers(stream(shards, epochs=2))
-    first, second = two[:16], two[16:]
-    assert first != second
-    assert first != numbers(stream(shards, epochs=1, seed=1))
-    assert sorted(flat(first)) != flat(first)
+def test_mirrored_latents_are_taken_half_of_the_time_and_again_after_a_kill(tmp_path):
+    location = write_numbers(tmp_path, [200, 200], mirrored=True)
+    readers = Readers(1, 4, 100)
+    whole = flat(numbers(stream(location, readers, epochs=1)))
+    assert sorted(map(abs, whole)) == list(range(400))
+    assert 0.4 < np.mean([number < 0 for number in whole]) < 0.6
+    assert flat(numbers(islice(stream(location, readers, start=50), 50))) == whole[200:]
+    again = {abs(number): number for number in flat(numbers(islice(stream(location, readers, start=100), 100)))}
+    assert any(again[abs(number)] != number for number in whole)  # another choice in the next epoch
 
 
-def test_ranks_share_an_epoch_without_overlap_and_equally(shards):
-    parts = [numbers(stream(shards, epochs=1, rank=r, world_size=3, batch_size=2)) for r in range(3)]
-    assert len({len(part) for part in parts}) == 1
-    seen = flat(flat(part) for part in parts)
-    assert len(seen) == len(set(seen))
+def test_moments_give_fresh_samples_of_the_posterior():
+    manifest = Manifest((1, 2, 2), "float16", "moments", False, "identity", 0.5, 1.0, ("a",), ())
+    mean, log_variance = torch.full((5000, 1, 2, 2), 3.0), torch.full((5000, 1, 2, 2), np.log(4.0))
+    stored = torch.cat([mean, log_variance], dim=1).half()
+    one, other = (network_latents(stored, manifest, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert one.dtype == torch.float32
+    assert one.shape == (5000, 1, 2, 2)
+    assert not torch.equal(one, other)
+    assert abs(one.mean() - (3 - 1) * 0.5) < 0.03
+    assert abs(one.std() - 2 * 0.5) < 0.03
+    assert torch.equal(one, network_latents(stored, manifest, torch.Generator().manual_seed(0)))
+    assert torch.equal(network_latents(stored, manifest, None), torch.full((5000, 1, 2, 2), 1.0))
 
 
-def test_ranks_exchange_shards_between_epochs(shards):
-    own = stream(shards, rank=0, world_size=2)
-    dealt = [{shard.name for shard in own.deal(epoch, 2)[0][0]} for epoch in range(4)]
-    assert len({frozenset(names) for names in dealt}) > 1
+def damage(path, offset, content):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
 
 
-def test_labels_stay_with_their_latents_and_scale_applies(shards):
-    manifest = Manifest.read(shards)
-    scaled = Manifest(**{**manifest.__dict__, "scale": 0.5, "shift": 2.0})
-    for latents, labels in LatentStream(shards, scaled, StreamConfig(4, 0, 10), epochs=1):
-        number = (latents.flatten() / 0.5 + 2.0).long()
-        assert torch.equal(labels, number % 5)
-        assert latents.dtype == torch.float32
+def pickled():
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    return buffer.getvalue()
 
 
-def test_too_few_shards_for_the_readers(shards):
-    with pytest.raises(UserError, match=r"9 ranks x 1 workers one batch of 3"):
-        next(iter(stream(shards, world_size=9)))
+@pytest.mark.parametrize(
+    ("offset", "content", "reason"),
+    [
+        (1024 + 512 + 128, b"\x07", "checksum of its latent differs"),
+        (1024 + 512, pickled(), "no float32 array"),
+        (512, b"{{{{", "label and checksum are unreadable"),
+        (512 + len('{"label": '), b"9", "label 9 is none of 5"),
+        (124, b"zzzz", "label and checksum are unreadable"),
+    ],
+)
+def test_a_damaged_sample_is_left_out_and_named(tmp_path, offset, content, reason):
+    location = write_numbers(tmp_path, [8, 8])
+    damage(tmp_path / "shard-001.tar", 3 * Layout((1, 1, 1), "float32", False).sample_bytes + offset, content)
+    batches = list(stream(location, Readers(1, 4, 100), epochs=1))
+    assert sorted(flat(numbers(batches))) == [n for n in range(16) if n != 11]
+    complaints = flat(batch.damaged for batch in batches)
+    assert len(complaints) == 1
+    assert "shard-001.tar: sample 3" in complaints[0]
+    assert reason in complaints[0]
+    assert sum(len(batch.labels) for batch in batches if batch.damaged) == 3
+
+
+def test_a_shard_cut_short_or_gone_in_the_middle_of_training(tmp_path):
+    location, readers = write_numbers(tmp_path, [8, 8, 8]), Readers(1, 4, 0)
+    size = Layout((1, 1, 1), "float32", False).sample_bytes
+    manifest = location.manifest()
+    os.truncate(tmp_path / "shard-001.tar", int(2.5 * size))
+    (tmp_path / "shard-002.tar").unlink()
+    for epoch in range(4):
+        position = Position(epoch)
+        batches = list(LatentStream(location, manifest, readers, position=position, epochs=1))
+        assert len(batches) == 6  # no rank may yield fewer than the others
+        assert set(flat(numbers(batches))) == set(range(10))
+        complaints = set(flat(batch.damaged for batch in batches))
+        assert len([c for c in complaints if "shard-001.tar" in c]) == 6
+        assert any("shard-002.tar: " in c and "No such file" in c for c in complaints)
+        assert all(len(batch.labels) for batch in batches[:-1])
+
+
+def test_too_few_samples_for_one_batch(uneven):
+    with pytest.raises(UserError, match=r"batch_size=60 exceeds the 50 samples"):
+        stream(uneven, Readers(3, 20, 10))
