@@ -1,6 +1,5 @@
 """Images to latent shards: ``python -m dcdit.extract source=/data/imagenet/train out=data/imagenet256``."""
 
-import os
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -20,7 +19,7 @@ from dcdit.data.extraction import Extraction, Settings
 from dcdit.data.image_sources import FolderSource, ImageSource, TarSource
 from dcdit.data.manifest import Manifest
 from dcdit.errors import UserError
-from dcdit.runtime import local_processes, pick_device, processes
+from dcdit.runtime import cores, local_processes, pick_device, processes
 
 _LISTED = 10  # skipped images named in the summary
 
@@ -142,8 +141,13 @@ def class_names(classes: Any) -> tuple[str, ...]:
 def run(config: DictConfig) -> Manifest | None:
     """Extract what ``config`` asks for; returns the manifest if this process finished the whole."""
     values: Any = OmegaConf.to_container(config, resolve=True)
+    on_gpu = pick_device(str(values["device"])).type == "cuda"
     if values["precision"] == "auto":
-        values["precision"] = "fp16" if pick_device(values["device"]).type == "cuda" else "fp32"
+        values["precision"] = "fp16" if on_gpu else "fp32"
+    if on_gpu:
+        values["threads"] = None
+    elif values["threads"] is None:
+        values["threads"] = cores()
     names = {column.name for column in fields(Settings)}
     settings = call_checked(Settings, {key: value for key, value in values.items() if key in names}, "")
     request = call_checked(Request, {key: value for key, value in values.items() if key not in names}, "")
@@ -154,7 +158,7 @@ def run(config: DictConfig) -> Manifest | None:
     autoencoder = load_autoencoder(request.autoencoder, device)
     workers = request.num_workers
     if workers is None:
-        workers = max(1, len(os.sched_getaffinity(0)) // local_processes())
+        workers = max(1, cores() // local_processes())
     directory = Path(request.out) / request.split
     extraction = Extraction(directory, source, autoencoder, settings, rank, world_size, workers, request.strict)
     if rank == 0:

@@ -4,7 +4,8 @@ import ctypes
 import ctypes.util
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,17 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     """Autocast to ``bf16`` or ``fp16``; nothing for ``fp32``."""
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(device.type, dtype=types[precision]) if precision in types else nullcontext()
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Compute with ``number`` threads on the CPU; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pick_device(name: str) -> torch.device:
@@ -76,3 +88,8 @@ def local_processes() -> int:
         if _launcher() and os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return 1
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,72 +1,24 @@
 """Runs as a user types them: training, resuming, stopping, sampling."""
 
-import csv
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, compose_config
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from runs import STATE, assert_same_end, differences, load, logged, start, wait_for
 
 from dcdit.errors import UserError
 from dcdit.train import train
-
-TIMING = {"train/images_per_s"}
-
-
-def load(run: Path, name: str = "last.ckpt") -> dict:
-    return torch.load(run / "checkpoints" / name, weights_only=True)
-
-
-def differences(a, b, path=""):
-    """Paths at which two nests of plain values and tensors differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = set(a) | set(b)
-        return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}/{k}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
-    same = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
-    return [] if same else [path]
-
-
-def logged(run: Path) -> dict[tuple[int, str], str]:
-    """Training metrics of all log files of a run by step and name; later files win."""
-    rows = {}
-    for file in sorted(run.glob("logs/version_*/metrics.csv")):
-        with file.open() as stream:
-            for row in csv.DictReader(stream):
-                values = {k: v for k, v in row.items() if v and k.startswith("train/") and k not in TIMING}
-                rows |= {(int(row["step"]), name): value for name, value in values.items()}
-    return rows
-
 
 PLAIN_DIT = [
     *(f"~model.{key}" for key in ("encoder_width", "groups", "router", "smoothing_sigma", "init")),
     "model.name=dit",
     "+model.patch=2",
 ]
-STATE = (
-    "state_dict",
-    "current_model_state",
-    "averaging_state",
-    "optimizer_states",
-    "lr_schedulers",
-    "LatentDataModule",
-)
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    a, b = load(one), load(other)
-    assert set(STATE) <= set(a)
-    assert [d for key in STATE for d in differences(a[key], b[key], key)] == []
-    assert logged(one) == logged(other)
 
 
 @pytest.fixture(scope="module", params=["32-true", "bf16-mixed"])
@@ -181,19 +133,6 @@ def test_an_earlier_run_is_not_overwritten(tiny):
         tiny("once", "trainer.max_steps=2")
     tiny("once", "trainer.max_steps=4", "ckpt_path=auto")
     assert load(run)["global_step"] == 4
-
-
-def start(run: Path, digits: Path, *overrides: str, log: Path) -> subprocess.Popen:
-    places = (f"data.directory={digits}", f"run_dir={run}", "ckpt_path=auto")
-    arguments = [sys.executable, "-m", "dcdit.train", *TINY, *places, *overrides]
-    return subprocess.Popen(arguments, stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=run.parent)
-
-
-def wait_for(condition, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
 
 
 def test_killed_and_interrupted_runs_lose_nothing(tiny, digits, tmp_path):

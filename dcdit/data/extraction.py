@@ -25,6 +25,7 @@ from dcdit.data.ledger import Ledger
 from dcdit.data.manifest import DTYPES, MOMENTS, SAMPLE, Manifest, Shard, Skipped
 from dcdit.data.shards import Layout, Sample, write_shard
 from dcdit.errors import UserError
+from dcdit.runtime import threads
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Settings:
         samples_per_shard: images of a shard.
         seed: shuffles the images, and draws the samples of the posterior if those are stored.
         min_side: images with fewer pixels along a side are skipped.
+        threads: of a CPU that encodes, where their number changes the last bits; None on a GPU.
     """
 
     image_size: int
@@ -52,6 +54,7 @@ class Settings:
     samples_per_shard: int
     seed: int
     min_side: int
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -64,6 +67,8 @@ class Settings:
         for name in ("image_size", "batch_size", "samples_per_shard", "min_side"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is not a positive number")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"threads={self.threads} is not a positive number")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} is negative")
 
@@ -140,7 +145,7 @@ class Extraction:
         self.directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.directory / f".extract-{self.rank}.lock")
         try:
-            with lock.acquire(timeout=0):
+            with lock.acquire(timeout=0), threads(self.settings.threads):
                 return self._run(watcher)
         except Timeout:
             raise UserError(f"{self.directory}: another process {self.rank} is already extracting there") from None
