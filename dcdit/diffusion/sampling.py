@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from dcdit.diffusion.guidance import GuidedOutput
 from dcdit.diffusion.schedule import BETA_END, BETA_START, TRAIN_STEPS, linear_betas
 from dcdit.errors import UserError
 
-SamplerName = Literal["ddpm", "ddim"]
-GuidedDenoiser = Callable[[Tensor, Tensor, Tensor], GuidedOutput]
-"""``denoiser(x, t, y)`` for x (B, C, H, W), t (B,), y (B,)."""
+SamplerName = Literal["ddpm", "ddim", "dpm++"]
+GuidedDenoiser = Callable[[Tensor, int, Tensor], GuidedOutput]
+"""``denoiser(x, timestep, y)`` for x (B, C, H, W), y (B,)."""
 Scheduler = Any
 """A diffusers scheduler; their annotations know neither lists of generators nor each other's options."""
 
@@ -45,8 +46,9 @@ class Sampler:
     """Steps a denoiser from noise to latents.
 
     Attributes:
-        name: ``ddpm`` (learned range variance; steps evenly spaced over 0..999, both ends included) or ``ddim``
-            (steps spaced as the reference does, from 0 upwards).
+        name: ``ddpm`` (learned range variance; steps evenly spaced over 0..999, both ends included), ``ddim`` (steps
+            spaced as the reference does, from 0 upwards) or ``dpm++`` (second-order multistep DPM-Solver++, arXiv
+            2211.01095; evenly spaced, deterministic).
         steps: number of steps, at most 1000.
         eta: DDIM only, 0 is deterministic, 1 adds as much noise as DDPM.
         clip: clip the predicted x_0 to [-1, 1]; for images as latents, never for a VAE's.
@@ -78,8 +80,11 @@ class Sampler:
         scheduler: Scheduler
         if self.name == "ddpm":
             scheduler = DDPMScheduler(**common, variance_type="learned_range", timestep_spacing="linspace")
-        else:
+        elif self.name == "ddim":
             scheduler = DDIMScheduler(**common, timestep_spacing="leading")
+        else:
+            del common["clip_sample"]  # it knows none: see `advance`
+            scheduler = DPMSolverMultistepScheduler(**common, timestep_spacing="linspace")
         scheduler.betas = linear_betas()
         scheduler.alphas = 1 - scheduler.betas
         scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
@@ -105,7 +110,7 @@ class Sampler:
         scheduler, streams = self.scheduler(), list(generators)
         x = torch.cat([torch.randn(1, *shape, generator=stream) for stream in streams]).to(labels.device)
         for index, timestep in enumerate(scheduler.timesteps.tolist()):
-            output = denoiser(x, torch.full_like(labels, timestep), labels)
+            output = denoiser(x, timestep, labels)
             following = self.advance(scheduler, output.prediction.float(), timestep, x, streams)
             yield Step(index, timestep, x, output, following)
             x = following
@@ -116,8 +121,14 @@ class Sampler:
         """One step of ``scheduler`` from ``x`` (B, C, H, W) at ``timestep``, given noise and variance (B, 2C, H, W)."""
         if self.name == "ddpm":
             return scheduler.step(prediction, timestep, x, generator=generators).prev_sample
-        # Where x_0 is clipped, the noise is recomputed from the clipped x_0.
+        # The learned variance has no part in these two. Where x_0 is clipped, the noise is recomputed from it.
         noise = prediction[:, : x.shape[1]]
+        if self.name == "dpm++":
+            if self.clip:
+                signal = scheduler.alphas_cumprod[timestep].sqrt().item()
+                deviation = (1 - signal**2) ** 0.5
+                noise = (x - signal * ((x - deviation * noise) / signal).clamp(-1, 1)) / deviation
+            return scheduler.step(noise, timestep, x).prev_sample
         return scheduler.step(
             noise, timestep, x, eta=self.eta, use_clipped_model_output=self.clip, generator=generators
         ).prev_sample

@@ -95,7 +95,7 @@ def test_guidance(golden: Golden, case: str, scale: float, drop: float, uncond_d
         seen["output"] = net(args[0], t, y, args[3])
         return seen["output"]
 
-    guided = Guidance(record, net.num_classes, scale, drop, uncond_drop, channels=3)(x, t[:half], y[:half])
+    guided = Guidance(record, net.num_classes, scale, drop, uncond_drop, channels=3)(x, 0, y[:half])
     raw = seen["output"].prediction
     both = torch.cat([guided.prediction, torch.cat([guided.prediction[:, :3], raw[half:, 3:]], dim=1)])
     torch.testing.assert_close(both, data[f"{case}/out"], rtol=0, atol=5e-5)
