@@ -10,6 +10,7 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dcdit.cli import CONFIG_DIR, entry_point
@@ -101,8 +102,8 @@ class Display:
             minutes = self._left * (time.monotonic() - self._since) / self._written / 60
             place = f"process {self._rank}: " if self._rank else ""
             print(
-                f"{place}{name}: {samples} samples, {self._rate:.1f} images/s, {self._left} shards left"
-                + (f", about {minutes:.0f} min" if self._left else ""),
+                f"{place}{name}: {samples} samples, {self._rate:.1f} images/s"
+                + (f", {self._left} more to go, about {minutes:.0f} min" if self._left else ""),
                 file=sys.stderr,
             )
 
@@ -114,13 +115,19 @@ class Display:
 def open_source(request: Request, settings: Settings) -> ImageSource:
     """Folders or webdataset shards, whichever ``source`` names; UserError if it is neither."""
     path = Path(request.source)
+    directory = Path(request.out) / request.split
+    if path.is_dir() and directory.resolve().is_relative_to(path.resolve()):
+        raise UserError(
+            f"out={request.out} with split={request.split} lies in source={request.source}, where the shards would be"
+            " taken for a class: choose a place outside"
+        )
     subfolders = path.is_dir() and any(child.is_dir() for child in path.iterdir())
     if path.is_dir() and (subfolders or not any(path.glob("*.tar"))):
         if request.classes is not None:
             raise UserError(f"classes={request.classes} is for webdataset shards; of folders the names are the classes")
         return FolderSource(path, settings.samples_per_shard, settings.seed)
     if not path.is_dir() and not request.source.endswith(".tar"):
-        raise UserError(f"source={request.source}: there is no such folder")
+        raise UserError(f"source={request.source} is no folder")
     return TarSource(request.source, class_names(request.classes))
 
 
@@ -175,22 +182,24 @@ def run(config: DictConfig) -> Manifest | None:
         except KeyboardInterrupt:
             print("Finished shards are kept; the same command goes on from there.", file=sys.stderr)
             raise
-    if not display.began:
-        print("Everything is there already.")
-    report(manifest, directory, rank)
+    if manifest is not None and (extraction.ledger.wrote or (not display.began and rank == 0)):
+        print("Done." if display.began else "Everything is there already.")
+        report(manifest, directory)
+    elif display.began:
+        print(f"Process {rank} is done; what is left is written by other processes, or by the same command again.")
     return manifest
 
 
-def report(manifest: Manifest | None, directory: Path, rank: int) -> None:
+def report(manifest: Manifest, directory: Path) -> None:
     """Say what there is now."""
-    if manifest is None:
-        print(f"Process {rank} is done; other processes, or another start of the same command, write the rest.")
-        return
     size = sum(shard.bytes for shard in manifest.shards)
     print(
         f"{manifest.samples} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards,"
-        f" {size / 1e9:.3g} GB: {directory}"
+        f" {decimal(size)}: {directory}"
     )
+    for image in manifest.skipped:
+        if image.file.endswith(".tar"):
+            print(f"IMAGES ARE MISSING, how many is not known: {image.file}: {image.reason}")
     if manifest.skipped:
         print(f"{len(manifest.skipped)} files skipped, listed in {directory / 'manifest.json'}:")
         for image in manifest.skipped[:_LISTED]:

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -83,7 +85,7 @@ def samples(path: Path, shard: Shard, layout: Layout, damage: list[str]) -> Iter
                 try:
                     label = layout.read(descriptor, index, mirrored, row)
                 except DamagedSampleError as error:
-                    damage.append(f"{shard.name}: {error}")
+                    damage.append(f"{shard.name}, sample {index}: {error}")
                     continue
                 yield label, mirrored, row.view(layout.dtype).reshape(layout.stored_shape)
     finally:
@@ -97,7 +99,7 @@ def verify(location: Location, manifest: Manifest, console: Console) -> Findings
         try:
             path = location.fetch(shard)
             if file_digest(path) != shard.sha256:
-                findings.damage.append(f"{shard.name}: its checksum differs")
+                findings.damage.append(f"{shard.name}: the checksum of the file differs")
             for label, mirrored, _ in samples(path, shard, layout, findings.damage):
                 if not 0 <= label < len(manifest.classes):
                     findings.damage.append(f"{shard.name}: label {label} is none of {len(manifest.classes)} classes")
@@ -112,9 +114,10 @@ def first_samples(location: Location, manifest: Manifest, wanted: int) -> Tensor
     found: list[Tensor] = []
     layout = Layout.of(manifest)
     for shard in manifest.shards:
-        for _, _, array in samples(location.fetch(shard), shard, layout, []):
-            if len(found) < wanted:
-                found.append(torch.from_numpy(array))
+        with suppress(OSError):  # found by whoever verifies
+            for _, _, array in samples(location.fetch(shard), shard, layout, []):
+                if len(found) < wanted:
+                    found.append(torch.from_numpy(array))
         if len(found) >= wanted:
             break
     if not found:
@@ -134,7 +137,7 @@ def summary(location: Location, manifest: Manifest, stored: Tensor, findings: Fi
     means = ", ".join(f"{value:.2f}" for value in latents.mean(dim=(0, 2, 3)).tolist())
     rows = {
         "samples": f"{manifest.samples}" + (", each also mirrored" if manifest.mirrored else ""),
-        "shards": f"{len(sizes)} of {min(sizes)} to {max(sizes)} samples, {total / 1e9:.3g} GB",
+        "shards": f"{len(sizes)} of {min(sizes)} to {max(sizes)} samples, {decimal(total)}",
         "latents": f"{channels} x {height} x {width}, {kind}, {manifest.dtype}",
         "autoencoder": f"{manifest.autoencoder}, weights {manifest.fingerprint or 'none'}",
         "scale, shift": f"{manifest.scale}, {manifest.shift}",
@@ -142,6 +145,10 @@ def summary(location: Location, manifest: Manifest, stored: Tensor, findings: Fi
         "classes": _classes(manifest, findings),
         "skipped images": f"{len(manifest.skipped)}",
     }
+    if height == width:
+        rows["to train on them"] = (
+            f"model.grid={height} model.channels={channels} model.num_classes={len(manifest.classes)}"
+        )
     if findings is not None:
         rows["checksums"] = "all right" if not findings.damage else f"{len(findings.damage)} faults"
     for name, value in rows.items():
@@ -171,13 +178,17 @@ def run(config: DictConfig) -> None:
     Console().print(summary(location, manifest, stored, findings))
     if request.images:
         picture = Path(request.picture or f"latents_{request.split}.png")
+        picture.parent.mkdir(parents=True, exist_ok=True)
         decode = load_decoder(manifest.summary(), pick_device(request.device), request.autoencoder)
         shown = network_latents(stored[: request.images], manifest, None)
         save_grid(decode(shown), max(1, round(len(shown) ** 0.5)), picture)
         print(f"The first {len(shown)} latents, decoded: {picture}")
     if findings and findings.damage:
         listed = "\n".join(findings.damage[:20])
-        raise UserError(f"{len(findings.damage)} faults, write these shards again or restore them:\n{listed}")
+        raise UserError(
+            f"{len(findings.damage)} faults. Restore these shards; or delete them and run dcdit.extract again as"
+            f" before, which writes what is missing:\n{listed}"
+        )
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="inspect_latents")

@@ -3,6 +3,7 @@
 import ctypes
 import ctypes.util
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -88,6 +89,11 @@ def local_processes() -> int:
         if _launcher() and os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return 1
+
+
+def ignore_interrupts(worker: int) -> None:
+    """For the workers of a loader: Ctrl-C reaches all processes, but only the main one decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def cores() -> int:

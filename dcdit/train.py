@@ -148,6 +148,11 @@ def train(config: DictConfig, run_dir: Path) -> dict[str, float]:
     data = build_data(config)
     data.prepare_data()
     manifest = data.manifest()
+    if data.batch_size > manifest.samples:
+        raise UserError(
+            f"data.batch_size={data.batch_size} exceeds the {manifest.samples} samples in {config.data.directory}:"
+            " lower data.batch_size"
+        )
     check_fit(manifest, OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
 
     keep_freed_memory()

@@ -59,3 +59,9 @@ def flat(lists):
 
 def loader(dataset, workers):
     return DataLoader(dataset, batch_size=None, num_workers=workers)
+
+
+def damage(path, offset, content):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)

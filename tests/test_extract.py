@@ -191,9 +191,15 @@ def test_changes_between_two_runs_are_refused_by_name(run, images, tmp_path, mon
         run("changed", f"source={root}")
     (root / "class_new").rmdir()
     (root / "class_1" / "extra.jpg").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"source: 'class_1' has changed .*17 files .* 18 files"):
+    with pytest.raises(UserError, match=r"source: 'class_1' has changed .*17 files, .* 18 files, "):
         run("changed", f"source={root}")
     (root / "class_1" / "extra.jpg").unlink()
+    path = next((root / "class_2").iterdir())
+    original = path.read_bytes()
+    path.write_bytes(original + b"x")
+    with pytest.raises(UserError, match=r"source: 'class_2' has changed"):
+        run("changed", f"source={root}")
+    path.write_bytes(original)
     with pytest.raises(UserError, match=r"image_size=16, but the extraction there was begun with 32"):
         run("changed", f"source={root}", "image_size=16")
     finished = run("changed", f"source={root}")
@@ -201,7 +207,7 @@ def test_changes_between_two_runs_are_refused_by_name(run, images, tmp_path, mon
     with pytest.raises(UserError, match=r"mirrored=True, but the extraction there was begun with False"):
         run("changed", f"source={root}", "mirrored=true")
     (finished / "manifest.json").unlink()
-    with pytest.raises(UserError, match="holds tar files that no extraction wrote"):
+    with pytest.raises(UserError, match="holds tar files without a manifest"):
         run("changed", f"source={root}")
 
 
@@ -212,7 +218,10 @@ def test_mistakes_are_told_before_work_is_wasted(run, tmp_path, digits, monkeypa
     bad.mkdir(parents=True)
     (bad / "a.jpg").write_bytes(b"x")
     for overrides, message in (
-        ([f"source={tmp_path}/nowhere"], r"source=.*nowhere: there is no such folder"),
+        ([f"source={tmp_path}/nowhere"], r"source=.*nowhere is no folder"),
+        ([f"out={tmp_path}/flat", f"source={tmp_path}/flat"], r"lies in source=.*: choose a place outside"),
+        ([f"out={tmp_path}", "split=flat", f"source={tmp_path}/flat"], r"lies in source="),
+        ([f"out={tmp_path}/flat/a.png"], r"a.png.* cannot be written to: Not a directory"),
         ([f"source={tmp_path}/flat"], r"has no subfolders: put the images of each class into one"),
         ([f"source={tmp_path}/bad"], r"no image could be used; the first: class/a.jpg: not an image"),
         (["image_size=30"], r"image_size=30 is no multiple of 4"),
@@ -229,7 +238,7 @@ def test_mistakes_are_told_before_work_is_wasted(run, tmp_path, digits, monkeypa
         with pytest.raises(UserError, match=message):
             run("wrong", *overrides)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))
-    with pytest.raises(UserError, match=r"0.0 GB are needed for 50 images, 0.0 GB are free"):
+    with pytest.raises(UserError, match=r"153.6 kB are needed for 50 images, 10 bytes are free"):
         run("full")
 
 
@@ -299,7 +308,7 @@ def write_tars(folder: Path, images: Path) -> None:
     (folder / "label").unlink()
 
 
-def test_webdataset_shards_of_images(run, images, tmp_path):
+def test_webdataset_shards_of_images(run, images, tmp_path, capsys):
     tars = tmp_path / "tars"
     write_tars(tars, images)
     folder = run("from-tars", f"source={tars}", "classes=3", "num_workers=2")
@@ -321,9 +330,25 @@ def test_webdataset_shards_of_images(run, images, tmp_path):
         with pytest.raises(UserError, match=message):
             run("bad-tars", *overrides, "num_workers=2")
     os.truncate(tars / "images-1.tar", 20_000)
+    capsys.readouterr()
     cut = manifest_of(run("cut", f"source={tars}", "classes=3"))
+    assert "IMAGES ARE MISSING, how many is not known: images-1.tar: " in capsys.readouterr().out
     assert cut.shards[0].samples == 24
     assert any(image.file.startswith("images-1.tar") for image in cut.skipped)
+
+
+def test_lost_shards_are_written_again(run, images, tmp_path, capsys):
+    root = tmp_path / "some"
+    shutil.copytree(images, root)
+    (root / "class_0" / "notes.txt").write_text("no image")
+    folder = run("lost", f"source={root}")
+    whole = content(folder)
+    (folder / "shard-000001.tar").unlink()
+    os.truncate(folder / "shard-000003.tar", 1000)
+    capsys.readouterr()
+    run("lost", f"source={root}")
+    assert "Continuing: 3 of 5 shards" in capsys.readouterr().err
+    assert content(folder) == whole
 
 
 def command(images: Path, out: Path, vae: Path, *overrides: str) -> list[str]:
@@ -469,10 +494,12 @@ def test_damage_in_the_middle_of_training(run, tmp_path, caplog):
     train(compose_config(*arguments), tmp_path / "on")
     complaints = [record.message for record in caplog.records if "left out" in record.message]
     assert len(complaints) == 1  # two epochs, one complaint
-    assert "shard-000002.tar: sample 4, key " in complaints[0]
+    assert "shard-000002.tar, sample 4: key " in complaints[0]
     assert ("train/damaged_samples" in {name for _, name in logged(tmp_path / "on")}) is True
     (tmp_path / "off").mkdir()
-    with pytest.raises(UserError, match=r"1 samples in .* could not be read .*damaged_limit=0.*shard-000002.tar"):
+    with pytest.raises(
+        UserError, match=r"1 samples in .* could not be read .*damaged_limit=0.*shard-000002.tar, sample 4: key"
+    ):
         train(compose_config(*arguments, "data.damaged_limit=0"), tmp_path / "off")
 
 
@@ -482,6 +509,6 @@ def test_inspection_finds_damage(run, tmp_path, capsys):
     with (folder / "shard-000002.tar").open("r+b") as file:
         file.seek(place)
         file.write(b"\x00\x01\x02")
-    with pytest.raises(UserError, match=r"2 faults.*\n.*shard-000002.tar: its checksum differs\n.*sample 4"):
+    with pytest.raises(UserError, match=r"2 faults.*\n.*shard-000002.tar: the checksum of the file.*\n.*sample 4"):
         inspect_latents.run(compose_config(f"directory={folder.parent}", "images=0", name="inspect_latents"))
     assert "2 faults" in capsys.readouterr().out

@@ -111,7 +111,7 @@ def test_what_would_go_wrong_is_said_before_training(tiny, digits, tmp_path):
         (["model.channels=4"], r"model.channels=4 does not fit"),
         ([f"data.directory={tmp_path}/none", "data.source=null"], r"manifest.json does not exist"),
         (["data.batch_size=0"], r"data.batch_size=0 is below 1"),
-        (["data.batch_size=4096"], r"batch_size=4096 exceeds the 1617 samples .*lower data.batch_size"),
+        (["data.batch_size=4096"], r"data.batch_size=4096 exceeds the 1617 samples .*lower data.batch_size"),
         (["data.autoencoder=vae"], r"data.autoencoder=vae, but the shards .* were made with identity"),
         (["data.scale=0.18215"], r"data.scale=0.18215, but the shards .* were made with 1.0"),
         (["data.damaged_limit=-1"], r"data.damaged_limit=-1 is below 0"),

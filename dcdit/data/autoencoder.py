@@ -1,9 +1,11 @@
 """Between images and latents: the only place that knows autoencoders, their scale and their channels."""
 
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,12 +140,16 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
         return Identity(IDENTITY, fingerprint=None, scale=1.0, shift=0.0, channels=3, factor=1)
     from diffusers import AutoencoderKL
 
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise UserError(f"autoencoder={name!r} cannot be loaded: there is no such folder")
     try:
-        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the hub's, of its own arguments
+            vae = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"autoencoder={name!r} cannot be loaded: give a local folder written by save_pretrained, or a hub id"
-            f" and a network connection ({str(error).splitlines()[0]})"
+            f"autoencoder={name!r} cannot be loaded: give a local folder written by save_pretrained, or the id of"
+            f" one on the hub, which must be reachable ({str(error).splitlines()[0]})"
         ) from error
     vae.eval().requires_grad_(False)
     if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:

@@ -16,6 +16,7 @@ from dcdit.data.order import Position, Readers
 from dcdit.data.sources import Source
 from dcdit.data.stream import Batch, LatentStream, StoredBatch
 from dcdit.errors import UserError
+from dcdit.runtime import ignore_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ class LatentDataModule(pl.LightningDataModule):
         self.autoencoder = autoencoder
         self.scale = scale
         self.damaged_limit = damaged_limit
-        self.damaged: set[str] = set()
+        self.damaged: set[tuple[str, int]] = set()
+        self._reported: set[tuple[str, str]] = set()
         self._manifests: dict[str, Manifest] = {}
         self._begin, self._begin_step = Position(), 0
 
@@ -129,7 +131,12 @@ class LatentDataModule(pl.LightningDataModule):
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         workers = self.num_workers
         return DataLoader(
-            stream, batch_size=None, num_workers=workers, pin_memory=on_gpu, persistent_workers=workers > 0
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=on_gpu,
+            persistent_workers=workers > 0,
+            worker_init_fn=ignore_interrupts,
         )
 
     def val_dataloader(self) -> list[DataLoader[StoredBatch]]:
@@ -151,15 +158,16 @@ class LatentDataModule(pl.LightningDataModule):
         Raises:
             UserError: if more than ``damaged_limit`` samples could not be read, or nothing can be any more.
         """
-        for complaint in batch.damaged:
-            if complaint not in self.damaged:
-                self.damaged.add(complaint)
-                log.warning("left out: %s (%d so far)", complaint, len(self.damaged))
+        for shard, place, reason in batch.damaged:
+            if (shard, reason) not in self._reported:  # a whole shard, gone or cut short, is one message
+                self._reported.add((shard, reason))
+                log.warning("left out: %s, sample %d: %s (%d so far)", shard, place, reason, len(self.damaged) + 1)
+            self.damaged.add((shard, place))
         if len(self.damaged) > self.damaged_limit or not len(batch.labels):
             raise UserError(
                 f"{len(self.damaged)} samples in {self.location.place} could not be read (data.damaged_limit="
-                f"{self.damaged_limit}); the last: {batch.damaged[-1]}. Restore the shards, or raise the limit, and"
-                " resume with ckpt_path=last"
+                f"{self.damaged_limit}); the last: {shard}, sample {place}: {reason}. Restore the shards (python -m"
+                " dcdit.inspect_latents lists what is wrong), or raise the limit, and resume with ckpt_path=last"
             )
         generator = torch.Generator(batch.stored.device).manual_seed(batch.seed)
         split = "train" if self.trainer is None or self.trainer.training else "val"

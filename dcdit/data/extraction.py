@@ -15,17 +15,18 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from rich.filesize import decimal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dcdit.data.autoencoder import Autoencoder
 from dcdit.data.image_sources import ImageSource
-from dcdit.data.images import Decoded, ImageBatches
-from dcdit.data.ledger import Ledger
+from dcdit.data.images import Decoded, ImageBatches, as_it_is
+from dcdit.data.ledger import Ledger, shard_name
 from dcdit.data.manifest import DTYPES, MOMENTS, SAMPLE, Manifest, Shard, Skipped
 from dcdit.data.shards import Layout, Sample, write_shard
 from dcdit.errors import UserError
-from dcdit.runtime import threads
+from dcdit.runtime import ignore_interrupts, threads
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Settings:
         for name, choices in (
             ("representation", (MOMENTS, SAMPLE)),
             ("dtype", DTYPES),
-            ("precision", ("fp32", "bf16", "fp16")),
+            ("precision", ("fp32", "bf16", "fp16", "auto")),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
@@ -142,13 +143,21 @@ class Extraction:
             UserError: if the directory holds something else, the disk is too small, or, with ``strict``, for the first
                 image that cannot be used.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.directory / f".extract-{self.rank}.lock")
         try:
-            with lock.acquire(timeout=0), threads(self.settings.threads):
-                return self._run(watcher)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except OSError as error:
+            raise UserError(f"out: {self.directory} cannot be written to: {error.strerror or error}") from error
         except Timeout:
-            raise UserError(f"{self.directory}: another process {self.rank} is already extracting there") from None
+            raise UserError(
+                f"{self.directory}: another process {self.rank} is extracting there, wait for it or stop it"
+            ) from None
+        try:
+            with threads(self.settings.threads):
+                return self._run(watcher)
+        finally:
+            lock.release()
 
     def _run(self, watcher: Watcher) -> Manifest | None:
         finished = self.ledger.open()
@@ -162,7 +171,7 @@ class Extraction:
         watcher.begin(len(own), len(own) - len(units), images)
         stream = self._encoded(units, watcher)
         for unit, batches in groupby(stream, key=lambda batch: batch[0].unit):
-            name = f"shard-{unit:06d}.tar"
+            name = shard_name(unit)
             skipped: list[Skipped] = []
             shard = write_shard(self.directory / name, self._samples(batches, skipped), self.layout)
             self.ledger.enter(unit, shard, skipped)
@@ -181,7 +190,7 @@ class Extraction:
             classes=self.source.classes,
             shards=shards,
             fingerprint=self.autoencoder.fingerprint,
-            skipped=(*self.source.skipped, *skipped),
+            skipped=tuple(dict.fromkeys((*self.source.skipped, *skipped))),
             extraction=self.ledger.plan,
         )
 
@@ -189,7 +198,7 @@ class Extraction:
         needed, free = (images or 0) * self.layout.sample_bytes, shutil.disk_usage(self.directory).free
         if needed > free:
             raise UserError(
-                f"{self.directory}: {needed / 1e9:.1f} GB are needed for {images} images, {free / 1e9:.1f} GB are free"
+                f"{self.directory}: {decimal(needed)} are needed for {images} images, {decimal(free)} are free"
             )
 
     # ---- encoding ------------------------------------------------------------------------------------------------
@@ -205,6 +214,8 @@ class Extraction:
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
+            collate_fn=as_it_is,
+            worker_init_fn=ignore_interrupts,
         )
         waiting: tuple[Decoded, list[Tensor]] | None = None
         for batch in loader:
@@ -220,9 +231,10 @@ class Extraction:
             yield self._collect(*waiting)
             watcher.advance(waiting[0].files)
 
-    def _launch(self, images: Tensor, precision: str) -> list[Tensor]:
-        if not len(images):
+    def _launch(self, pixels: NDArray[np.uint8], precision: str) -> list[Tensor]:
+        if not len(pixels):
             return []
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         views = [images, images.flip(-1)] if self.settings.mirrored else [images]
         return [self.autoencoder.encode(view, precision) for view in views]
 

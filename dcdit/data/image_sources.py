@@ -99,10 +99,12 @@ class FolderSource:
         self.inventory: dict[str, str] = {}
         remarks = []
         for label, name in enumerate(self.classes):
-            files = sorted(os.fsencode(file) for file in _walk(root / name, (os.path.realpath(root),)))
-            relative = [os.fsencode(os.path.relpath(os.fsdecode(file), root)) for file in files]
-            self.inventory[name] = f"{len(files)} files {hashlib.sha256(b'/'.join(relative)).hexdigest()[:16]}"
-            paths += relative
+            found = sorted(_walk(root / name, (os.path.realpath(root),)))
+            files = [os.fsencode(os.path.relpath(path, root)) for path, _ in found]
+            content = b"".join(b"%b %d\n" % (file, size) for file, (_, size) in zip(files, found, strict=True))
+            digest = hashlib.sha256(content).hexdigest()[:8]
+            self.inventory[name] = f"{len(files)} files, names and sizes {digest}"
+            paths += files
             labels += [label] * len(files)
             if not files:
                 remarks.append(f"class {name!r} is empty")
@@ -186,8 +188,8 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"{folder} cannot be read: {error.strerror}; nothing has been encoded") from error
 
 
-def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[str]:
-    """All files below ``folder``; links are followed, but not into a folder above."""
+def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """All files below ``folder`` with their sizes; links are followed, but not into a folder above."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -195,7 +197,10 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[str]:
         if entry.is_dir():
             yield from _walk(Path(entry.path), (*above, real))
         else:
-            yield entry.path
+            try:
+                yield entry.path, entry.stat().st_size
+            except OSError:  # a link to nowhere; whoever reads it says so
+                yield entry.path, -1
 
 
 def _samples(path: str, skipped: list[Skipped]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:

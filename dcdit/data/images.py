@@ -3,13 +3,11 @@
 import io
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dcdit.data.image_sources import ImageSource, Item
@@ -106,7 +104,7 @@ class Decoded(NamedTuple):
 
     Attributes:
         unit: number of the unit.
-        images: (n, 3, size, size) uint8.
+        images: (n, size, size, 3) uint8; an array, for tensors would travel as open files, which interrupts break.
         places: number of each image within its unit.
         labels, sources: of each image.
         skipped: what could not be used.
@@ -115,13 +113,18 @@ class Decoded(NamedTuple):
     """
 
     unit: int
-    images: Tensor
+    images: NDArray[np.uint8]
     places: list[int]
     labels: list[int]
     sources: list[str]
     skipped: list[Skipped]
     files: int
     problem: str | None = None
+
+
+def as_it_is(batch: Any) -> Any:
+    """For the loader's ``collate_fn``: its default would make tensors."""
+    return batch
 
 
 class ImageBatches(IterableDataset[Decoded]):
@@ -149,7 +152,7 @@ class ImageBatches(IterableDataset[Decoded]):
             except UserError as error:
                 # Every worker meets it; the loader hears it from the one whose turn it is.
                 if turn == worker:
-                    yield Decoded(unit, torch.empty(0), [], [], [], [], 0, str(error))
+                    yield Decoded(unit, np.empty(0, np.uint8), [], [], [], [], 0, str(error))
                 return
             for start in range(0, max(1, len(items)), size):
                 if turn == worker:
@@ -171,4 +174,4 @@ class ImageBatches(IterableDataset[Decoded]):
             sources.append(item.source)
         side = self.image_size
         images = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
-        return Decoded(unit, torch.from_numpy(images).permute(0, 3, 1, 2), places, labels, sources, skipped, len(batch))
+        return Decoded(unit, images, places, labels, sources, skipped, len(batch))

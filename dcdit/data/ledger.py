@@ -26,13 +26,15 @@ class Ledger:
 
     def __init__(self, directory: Path, plan: Mapping[str, Any], units: int) -> None:
         self.directory, self.plan, self.units = directory, plan, units
+        self.wrote = False
+        """Whether this process finished the whole."""
         self._work = directory / _WORK
 
     def open(self) -> Manifest | None:
-        """Begin or continue.
+        """Begin or continue; where shards of a finished extraction are missing or cut short, they are to do again.
 
         Returns:
-            The manifest if everything is done.
+            The manifest if everything is done and there.
 
         Raises:
             UserError: if the directory holds anything but this extraction.
@@ -42,11 +44,16 @@ class Ledger:
             if (self.directory / MANIFEST_NAME).is_file():
                 manifest = Manifest.read(self.directory / MANIFEST_NAME)
                 self._compare(manifest.extraction)
-                return manifest
+                if all(self._is_whole(shard) for shard in manifest.shards):
+                    return manifest
+                self._reopen(manifest)
             if path.is_file():
                 self._compare(json.loads(path.read_text()))
             elif any(self.directory.glob("*.tar")):
-                raise UserError(f"out: {self.directory} holds tar files that no extraction wrote: choose another place")
+                raise UserError(
+                    f"out: {self.directory} holds tar files without a manifest or a record of an extraction: choose"
+                    " another place, or delete them"
+                )
             else:
                 self._work.mkdir(exist_ok=True)
                 _write(path, self.plan)
@@ -69,15 +76,35 @@ class Ledger:
             if not all(self.is_done(unit) for unit in range(self.units)):
                 return None
             records = [json.loads(self._record(unit).read_text()) for unit in range(self.units)]
-            skipped = tuple(Skipped(**image) for record in records for image in record["skipped"])
+            before = self._work / "skipped.json"
+            known = json.loads(before.read_text()) if before.is_file() else []
+            listed = [Skipped(**image) for image in [*known, *(i for record in records for i in record["skipped"])]]
+            skipped = tuple(dict.fromkeys(listed))
             shards = tuple(Shard(**record["shard"]) for record in records if record["shard"])
             if shards:
                 written = manifest(shards, skipped)
                 written.write(self.directory)
+                self.wrote = True
             shutil.rmtree(self._work)
             if not shards:
                 raise UserError(f"no image could be used; the first: {skipped[0].file}: {skipped[0].reason}")
             return written
+
+    def _is_whole(self, shard: Shard) -> bool:
+        path = self.directory / shard.name
+        return path.is_file() and path.stat().st_size == shard.bytes
+
+    def _reopen(self, manifest: Manifest) -> None:
+        """From a manifest back to records: all units are done but those whose shards are not whole."""
+        shards = {shard.name: shard for shard in manifest.shards}
+        self._work.mkdir(exist_ok=True)
+        for unit in range(self.units):
+            shard = shards.get(shard_name(unit))
+            if shard is None or self._is_whole(shard):
+                self.enter(unit, shard, [])
+        _write(self._work / "skipped.json", [asdict(image) for image in manifest.skipped])
+        _write(self._work / "plan.json", self.plan)
+        (self.directory / MANIFEST_NAME).unlink()
 
     def _lock(self) -> FileLock:
         return FileLock(self.directory / ".extract.lock")
@@ -103,7 +130,12 @@ class Ledger:
                 raise UserError(f"{key}={value}, but the extraction there was begun with {before.get(key)}: {remedy}")
 
 
-def _write(path: Path, values: Mapping[str, Any]) -> None:
+def shard_name(unit: int) -> str:
+    """File name of the shard of a unit."""
+    return f"shard-{unit:06d}.tar"
+
+
+def _write(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
     draft = path.with_name(f"{path.name}.part")
     draft.write_text(json.dumps(values))
     draft.replace(path)

@@ -24,6 +24,7 @@ from dcdit.errors import UserError
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
 _PAUSES = (0.5, 2.0)  # seconds before a download is tried again
+_RETRY_AFTER = 600.0  # seconds until a shard that failed all the same is asked for anew
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Location:
             try:
                 self._fetch(MANIFEST_NAME, self.directory / MANIFEST_NAME)
             except OSError as error:
-                rank_zero_info(f"Not there: {error}")
+                if "no such file" not in str(error):
+                    rank_zero_info(f"Going on without {self.place}: {error}")
                 return False
         return (self.directory / MANIFEST_NAME).is_file()
 
@@ -90,7 +92,9 @@ class Location:
             try:
                 self._fetch(MANIFEST_NAME, path)
             except OSError as error:
-                raise UserError(f"data.directory: {error}") from error
+                raise UserError(
+                    f"directory: {error}. It must name the place that holds train/{MANIFEST_NAME}"
+                ) from error
             return Manifest.read(path)
         manifest = Manifest.read(path)
         for shard in manifest.shards:
@@ -103,6 +107,8 @@ class Location:
 
     def fetch(self, shard: Shard, in_use: Collection[Shard] = ()) -> Path:
         """The local file of ``shard``, fetched and checked unless it is there; safe with many processes.
+
+        A file of the right size whose checksum is wrong every time it comes is kept: its samples have their own.
 
         Args:
             shard: entry of the manifest.
@@ -125,11 +131,11 @@ class Location:
                     self._fetch(shard.name, path, shard)
                     return path
                 time.sleep(pause)
-            self._fetch(shard.name, path, shard)
+            self._fetch(shard.name, path, shard, exact=False)
             return path
 
-    def _fetch(self, name: str, path: Path, shard: Shard | None = None) -> None:
-        """Fetch ``name`` to ``path``, whole or not at all."""
+    def _fetch(self, name: str, path: Path, shard: Shard | None = None, exact: bool = True) -> None:
+        """Fetch ``name`` to ``path``, whole or not at all; with ``exact``, only with the checksum of ``shard``."""
         url = self.place.replace("{}", name) if "{}" in self.place else f"{self.place.rstrip('/')}/{name}"
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
@@ -142,12 +148,14 @@ class Location:
             except OSError as error:
                 if error.filename or error.errno:
                     raise  # this machine's disk
-                raise OSError(f"{url} cannot be fetched ({str(error)[-60:].strip()})") from error
+                raise OSError(f"{url} cannot be fetched: {_reason(error)}") from error
             size = draft.stat().st_size
             if not size:
                 raise OSError(f"{url} is empty")
-            if shard and (size != shard.bytes or file_digest(draft) != shard.sha256):
-                raise OSError(f"{url} differs from what the manifest says ({size} of {shard.bytes} bytes came)")
+            if shard and size != shard.bytes:
+                raise OSError(f"{url} came with {size} bytes, the manifest says {shard.bytes}")
+            if shard and exact and file_digest(draft) != shard.sha256:
+                raise OSError(f"the checksum of {url} differs")
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
@@ -165,6 +173,19 @@ class Location:
             if path.name not in in_use:
                 path.unlink(missing_ok=True)
                 total -= bytes_
+
+
+def _reason(error: OSError) -> str:
+    """Why a download failed, from webdataset's message with the exit status of its program."""
+    status = re.search(r"exit (\d+)", str(error))
+    meanings = {
+        6: "the host is unknown",
+        7: "no server answers there",
+        22: "the server has no such file",
+        28: "too slow",
+    }
+    code = int(status[1]) if status else -1
+    return meanings.get(code, f"the program that fetches it failed with status {code}" if status else str(error))
 
 
 def _cached_name(shard: Shard) -> str:
@@ -204,7 +225,7 @@ class ShardReader:
         """File descriptor of a shard, for ``os.pread``; raises OSError if it cannot be had."""
         if number in self._failed:
             since, error = self._failed[number]
-            if time.monotonic() - since < 60:  # do not ask a dead server for every sample
+            if time.monotonic() - since < _RETRY_AFTER:  # do not ask a dead server for every sample
                 raise error
         if number not in self._open:
             try:

@@ -103,10 +103,7 @@ class Manifest:
         try:
             return cls.parse(json.loads(path.read_text()))
         except FileNotFoundError:
-            raise UserError(
-                f"{path} does not exist, no shards have been written there, or not all of them yet: set data.directory"
-                " to a folder with train/manifest.json, or write shards with python -m dcdit.extract"
-            ) from None
+            raise UserError(f"{path} does not exist: {_why_missing(path.parent)}") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is no valid manifest ({error}): write the shards again") from error
 
@@ -139,6 +136,18 @@ class Manifest:
         skipped = tuple(Skipped(**image) for image in values.pop("skipped"))
         classes = tuple(str(name) for name in values.pop("classes"))
         return cls(latent_shape=shape, shards=shards, skipped=skipped, classes=classes, **values)
+
+
+def _why_missing(split: Path) -> str:
+    """What to do about a directory without a manifest."""
+    if (split / ".extraction").is_dir():
+        return "the extraction there is not finished, the same command goes on with it"
+    if (split.parent / MANIFEST_NAME).is_file():
+        return f"{split.parent} is the folder of a split, give the one above it"
+    return (
+        "no shards have been written there. The directory to name is the one that holds train/manifest.json;"
+        " python -m dcdit.extract writes it"
+    )
 
 
 def disagreement(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:

@@ -134,8 +134,8 @@ class Layout:
         got = os.preadv(descriptor, [note], start)
         got += os.preadv(descriptor, [member], start + self.note_bytes + (self.member_bytes if mirrored else 0))
         if got < len(note) + len(member):
-            raise DamagedSampleError(f"sample {index}: the file ends before it")
-        where = f"sample {index}, key {bytes(note[:100]).split(b'.json')[0].decode('ascii', 'replace')}"
+            raise DamagedSampleError("the file ends before it")
+        where = f"key {bytes(note[:100]).split(b'.json')[0].decode('ascii', 'replace')}"
         try:
             length = int(bytes(note[_SIZE_FIELD]), 8)
             values = json.loads(bytes(note[BLOCKSIZE : BLOCKSIZE + length]))

@@ -19,6 +19,14 @@ Batch = tuple[Tensor, Tensor]
 """What the network trains on: latents (B, C, H, W) float32, scaled and shifted, and labels (B,) int64."""
 
 
+class Damage(NamedTuple):
+    """A sample that could not be read: its shard, its place there, and the reason."""
+
+    shard: str
+    place: int
+    reason: str
+
+
 class StoredBatch(NamedTuple):
     """A batch as it lies in the shards.
 
@@ -26,13 +34,13 @@ class StoredBatch(NamedTuple):
         stored: (B, C, H, W) latents or (B, 2C, H, W) moments, in the stored type.
         labels: (B,) int64.
         seed: for what is random about the batch; a pure function of its place in the order.
-        damaged: samples that could not be read and are missing here, with shard, key and reason.
+        damaged: samples that could not be read and are missing here.
     """
 
     stored: Tensor
     labels: Tensor
     seed: int
-    damaged: list[str]
+    damaged: list[Damage]
 
 
 class LatentStream(IterableDataset[StoredBatch]):
@@ -78,7 +86,7 @@ class LatentStream(IterableDataset[StoredBatch]):
         self._layout = Layout.of(manifest)
         if not readers.batches(manifest.samples):
             raise UserError(
-                f"batch_size={readers.world_size * readers.batch_size} exceeds the {manifest.samples} samples in"
+                f"data.batch_size={readers.world_size * readers.batch_size} exceeds the {manifest.samples} samples in"
                 f" {location.place}: lower data.batch_size"
             )
 
@@ -102,7 +110,7 @@ class LatentStream(IterableDataset[StoredBatch]):
             position = Position(epoch + 1).join(self.readers)
 
     def _read(self, reader: ShardReader, order: EpochOrder, number: int) -> StoredBatch:
-        damaged: list[str] = []
+        damaged: list[Damage] = []
         # The seed says where in the order the batch stands; the order itself draws from other streams.
         place = [self.seed, order.epoch, self.rank, number, order.part, 1]
         seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
@@ -129,16 +137,14 @@ class LatentStream(IterableDataset[StoredBatch]):
         mirrored: bool,
         arrays: np.ndarray,
         labels: list[int],
-        damaged: list[str],
+        damaged: list[Damage],
     ) -> None:
         """Put a sample into the next free row, or its complaint into ``damaged``."""
         try:
             row = arrays[len(labels)]
             label = self._layout.read(reader.descriptor(shard), index, mirrored and self.manifest.mirrored, row)
             if not 0 <= label < len(self.manifest.classes):
-                raise DamagedSampleError(
-                    f"sample {index}: label {label} is none of {len(self.manifest.classes)} classes"
-                )
+                raise DamagedSampleError(f"label {label} is none of {len(self.manifest.classes)} classes")
             labels.append(label)
         except (DamagedSampleError, OSError) as error:
-            damaged.append(f"{self.manifest.shards[shard].name}: {error}")
+            damaged.append(Damage(self.manifest.shards[shard].name, index, str(error)))

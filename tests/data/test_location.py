@@ -5,7 +5,7 @@ import http.server
 import threading
 
 import pytest
-from numbered import flat, loader, numbers, stream, write_numbers
+from numbered import damage, flat, loader, numbers, stream, write_numbers
 
 from dcdit.data import location as module
 from dcdit.data.location import Location
@@ -58,20 +58,24 @@ def test_the_cache_is_bounded_and_content_addressed(served, tmp_path):
 
 
 def test_what_does_not_arrive_whole_is_damage(served, tmp_path):
-    folder, url, _ = served
+    folder, url, requests = served
     write_numbers(folder, [8, 8])
     remote = Location(f"{url}/train", str(tmp_path / "cache"))
     manifest = remote.manifest()
+    damage(folder / "shard-000.tar", 512, b"{{{{")  # one sample, in a file of the right size
     (folder / "shard-001.tar").write_bytes(b"something else")
     batches = list(LatentStream(remote, manifest, Readers(1, 4, 100), position=Position(), epochs=1))
-    assert sorted(flat(numbers(batches))) == list(range(8))
+    assert sorted(flat(numbers(batches))) == list(range(1, 8))
     complaints = flat(batch.damaged for batch in batches)
-    assert len(complaints) == 8
-    assert "shard-001.tar: " in complaints[0]
-    assert "differs from what the manifest says" in complaints[0]
+    assert {(c.shard, c.place) for c in complaints} == {("shard-000.tar", 0), *(("shard-001.tar", i) for i in range(8))}
+    assert "came with 14 bytes, the manifest says" in next(c for c in complaints if c.shard == "shard-001.tar").reason
+    asked = len([path for path in requests if path.endswith("shard-001.tar")])
+    assert asked <= 4  # the thread that fetches ahead, and whoever needs it: two tries each, not one for every sample
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"manifest.json cannot be fetched"):
+    with pytest.raises(UserError, match=r"manifest.json cannot be fetched: the server has no such file"):
         remote.manifest()
+    with pytest.raises(UserError, match=r"no server answers there"):
+        Location("http://127.0.0.1:9/train", str(tmp_path / "cache")).manifest()
 
 
 def test_pipes_run_only_if_allowed(tmp_path):

@@ -118,7 +118,7 @@ def test_missing_and_cut_shards_are_named(tmp_path):
     with pytest.raises(UserError, match=r"shard-000001.tar is missing"):
         Location(str(tmp_path)).manifest()
     with pytest.raises(UserError, match=r"no shards have been written"):
-        Location(str(tmp_path / "elsewhere")).manifest()
+        Location(str(tmp_path / "else" / "where")).manifest()
 
 
 @pytest.mark.parametrize(
@@ -172,3 +172,9 @@ def test_sources_write_what_they_promise(tmp_path):
     assert len(train.classes) == 10
     Synthetic(channels=4, grid=8, num_classes=7, samples=10, samples_per_shard=4).write(tmp_path / "noise")
     assert Manifest.read(tmp_path / "noise" / "train" / "manifest.json").samples == 10
+
+
+def test_the_folder_of_a_split_is_not_the_directory(tmp_path):
+    write(tmp_path / "train")
+    with pytest.raises(UserError, match=r"is the folder of a split, give the one above it"):
+        Location(str(tmp_path / "train")).below("train").manifest()
