@@ -20,8 +20,8 @@ from sklearn.svm import SVC
 
 from dcdit.data.sources import Digits
 from dcdit.diffusion.schedule import Posterior, add_noise
+from dcdit.generation import load_model
 from dcdit.interop import read_checkpoint
-from dcdit.sample import load_model
 
 TIMESTEPS = (20, 200, 500, 800)
 INK = -0.5  # in [-1, 1]; paper white is -1

@@ -77,16 +77,16 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(module):
 
 
 def test_too_many_in_a_row_stop_training(tiny, monkeypatch):
-    from dcdit.data.stream import LatentStream
+    from dcdit.data.datamodule import LatentDataModule
     from dcdit.module import NonFiniteLossError
 
-    original = LatentStream._epoch
+    original = LatentDataModule.on_after_batch_transfer
 
     def broken(self, *args):
-        for latents, labels in original(self, *args):
-            yield latents * float("nan"), labels
+        latents, labels = original(self, *args)
+        return latents * float("nan"), labels
 
-    monkeypatch.setattr(LatentStream, "_epoch", broken)
+    monkeypatch.setattr(LatentDataModule, "on_after_batch_transfer", broken)
     with pytest.raises(NonFiniteLossError, match=r"4 steps in a row.*nonfinite_limit=4.*ckpt_path=last"):
         tiny("nan", "nonfinite_limit=4", "trainer.max_steps=50")
 

@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, monkeypatch):
 
 
 def test_raw_and_averaged_weights(tiny):
-    from dcdit.sample import load_model
+    from dcdit.generation import load_model
 
     run = tiny("weights", "trainer.max_steps=3")
     path = str(run / "checkpoints" / "last.ckpt")
@@ -232,7 +232,7 @@ def test_raw_and_averaged_weights(tiny):
 
 
 def test_a_strange_checkpoint_builds_nothing_off_the_list(tmp_path):
-    from dcdit.sample import load_model
+    from dcdit.generation import load_model
 
     path = tmp_path / "strange.ckpt"
     settings = {"model": {"name": "os.system", "command": "true"}, "latents": {}}

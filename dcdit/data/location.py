@@ -34,7 +34,7 @@ class Location:
     Attributes:
         place: local path; or a URL, to which ``/<file>`` is appended, or in which ``{}`` stands for the file.
         cache: directory for files fetched from a URL; None takes one in the system's temporary directory.
-        cache_gb: size to which the cache is kept, apart from shards in use.
+        cache_gb: size to which the cache is kept, apart from shards in use or under way.
         allow_pipe: open ``pipe:`` URLs, which run a shell command.
     """
 

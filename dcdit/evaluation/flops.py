@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dcdit.errors import UserError
 from dcdit.network import DCDiT, DiT
@@ -81,6 +81,31 @@ def count(network: nn.Module, lengths: Sequence[float] = ()) -> Flops:
     if isinstance(network, DiT):
         return Flops(dict(_dit(network)))
     raise UserError(f"{type(network).__name__} is no network whose operations can be counted")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations of a forward pass as a function of the tokens kept: ``fixed + linear * M + square * M^2``.
+
+    Attributes:
+        fixed, linear, square: its coefficients.
+    """
+
+    fixed: float
+    linear: float
+    square: float
+
+    @classmethod
+    def of_network(cls, network: nn.Module) -> "Cost":
+        """The cost of ``network``; constant for a plain DiT. Raises like :func:`count`."""
+        none, one, two = (count(network, [length]).total for length in (0.0, 1.0, 2.0))
+        square = (two - 2 * one + none) / 2
+        return cls(none, one - none - square, square)
+
+    def of(self, lengths: Tensor) -> Tensor:
+        """Operations for each of ``lengths``, any shape, in float64."""
+        tokens = lengths.double()
+        return self.fixed + self.linear * tokens + self.square * tokens**2
 
 
 def _dcdit(network: DCDiT, lengths: Sequence[float]) -> Iterator[tuple[str, float]]:

@@ -51,7 +51,7 @@ def test_the_cache_is_bounded_and_content_addressed(served, tmp_path):
     size = local.manifest().shards[0].bytes
     remote = Location(f"{url}/train", str(tmp_path / "cache"), cache_gb=4.5 * size / 1e9)
     assert sorted(flat(numbers(stream(remote, readers, epochs=1)))) == list(range(48))
-    assert len(list(remote.directory.glob("*.tar"))) <= 4
+    assert len(list(remote.directory.glob("*.tar"))) <= 5  # one may have been under way when room was made
     # other content under the old names must not come out of the cache
     write_numbers(folder, [6] * 7)
     assert sorted(flat(numbers(stream(remote, readers, epochs=1)))) == list(range(42))
