@@ -6,8 +6,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -42,6 +45,19 @@ def cpu_precision() -> str:
 def register_resolvers() -> None:
     """Make ``${cpu_precision:}`` known to OmegaConf."""
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """The plain values of ``configs/model/<name>.yaml``; raises Hydra's error, with the choices, if there is none."""
+
+    def values() -> dict[str, Any]:
+        composed: Any = OmegaConf.to_container(compose("flops", overrides=[f"model={name}"]).model, resolve=True)
+        return composed
+
+    if GlobalHydra.instance().is_initialized():  # inside a command
+        return values()
+    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        return values()
 
 
 def entry_point(main: Callable[[], None]) -> None:

@@ -1,7 +1,6 @@
 """Images to latent shards: ``python -m dcdit.extract source=/data/imagenet/train out=data/imagenet256``."""
 
 import sys
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,7 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dcdit.cli import CONFIG_DIR, entry_point
 from dcdit.config import call_checked
@@ -20,6 +17,7 @@ from dcdit.data.extraction import Extraction, Settings
 from dcdit.data.image_sources import FolderSource, ImageSource, TarSource
 from dcdit.data.manifest import Manifest
 from dcdit.errors import UserError
+from dcdit.progress import Display
 from dcdit.runtime import cores, local_processes, pick_device, processes
 
 _LISTED = 10  # skipped images named in the summary
@@ -54,62 +52,6 @@ class Request:
             raise UserError(f"num_workers={self.num_workers} is negative")
         if Path(self.split).name != self.split:
             raise UserError(f"split={self.split!r} is not the plain name of a folder")
-
-
-class Display:
-    """A progress bar where there is a terminal, else a line for every shard."""
-
-    def __init__(self, rank: int) -> None:
-        console = Console(stderr=True)
-        self._rank = rank
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=rank > 0 or not console.is_terminal,
-        )
-        self._images = self._left = self._written = 0
-        self._since = 0.0
-        self.began = False
-
-    def __enter__(self) -> "Display":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *ignored: object) -> None:
-        self._bar.stop()
-
-    def begin(self, units: int, done: int, images: int | None) -> None:
-        """See :class:`dcdit.data.extraction.Watcher`."""
-        if done:
-            print(f"Continuing: {done} of {units} shards of process {self._rank} are done", file=sys.stderr)
-        self.began, self._left, self._since = True, units - done, time.monotonic()
-        self._task = self._bar.add_task("encoding", total=images, rate="")
-
-    def advance(self, files: int) -> None:
-        """See :class:`dcdit.data.extraction.Watcher`."""
-        self._images += files
-        self._bar.update(self._task, advance=files, rate=f"images, {self._rate:.1f}/s")
-
-    def shard(self, name: str, samples: int) -> None:
-        """See :class:`dcdit.data.extraction.Watcher`."""
-        self._left, self._written = self._left - 1, self._written + 1
-        if self._bar.disable:
-            minutes = self._left * (time.monotonic() - self._since) / self._written / 60
-            place = f"process {self._rank}: " if self._rank else ""
-            print(
-                f"{place}{name}: {samples} samples, {self._rate:.1f} images/s"
-                + (f", {self._left} more to go, about {minutes:.0f} min" if self._left else ""),
-                file=sys.stderr,
-            )
-
-    @property
-    def _rate(self) -> float:
-        return self._images / max(1e-9, time.monotonic() - self._since)
 
 
 def open_source(request: Request, settings: Settings) -> ImageSource:
@@ -171,7 +113,7 @@ def run(config: DictConfig) -> Manifest | None:
     if rank == 0:
         for remark in source.remarks:
             print(remark, file=sys.stderr)
-    with Display(rank) as display:
+    with Display(rank, "encoding", "shard") as display:
         try:
             manifest = extraction.run(display)
         except OSError as error:
@@ -182,7 +124,7 @@ def run(config: DictConfig) -> Manifest | None:
         except KeyboardInterrupt:
             print("Finished shards are kept; the same command goes on from there.", file=sys.stderr)
             raise
-    if manifest is not None and (extraction.ledger.wrote or (not display.began and rank == 0)):
+    if manifest is not None and (extraction.ledger.concluded or (not display.began and rank == 0)):
         print("Done." if display.began else "Everything is there already.")
         report(manifest, directory)
     elif display.began:

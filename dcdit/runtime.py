@@ -1,7 +1,8 @@
-"""The process and its machine: rank, device, precision, and how memory is kept."""
+"""The process and its machine: rank, device, precision, memory, and what tells one set of weights from another."""
 
 import ctypes
 import ctypes.util
+import hashlib
 import os
 import signal
 import sys
@@ -89,6 +90,15 @@ def local_processes() -> int:
         if _launcher() and os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return 1
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Digest of a module's weights, wherever they were loaded from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def ignore_interrupts(worker: int) -> None:

@@ -13,13 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from dcdit.callbacks import AtomicCheckpointIO, StopOnInterrupt
-from dcdit.cli import CONFIG_DIR, entry_point
+from dcdit.cli import CONFIG_DIR, entry_point, model_config
 from dcdit.config import call_checked
 from dcdit.data.datamodule import LatentDataModule
 from dcdit.data.manifest import Manifest
 from dcdit.errors import UserError
-from dcdit.module import DCDiTModule
-from dcdit.registry import build_source
+from dcdit.evaluation.matching import steps_matching
+from dcdit.module import Budget, DCDiTModule
+from dcdit.registry import build_network, build_source
 from dcdit.runtime import keep_freed_memory
 
 
@@ -50,6 +51,25 @@ class Run:
     run_dir: str
     ckpt_path: str | None
     nonfinite_limit: int
+
+
+def match_compute(config: DictConfig) -> None:
+    """Where ``trainer.match_compute_of`` names a model, set ``trainer.max_steps`` to match its training compute.
+
+    Raises:
+        UserError: if the lengths cannot be matched.
+    """
+    name, steps = config.trainer.match_compute_of, config.trainer.match_steps
+    if name is None:
+        return
+    spec: Any = OmegaConf.to_container(config.model, resolve=True)
+    # The baseline sees the same latents, whatever its file says.
+    baseline = model_config(name) | {key: spec[key] for key in ("grid", "channels", "num_classes")}
+    budget = call_checked(Budget, OmegaConf.to_container(config.budget, resolve=True), "budget")  # type: ignore[arg-type]
+    with torch.device("meta"):
+        networks = build_network(spec), build_network(baseline)
+    config.trainer.max_steps = steps_matching(*networks, steps, config.compression, budget.fractions, budget.warmup)
+    rank_zero_info(f"{config.trainer.max_steps} steps cost as much as {steps} of {name}")
 
 
 def build_module(config: DictConfig, latents: dict[str, Any]) -> DCDiTModule:
@@ -121,8 +141,9 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
     """The Trainer with its callbacks and loggers."""
     callbacks = [hydra.utils.instantiate(node) for node in (config.callbacks or {}).values() if node]
     loggers = [hydra.utils.instantiate(node) for node in (config.logger or {}).values() if node]
+    arguments = {key: value for key, value in config.trainer.items() if not str(key).startswith("match_")}
     return hydra.utils.instantiate(
-        config.trainer, callbacks=callbacks, logger=loggers or False, plugins=[AtomicCheckpointIO()]
+        arguments, callbacks=callbacks, logger=loggers or False, plugins=[AtomicCheckpointIO()]
     )
 
 
@@ -141,6 +162,7 @@ def train(config: DictConfig, run_dir: Path) -> dict[str, float]:
         UserError: naming key, value and remedy.
     """
     config.run_dir = str(run_dir)
+    match_compute(config)
     with torch.device("meta"):
         build_module(config, latents={})  # cheap at any scale, before any data are written
     checkpoint = find_checkpoint(config, run_dir)

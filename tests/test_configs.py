@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import compose_config
+from conftest import TINY, compose_config
 
 from dcdit.cli import CONFIG_DIR, cpu_precision
-from dcdit.train import build_module
+from dcdit.errors import UserError
+from dcdit.train import build_module, match_compute
 
 EXPERIMENTS = sorted(path.stem for path in Path(CONFIG_DIR, "experiment").glob("*.yaml"))
 NAMED = {"digits", "s_n4", "b_n4", "l_n4", "xl_n4", "b_n16", "b_n4_512", "xl_n4_512", "dit_s_2", "dit_b_2", "dit_xl_2"}
@@ -39,6 +40,17 @@ def test_matched_lengths_and_resolutions():
     assert compose_config("experiment=b_n4").trainer.max_steps == 408_071
     big = compose_config("experiment=xl_n4_512")
     assert (big.model.grid, big.model.smoothing_sigma) == (64, 2.0)
+
+
+def test_a_run_as_long_as_its_baseline_costs(tmp_path):
+    config = compose_config("experiment=b_n4", "trainer.match_compute_of=dit_b_2")
+    match_compute(config)
+    assert config.trainer.max_steps == pytest.approx(408_071, rel=0.01)
+    small = compose_config(*TINY, "trainer.match_compute_of=dit_s_2", "trainer.match_steps=2", "budget.warmup=0")
+    match_compute(small)  # a far larger network, on the same small grid
+    assert small.trainer.max_steps > 100
+    with pytest.raises(UserError, match=r"budget.warmup=90000000 .* take fewer than"):
+        match_compute(compose_config("experiment=b_n4", "trainer.match_compute_of=dit_b_2", "budget.warmup=90000000"))
 
 
 def test_cpu_precision_follows_the_processor(monkeypatch):

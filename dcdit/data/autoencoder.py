@@ -1,6 +1,5 @@
 """Between images and latents: the only place that knows autoencoders, their scale and their channels."""
 
-import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from dcdit.data.manifest import IDENTITY, MOMENTS, Manifest
 from dcdit.errors import UserError
-from dcdit.runtime import autocast
+from dcdit.runtime import autocast, fingerprint
 
 Decoder = Callable[[Tensor], Tensor]
 """Maps network-side latents (B, C, H, W) to images (B, 1 or 3, height, width), uint8."""
@@ -115,15 +114,6 @@ class Diffusers(Autoencoder):
         """See :class:`Autoencoder`."""
         parts = latents.to(self.vae.device).split(self.chunk)
         return torch.cat([to_uint8(self.vae.decode(part).sample).cpu() for part in parts])
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """Digest of a module's weights, wherever they were loaded from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def load_autoencoder(name: str, device: torch.device) -> Autoencoder:

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from dcdit.data.autoencoder import Autoencoder
 from dcdit.data.image_sources import ImageSource
 from dcdit.data.images import Decoded, ImageBatches, as_it_is
-from dcdit.data.ledger import Ledger, shard_name
 from dcdit.data.manifest import DTYPES, MOMENTS, SAMPLE, Manifest, Shard, Skipped
+from dcdit.data.shard_ledger import ShardLedger, shard_name
 from dcdit.data.shards import Layout, Sample, write_shard
 from dcdit.errors import UserError
 from dcdit.runtime import ignore_interrupts, threads
@@ -129,7 +129,7 @@ class Extraction:
         self.rank, self.world_size, self.workers, self.strict = rank, world_size, workers, strict
         self.layout = settings.layout(autoencoder)
         made_by = {"autoencoder": autoencoder.fingerprint or autoencoder.name}
-        self.ledger = Ledger(directory, {**asdict(settings), **made_by, "source": source.inventory}, source.units)
+        self.ledger = ShardLedger(directory, {**asdict(settings), **made_by, "source": source.inventory}, source.units)
         if strict and source.skipped:
             raise UserError(f"strict=true: {source.skipped[0].file}: {source.skipped[0].reason}")
 
@@ -143,7 +143,7 @@ class Extraction:
             UserError: if the directory holds something else, the disk is too small, or, with ``strict``, for the first
                 image that cannot be used.
         """
-        lock = FileLock(self.directory / f".extract-{self.rank}.lock")
+        lock = FileLock(self.directory / f".extraction-{self.rank}.lock")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
@@ -174,7 +174,7 @@ class Extraction:
             name = shard_name(unit)
             skipped: list[Skipped] = []
             shard = write_shard(self.directory / name, self._samples(batches, skipped), self.layout)
-            self.ledger.enter(unit, shard, skipped)
+            self.ledger.enter_shard(unit, shard, skipped)
             watcher.shard(name, shard.samples if shard else 0)
         return self.ledger.close(self._manifest)
 
