@@ -25,11 +25,12 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from dcdit.data.autoencoder import load_autoencoder
-from dcdit.data.extraction import Extraction, Settings
+from dcdit.data.extraction import Extraction
 from dcdit.data.image_sources import FolderSource
 from dcdit.data.location import Location
 from dcdit.data.manifest import MOMENTS
 from dcdit.data.order import EpochOrder, Position, Readers
+from dcdit.data.settings import Settings
 from dcdit.data.shards import write_shards
 from dcdit.data.stream import LatentStream
 from dcdit.runtime import autocast, pick_device

@@ -13,9 +13,10 @@ from rich.filesize import decimal
 from dcdit.cli import CONFIG_DIR, entry_point
 from dcdit.config import call_checked
 from dcdit.data.autoencoder import load_autoencoder
-from dcdit.data.extraction import Extraction, Settings
+from dcdit.data.extraction import Extraction
 from dcdit.data.image_sources import FolderSource, ImageSource, TarSource
 from dcdit.data.manifest import Manifest
+from dcdit.data.settings import Settings
 from dcdit.errors import UserError
 from dcdit.progress import Display
 from dcdit.runtime import cores, local_processes, pick_device, processes
@@ -25,7 +26,7 @@ _LISTED = 10  # skipped images named in the summary
 
 @dataclass(frozen=True)
 class Request:
-    """What to extract, and where; what shapes the bytes is in :class:`dcdit.data.extraction.Settings`.
+    """What to extract, and where; what shapes the bytes is in :class:`dcdit.data.settings.Settings`.
 
     Attributes:
         source: folder with a subfolder per class; or webdataset shards, as a folder or a path with braces.
