@@ -72,3 +72,22 @@ def test_what_cannot_be_counted():
         count(build("dcdit_s"))
     with pytest.raises(UserError, match="Linear is no network"):
         count(torch.nn.Linear(2, 2))
+
+
+def test_the_table_as_users_print_it(capsys):
+    from dcdit import flops
+
+    flops.run(compose_config("model=dcdit_s", "guided=true", "uncond_drop_fraction=0.9", name="flops"))
+    printed = capsys.readouterr().out
+    for words in ("residual Linear r", "0.302", "without r, as published", "TFLOPs per image, 250 steps, guided"):
+        assert words in printed
+    flops.run(compose_config("model=dit_xl_2", name="flops"))
+    assert "59.33" in capsys.readouterr().out
+    for override, message in (
+        ("compression=1", "compression=1.0 must be greater than 1"),
+        ("drop_fractions=[1.0]", r"drop_fractions=1.0 is outside"),
+        ("steps=0", "steps=0 is outside 1..1000"),
+        ("drop_fractions=[]", "asks for nothing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            flops.run(compose_config(override, name="flops"))
