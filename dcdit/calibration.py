@@ -1,12 +1,13 @@
 """From a budget in TFLOPs, or as a share of the full cost, to the drop fraction that meets it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from dcdit.diffusion.guidance import Guidance
@@ -14,6 +15,7 @@ from dcdit.diffusion.sampling import Sampler, Step
 from dcdit.errors import UserError
 from dcdit.evaluation.flops import Cost
 from dcdit.generation import Model, generate
+from dcdit.ledger import write_json
 from dcdit.network import DCDiT
 
 TOLERANCE = 0.01  # of the cost measured on the calibration's own images; half of what is promised for others
@@ -61,6 +63,55 @@ class Calibration:
     full_tflops: float
 
 
+class _Meter:
+    """Draws the same few images at any drop fraction, and counts what their tokens cost.
+
+    Args:
+        As of :func:`calibrate`.
+    """
+
+    def __init__(self, model: Model, guidance: Guidance, sampler: Sampler, batch_size: int, precision: str) -> None:
+        self.model, self.guidance, self.sampler = model, guidance, sampler
+        self.batch_size, self.precision = batch_size, precision
+        self.cost = Cost.of_network(model.network)
+        self.natural: list[tuple[Tensor, int]] = []
+        """For each step what the router kept by itself, (n,) or (2n,), and how many halves ran; of the last images."""
+
+    def measure(self, drop: float) -> float:
+        """TFLOPs per image at ``drop``."""
+        self.natural = []
+
+        def note(numbers: list[int], step: Step) -> None:
+            assert step.output.routing is not None
+            lengths = step.output.routing.natural_mask.sum(dim=1)
+            self.natural.append((lengths, len(lengths) // len(numbers)))
+
+        drawn = generate(
+            self.model,
+            replace(self.guidance, drop_fraction=drop),
+            self.sampler,
+            torch.arange(_IMAGES) * len(self.model.classes) // _IMAGES,
+            range(_IMAGES),
+            seed=0,
+            batch_size=self.batch_size,
+            precision=self.precision,
+            on_step=note,
+        )
+        spent = torch.cat([batch.flops(self.cost) for batch in drawn]).mean().item() / 1e12
+        self.natural = [(lengths.cpu(), halves) for lengths, halves in self.natural]
+        return spent
+
+    def predict(self, drop: float, uncond_drop: float | None) -> float:
+        """TFLOPs per image if the last images had been drawn with these drop fractions, None the same for both."""
+        fractions = (drop, drop if uncond_drop is None else uncond_drop)
+        total = 0.0
+        for lengths, halves in self.natural:
+            for part, fraction in zip(lengths.chunk(halves), fractions, strict=False):
+                kept = (part - (part * fraction).floor()).clamp(min=1)
+                total += self.cost.of(kept).sum().item()
+        return total / _IMAGES / 1e12
+
+
 def calibrate(
     model: Model, guidance: Guidance, sampler: Sampler, target: Target, batch_size: int, precision: str
 ) -> Calibration:
@@ -78,69 +129,31 @@ def calibrate(
         raise UserError("budget: a plain DiT has one fixed cost, leave the budget out")
     if guidance.drop_schedule is not None or guidance.drop_fraction:
         raise UserError("budget: guidance.drop_fraction and drop_schedule are what it replaces, leave them out")
-    cost = Cost.of_network(model.network)
-    labels = torch.arange(_IMAGES) * len(model.classes) // _IMAGES
-
-    def measure(drop: float) -> tuple[float, list[tuple[Tensor, int]]]:
-        """TFLOPs per image at ``drop``, and for each step the natural lengths and how many halves ran."""
-        natural: list[tuple[Tensor, int]] = []
-
-        def note(numbers: list[int], step: Step) -> None:
-            assert step.output.routing is not None
-            lengths = step.output.routing.natural_mask.sum(dim=1).cpu()
-            natural.append((lengths, len(lengths) // len(numbers)))
-
-        drawn = generate(
-            model,
-            replace(guidance, drop_fraction=drop),
-            sampler,
-            labels,
-            range(_IMAGES),
-            seed=0,
-            batch_size=batch_size,
-            precision=precision,
-            on_step=note,
-        )
-        spent = torch.cat([batch.flops(cost) for batch in drawn])
-        return spent.mean().item() / 1e12, natural
-
-    def predicted(natural: list[tuple[Tensor, int]], drop: float) -> float:
-        other = drop if guidance.uncond_drop_fraction is None else guidance.uncond_drop_fraction
-        total = 0.0
-        for lengths, halves in natural:
-            for part, fraction in zip(lengths.chunk(halves), (drop, other), strict=False):
-                kept = (part - (part * fraction).floor()).clamp(min=1)
-                total += cost.of(kept).sum().item()
-        return total / _IMAGES / 1e12
-
-    # The full cost has no drop in either half; what remains fixed of the unconditional one is part of the search.
-    full, natural = measure(0.0)
-    if guidance.uncond_drop_fraction is not None:
-        full = predicted_full(natural, cost)
+    meter, fixed = _Meter(model, guidance, sampler, batch_size, precision), guidance.uncond_drop_fraction
+    drop, spent = 0.0, meter.measure(0.0)
+    full = meter.predict(0.0, 0.0)  # no drop in either half
     wanted = target.tflops if target.tflops is not None else full * (target.share or 1.0)
-    most, least = predicted(natural, 0.0), predicted(natural, _LARGEST)
-    if not least <= wanted <= most * (1 + TOLERANCE):
+    least = meter.predict(_LARGEST, fixed)
+    if not least <= wanted <= spent * (1 + TOLERANCE):
         raise UserError(
             f"budget: {wanted:.4g} TFLOPs per image cannot be met, from {least:.4g} (drop fraction {_LARGEST}) to"
-            f" {most:.4g} (none) is possible with this sampler and guidance"
+            f" {spent:.4g} (none) is possible with this sampler and guidance: ask for something in between"
         )
-    drop, spent = 0.0, most
     for _ in range(_ROUNDS):
         if abs(spent / wanted - 1) <= TOLERANCE:
             break
-        drop = _solve(lambda value, natural=natural: predicted(natural, value), wanted)
-        spent, natural = measure(drop)
+        # Other drops lead to other images, whose routing differs a little: measure, and solve again from there.
+        drop = _solve(lambda value: meter.predict(value, fixed), wanted)
+        spent = meter.measure(drop)
     if abs(spent / wanted - 1) > 2 * TOLERANCE:
-        raise UserError(f"budget: {wanted:.4g} TFLOPs per image was missed: drop fraction {drop:.4f} costs {spent:.4g}")
+        raise UserError(
+            f"budget: {wanted:.4g} TFLOPs per image was missed, drop fraction {drop:.4f} costs {spent:.4g}: give"
+            " guidance.drop_fraction instead"
+        )
     return Calibration(round(drop, 4), spent, full)
 
 
-def predicted_full(natural: list[tuple[Tensor, int]], cost: Cost) -> float:
-    """TFLOPs per image if neither half dropped anything."""
-    return sum(cost.of(lengths).sum().item() for lengths, _ in natural) / _IMAGES / 1e12
-
-
-def _solve(function: Any, wanted: float) -> float:
+def _solve(function: Callable[[float], float], wanted: float) -> float:
     """Where the falling ``function`` reaches ``wanted``, by bisection."""
     low, high = 0.0, _LARGEST
     for _ in range(40):
@@ -149,7 +162,7 @@ def _solve(function: Any, wanted: float) -> float:
     return (low + high) / 2
 
 
-def remembered(checkpoint: Path, settings: Mapping[str, Any], find: Any) -> Calibration:
+def remembered(checkpoint: Path, settings: Mapping[str, Any], find: Callable[[], Calibration]) -> Calibration:
     """What ``find()`` returns, kept beside the checkpoint for the next time the same is asked.
 
     Args:
@@ -158,13 +171,12 @@ def remembered(checkpoint: Path, settings: Mapping[str, Any], find: Any) -> Cali
         find: called without arguments if the answer is not known.
     """
     store = checkpoint.with_suffix(".budgets.json")
-    known = json.loads(store.read_text()) if store.is_file() else []
-    for entry in known:
-        if entry["settings"] == settings:
-            return Calibration(**entry["found"])
-    found = find()
-    known.append({"settings": dict(settings), "found": asdict(found)})
-    draft = store.with_name(store.name + ".part")
-    draft.write_text(json.dumps(known, indent=1) + "\n")
-    draft.replace(store)
-    return found
+    # One of several processes calibrates, the others wait and read.
+    with FileLock(store.with_name(f".{store.name}.lock")):
+        known = json.loads(store.read_text()) if store.is_file() else []
+        for entry in known:
+            if entry["settings"] == settings:
+                return Calibration(**entry["found"])
+        found = find()
+        write_json(store, [*known, {"settings": dict(settings), "found": asdict(found)}])
+        return found

@@ -14,7 +14,7 @@ from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.sampling import Sampler
 from dcdit.errors import UserError
 from dcdit.generation import Drawn, Model, OnStep, generate, load_model
-from dcdit.runtime import keep_freed_memory, pick_device
+from dcdit.runtime import fingerprint, keep_freed_memory, pick_device
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def prepare(values: Mapping[str, Any]) -> Drawing:
     calibration = None
     if target.given:
         question = {**asdict(target), **asdict(sampler), **asdict_of(guidance)}
-        question |= {"step": model.step, "weights": common.weights, "precision": precision}
+        question |= {"network": fingerprint(model.network), "precision": precision}
         calibration = remembered(
             Path(common.checkpoint),
             question,

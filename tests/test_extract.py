@@ -290,6 +290,8 @@ def test_a_latent_that_overflows_is_not_stored(run, monkeypatch):
     assert precisions.count("fp32") == 13  # each batch once more, exactly
     assert len(manifest.skipped) == 13
     assert "not finite in float16" in manifest.skipped[0].reason
+    with pytest.raises(UserError, match=r"strict=true: class_.*not finite in float16, try dtype=float32"):
+        run("strict-overflow", "precision=bf16", "strict=true")
 
 
 def write_tars(folder: Path, images: Path) -> None:

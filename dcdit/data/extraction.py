@@ -212,7 +212,10 @@ class Extraction:
             rows = zip(batch.places, batch.labels, batch.sources, *arrays, strict=True) if arrays else ()
             for place, label, source, *views in rows:
                 if not all(np.isfinite(array).all() for array in views):
-                    skipped.append(Skipped(source, f"its latent is not finite in {self.settings.dtype}"))
+                    reason = f"its latent is not finite in {self.settings.dtype}"
+                    if self.strict:
+                        raise UserError(f"strict=true: {source}: {reason}, try dtype=float32")
+                    skipped.append(Skipped(source, reason))
                     continue
                 yield Sample(
                     f"{batch.unit:06d}-{place:06d}", label, views[0], views[1] if self.layout.mirrored else None, source
