@@ -1,7 +1,7 @@
 """The one way from a trained network to latents, for one process or many; commands and callbacks all take it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,11 +26,13 @@ class Model:
         network: in evaluation mode.
         latents: summary of the manifest: shape, autoencoder, scale, shift and class names.
         step: optimiser steps trained.
+        training: how it was trained: the other hyper-parameters of its checkpoint.
     """
 
     network: nn.Module
     latents: dict[str, Any]
     step: int
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def classes(self) -> list[str]:
@@ -65,7 +67,8 @@ def load_model(path: str, weights: str = "ema", device: torch.device | str = "cp
     except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint={path} was not written by dcdit.train: it lacks {error}") from None
     network.load_state_dict({k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)})
-    return Model(network.to(device).eval(), latents, step)
+    training = {key: value for key, value in settings.items() if key != "latents"}
+    return Model(network.to(device).eval(), latents, step, training)
 
 
 @dataclass(frozen=True)

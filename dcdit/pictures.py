@@ -5,8 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+import torch
 from torch import Tensor
+from torchvision.io import write_png
 from torchvision.utils import save_image
+
+from dcdit.data.autoencoder import Decoder
+from dcdit.diffusion.sampling import Step
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -29,11 +35,44 @@ class Snapshot:
     mask: Tensor
 
 
+class Snapshots:
+    """Pictures of some samples on their way, taken while they are drawn.
+
+    Args:
+        shown: numbers of these samples.
+        wanted: how many pictures of each, evenly spaced over ``steps``.
+        steps: of the sampler.
+        decode: latents to images.
+    """
+
+    def __init__(self, shown: list[int], wanted: int, steps: int, decode: Decoder) -> None:
+        self.rows: dict[int, list[Snapshot]] = {number: [] for number in shown}
+        self._at = set(np.linspace(0, steps - 1, wanted).round().astype(int).tolist())
+        self._decode = decode
+
+    def take(self, numbers: list[int], step: Step) -> None:
+        """Look at a step of the samples ``numbers``."""
+        routing = step.output.routing
+        if routing is None or step.index not in self._at:
+            return
+        for place, number in enumerate(numbers):
+            if number in self.rows:
+                image = self._decode(step.x[place : place + 1])[0].permute(1, 2, 0).cpu()
+                prob, mask = (x[place].view(step.x.shape[2:]).cpu() for x in (routing.prob, routing.mask))
+                self.rows[number].append(Snapshot(step.timestep, image, prob, mask))
+
+
 def save_grid(images: Tensor, columns: int, path: Path, least_side: int = 64) -> None:
     """Save ``images`` (N, 1 or 3, height, width) uint8 as one PNG; small images are enlarged, pixels kept sharp."""
     factor = max(1, -(-least_side // images.shape[-1]))
     enlarged = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     save_image(enlarged.float() / 255, path, nrow=columns, padding=2, pad_value=0.5)
+
+
+def save_strip(images: Tensor, path: Path) -> None:
+    """Save ``images`` (N, 1 or 3, height, width) uint8 side by side as one PNG, pixel by pixel."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_png(torch.cat(list(images), dim=2), str(path))
 
 
 def save_boundaries(rows: Sequence[Sequence[Snapshot]], titles: Sequence[str], path: Path) -> None:

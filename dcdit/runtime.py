@@ -62,6 +62,13 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device={name!r} is not usable here: {str(error).splitlines()[0]}") from None
 
 
+def device_words(device: torch.device) -> str:
+    """What computes, for people who compare timings."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
 def _launcher() -> ClusterEnvironment | None:
     """Whoever started this process as one of several: torchrun or srun."""
     if TorchElasticEnvironment.detect():

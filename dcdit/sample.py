@@ -14,13 +14,12 @@ from torch import Tensor
 
 from dcdit.cli import CONFIG_DIR, entry_point
 from dcdit.config import call_checked
-from dcdit.data.autoencoder import Decoder
 from dcdit.diffusion.sampling import Step
 from dcdit.drawing import own_values, prepare
 from dcdit.errors import UserError
 from dcdit.evaluation.flops import Cost
 from dcdit.network import DCDiT
-from dcdit.pictures import Snapshot, save_boundaries, save_grid
+from dcdit.pictures import Snapshots, save_boundaries, save_grid
 
 
 @dataclass(frozen=True)
@@ -58,33 +57,6 @@ def resolve_labels(request: Request, names: list[str]) -> Tensor:
     if not labels:
         raise UserError("classes=[] asks for nothing: name at least one class")
     return torch.tensor(labels).repeat_interleave(request.per_class)
-
-
-class Snapshots:
-    """Pictures of some samples on their way, taken while they are drawn.
-
-    Args:
-        shown: numbers of these samples.
-        wanted: how many pictures of each, evenly spaced over ``steps``.
-        steps: of the sampler.
-        decode: latents to images.
-    """
-
-    def __init__(self, shown: list[int], wanted: int, steps: int, decode: Decoder) -> None:
-        self.rows: dict[int, list[Snapshot]] = {number: [] for number in shown}
-        self._at = set(np.linspace(0, steps - 1, wanted).round().astype(int).tolist())
-        self._decode = decode
-
-    def take(self, numbers: list[int], step: Step) -> None:
-        """Look at a step of the samples ``numbers``."""
-        routing = step.output.routing
-        if routing is None or step.index not in self._at:
-            return
-        for place, number in enumerate(numbers):
-            if number in self.rows:
-                image = self._decode(step.x[place : place + 1])[0].permute(1, 2, 0).cpu()
-                prob, mask = (x[place].view(step.x.shape[2:]).cpu() for x in (routing.prob, routing.mask))
-                self.rows[number].append(Snapshot(step.timestep, image, prob, mask))
 
 
 def run(config: DictConfig) -> Path:

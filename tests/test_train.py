@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import TINY, compose_config
 from lightning.pytorch.callbacks import Callback
-from runs import STATE, assert_same_end, differences, load, logged, start, wait_for
 
 from dcdit.errors import UserError
 from dcdit.train import train
+from runs import STATE, assert_same_end, differences, load, logged, start, wait_for
 
 PLAIN_DIT = [
     *(f"~model.{key}" for key in ("encoder_width", "groups", "router", "smoothing_sigma", "init")),

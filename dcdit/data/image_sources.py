@@ -188,6 +188,15 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"{folder} cannot be read: {error.strerror}; nothing has been encoded") from error
 
 
+def image_files(root: Path) -> list[tuple[str, int, int]]:
+    """Path below ``root``, size and time of change of every image file; UserError if a folder is unreadable."""
+    found = []
+    for path, size in _walk(root, ()):
+        if path.lower().rsplit(".", 1)[-1] in _IMAGE_TYPES and size >= 0:
+            found.append((os.path.relpath(path, root), size, os.stat(path).st_mtime_ns))
+    return sorted(found)
+
+
 def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """All files below ``folder`` with their sizes; links are followed, but not into a folder above."""
     real = os.path.realpath(folder)

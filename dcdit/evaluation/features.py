@@ -1,0 +1,271 @@
+"""Networks whose features tell how alike two sets of images are."""
+
+import difflib
+import io
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dcdit.errors import UserError
+from dcdit.interop import read_checkpoint
+from dcdit.runtime import fingerprint
+
+_DIGITS = Path(__file__).with_name("digits.safetensors")
+
+
+class Features(NamedTuple):
+    """What a network sees in images.
+
+    Attributes:
+        features: (B, F) float32.
+        logits: (B, K) float32, unnormalised; None if the network knows no classes.
+    """
+
+    features: Tensor
+    logits: Tensor | None
+
+
+class FeatureNetwork(nn.Module, ABC):
+    """Features of images, in float32 and evaluation mode, whatever surrounds it.
+
+    Attributes:
+        name: stands beside every figure.
+        num_features: F.
+        num_logits: K; 0 without logits.
+    """
+
+    name: str
+    num_features: int
+    num_logits: int
+
+    @abstractmethod
+    def see(self, images: Tensor) -> Features:
+        """Features of images (B, 3, height, width) uint8, on the device of the weights."""
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        """Features, on the CPU, of images (B, 1 or 3, height, width) uint8 anywhere; grey becomes three equal channels.
+
+        Raises:
+            UserError: if the features of an image are not finite.
+        """
+        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        with torch.autocast(device.type, enabled=False):
+            features, logits = self.see(images.to(device).expand(-1, 3, -1, -1))
+        if not features.isfinite().all():
+            raise UserError(f"features={self.name}: not all features of these images are finite numbers")
+        return Features(features.float().cpu(), None if logits is None else logits.float().cpu())
+
+    def described(self) -> dict[str, Any]:
+        """What features depend on beside the images, as plain values."""
+        return {"name": self.name, "weights": fingerprint(self), "num_features": self.num_features}
+
+    def frozen(self) -> "FeatureNetwork":
+        """Itself, ready for use."""
+        return self.eval().requires_grad_(False)
+
+
+def read_weights(path: str) -> dict[str, Any]:
+    """Parameters by name from a local ``.safetensors`` or torch file; nothing in it is run.
+
+    Raises:
+        UserError: if it is missing, unsafe, or holds no parameters.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"features.weights={path}: there is no such file")
+    if Path(path).suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except Exception as error:  # the library has types of its own
+            raise UserError(f"features.weights={path} cannot be read: {error}") from error
+    state = read_checkpoint(path)
+    state = state.get("state_dict", state)
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"features.weights={path} holds more than parameters: save the network's state_dict")
+    return state
+
+
+def _load(module: nn.Module, path: str) -> None:
+    try:
+        module.load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()[:200]
+        raise UserError(f"features.weights={path} do not fit {type(module).__name__}: {first}") from error
+
+
+class Inception(FeatureNetwork):
+    """Inception-v3 of the published FID, as torch-fidelity converted it from TensorFlow, its resizing included.
+
+    Args:
+        weights: file with the weights that torch-fidelity publishes; None downloads them.
+
+    Raises:
+        UserError: if the weights cannot be had.
+    """
+
+    name = "inception-v3-compat"
+    num_features, num_logits = 2048, 1008
+
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+        except ImportError:
+            raise UserError("features=inception needs torch-fidelity: pip install torch-fidelity") from None
+        if weights is None:
+            try:
+                state = torch.hub.load_state_dict_from_url(
+                    URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True, progress=False
+                )
+            except OSError as error:
+                raise UserError(
+                    f"features: the weights of Inception cannot be downloaded ({error}): fetch {URL_INCEPTION_V3}"
+                    " elsewhere and give the file as features.weights=..., or take features=timm"
+                ) from error
+        else:
+            state = read_weights(weights)
+        # The extractor unpickles whatever file it is given: give it one that was read safely and written anew.
+        safe = io.BytesIO()
+        torch.save(dict(state), safe)
+        safe.seek(0)
+        try:
+            self.network = FeatureExtractorInceptionV3(
+                self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=safe
+            )
+        except RuntimeError as error:
+            raise UserError(f"features.weights={weights} are not those of Inception: {str(error)[:200]}") from error
+        self.frozen()
+
+    def see(self, images: Tensor) -> Features:
+        """See :class:`FeatureNetwork`."""
+        return Features(*self.network(images))
+
+
+class Timm(FeatureNetwork):
+    """Any image model of timm: what its classifier sees, and the classifier's logits.
+
+    Images are resized (bicubic, antialiased) to the model's size, not cropped.
+
+    Args:
+        model: timm's name of the model, such as ``vit_small_patch14_dinov2.lvd142m``.
+        weights: local file with its weights; None downloads them.
+
+    Raises:
+        UserError: if there is no such model, or its weights cannot be had.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: str, weights: str | None = None) -> None:
+        super().__init__()
+        import timm
+
+        if not timm.is_model(model):
+            close = difflib.get_close_matches(model, timm.list_models(), n=3)
+            words = f", did you mean {' or '.join(close)}?" if close else ": timm.list_models() lists them"
+            raise UserError(f"features.model={model!r} is no model of timm{words}")
+        try:
+            network: Any = timm.create_model(model, pretrained=weights is None)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"features.model={model!r}: its weights cannot be downloaded"
+                f" ({(str(error).splitlines() or ['no reason given'])[0]}): give a local file as features.weights=..."
+            ) from error
+        if weights is not None:
+            _load(network, weights)
+        config = timm.data.resolve_model_data_config(network)
+        self.size = tuple(config["input_size"][1:])
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(config[key]).view(1, -1, 1, 1))
+        self.name = f"timm {model} {self.size[0]}px"
+        self.num_features = int(network.head_hidden_size)
+        self.num_logits = int(network.num_classes)
+        self.network = network
+        self.frozen()
+
+    def see(self, images: Tensor) -> Features:
+        """See :class:`FeatureNetwork`."""
+        pixels = F.interpolate(images.float() / 255, self.size, mode="bicubic", antialias=True).clamp(0, 1)
+        network: Any = self.network
+        seen = network.forward_head(network.forward_features((pixels - self.mean) / self.std), pre_logits=True)
+        return Features(seen, network.get_classifier()(seen) if self.num_logits else None)
+
+
+class Own(FeatureNetwork):
+    """A network of your own.
+
+    Args:
+        module: maps images (B, 3, height, width) uint8 to features (B, F), or to a pair of features and logits (B, K).
+        name: stands beside every figure; None takes the class's name.
+        weights: file with its weights; None takes it as it was built.
+        size: side of the images of a trial run, which tells F and K.
+
+    Raises:
+        UserError: if the weights do not fit, or the module returns something else.
+    """
+
+    def __init__(self, module: nn.Module, name: str | None = None, weights: str | None = None, size: int = 64) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise UserError(f"features.module is a {type(module).__name__}, no torch.nn.Module")
+        if weights is not None:
+            _load(module, weights)
+        self.network = module
+        self.name = name or type(module).__name__
+        self.frozen()
+        with torch.no_grad():
+            seen = self.see(torch.zeros(2, 3, size, size, dtype=torch.uint8))
+        for which, tensor in zip(seen._fields, seen, strict=True):
+            if tensor is not None and (tensor.ndim != 2 or len(tensor) != 2):
+                raise UserError(
+                    f"features.module: {self.name} returns {which} of shape {tuple(tensor.shape)} for 2 images, (2, F)"
+                    " is needed"
+                )
+        self.num_features = seen.features.shape[1]
+        self.num_logits = 0 if seen.logits is None else seen.logits.shape[1]
+
+    def see(self, images: Tensor) -> Features:
+        """See :class:`FeatureNetwork`."""
+        found = self.network(images)
+        return Features(*found) if isinstance(found, tuple) else Features(found, None)
+
+
+class Digits(FeatureNetwork):
+    """A small classifier of handwritten digits; ``scripts/train_digit_features.py`` made its weights.
+
+    Args:
+        trained: take the weights that come with the package.
+    """
+
+    name = "digits classifier"
+    num_features, num_logits = 32, 10
+
+    def __init__(self, trained: bool = True) -> None:
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(32 * 4 * 4, self.num_features),
+            nn.GELU(),
+        )
+        self.classifier = nn.Linear(self.num_features, self.num_logits)
+        if trained:
+            self.load_state_dict(load_file(_DIGITS))
+            self.frozen()
+
+    def see(self, images: Tensor) -> Features:
+        """See :class:`FeatureNetwork`."""
+        grey = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
+        seen = self.network(F.interpolate(grey, (16, 16), mode="bilinear", antialias=True))
+        return Features(seen, self.classifier(seen))

@@ -1,0 +1,218 @@
+"""Sets of images to compare with: latent shards, folders of images, and the ADM suite's ``.npz``."""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcdit.data.autoencoder import load_decoder, network_latents
+from dcdit.data.image_sources import image_files
+from dcdit.data.images import UnusableImageError, decode_image
+from dcdit.data.location import Location, ShardReader
+from dcdit.data.manifest import MANIFEST_NAME
+from dcdit.data.shards import DamagedSampleError, Layout
+from dcdit.errors import UserError
+from dcdit.runtime import cores
+
+
+class ImageSet(Protocol):
+    """Images by number.
+
+    Attributes:
+        place: where they lie, for people.
+        count: how many.
+        size: height and width.
+    """
+
+    place: str
+    count: int
+    size: tuple[int, int]
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """These images, (n, 1 or 3, height, width) uint8; UserError if one cannot be read."""
+
+    def described(self) -> dict[str, Any]:
+        """Which images they are, as plain values: other images, other values."""
+
+
+class LatentImages:
+    """What an autoencoder makes of the latents in shards; the mean where these hold moments.
+
+    Args:
+        location: a directory with a manifest, such as ``data/imagenet256/val``.
+        device: where to decode.
+        autoencoder: decode with this one; None takes the one that the manifest names.
+
+    Raises:
+        UserError: if there is no manifest, or no autoencoder.
+    """
+
+    def __init__(self, location: Location, device: torch.device, autoencoder: str | None) -> None:
+        self.location, self.place = location, location.place
+        self.manifest = location.manifest()
+        self.count = self.manifest.samples
+        self._decode = load_decoder(self.manifest.summary(), device, autoencoder)
+        self._reader = ShardReader(location, self.manifest.shards)
+        self._layout = Layout.of(self.manifest)
+        self._ends = np.cumsum([shard.samples for shard in self.manifest.shards])
+        self._autoencoder = autoencoder
+        height, width = self._decode(torch.zeros(1, *self.manifest.latent_shape, device=device)).shape[2:]
+        self.size, self._device = (height, width), device
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """See :class:`ImageSet`."""
+        rows = np.empty((len(numbers), self._layout.array_bytes), np.uint8)
+        shards = np.searchsorted(self._ends, numbers, side="right").tolist()
+        self._reader.prepare(sorted(set(shards)), [])
+        for row, number, shard in zip(rows, numbers, shards, strict=True):
+            index = number - (int(self._ends[shard - 1]) if shard else 0)
+            try:
+                self._layout.read(self._reader.descriptor(shard), index, False, row)
+            except (DamagedSampleError, OSError) as error:
+                raise UserError(
+                    f"reference: {self.manifest.shards[shard].name}, sample {index} of {self.location.place}: {error};"
+                    " restore the shard"
+                ) from error
+        stored = torch.from_numpy(rows.view(self._layout.dtype).reshape(-1, *self._layout.stored_shape))
+        return self._decode(network_latents(stored.to(self._device), self.manifest, None))
+
+    def described(self) -> dict[str, Any]:
+        """See :class:`ImageSet`."""
+        content = "".join(shard.sha256 for shard in self.manifest.shards)
+        return {
+            "kind": "decoded latents",
+            "content": hashlib.sha256(content.encode()).hexdigest()[:16],
+            "autoencoder": self._autoencoder or self.manifest.fingerprint or self.manifest.autoencoder,
+        }
+
+
+class FolderImages:
+    """All images in and below a folder, cropped to a square as for extraction.
+
+    Args:
+        root: the folder.
+        size: side of the crop.
+
+    Raises:
+        UserError: if there are no images.
+    """
+
+    def __init__(self, root: Path, size: int) -> None:
+        self.root, self.place, self.size = root, str(root), (size, size)
+        self._files = image_files(root)
+        self.count = len(self._files)
+        if not self.count:
+            raise UserError(f"reference={root}: no image lies in or below this folder")
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """See :class:`ImageSet`."""
+
+        def decoded(number: int) -> torch.Tensor:
+            path = self.root / self._files[number][0]
+            try:
+                return torch.from_numpy(decode_image(path.read_bytes(), self.size[0]))
+            except (UnusableImageError, OSError) as error:
+                raise UserError(f"reference: {path}: {error}; remove it, or put it right") from error
+
+        with ThreadPoolExecutor(cores()) as pool:
+            return torch.stack(list(pool.map(decoded, numbers))).permute(0, 3, 1, 2)
+
+    def described(self) -> dict[str, Any]:
+        """See :class:`ImageSet`; by the files' names, sizes and times of change."""
+        listing = hashlib.sha256(repr(self._files).encode()).hexdigest()[:16]
+        return {"kind": "folder", "content": listing, "crop": self.size[0]}
+
+
+class NpzImages:
+    """The images of an ``.npz``, (N, height, width, 3) uint8 as ``arr_0``, read piece by piece.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: if it holds no such array.
+    """
+
+    _NAME = "arr_0.npy"
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.place = path, str(path)
+        try:
+            self._archive = zipfile.ZipFile(path)
+            with self._archive.open(self._NAME) as file:
+                self._header(file)
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"reference={path} holds no images as arr_0, (N, height, width, 3) uint8 ({error}): means and"
+                " covariances alone were computed by another program's network; give the images"
+            ) from error
+
+    def _header(self, file: Any) -> None:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
+            raise ValueError(f"it is {dtype} of shape {shape}")
+        self.count, self.size, self._start = shape[0], (shape[1], shape[2]), file.tell()
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """See :class:`ImageSet`."""
+        height, width = self.size
+        images = np.empty((len(numbers), height, width, 3), np.uint8)
+        with self._archive.open(self._NAME) as file:
+            for image, number in zip(images, numbers, strict=True):
+                file.seek(self._start + number * image.nbytes)
+                content = file.read(image.nbytes)
+                if len(content) < image.nbytes:
+                    raise UserError(f"reference={self.path} ends within image {number}: it was cut short")
+                image[:] = np.frombuffer(content, np.uint8).reshape(image.shape)
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def described(self) -> dict[str, Any]:
+        """See :class:`ImageSet`."""
+        member = self._archive.getinfo(self._NAME)
+        return {"kind": "npz", "content": f"{member.CRC:08x}", "bytes": member.file_size}
+
+
+def open_images(
+    place: str, size: tuple[int, int], device: torch.device, autoencoder: str | None, cache: str | None = None
+) -> ImageSet:
+    """The images at ``place``.
+
+    Args:
+        place: a directory of latent shards with a manifest, or its URL; a folder of images; or an ``.npz``.
+        size: height and width that they must have; images of a folder are cropped to it.
+        device, autoencoder: for latents, see :class:`LatentImages`.
+        cache: directory for shards fetched from a URL.
+
+    Raises:
+        UserError: if there is nothing usable, or it has another size.
+    """
+    location, path = Location(place, cache), Path(place)
+    images: ImageSet
+    if location.remote or (location.directory / MANIFEST_NAME).is_file():
+        images = LatentImages(location, device, autoencoder)
+    elif path.is_dir():
+        splits = [entry.name for entry in os.scandir(path) if (Path(entry.path) / MANIFEST_NAME).is_file()]
+        if splits:
+            raise UserError(f"reference={place} holds several splits: take reference={path / min(splits)}")
+        if size[0] != size[1]:
+            raise UserError(f"reference={place}: a folder's images are cropped to squares, not to {size}: give an .npz")
+        images = FolderImages(path, size[0])
+    elif path.is_file():
+        images = NpzImages(path)
+    else:
+        raise UserError(f"reference={place} does not exist: give a folder of images or shards, or an .npz")
+    if images.size != size:
+        raise UserError(
+            f"reference={place} has images of {images.size[0]} x {images.size[1]} pixels, the checkpoint draws"
+            f" {size[0]} x {size[1]}: a comparison would mostly see that; give a reference of this size"
+        )
+    return images

@@ -1,0 +1,127 @@
+"""Features of many images, in parts that are kept as files: any process can go on with them, any number shares them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dcdit.errors import UserError
+from dcdit.evaluation.features import FeatureNetwork, Features
+from dcdit.evaluation.images import ImageSet
+from dcdit.evaluation.statistics import Statistics
+from dcdit.ledger import Ledger
+from dcdit.progress import Display
+
+
+def default_cache() -> Path:
+    """Where statistics of references are kept unless the user says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcdit"
+
+
+def digest_of(plan: Mapping[str, Any]) -> str:
+    """A short name for plain values: other values, another name."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Parts:
+    """A job whose units leave features behind.
+
+    Args:
+        directory: where to work; created.
+        job: what it is called in file names and messages.
+        plan: plain values on which the features depend.
+        count: number of images.
+        part: images of a unit.
+    """
+
+    def __init__(self, directory: Path, job: str, plan: Mapping[str, Any], count: int, part: int) -> None:
+        self.count, self.part = count, part
+        self.ledger = Ledger(directory, f"{job}-{digest_of(plan)}", plan, -(-count // part))
+
+    def numbers(self, unit: int) -> range:
+        """The images of a unit."""
+        return range(unit * self.part, min((unit + 1) * self.part, self.count))
+
+    def work(self, rank: int, world_size: int, do: Callable[[int], None], display: Display) -> None:
+        """``do`` those of this process's units that are not done; it ends with :meth:`keep`."""
+        self.ledger.directory.mkdir(parents=True, exist_ok=True)
+        with self.ledger.lock():
+            self.ledger.begin()
+        own = range(rank, self.ledger.units, world_size)
+        left = [unit for unit in own if not self.ledger.is_done(unit)]
+        display.begin(len(own), len(own) - len(left), sum(len(self.numbers(unit)) for unit in left))
+        for unit in left:
+            do(unit)
+            display.shard(f"part {unit}", len(self.numbers(unit)))
+
+    def _file(self, unit: int) -> Path:
+        return self.ledger.work / f"part-{unit:06d}.npz"
+
+    def keep(self, unit: int, found: Features, record: Mapping[str, Any]) -> None:
+        """A unit is finished: keep its features, and plain values."""
+        logits = np.empty((0, 0), np.float32) if found.logits is None else found.logits.numpy()
+        draft = self._file(unit).with_suffix(".part")
+        with draft.open("wb") as file:
+            np.savez(file, features=found.features.numpy(), logits=logits)
+        draft.replace(self._file(unit))
+        self.ledger.enter(unit, record)
+
+    def features(self) -> Iterator[Features]:
+        """Of all units, one after the other."""
+        for unit in range(self.ledger.units):
+            with np.load(self._file(unit), allow_pickle=False) as stored:
+                logits = torch.from_numpy(stored["logits"])
+                yield Features(torch.from_numpy(stored["features"]), logits if logits.numel() else None)
+
+
+class Reference:
+    """Statistics of a set of images, computed once and kept.
+
+    Args:
+        images: the images.
+        network: whose features.
+        cache: directory in which statistics are kept, by a name that includes all they depend on.
+        limit: take so many of the images, evenly spaced; None takes all.
+        part: images of a unit of work.
+        batch_size: images seen at once.
+    """
+
+    def __init__(
+        self, images: ImageSet, network: FeatureNetwork, cache: Path, limit: int | None, part: int, batch_size: int
+    ) -> None:
+        if limit is not None and limit < 1:
+            raise UserError(f"reference_count={limit} is not a positive number")
+        self.images, self.network, self.batch_size = images, network, batch_size
+        self.count = min(images.count, limit or images.count)
+        self.plan = {"images": images.described(), "features": network.described(), "count": self.count}
+        self.path = cache / f"reference-{digest_of(self.plan)}.npz"
+        self._parts = Parts(cache, "reference", {**self.plan, "part": part}, self.count, part)
+        self._numbers = np.linspace(0, images.count - 1, self.count).round().astype(int)
+
+    def work(self, rank: int, world_size: int, display: Display) -> None:
+        """This process's share, unless the statistics are there."""
+        if not self.path.is_file():
+            self._parts.work(rank, world_size, lambda unit: self._see(unit, display), display)
+            self.conclude()
+
+    def _see(self, unit: int, display: Display) -> None:
+        numbers, found = self._numbers[list(self._parts.numbers(unit))].tolist(), []
+        for start in range(0, len(numbers), self.batch_size):
+            batch = numbers[start : start + self.batch_size]
+            found.append(self.network(self.images.read(batch)))
+            display.advance(len(batch))
+        self._parts.keep(unit, Features(torch.cat([each.features for each in found]), None), {})
+
+    def conclude(self) -> Statistics | None:
+        """The statistics, computed from the parts if need be; None while other processes are at work on these."""
+
+        def write(ignored: list[dict[str, Any]]) -> None:
+            Statistics.of((part.features for part in self._parts.features()), self.count).save(self.path)
+
+        self._parts.ledger.conclude(self.path, write)
+        return Statistics.load(self.path) if self.path.is_file() else None
