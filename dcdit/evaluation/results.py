@@ -1,0 +1,224 @@
+"""Results of evaluations, read and put in order: which figures may stand in one plot, and which are one curve."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dcdit.errors import UserError
+from dcdit.evaluation.point import SCHEMA
+from dcdit.evaluation.statistics import KEYS
+
+_SEED = re.compile(r"[-_/. ]*(seed)?[-_=. ]*$")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured point.
+
+    Attributes:
+        path: the file it comes from.
+        values: its content, see :class:`dcdit.evaluation.point.Point`.
+    """
+
+    path: Path
+    values: dict[str, Any]
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Everything that the figures stand for."""
+        return self.values["plan"]
+
+    @property
+    def drop(self) -> float:
+        """Drop fraction of the conditional half."""
+        return float(self.plan["guidance"]["drop_fraction"])
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What two results must share to be compared."""
+        guidance = {key: value for key, value in self.plan["guidance"].items() if "drop" not in key}
+        keys = ("sampler", "precision", "count", "features", "reference", "metrics", "seed")
+        return {**{key: self.plan[key] for key in keys}, "guidance": guidance}
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What results on one curve share: they may differ in the drop fraction and the seed of training."""
+        training = {key: value for key, value in self.values["training"].items() if key != "seed"}
+        other = {key: self.plan["guidance"][key] for key in ("uncond_drop_fraction", "drop_schedule")}
+        return {"training": training, "weights": self.plan["weights"], "step": self.plan["step"], **other}
+
+    @property
+    def network(self) -> str:
+        """The network, for people."""
+        model = self.values["training"]["model"]
+        return "DC-DiT" if model["name"] == "dcdit" else f"DiT/{model['patch']}"
+
+    @property
+    def strip(self) -> Path | None:
+        """Picture of the first images, if it is there."""
+        path = self.path.with_suffix(".png")
+        return path if path.is_file() else None
+
+    def row(self) -> dict[str, Any]:
+        """The point as one flat row."""
+        plan, values = self.plan, self.values
+        return {
+            "run": values["run"],
+            "network": self.network,
+            "drop_fraction": self.drop,
+            **values["metrics"],
+            "tflops_per_image": values["tflops_per_image"],
+            "milliseconds_per_image": values["milliseconds_per_image"],
+            "kept_share": values["kept"]["share"] if "kept" in values else None,
+            "parameters": values["parameters"],
+            "step": plan["step"],
+            "training_seed": values["training"].get("seed"),
+            "weights": plan["weights"],
+            **{f"sampler_{key}": value for key, value in plan["sampler"].items()},
+            **{f"guidance_{key}": value for key, value in plan["guidance"].items() if key != "drop_fraction"},
+            "precision": plan["precision"],
+            "count": plan["count"],
+            "seed": plan["seed"],
+            "features": plan["features"]["name"],
+            "features_weights": plan["features"]["weights"],
+            "reference": values["reference"],
+            "reference_count": plan["reference"]["count"],
+            "device": values["device"],
+            "batch_size": plan["batch_size"],
+        }
+
+
+@dataclass(frozen=True)
+class Point:
+    """Results at one drop fraction, one for each training seed."""
+
+    drop: float
+    results: tuple[Result, ...]
+
+    def figures(self, *keys: str) -> list[float]:
+        """One figure of each result, found by ``keys`` from the outside in."""
+        found = []
+        for result in self.results:
+            value: Any = result.values
+            for key in keys:
+                value = value[key]
+            found.append(float(value))
+        return found
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: a checkpoint, or those of several training seeds, over drop fractions.
+
+    Attributes:
+        name: of the runs, without their seeds.
+        network: for people.
+        points: by drop fraction.
+    """
+
+    name: str
+    network: str
+    points: tuple[Point, ...]
+
+    @property
+    def first(self) -> Result:
+        """A result that stands for all where they agree."""
+        return self.points[0].results[0]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Curves that may stand in one plot: same sampler, guidance, number of images, features and reference."""
+
+    series: tuple[Series, ...]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Keys of what was measured."""
+        return [KEYS[name] for name in self.series[0].first.plan["metrics"]]
+
+    def described(self) -> str:
+        """The shared setting in words."""
+        result = self.series[0].first
+        plan, sampler = result.plan, result.plan["sampler"]
+        guidance = plan["guidance"]
+        guided = f"guidance {guidance['scale']:g}" if guidance["scale"] != 1 else "no guidance"
+        if guidance["scale"] != 1 and guidance["interval"]:
+            guided += f" at timesteps {guidance['interval'][0]} to {guidance['interval'][1]}"
+        return (
+            f"{plan['count']:,} images, {sampler['name']} with {sampler['steps']} steps, {guided}, {plan['precision']},"
+            f" seed {plan['seed']}; features of {plan['features']['name']} (weights {plan['features']['weights']})"
+            f" against {plan['reference']['count']:,} images of {result.values['reference']}"
+        )
+
+
+def read_results(places: Sequence[str]) -> list[Result]:
+    """All results in and below ``places``, by path; the newest where one was measured twice.
+
+    Raises:
+        UserError: if a place does not exist, or there are no results.
+    """
+    files: list[Path] = []
+    for place in map(Path, places):
+        if not place.exists():
+            raise UserError(f"runs={place} does not exist")
+        if place.is_file():
+            files.append(place)
+        else:
+            files += [*place.rglob("evaluation/*.json"), *(place.glob("*.json") if place.name == "evaluation" else [])]
+    results = []
+    for file in sorted(set(files)):
+        try:
+            values = json.loads(file.read_text())
+            if values["schema"] != SCHEMA:
+                raise UserError(f"{file} was written by another release (schema {values['schema']}): evaluate again")
+            result = Result(file, values)
+            result.row()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is no result of dcdit.evaluate ({error!r}): remove it") from error
+        results.append(result)
+    if not results:
+        raise UserError(f"runs={', '.join(places)}: no results there, python -m dcdit.evaluate writes them")
+    return results
+
+
+def _together(results: Iterable[Result], key: str) -> list[list[Result]]:
+    """Results whose property ``key`` is equal, in the order of their first."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(json.dumps(getattr(result, key), sort_keys=True), []).append(result)
+    return list(groups.values())
+
+
+def arrange(results: Sequence[Result]) -> list[Section]:
+    """Sections of curves; names of curves are unique within each."""
+    return [Section(_series(group)) for group in _together(results, "setting")]
+
+
+def _common_start(names: Sequence[str]) -> str:
+    """The characters with which all names begin."""
+    alike = [len(set(characters)) == 1 for characters in zip(*names, strict=False)]
+    return names[0][: (*alike, False).index(False)]
+
+
+def _series(results: Sequence[Result]) -> tuple[Series, ...]:
+    found, taken = [], set[str]()
+    for group in _together(results, "kind"):
+        runs = sorted({str(result.values["run"]) for result in group})
+        name = base = runs[0] if len(runs) == 1 else _SEED.sub("", _common_start(runs)) or runs[0]
+        lite = group[0].plan["guidance"]["uncond_drop_fraction"]
+        if lite is not None:
+            name = base = f"{base}, unconditional half {lite:g}"
+        if name in taken:
+            name = f"{base}, step {group[0].plan['step']}"
+        number = 2
+        while name in taken:
+            name, number = f"{base} ({number})", number + 1
+        taken.add(name)
+        drops = sorted({result.drop for result in group})
+        points = tuple(Point(drop, tuple(result for result in group if result.drop == drop)) for drop in drops)
+        found.append(Series(name, group[0].network, points))
+    return tuple(found)

@@ -1,0 +1,187 @@
+"""One page of quality against compute: ``python -m dcdit.report runs/b_n4 runs/dit_b_2``.
+
+Reads what ``dcdit.evaluate`` left in and below the given folders, and writes ``report.html``, which needs no other
+file, the plots, and the points as CSV and JSON.
+"""
+
+import base64
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from jinja2 import Environment, PackageLoader
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+
+from dcdit.cli import CONFIG_DIR, entry_point
+from dcdit.config import call_checked
+from dcdit.errors import UserError
+from dcdit.evaluation.plots import kept_share, trade_off
+from dcdit.evaluation.results import Result, Section, arrange, read_results
+
+_LABELS = {"fid_torch": "FID", "kid": "KID", "inception_score": "Inception Score"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to report on.
+
+    Attributes:
+        runs: folders with results in or below them, or single results.
+        out: folder for the report.
+        title: of the page.
+    """
+
+    runs: list[str]
+    out: str = "report"
+    title: str = "Quality against compute"
+
+
+def _source(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
+def figures(section: Section, prefix: str, out: Path) -> Iterable[dict[str, str]]:
+    """Draw and save the plots of a section; yields them for the page."""
+    metric = section.metrics[0]
+    label, results = (
+        _LABELS[metric],
+        [result for series in section.series for p in series.points for result in p.results],
+    )
+    words = "; ".join(
+        sorted({f"{result.values['device']}, batches of {result.plan['batch_size']}" for result in results})
+    )
+
+    def against(key: str, xlabel: str) -> Figure:
+        return trade_off(section, metric, label, lambda point: point.figures(key), xlabel)
+
+    plots = {
+        "tflops": (f"{label} against TFLOPs per image, all steps", against("tflops_per_image", "TFLOPs per image")),
+        "milliseconds": (
+            f"{label} against the time of sampling an image, decoding apart ({words})",
+            against("milliseconds_per_image", "ms per image"),
+        ),
+        "kept_share": (
+            "Tokens kept on the way from noise to image, at the least (solid) and the greatest (dotted) drop",
+            kept_share(section),
+        ),
+    }
+    for name, (title, figure) in plots.items():
+        if figure is not None:
+            image = io.BytesIO()
+            figure.savefig(image, dpi=130, format="png")
+            plt.close(figure)
+            (out / f"{prefix}{name}.png").write_bytes(image.getvalue())
+            yield {"title": title, "source": _source(image.getvalue())}
+
+
+def _range(values: Sequence[float]) -> str:
+    mean = f"{sum(values) / len(values):.4g}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.4g} to {max(values):.4g})"
+
+
+def rows(section: Section) -> Iterable[dict[str, Any]]:
+    """The table of a section."""
+    for series in section.series:
+        for number, point in enumerate(series.points):
+            cells = [f"{point.drop:g}", str(len(point.results))]
+            cells += [_range(point.figures("metrics", metric)) for metric in section.metrics]
+            routed = "kept" in point.results[0].values
+            cells.append(_percent(point.figures("kept", "share")) if routed else "-")
+            cells.append(f"{sum(point.figures('tflops_per_image')) / len(point.results):.4g}")
+            cells.append(f"{sum(point.figures('milliseconds_per_image')) / len(point.results):.4g}")
+            name = f"{series.name} ({series.network}, {series.first.values['parameters'] / 1e6:.3g}M)"
+            yield {"name": name if number == 0 else "", "first": number == 0, "cells": cells}
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.1%}"
+
+
+def grids(section: Section) -> Iterable[dict[str, Any]]:
+    """For each curve the strips of its first run."""
+    for series in section.series:
+        strips = [
+            {"drop": f"{point.drop:g}", "source": _source(point.results[0].strip.read_bytes())}
+            for point in series.points
+            if point.results[0].strip is not None
+        ]
+        if strips:
+            yield {"name": series.name, "strips": strips}
+
+
+def save_points(results: Sequence[Result], out: Path) -> None:
+    """The points as CSV, one flat row each, and as JSON with everything that is known of them."""
+    flat = [result.row() for result in results]
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    with (out / "points.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(flat)
+    (out / "points.json").write_text(json.dumps([result.values for result in results], indent=1) + "\n")
+
+
+def run(config: DictConfig) -> Path:
+    """Write the report; returns the page."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    request = call_checked(Request, values, "")
+    results = read_results(request.runs)
+    out = Path(request.out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_points(results, out)
+    shown = []
+    arranged = arrange(results)
+    for number, section in enumerate(arranged, 1):
+        prefix = f"{number}_" if len(arranged) > 1 else ""
+        headings = ["ρ", "seeds", *(_LABELS[metric] for metric in section.metrics), "kept", "TFLOPs/image", "ms/image"]
+        shown.append(
+            {
+                "words": section.described(),
+                "headings": headings,
+                "rows": list(rows(section)),
+                "figures": list(figures(section, prefix, out)),
+                "grids": list(grids(section)),
+            }
+        )
+    template = Environment(loader=PackageLoader("dcdit", "evaluation"), autoescape=True).get_template("report.html")
+    runs = len({result.values["run"] for result in results})
+    page = out / "report.html"
+    page.write_text(template.render(title=request.title, sections=shown, count=len(results), runs=runs))
+    print(f"{len(results)} points of {runs} runs: {page}")
+    return page
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="report")
+def main(config: DictConfig) -> None:
+    """Hydra entry point."""
+    run(config)
+
+
+def with_paths(arguments: Sequence[str]) -> list[str]:
+    """Command-line words for Hydra: paths that stand alone become ``runs=[...]``.
+
+    Raises:
+        UserError: if ``runs`` is given as well.
+    """
+    paths = [word for word in arguments if not word.startswith("-") and ("=" not in word or Path(word).exists())]
+    if paths and any(word.startswith("runs=") for word in arguments):
+        raise UserError(f"{paths[0]}: paths and runs=... are two ways to say the same, take one")
+    others = [word for word in arguments if word not in paths]
+    return [*others, f"runs=[{','.join(json.dumps(path) for path in paths)}]"] if paths else others
+
+
+if __name__ == "__main__":
+
+    def command() -> None:
+        """Read the command line and run."""
+        sys.argv[1:] = with_paths(sys.argv[1:])
+        main()
+
+    entry_point(command)
