@@ -51,13 +51,8 @@ def _source(image: bytes) -> str:
 def figures(section: Section, prefix: str, out: Path) -> Iterable[dict[str, str]]:
     """Draw and save the plots of a section; yields them for the page."""
     metric = section.metrics[0]
-    label, results = (
-        _LABELS[metric],
-        [result for series in section.series for p in series.points for result in p.results],
-    )
-    words = "; ".join(
-        sorted({f"{result.values['device']}, batches of {result.plan['batch_size']}" for result in results})
-    )
+    label, results = _LABELS[metric], [result for s in section.series for point in s.points for result in point.results]
+    words = "; ".join(sorted({f"{each.values['device']}, batches of {each.plan['batch_size']}" for each in results}))
 
     def against(key: str, xlabel: str) -> Figure:
         return trade_off(section, metric, label, lambda point: point.figures(key), xlabel)
