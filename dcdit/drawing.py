@@ -12,8 +12,10 @@ from dcdit.config import call_checked
 from dcdit.data.autoencoder import Decoder, load_decoder
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.sampling import Sampler
+from dcdit.diffusion.schedule import TRAIN_STEPS
 from dcdit.errors import UserError
 from dcdit.generation import Drawn, Model, OnStep, generate, load_model
+from dcdit.network import DCDiT
 from dcdit.runtime import fingerprint, keep_freed_memory, pick_device
 
 
@@ -151,3 +153,6 @@ def check_guidance(model: Model, guidance: Guidance) -> None:
             f"guidance.scale={guidance.scale}: this network was trained with model.label_dropout=0, so its null class"
             " means nothing; take scale 1, or train with 0.1"
         )
+    drops = [drop for timestep in (0, TRAIN_STEPS - 1) for drop in guidance.drop_at(timestep)]
+    if not isinstance(model.network, DCDiT) and any(drops):
+        raise UserError(f"drop fraction {max(drops):g}: a plain DiT drops no tokens, take 0, or a dcdit model")

@@ -21,14 +21,13 @@ from rich.table import Table
 from dcdit.checks import check_drop_fraction
 from dcdit.cli import CONFIG_DIR, entry_point
 from dcdit.config import call_checked
-from dcdit.drawing import Drawing, own_values, prepare
+from dcdit.drawing import Drawing, check_guidance, own_values, prepare
 from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.images import open_images
 from dcdit.evaluation.point import Point
 from dcdit.evaluation.reference import Reference, default_cache
 from dcdit.evaluation.statistics import HEADINGS, KEYS, check_metrics
-from dcdit.network import DCDiT
 from dcdit.progress import Display
 from dcdit.runtime import processes
 
@@ -99,9 +98,10 @@ def budgets(drawing: Drawing, fractions: list[float] | None) -> list[Drawing]:
             f"drop_fractions={fractions}: the budget is given by budget, guidance.drop_fraction or"
             " guidance.drop_schedule too; leave one out"
         )
-    if not isinstance(drawing.model.network, DCDiT) and any(fractions):
-        raise UserError(f"drop_fractions={fractions}: a plain DiT drops no tokens, leave it out or take [0]")
-    return [replace(drawing, guidance=replace(guidance, drop_fraction=each)) for each in dict.fromkeys(fractions)]
+    found = [replace(drawing, guidance=replace(guidance, drop_fraction=each)) for each in dict.fromkeys(fractions)]
+    for each in found:
+        check_guidance(each.model, each.guidance)
+    return found
 
 
 def points_of(config: DictConfig) -> list[Point]:

@@ -1,4 +1,5 @@
 import os
+from functools import cache
 from pathlib import Path
 
 # Before torch is loaded: threads that spin while they wait make tiny runs many times slower beside any other job.
@@ -25,6 +26,15 @@ TINY = (
     "callbacks.progress=null",
 )
 """Overrides for a digits run of a second or two."""
+
+
+PLAIN_DIT = (
+    *(f"~model.{key}" for key in ("encoder_width", "groups", "router", "smoothing_sigma", "init")),
+    "model.name=dit",
+    "+model.patch=2",
+    "budget=none",
+)
+"""Overrides that make a plain DiT of it."""
 
 
 def compose_config(*overrides: str, name: str = "train") -> DictConfig:
@@ -91,3 +101,16 @@ def perturb(module: torch.nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@cache
+def digit_features(count: int = 1000):
+    """Features of real digits, and of other ones under noise."""
+    from dcdit.data.autoencoder import to_uint8
+    from dcdit.data.sources import Digits
+    from dcdit.evaluation.features import Digits as Classifier
+
+    images, _ = Digits(grid=8).images()
+    noise = 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    network = Classifier()
+    return network(to_uint8(images[:count])), network(to_uint8((images + noise)[-count:]))

@@ -7,18 +7,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, compose_config
+from conftest import PLAIN_DIT, TINY, compose_config
 from lightning.pytorch.callbacks import Callback
 
 from dcdit.errors import UserError
 from dcdit.train import train
 from runs import STATE, assert_same_end, differences, load, logged, start, wait_for
-
-PLAIN_DIT = [
-    *(f"~model.{key}" for key in ("encoder_width", "groups", "router", "smoothing_sigma", "init")),
-    "model.name=dit",
-    "+model.patch=2",
-]
 
 
 @pytest.fixture(scope="module", params=["32-true", "bf16-mixed"])
@@ -100,7 +94,7 @@ def test_gradient_accumulation_splits_the_stated_batch(tiny):
 
 
 def test_a_dit_trains_on_the_same_path(tiny):
-    run = tiny("dit", "trainer.max_steps=3", *PLAIN_DIT, "budget=none")
+    run = tiny("dit", "trainer.max_steps=3", *PLAIN_DIT)
     assert "train/kept_mean" not in {name for _, name in logged(run)}
 
 
@@ -118,7 +112,7 @@ def test_what_would_go_wrong_is_said_before_training(tiny, digits, tmp_path):
         (["data.directory=pipe:cat"], r"data.directory='pipe:cat' runs a shell command"),
         (["ckpt_path=last"], r"there is no checkpoint .*last.ckpt"),
         (["trainer.accelerator=gpu"], r"no usable CUDA device.*trainer=cpu"),
-        (PLAIN_DIT, r"budget.fractions=.*budget=none"),
+        ((*PLAIN_DIT, "budget=wide"), r"budget.fractions=.*budget=none"),
     ):
         if "gpu" in str(overrides) and torch.cuda.is_available():
             continue

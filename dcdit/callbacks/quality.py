@@ -127,12 +127,9 @@ class Quality(Callback):
                 " one beside `train`, or leave the callback out"
             )
         model = self._model(pl_module, trainer)
-        if not isinstance(model.network, DCDiT) and any(self.drop_fractions):
-            raise UserError(
-                f"callbacks.fid.drop_fractions={self.drop_fractions}: a plain DiT drops no tokens, take [0]"
-            )
         sampler = call_checked(Sampler, self.sampler, "callbacks.fid.sampler")
-        check_guidance(model, self._guidance(model, 0.0))
+        for drop in self.drop_fractions:
+            check_guidance(model, self._guidance(model, drop))
         decode = load_decoder(model.latents, pl_module.device, self.autoencoder)
         height, width = decode(torch.zeros(1, *model.latents["shape"], device=pl_module.device)).shape[2:]
         self.features.to(pl_module.device)

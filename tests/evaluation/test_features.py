@@ -1,0 +1,132 @@
+"""Feature networks: what they see, and where their weights come from."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dcdit.data.autoencoder import to_uint8
+from dcdit.data.sources import Digits as Source
+from dcdit.errors import UserError
+from dcdit.evaluation.features import Digits, Features, Inception, Own, Timm
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    """A file as torch-fidelity publishes it, with random weights."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_the_classifier_reads_digits_it_has_not_seen(digits):
+    images, labels = Source(grid=8).images()
+    import numpy as np
+
+    unseen = np.random.default_rng(0).permutation(len(images))[:180]
+    seen = Digits()(to_uint8(images[unseen]))
+    assert (seen.features.shape, seen.logits.shape) == ((180, 32), (180, 10))
+    assert (seen.logits.argmax(1) == labels[unseen]).float().mean() > 0.95
+
+
+def test_inception_with_weights_from_a_file(inception_weights):
+    network = Inception(str(inception_weights))
+    images = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
+    seen = network(images)
+    assert (seen.features.shape, seen.logits.shape) == ((2, 2048), (2, 1008))
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # whatever surrounds it
+        assert torch.equal(network(images).features, seen.features)
+    # grey images are three equal channels
+    grey = images[:, :1]
+    assert torch.equal(network(grey).features, network(grey.repeat(1, 3, 1, 1)).features)
+
+
+class _Hostile:
+    def __reduce__(self):
+        return (os.system, ("touch hostile-ran",))
+
+
+def test_no_weights_file_is_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": torch.zeros(1), "x": _Hostile()}, tmp_path / "hostile.pth")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(_Hostile()))
+    for name in ("hostile.pth", "plain.pkl"):
+        with pytest.raises(UserError):
+            Inception(str(tmp_path / name))
+    assert not (tmp_path / "hostile-ran").exists()
+
+
+def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
+    def unreachable(*arguments, **values):
+        raise OSError("<urlopen error [Errno -2] Name or service not known>")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    with pytest.raises(UserError, match=r"cannot be downloaded .* features.weights=\.\.\."):
+        Inception()
+    monkeypatch.setattr("timm.create_model", unreachable)
+    with pytest.raises(UserError, match=r"features.model='resnet10t': its weights cannot be downloaded"):
+        Timm("resnet10t")
+    with pytest.raises(UserError, match="there is no such file"):
+        Inception(str(tmp_path / "nowhere.pth"))
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="are not those of Inception"):
+        Inception(str(tmp_path / "other.safetensors"))
+
+
+def test_any_model_of_timm(tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.safetensors")
+    network = Timm("resnet10t", str(tmp_path / "weights.safetensors"))
+    seen = network(torch.randint(256, (2, 1, 32, 32), dtype=torch.uint8))
+    assert seen.features.shape == (2, network.num_features)
+    assert seen.logits.shape == (2, 1000)
+    with pytest.raises(UserError, match="did you mean resnet10t"):
+        Timm("resnet10")
+    with pytest.raises(UserError, match="do not fit"):
+        Timm("resnet18", str(tmp_path / "weights.safetensors"))
+
+
+class Mean(nn.Module):
+    """Mean colour as features."""
+
+    def forward(self, images):
+        return images.float().mean(dim=(2, 3))
+
+
+class Flat(nn.Module):
+    def forward(self, images):
+        return images.float()
+
+
+def test_own_modules(tmp_path):
+    network = Own(Mean())
+    assert (network.name, network.num_features, network.num_logits) == ("Mean", 3, 0)
+    white = network(torch.full((1, 3, 4, 4), 255, dtype=torch.uint8))
+    assert white == Features(white.features, None)
+    assert white.features.tolist() == [[255, 255, 255]]
+    with pytest.raises(UserError, match=r"Flat returns features of shape \(2, 3, 64, 64\)"):
+        Own(Flat())
+    with pytest.raises(UserError, match=r"is a str, no torch\.nn\.Module"):
+        Own("text")
+
+
+def test_other_weights_are_another_network():
+    one, other = Digits(), Digits()
+    assert one.described() == other.described()
+    with torch.no_grad():
+        other.classifier.bias += 1
+    assert one.described() != other.described()

@@ -1,0 +1,112 @@
+"""Images to compare with, from shards, folders and archives."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dcdit.data.shards import write_shards
+from dcdit.data.sources import Digits
+from dcdit.errors import UserError
+from dcdit.evaluation.features import Own
+from dcdit.evaluation.images import open_images
+from dcdit.evaluation.reference import Reference
+from dcdit.progress import Display
+
+CPU = torch.device("cpu")
+
+
+class Pixels(torch.nn.Module):
+    def forward(self, images):
+        return images[:, 0, :2, :2].flatten(1).float()
+
+
+def opened(place, size=8, autoencoder=None):
+    return open_images(str(place), (size, size), CPU, autoencoder)
+
+
+def test_shards_are_decoded(digits):
+    images = opened(digits / "val")
+    expected, _ = Digits(grid=8).images()
+    order = np.random.default_rng(0).permutation(len(expected))[:180]
+    stored = ((expected[order].half().float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
+    numbers = [0, 44, 45, 46, 179, 3]  # across shards of 45
+    assert torch.equal(images.read(numbers), stored[numbers])
+    assert images.count == 180
+
+
+def test_latents_of_an_autoencoder(tmp_path, tiny_vae):
+    latents = np.random.default_rng(0).standard_normal((5, 8, 4, 4)).astype(np.float16)
+    settings = {"classes": ("a",), "autoencoder": str(tiny_vae), "scale": 0.5, "shift": 0.25, "samples_per_shard": 5}
+    write_shards(tmp_path / "train", latents, np.zeros(5, int), representation="moments", **settings)
+    images = opened(tmp_path / "train", 16)
+    assert images.read([0, 4]).shape == (2, 3, 16, 16)
+    assert torch.equal(images.read([4]), images.read([0, 4])[1:])  # the mean: nothing random
+    with pytest.raises(UserError, match=r"cannot be loaded"):
+        opened(tmp_path / "train", 16, "nowhere/at/all")
+
+
+def test_archives_stored_and_compressed(tmp_path):
+    content = np.random.default_rng(0).integers(256, size=(9, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "stored.npz", arr_0=content)
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=content)
+    for name in ("stored.npz", "packed.npz"):
+        found = opened(tmp_path / name).read([8, 2, 3])
+        assert torch.equal(found, torch.from_numpy(content[[8, 2, 3]]).permute(0, 3, 1, 2))
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "floats.npz", arr_0=content / 255)
+    (tmp_path / "text.npz").write_text("no archive")
+    for name in ("moments.npz", "floats.npz", "text.npz"):
+        with pytest.raises(UserError, match=r"holds no images as arr_0"):
+            opened(tmp_path / name)
+
+
+def test_folders(tmp_path):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    for number, colour in enumerate(colours):
+        (tmp_path / f"class{number}").mkdir()
+        Image.new("RGB", (20, 30), colour).save(tmp_path / f"class{number}" / "image.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    images = opened(tmp_path)
+    assert images.count == 3
+    assert images.read([0, 1, 2])[:, :, 4, 4].tolist() == [list(colour) for colour in colours]
+    before = images.described()
+    Image.new("RGB", (20, 31)).save(tmp_path / "class0" / "image.png")
+    assert opened(tmp_path).described() != before
+    (tmp_path / "class1" / "image.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"class1/image.png: not an image; remove it"):
+        opened(tmp_path).read([1])
+
+
+def test_what_is_refused(tmp_path, digits):
+    for place, message in (
+        (tmp_path / "nowhere", "does not exist"),
+        (tmp_path, "no image lies in or below"),
+        (digits, r"holds several splits: take reference=.*train"),
+    ):
+        with pytest.raises(UserError, match=message):
+            opened(place)
+    with pytest.raises(UserError, match=r"has images of 8 x 8 pixels, the checkpoint draws 16 x 16"):
+        opened(digits / "val", 16)
+
+
+def test_statistics_of_a_reference_are_computed_once_by_all(digits, tmp_path, monkeypatch):
+    images, network = opened(digits / "val"), Own(Pixels(), size=8)
+
+    def references(limit=None):
+        return Reference(images, network, tmp_path, limit, 50, 16)
+
+    for rank in (0, 1):
+        references().work(rank, 2, Display(rank, "reading", "part"))
+    found = references().conclude()
+    features = network(images.read(range(180))).features
+    assert found.count == 180
+    assert torch.allclose(found.total, features.double().sum(0))
+    assert torch.allclose(found.outer, features.double().T @ features.double())
+    monkeypatch.setattr(images, "read", lambda numbers: pytest.fail("read again"))
+    references().work(0, 1, Display(0, "reading", "part"))
+    monkeypatch.undo()
+    assert references(10).path != references().path
+    few = references(10)
+    few.work(0, 1, Display(0, "reading", "part"))
+    assert few.conclude().count == 10
