@@ -63,19 +63,23 @@ def budgets(network: torch.nn.Module, request: Request) -> dict[str, tuple[Flops
     return found
 
 
+def _short(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
+
+
 def table(network: torch.nn.Module, name: str, request: Request) -> Table:
     """GFLOPs by component and budget, and TFLOPs per image."""
     found = budgets(network, request)
     shown = Table("GFLOPs per forward and sample", *found, title=name, title_justify="left")
     for component in next(iter(found.values()))[0].components:
-        shown.add_row(component, *(f"{half.components[component] / 1e9:.3f}" for half, _ in found.values()))
+        shown.add_row(component, *(_short(half.components[component] / 1e9) for half, _ in found.values()))
     shown.add_section()
-    shown.add_row("total", *(f"{half.total / 1e9:.3f}" for half, _ in found.values()))
+    shown.add_row("total", *(_short(half.total / 1e9) for half, _ in found.values()))
     if RESIDUAL in next(iter(found.values()))[0].components:
-        shown.add_row("without r, as published", *(f"{half.published / 1e9:.3f}" for half, _ in found.values()))
+        shown.add_row("without r, as published", *(_short(half.published / 1e9) for half, _ in found.values()))
     images = [half.total + (other.total if request.guided else 0) for half, other in found.values()]
     words = f"TFLOPs per image, {request.steps} steps" + (", guided" if request.guided else "")
-    shown.add_row(words, *(f"{image * request.steps / 1e12:.2f}" for image in images))
+    shown.add_row(words, *(_short(image * request.steps / 1e12) for image in images))
     return shown
 
 

@@ -27,7 +27,7 @@ from dcdit.config import call_checked
 from dcdit.drawing import Drawing, own_values, prepare
 from dcdit.errors import UserError
 from dcdit.evaluation.flops import Cost
-from dcdit.ledger import Ledger, write_json
+from dcdit.ledger import ImageJob, write_json
 from dcdit.network import DCDiT
 from dcdit.progress import Display
 from dcdit.runtime import fingerprint, processes
@@ -77,7 +77,7 @@ class Generation:
             "batch_size": drawing.common.batch_size,
             "checkpoint": fingerprint(drawing.model.network),
         }
-        self.ledger = Ledger(self.out, "generation", self.plan, -(-request.count // request.part))
+        self.ledger = ImageJob(self.out, "generation", self.plan, request.count, request.part)
 
     def run(self, rank: int, world_size: int, display: Display) -> bool:
         """Draw this process's share of the parts; returns whether the file is complete.
@@ -91,11 +91,7 @@ class Generation:
                 self._check_finished()
                 return True
             self.ledger.begin()
-        own = range(rank, self.ledger.units, world_size)
-        left = [unit for unit in own if not self.ledger.is_done(unit)]
-        display.begin(len(own), len(own) - len(left), sum(len(self._indices(unit)) for unit in left))
-        for unit in left:
-            self._draw(unit, display)
+        self.ledger.do(rank, world_size, lambda unit: self._draw(unit, display), display)
         self.ledger.conclude(self.out / NPZ, self._conclude)
         return (self.out / NPZ).is_file()
 
@@ -106,10 +102,6 @@ class Generation:
             raise UserError(f"out: {self.out / NPZ} is there, but not what it holds: choose another place") from None
         self.ledger.compare(before)
 
-    def _indices(self, unit: int) -> range:
-        size = self.request.part
-        return range(unit * size, min((unit + 1) * size, self.request.count))
-
     def _part(self, unit: int) -> Path:
         return self.ledger.work / f"part-{unit:06d}.npy"
 
@@ -117,7 +109,7 @@ class Generation:
         cost = Cost.of_network(self.drawing.model.network)
         begin = time.perf_counter()
         images, flops, kept = [], 0.0, 0.0
-        for drawn in self.drawing.generate(self.labels, self._indices(unit)):
+        for drawn in self.drawing.generate(self.labels, self.ledger.numbers(unit)):
             images.append(pixels(self.drawing.decode(drawn.latents)))
             flops += drawn.flops(cost).sum().item()
             kept += torch.cat(drawn.lengths).double().mean().item() * len(drawn.indices)
@@ -131,11 +123,10 @@ class Generation:
         draft.replace(self._part(unit))
         seconds = time.perf_counter() - begin
         self.ledger.enter(unit, {"flops": flops, "kept": kept, "seconds": seconds, "shape": list(part.shape)})
-        display.shard(f"part {unit}", len(part))
 
     def _save_png(self, unit: int, images: NDArray[np.uint8]) -> None:
         (self.out / "png").mkdir(exist_ok=True)
-        for number, image in zip(self._indices(unit), images, strict=True):
+        for number, image in zip(self.ledger.numbers(unit), images, strict=True):
             Image.fromarray(image).save(self.out / "png" / f"{number:06d}.png")
 
     def _conclude(self, records: list[dict[str, Any]]) -> None:

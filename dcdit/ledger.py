@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from dcdit.errors import UserError
+from dcdit.progress import Display
 
 
 class Ledger:
@@ -82,6 +83,33 @@ class Ledger:
         for key, value in self.plan.items():
             if before.get(key) != value:
                 raise UserError(f"{key}={value}, but the {self.job} there was begun with {before.get(key)}: {remedy}")
+
+
+class ImageJob(Ledger):
+    """A job over numbered images, a unit of which is so many of them in a row.
+
+    Args:
+        directory, job, plan: see :class:`Ledger`.
+        count: number of images.
+        part: images of a unit; the last may have fewer.
+    """
+
+    def __init__(self, directory: Path, job: str, plan: Mapping[str, Any], count: int, part: int) -> None:
+        super().__init__(directory, job, plan, -(-count // part))
+        self.count, self.part = count, part
+
+    def numbers(self, unit: int) -> range:
+        """The images of a unit."""
+        return range(unit * self.part, min((unit + 1) * self.part, self.count))
+
+    def do(self, rank: int, world_size: int, unit: Callable[[int], None], display: Display) -> None:
+        """Call ``unit`` for those of this process's units that are not done; it must :meth:`enter` each."""
+        own = range(rank, self.units, world_size)
+        left = [number for number in own if not self.is_done(number)]
+        display.begin(len(own), len(own) - len(left), sum(len(self.numbers(number)) for number in left))
+        for number in left:
+            unit(number)
+            display.shard(f"part {number}", len(self.numbers(number)))
 
 
 def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:

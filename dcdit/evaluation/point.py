@@ -11,7 +11,7 @@ from torch import Tensor
 from dcdit.drawing import Drawing
 from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.flops import Cost
-from dcdit.evaluation.reference import Parts, Reference, digest_of
+from dcdit.evaluation.reference import FeatureJob, Reference, digest_of
 from dcdit.evaluation.statistics import Statistics, compare
 from dcdit.generation import Drawn
 from dcdit.ledger import write_json
@@ -64,7 +64,7 @@ class Point:
         self.name = f"step{drawing.model.step}_{sampler.name}{sampler.steps}_cfg{guidance.scale:g}"
         self.name += f"_drop{guidance.drop_fraction:g}_{digest_of(self.plan)}"
         self.path = out / f"{self.name}.json"
-        self._parts = Parts(out, "evaluation", {**self.plan, "part": part}, count, part)
+        self._job = FeatureJob(self.path, "evaluation", {**self.plan, "part": part}, count, part)
         self._cost = Cost.of_network(drawing.model.network)
 
     @property
@@ -75,19 +75,18 @@ class Point:
     @property
     def concluded(self) -> bool:
         """Whether it was this process that wrote the result."""
-        return self._parts.ledger.concluded
+        return self._job.concluded
 
     def work(self, rank: int, world_size: int, display: Display) -> None:
         """This process's share of the images, unless the result is there."""
-        if not self.path.is_file():
-            self._parts.work(rank, world_size, lambda unit: self._draw(unit, display), display)
+        self._job.share(rank, world_size, lambda unit: self._draw(unit, display), display)
 
     def _draw(self, unit: int, display: Display) -> None:
         seen: list[Features] = []
         first: list[Tensor] = []
         seconds, flops, images = 0.0, 0.0, 0
         kept = torch.zeros(2, self.drawing.sampler.steps, dtype=torch.int64)  # by half and step
-        batches = self.drawing.generate(self.labels, self._parts.numbers(unit))
+        batches = self.drawing.generate(self.labels, self._job.numbers(unit))
         begin = time.perf_counter()
         while (drawn := next(batches, None)) is not None:
             seconds += time.perf_counter() - begin
@@ -105,7 +104,7 @@ class Point:
         logits = [each.logits for each in seen if each.logits is not None]
         found = Features(torch.cat([each.features for each in seen]), torch.cat(logits) if logits else None)
         record = {"seconds": seconds, "flops": flops, "kept": kept.tolist()}
-        self._parts.keep(unit, found, record)
+        self._job.keep(unit, found, record)
 
     def conclude(self) -> bool:
         """Compute and write the result if all images and the reference are there; whether it is written."""
@@ -113,11 +112,11 @@ class Point:
             return True
         reference = self.reference.conclude()
         if reference is not None:
-            self._parts.ledger.conclude(self.path, lambda records: self._write(reference, records))
+            self._job.conclude(self.path, lambda records: self._write(reference, records))
         return self.path.is_file()
 
     def _write(self, reference: Statistics, records: list[dict[str, Any]]) -> None:
-        count, model = self._parts.count, self.drawing.model
+        count, model = self._job.count, self.drawing.model
         checkpoint = Path(self.drawing.common.checkpoint)
         result: dict[str, Any] = {
             "schema": SCHEMA,
@@ -126,7 +125,7 @@ class Point:
             "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
             "training": dict(model.training),
             "plan": self.plan,
-            "metrics": compare(reference, self._parts.features, self.metrics),
+            "metrics": compare(reference, self._job.features, self.metrics),
             "tflops_per_image": sum(record["flops"] for record in records) / count / 1e12,
             "milliseconds_per_image": 1000 * sum(record["seconds"] for record in records) / count,
             "reference": self.reference.images.place,
@@ -140,7 +139,7 @@ class Point:
         """Kept share of the positions at every step, by half."""
         drawing = self.drawing
         height, width = drawing.model.latents["shape"][1:]
-        shares = torch.tensor(sums, dtype=torch.float64).sum(dim=0) / (self._parts.count * height * width)
+        shares = torch.tensor(sums, dtype=torch.float64).sum(dim=0) / (self._job.count * height * width)
         timesteps = drawing.sampler.scheduler().timesteps.tolist()
         guided = torch.tensor([drawing.guidance.is_guided(timestep) for timestep in timesteps])
         both = torch.cat([shares[0], shares[1][guided]])

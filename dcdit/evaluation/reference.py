@@ -14,7 +14,7 @@ from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.images import ImageSet
 from dcdit.evaluation.statistics import Statistics
-from dcdit.ledger import Ledger
+from dcdit.ledger import ImageJob
 from dcdit.progress import Display
 
 
@@ -28,39 +28,29 @@ def digest_of(plan: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
 
 
-class Parts:
+class FeatureJob(ImageJob):
     """A job whose units leave features behind.
 
     Args:
-        directory: where to work; created.
-        job: what it is called in file names and messages.
-        plan: plain values on which the features depend.
-        count: number of images.
-        part: images of a unit.
+        result: file in which it ends.
+        job, plan, count, part: see :class:`ImageJob`.
     """
 
-    def __init__(self, directory: Path, job: str, plan: Mapping[str, Any], count: int, part: int) -> None:
-        self.count, self.part = count, part
-        self.ledger = Ledger(directory, f"{job}-{digest_of(plan)}", plan, -(-count // part))
+    def __init__(self, result: Path, job: str, plan: Mapping[str, Any], count: int, part: int) -> None:
+        super().__init__(result.parent, f"{job}-{digest_of(plan)}", plan, count, part)
+        self.result = result
 
-    def numbers(self, unit: int) -> range:
-        """The images of a unit."""
-        return range(unit * self.part, min((unit + 1) * self.part, self.count))
-
-    def work(self, rank: int, world_size: int, do: Callable[[int], None], display: Display) -> None:
-        """``do`` those of this process's units that are not done; it ends with :meth:`keep`."""
-        self.ledger.directory.mkdir(parents=True, exist_ok=True)
-        with self.ledger.lock():
-            self.ledger.begin()
-        own = range(rank, self.ledger.units, world_size)
-        left = [unit for unit in own if not self.ledger.is_done(unit)]
-        display.begin(len(own), len(own) - len(left), sum(len(self.numbers(unit)) for unit in left))
-        for unit in left:
-            do(unit)
-            display.shard(f"part {unit}", len(self.numbers(unit)))
+    def share(self, rank: int, world_size: int, unit: Callable[[int], None], display: Display) -> None:
+        """Do this process's share, unless the result is there; ``unit`` ends with :meth:`keep`."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self.lock():
+            if self.result.is_file():
+                return
+            self.begin()
+        self.do(rank, world_size, unit, display)
 
     def _file(self, unit: int) -> Path:
-        return self.ledger.work / f"part-{unit:06d}.npz"
+        return self.work / f"part-{unit:06d}.npz"
 
     def keep(self, unit: int, found: Features, record: Mapping[str, Any]) -> None:
         """A unit is finished: keep its features, and plain values."""
@@ -69,11 +59,11 @@ class Parts:
         with draft.open("wb") as file:
             np.savez(file, features=found.features.numpy(), logits=logits)
         draft.replace(self._file(unit))
-        self.ledger.enter(unit, record)
+        self.enter(unit, record)
 
     def features(self) -> Iterator[Features]:
         """Of all units, one after the other."""
-        for unit in range(self.ledger.units):
+        for unit in range(self.units):
             with np.load(self._file(unit), allow_pickle=False) as stored:
                 logits = torch.from_numpy(stored["logits"])
                 yield Features(torch.from_numpy(stored["features"]), logits if logits.numel() else None)
@@ -100,28 +90,27 @@ class Reference:
         self.count = min(images.count, limit or images.count)
         self.plan = {"images": images.described(), "features": network.described(), "count": self.count}
         self.path = cache / f"reference-{digest_of(self.plan)}.npz"
-        self._parts = Parts(cache, "reference", {**self.plan, "part": part}, self.count, part)
+        self._job = FeatureJob(self.path, "reference", {**self.plan, "part": part}, self.count, part)
         self._numbers = np.linspace(0, images.count - 1, self.count).round().astype(int)
 
     def work(self, rank: int, world_size: int, display: Display) -> None:
         """This process's share, unless the statistics are there."""
-        if not self.path.is_file():
-            self._parts.work(rank, world_size, lambda unit: self._see(unit, display), display)
-            self.conclude()
+        self._job.share(rank, world_size, lambda unit: self._see(unit, display), display)
+        self.conclude()
 
     def _see(self, unit: int, display: Display) -> None:
-        numbers, found = self._numbers[list(self._parts.numbers(unit))].tolist(), []
+        numbers, found = self._numbers[list(self._job.numbers(unit))].tolist(), []
         for start in range(0, len(numbers), self.batch_size):
             batch = numbers[start : start + self.batch_size]
             found.append(self.network(self.images.read(batch)))
             display.advance(len(batch))
-        self._parts.keep(unit, Features(torch.cat([each.features for each in found]), None), {})
+        self._job.keep(unit, Features(torch.cat([each.features for each in found]), None), {})
 
     def conclude(self) -> Statistics | None:
         """The statistics, computed from the parts if need be; None while other processes are at work on these."""
 
         def write(ignored: list[dict[str, Any]]) -> None:
-            Statistics.of((part.features for part in self._parts.features()), self.count).save(self.path)
+            Statistics.of((part.features for part in self._job.features()), self.count).save(self.path)
 
-        self._parts.ledger.conclude(self.path, write)
+        self._job.conclude(self.path, write)
         return Statistics.load(self.path) if self.path.is_file() else None

@@ -1,0 +1,134 @@
+"""Whether smaller budgets are cheaper in time, not only on paper: sampling at several drop fractions in one run.
+
+    python benchmarks/budget.py                      DC-DiT-S at 32 x 32, as much as a CPU does in two minutes
+    python benchmarks/budget.py --model dcdit_xl --batch 64 --precision bf16 --device cuda
+
+An untrained network, its router set so that it keeps a quarter of the positions of noise. Time is the median over
+rounds in which all budgets take turns; both ratios are against the first line of their half of the table.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dcdit.cli import model_config
+from dcdit.diffusion.guidance import Guidance
+from dcdit.diffusion.sampling import Sampler
+from dcdit.evaluation.flops import Cost
+from dcdit.generation import Drawn, Model, generate
+from dcdit.network import DCDiT
+from dcdit.network.routing import PredictabilityRouter
+from dcdit.registry import build_network
+from dcdit.runtime import device_words, keep_freed_memory, pick_device
+
+KEPT = 0.25
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A line of the table."""
+
+    name: str
+    scale: float
+    drop: float
+    uncond_drop: float | None = None
+
+
+BUDGETS = [Budget(f"ρ {drop:g}", 1.0, drop) for drop in (0.0, 0.2, 0.5, 0.8)]
+GUIDED = [Budget(f"guided, ρ {drop:g}", 2.0, drop) for drop in (0.0, 0.5)]
+GUIDED += [Budget("Lite-CFG, ρ 0 and 0.9", 2.0, 0.0, 0.9)]
+
+
+def network_keeping(kept: float, name: str, device: torch.device) -> DCDiT:
+    """An untrained network of the scale ``name`` whose router keeps a share ``kept`` of noise."""
+    torch.manual_seed(0)
+    network = build_network(model_config(name)).to(device).eval()
+    assert isinstance(network, DCDiT)
+    network.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for parameter in network.parameters():  # zero-initialised parts would make all positions alike
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        assert isinstance(network.router, PredictabilityRouter)
+        x = torch.randn(2, network.channels, *network.grid, device=device)
+        prob = network(x, torch.tensor([900, 300], device=device), torch.tensor([1, 2], device=device)).routing.prob
+        inner = prob[prob < 1].logit()  # the positions that are always kept have probability 1
+        bias = network.router.scorer[-1].bias
+        assert isinstance(bias, torch.Tensor)
+        bias.sub_(inner.quantile(1 - kept))
+    return network
+
+
+def draw(network: DCDiT, budget: Budget, options: argparse.Namespace) -> tuple[float, Drawn]:
+    """Seconds, and what was drawn."""
+    latents = {"shape": [network.channels, *network.grid], "classes": list(range(network.num_classes))}
+    model = Model(network, latents, 0)
+    guidance = Guidance(network, network.num_classes, budget.scale, budget.drop, budget.uncond_drop, 3)
+    labels, numbers = torch.arange(options.batch) % network.num_classes, range(options.batch)
+    sampler = Sampler("ddim", options.steps)
+    begin = time.perf_counter()
+    (drawn,) = generate(
+        model, guidance, sampler, labels, numbers, seed=0, batch_size=options.batch, precision=options.precision
+    )
+    return time.perf_counter() - begin, drawn
+
+
+def rows(network: DCDiT, options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+    """Lines of the table."""
+    cost = Cost.of_network(network)
+    positions = network.grid[0] * network.grid[1]
+    seconds: dict[str, list[float]] = {}
+    operations: dict[str, float] = {}
+    kept: dict[str, float] = {}
+    for turn in track(range(options.rounds + 1), "measuring", console=Console(stderr=True), transient=True):
+        for budget in (*BUDGETS, *GUIDED):
+            spent, drawn = draw(network, budget, options)
+            operations[budget.name] = drawn.flops(cost).mean().item()
+            kept[budget.name] = torch.cat(drawn.lengths).double().mean().item() / positions
+            if turn:  # the first round warms up
+                seconds.setdefault(budget.name, []).append(spent)
+    for group in (BUDGETS, GUIDED):
+        times = [statistics.median(seconds[budget.name]) for budget in group]
+        for budget, median in zip(group, times, strict=True):
+            work = operations[budget.name]
+            yield (
+                budget.name,
+                f"{kept[budget.name]:.1%}",
+                f"{work / options.steps / 1e9:.2f}",
+                f"{work / operations[group[0].name]:.2f}",
+                f"{median / times[0]:.2f}",
+                f"{1000 * median / options.batch / options.steps:.1f}",
+            )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="dcdit_s")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    keep_freed_memory()
+    device = pick_device(options.device)
+    with torch.no_grad():
+        network = network_keeping(KEPT, options.model, device)
+    title = f"{options.model}, {options.precision}, {device_words(device)}, batches of {options.batch}"
+    table = Table(title=title, title_justify="left")
+    for heading in ("budget", "kept", "GFLOPs/step", "of the work", "of the time", "ms/image/step"):
+        table.add_column(heading, justify="left" if heading == "budget" else "right")
+    for row in rows(network, options):
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
