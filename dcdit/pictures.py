@@ -16,6 +16,8 @@ from dcdit.diffusion.sampling import Step
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,16 @@ def save_strip(images: Tensor, path: Path) -> None:
     write_png(torch.cat(list(images), dim=2), str(path))
 
 
+def _outline(axes: Axes, mask: Tensor) -> None:
+    """Draw the borders of the pixels where ``mask`` (H, W) holds, corners included."""
+    around = np.pad(mask.numpy(), 1)
+    vertical = np.argwhere(around[1:-1, 1:] != around[1:-1, :-1])  # (row, column) of a border left of a pixel
+    horizontal = np.argwhere(around[1:, 1:-1] != around[:-1, 1:-1])  # above a pixel
+    lines = [[(x - 0.5, y - 0.5), (x - 0.5, y + 0.5)] for y, x in vertical]
+    lines += [[(x - 0.5, y - 0.5), (x + 0.5, y - 0.5)] for y, x in horizontal]
+    axes.add_collection(LineCollection(lines, colors="white", linewidths=0.6))
+
+
 def save_boundaries(rows: Sequence[Sequence[Snapshot]], titles: Sequence[str], path: Path) -> None:
     """Save x_t above its boundary probability, one column per timestep, the kept share under each (paper, figure 3).
 
@@ -93,7 +105,7 @@ def save_boundaries(rows: Sequence[Sequence[Snapshot]], titles: Sequence[str], p
             image = snapshot.image.numpy()
             top.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
             shades = bottom.imshow(snapshot.prob.numpy(), cmap="magma", vmin=0, vmax=1)
-            bottom.contour(snapshot.mask.numpy(), levels=[0.5], colors="white", linewidths=0.4)
+            _outline(bottom, snapshot.mask)
             bottom.set_xlabel(f"kept {snapshot.mask.float().mean():.0%}", fontsize=8)
             if number == 0:
                 top.set_title(f"t = {snapshot.timestep}", fontsize=9)
