@@ -135,9 +135,11 @@ def calibrate(
     wanted = target.tflops if target.tflops is not None else full * (target.share or 1.0)
     least = meter.predict(_LARGEST, fixed)
     if not least <= wanted <= spent * (1 + TOLERANCE):
+        asked = f"share={target.share:g}" if target.share is not None else f"tflops={target.tflops:.4g}"
+        unit, scale = ("of the full cost", 1 / full) if target.share is not None else ("TFLOPs per image", 1.0)
         raise UserError(
-            f"budget: {wanted:.4g} TFLOPs per image cannot be met, from {least:.4g} (drop fraction {_LARGEST}) to"
-            f" {spent:.4g} (none) is possible with this sampler and guidance: ask for something in between"
+            f"budget.{asked} cannot be met: from {least * scale:.4g} (drop fraction {_LARGEST}) to {spent * scale:.4g}"
+            f" (none) {unit} is possible with this sampler and guidance, ask for something in between"
         )
     for _ in range(_ROUNDS):
         if abs(spent / wanted - 1) <= TOLERANCE:

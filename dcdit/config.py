@@ -64,6 +64,8 @@ def call_checked(
             schema[key] = value
         except OmegaConfBaseException as error:
             expected = str(error).splitlines()[0]
+            if "is not a ListConfig" in expected:
+                expected = f"a list is needed, such as {place}{key}=[{value}]"
             raise UserError(f"{place}{key}={value!r}: {expected}") from None
     missing = sorted(OmegaConf.missing_keys(schema))
     if missing:

@@ -59,6 +59,8 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"checkpoint {path} is a directory: give the file, such as its checkpoints/last.ckpt") from None
     except Exception as error:  # whatever a damaged or hostile file provokes
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks to run {blocked[1]}, do not trust it" if blocked else str(error).splitlines()[0]

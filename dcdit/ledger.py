@@ -33,7 +33,7 @@ class Ledger:
 
     def lock(self) -> FileLock:
         """Held while looking at the whole."""
-        return FileLock(self.directory / f".{self.job}.lock")
+        return FileLock(self.directory / f".{self.job.partition('-')[0]}.lock")
 
     def begin(self) -> None:
         """Write the plan, or compare it with the one that is there; call under the lock.
@@ -109,7 +109,7 @@ class ImageJob(Ledger):
         display.begin(len(own), len(own) - len(left), sum(len(self.numbers(number)) for number in left))
         for number in left:
             unit(number)
-            display.shard(f"part {number}", len(self.numbers(number)))
+            display.shard(f"{display.verb}, part {number}", len(self.numbers(number)))
 
 
 def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:

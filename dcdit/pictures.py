@@ -6,9 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from torch import Tensor
-from torchvision.io import write_png
 from torchvision.utils import save_image
 
 from dcdit.data.autoencoder import Decoder
@@ -69,12 +67,6 @@ def save_grid(images: Tensor, columns: int, path: Path, least_side: int = 64) ->
     factor = max(1, -(-least_side // images.shape[-1]))
     enlarged = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     save_image(enlarged.float() / 255, path, nrow=columns, padding=2, pad_value=0.5)
-
-
-def save_strip(images: Tensor, path: Path) -> None:
-    """Save ``images`` (N, 1 or 3, height, width) uint8 side by side as one PNG, pixel by pixel."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(torch.cat(list(images), dim=2), str(path))
 
 
 def _outline(axes: Axes, mask: Tensor) -> None:

@@ -18,7 +18,7 @@ class Display:
 
     def __init__(self, rank: int, verb: str, unit: str) -> None:
         console = Console(stderr=True)
-        self._rank, self._verb, self._unit = rank, verb, unit
+        self._rank, self.verb, self._unit = rank, verb, unit
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -45,7 +45,7 @@ class Display:
         if done:
             print(f"Continuing: {done} of {units} {self._unit}s of process {self._rank} are done", file=sys.stderr)
         self.began, self._left, self._since = True, units - done, time.monotonic()
-        self._task = self._bar.add_task(self._verb, total=images, rate="")
+        self._task = self._bar.add_task(self.verb, total=images, rate="")
 
     def advance(self, files: int) -> None:
         """So many more images have been dealt with."""

@@ -52,22 +52,27 @@ def figures(section: Section, prefix: str, out: Path) -> Iterable[dict[str, str]
     """Draw and save the plots of a section; yields them for the page."""
     metric = section.metrics[0]
     label, results = _LABELS[metric], [result for s in section.series for point in s.points for result in point.results]
-    words = "; ".join(sorted({f"{each.values['device']}, batches of {each.plan['batch_size']}" for each in results}))
+    places = {f"{each.values['device']}, batches of {each.values['timing']['batch_size']}" for each in results}
+    words = "; ".join(sorted(places))
 
     def against(key: str, xlabel: str) -> Figure:
         return trade_off(section, metric, label, lambda point: point.figures(key), xlabel)
 
-    plots = {
-        "tflops": (f"{label} against TFLOPs per image, all steps", against("tflops_per_image", "TFLOPs per image")),
-        "milliseconds": (
-            f"{label} against the time of sampling an image, decoding apart ({words})",
-            against("milliseconds_per_image", "ms per image"),
-        ),
+    plots: dict[str, tuple[str, Figure | None]] = {
         "kept_share": (
             "Tokens kept on the way from noise to image, at the least (solid) and the greatest (dotted) drop",
             kept_share(section),
         ),
     }
+    if sum(len(series.points) for series in section.series) > 1:  # a single point is no trade-off
+        plots = {
+            "tflops": (f"{label} against TFLOPs per image, all steps", against("tflops_per_image", "TFLOPs per image")),
+            "milliseconds": (
+                f"{label} against the time of sampling an image, decoding apart ({words})",
+                against("milliseconds_per_image", "ms per image"),
+            ),
+            **plots,
+        }
     for name, (title, figure) in plots.items():
         if figure is not None:
             image = io.BytesIO()

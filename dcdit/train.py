@@ -142,6 +142,7 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
     callbacks = [hydra.utils.instantiate(node) for node in (config.callbacks or {}).values() if node]
     loggers = [hydra.utils.instantiate(node) for node in (config.logger or {}).values() if node]
     arguments = {key: value for key, value in config.trainer.items() if not str(key).startswith("match_")}
+    arguments["enable_progress_bar"] = (config.callbacks or {}).get("progress") is not None
     return hydra.utils.instantiate(
         arguments, callbacks=callbacks, logger=loggers or False, plugins=[AtomicCheckpointIO()]
     )

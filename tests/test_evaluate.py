@@ -51,7 +51,9 @@ def test_figures_stand_beside_what_they_depend_on(run, capsys, tmp_path):
     assert plan["reference"]["count"] == 180
     assert result["training"]["compression"] == 4.0
     assert result["tflops_per_image"] <= results[0.0]["tflops_per_image"]
-    assert result["milliseconds_per_image"] > 0
+    timing = result["timing"]
+    assert (len(timing["rounds"]), timing["batch_size"]) == (3, 5)
+    assert result["milliseconds_per_image"] == sorted(timing["rounds"])[1] > 0
     kept = result["kept"]
     assert kept["timesteps"] == [999, 500, 0]
     assert len(kept["conditional"]) == len(kept["unconditional"]) == 3
@@ -61,12 +63,18 @@ def test_figures_stand_beside_what_they_depend_on(run, capsys, tmp_path):
         assert word in shown
     # finished points are not measured again; a new budget is added to them
     folder = run.checkpoint.parents[1] / "evaluation"
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    before = {path: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert len(before) == 2
     run("drop_fractions=[0,0.2,0.5]", "guidance.scale=2", "guidance.uncond_drop_fraction=0.7")
-    after = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    after = {path: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert len(after) == 3
-    assert before.items() <= after.items()
+    for path, values in before.items():  # the times are taken again, for all budgets in turns
+        same = ("metrics", "plan", "kept", "tflops_per_image")
+        assert [values[key] for key in same] == [after[path][key] for key in same]
+        assert values["timing"] != after[path]["timing"]
+    untouched = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    run("drop_fractions=[0,0.2,0.5]", "guidance.scale=2", "guidance.uncond_drop_fraction=0.7")
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.json")} == untouched
     assert {path.suffix for path in folder.glob("[!.]*")} == {".json", ".png"}
     assert not [path for path in folder.glob(".*") if path.is_dir()]
 
@@ -171,14 +179,22 @@ def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):
         ("drop_fractions=[0,1.0]", r"drop_fractions=1.0 is outside"),
         ("drop_fractions=[]", "asks for nothing"),
         ("metrics=[prc]", "'prc' is not one of"),
+        ("drop_fractions=0.3", r"a list is needed, such as drop_fractions=\[0.3\]"),
+        ("features=own", r"features.module._target_ is not set: give features.module._target_="),
+        ("time_rounds=-1", "time_rounds=-1 is negative"),
         ("autoencoder=/nowhere/vae", "cannot be loaded"),
         ("+cuont=3", "did you mean count"),
         ("reference_count=0", "reference_count=0 is not a positive number"),
     ):
         with pytest.raises(UserError, match=message):
             run(override, out="wrong")
-    with pytest.raises(UserError, match="the budget is given by budget"):
-        run("drop_fractions=[0.1]", "guidance.drop_fraction=0.2", out="wrong")
+    for other in ("guidance.drop_fraction=0.2", "budget.share=0.9"):
+        with pytest.raises(UserError, match="the budget is given by budget"):
+            run("drop_fractions=[0.1]", other, out="wrong")
+    with pytest.raises(UserError, match=r"features: .*nowhere.MyNet.*No module named 'nowhere'"):
+        run("features=own", "features.module._target_=nowhere.MyNet", out="wrong")
+    with pytest.raises(UserError, match="is a directory: give the file"):
+        run(f"checkpoint={tmp_path}", out="wrong")
     assert not (tmp_path / "wrong").exists()
     baseline = tiny("dit", *PLAIN_DIT, "trainer.max_steps=2")
     checkpoint = f"checkpoint={baseline}/checkpoints/last.ckpt"

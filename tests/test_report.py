@@ -105,7 +105,7 @@ def test_the_page_is_one_file_and_names_are_escaped(runs, tmp_path):
     text = written(runs, tmp_path / "report").read_text()
     assert "plain &lt;DiT&gt;" in text
     assert "<DiT>" not in text
-    assert not re.search(r"""(src|href)=["'](?!data:)""", text)
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", text)
     assert "http" not in text
 
 

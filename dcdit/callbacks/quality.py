@@ -68,7 +68,7 @@ class Quality(Callback):
         batch_size: samples per forward pass.
         every: validations between two measurements.
         max_share: a measurement is left out where all of them together would take more of the time since training
-            began; the first always takes place.
+            began; the first, and one at the last step, always take place.
         shown: images of each budget in the picture of samples.
         snapshots: columns of the picture of boundaries; 0 leaves it out.
         seed: of the images.
@@ -164,7 +164,7 @@ class Quality(Callback):
         if (self._validations - 1) % self.every or not self._affordable(trainer):
             return
         begin = time.monotonic()
-        rows, boundaries = [], None
+        rows, boundaries, words = [], None, []
         for drop in self.drop_fractions:
             wanted = self.snapshots if boundaries is None and trainer.is_global_zero else 0
             snapshots = Snapshots([0, 1, 2], wanted, self._prepared.sampler.steps, self._prepared.decode)
@@ -172,9 +172,11 @@ class Quality(Callback):
             for name, value in measured.figures.items():
                 pl_module.log(f"val/{name}@{drop:g}", value, on_step=False, on_epoch=True)
             rows.append(measured.images)
+            words.append(f"{measured.figures['fid']:.4g} at drop fraction {drop:g}")
             boundaries = boundaries or snapshots
         if trainer.is_global_zero and boundaries is not None:
             self._draw(trainer, torch.cat(rows), boundaries)
+        rank_zero_info(f"Step {trainer.global_step}: FID {', '.join(words)}")
         self._last = time.monotonic() - begin
         self._spent += self._last
 
@@ -182,7 +184,8 @@ class Quality(Callback):
         """Whether one more measurement stays within the share of time; the first process decides for all."""
         elapsed = time.monotonic() - self._began
         fits = self._spent + self._last <= self.max_share * (elapsed + self._last)
-        fits = bool(trainer.strategy.broadcast(fits or not self._spent))
+        ends = not self._spent or trainer.global_step >= trainer.max_steps
+        fits = bool(trainer.strategy.broadcast(fits or ends))
         if not fits:
             rank_zero_info(
                 f"Step {trainer.global_step}: FID left out, it would take more than max_share={self.max_share:g} of the"

@@ -219,8 +219,14 @@ class Own(FeatureNetwork):
         self.network = module
         self.name = name or type(module).__name__
         self.frozen()
-        with torch.no_grad():
-            seen = self.see(torch.zeros(2, 3, size, size, dtype=torch.uint8))
+        try:
+            with torch.no_grad():
+                seen = self.see(torch.zeros(2, 3, size, size, dtype=torch.uint8))
+        except Exception as error:  # whatever the user's code raises
+            raise UserError(
+                f"features.module: {self.name} fails for images (2, 3, {size}, {size}) uint8, which it must take, and"
+                f" convert as it needs: {str(error).splitlines()[0] if str(error) else repr(error)}"
+            ) from error
         for which, tensor in zip(seen._fields, seen, strict=True):
             if tensor is not None and (tensor.ndim != 2 or len(tensor) != 2):
                 raise UserError(

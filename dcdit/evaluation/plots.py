@@ -64,6 +64,10 @@ def trade_off(section: Section, metric: str, ylabel: str, cost: Callable[[Point]
                 axes.annotate(
                     f"ρ {point.drop:g}", (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7, color=colour
                 )
+    low, high = axes.get_ylim()
+    missing = 0.2 * max(abs(low), abs(high)) - (high - low)
+    if missing > 0:  # or differences that mean nothing would fill the plot
+        axes.set_ylim(low - missing / 2, high + missing / 2)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     return _finish(figure, axes)

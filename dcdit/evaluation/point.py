@@ -1,11 +1,14 @@
 """One point of the quality-compute curve: images of one checkpoint at one budget, measured."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from dcdit.drawing import Drawing
@@ -16,7 +19,7 @@ from dcdit.evaluation.statistics import Statistics, compare
 from dcdit.generation import Drawn
 from dcdit.ledger import write_json
 from dcdit.network import DCDiT
-from dcdit.pictures import save_strip
+from dcdit.pictures import save_grid
 from dcdit.progress import Display
 from dcdit.runtime import device_words, fingerprint
 
@@ -77,6 +80,34 @@ class Point:
         """Whether it was this process that wrote the result."""
         return self._job.concluded
 
+    @property
+    def _batch(self) -> int:
+        """Images drawn at once."""
+        return min(self.drawing.common.batch_size, self._job.part, self._job.count)
+
+    @property
+    def timed(self) -> bool:
+        """Whether :meth:`set_time` was called on the result."""
+        return bool(json.loads(self.path.read_text())["timing"]["rounds"])
+
+    def lock(self) -> FileLock:
+        """Held by one of several processes."""
+        return self._job.lock()
+
+    def time_batch(self) -> float:
+        """Seconds that one batch takes, decoding apart."""
+        begin = time.perf_counter()
+        for _ in self.drawing.generate(self.labels, range(self._batch)):
+            pass
+        return time.perf_counter() - begin
+
+    def set_time(self, seconds: Sequence[float]) -> None:
+        """Put what batches took into the result; the median stands for all."""
+        result = json.loads(self.path.read_text())
+        result["milliseconds_per_image"] = 1000 * median(seconds) / self._batch
+        result["timing"]["rounds"] = [1000 * each / self._batch for each in seconds]
+        write_json(self.path, result)
+
     def work(self, rank: int, world_size: int, display: Display) -> None:
         """This process's share of the images, unless the result is there."""
         self._job.share(rank, world_size, lambda unit: self._draw(unit, display), display)
@@ -100,7 +131,7 @@ class Point:
             display.advance(len(drawn.indices))
             begin = time.perf_counter()
         if first:
-            save_strip(torch.cat(first)[: self.shown], self.path.with_suffix(".png"))
+            save_grid(torch.cat(first)[: self.shown], self.shown, self.path.with_suffix(".png"))
         logits = [each.logits for each in seen if each.logits is not None]
         found = Features(torch.cat([each.features for each in seen]), torch.cat(logits) if logits else None)
         record = {"seconds": seconds, "flops": flops, "kept": kept.tolist()}
@@ -127,7 +158,9 @@ class Point:
             "plan": self.plan,
             "metrics": compare(reference, self._job.features, self.metrics),
             "tflops_per_image": sum(record["flops"] for record in records) / count / 1e12,
+            # until a quiet moment, see `set_time`: while measuring, other things may have run beside it
             "milliseconds_per_image": 1000 * sum(record["seconds"] for record in records) / count,
+            "timing": {"rounds": [], "batch_size": self._batch},
             "reference": self.reference.images.place,
             "device": device_words(model.device),
         }

@@ -87,7 +87,8 @@ class Result:
             "reference": values["reference"],
             "reference_count": plan["reference"]["count"],
             "device": values["device"],
-            "batch_size": plan["batch_size"],
+            "batch_size": values["timing"]["batch_size"],
+            "time_rounds": len(values["timing"]["rounds"]),
         }
 
 

@@ -114,7 +114,9 @@ def check_metrics(wanted: Sequence[str], network: FeatureNetwork, count: int, re
         if number < 2:
             raise UserError(f"{key}: {number} image is too few for any metric")
     if "is" in wanted and not network.num_logits:
-        raise UserError(f"metrics: the Inception Score needs class logits, which {network.name} has not: leave it out")
+        raise UserError(
+            f"metrics: the Inception Score needs class logits, which {network.name} has not: take metrics=[fid,kid]"
+        )
 
 
 def compare(
@@ -129,8 +131,8 @@ def compare(
         seed: of the subsets of KID and the splits of the Inception Score.
 
     Returns:
-        ``fid_torch``; ``kid`` and ``kid_std`` over 100 subsets of ``kid_subset`` images; ``inception_score`` and
-        ``inception_score_std`` over 10 splits.
+        ``fid_torch``; ``kid`` and, unless every subset is the whole, ``kid_std`` over 100 subsets of ``kid_subset``
+        images; ``inception_score`` and ``inception_score_std`` over 10 splits.
     """
     found: dict[str, float] = {}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -148,7 +150,9 @@ def compare(
             kid.update(reference.features, real=True)
             kid.update(generated, real=False)
             mean, deviation = kid.compute()
-            found |= {"kid": float(mean), "kid_std": float(deviation), "kid_subset": subset}
+            found |= {"kid": float(mean), "kid_subset": subset}
+            if subset < max(len(generated), len(reference.features)):  # else all subsets are the same
+                found["kid_std"] = float(deviation)
         if "is" in wanted:
             score = InceptionScore(_Given(len(reference.total)), splits=_SPLITS)
             torch.manual_seed(seed)

@@ -51,7 +51,7 @@ def test_equal_sets_are_at_distance_zero():
     real, _ = digit_features()
     found = compare(Statistics.of([real.features], len(real.features)), lambda: iter([real]), ["fid", "kid"])
     assert found["fid_torch"] == pytest.approx(0, abs=1e-4)
-    assert found["kid"] < 1e-2 * found["kid_std"] + 0.05
+    assert abs(found["kid"]) < 0.05
 
 
 def test_kid_is_the_unbiased_mmd_of_the_cubic_kernel():
@@ -62,7 +62,8 @@ def test_kid_is_the_unbiased_mmd_of_the_cubic_kernel():
     within = sum((k.sum() - k.trace()) / (n * (n - 1)) for k in (kernel(x, x), kernel(y, y)))
     expected = within - 2 * kernel(x, y).mean()
     found = compare(Statistics.of([real.features], n), lambda: iter([generated]), ["kid"])
-    assert (found["kid_subset"], found["kid_std"]) == (n, pytest.approx(0, abs=1e-3))
+    assert found["kid_subset"] == n
+    assert "kid_std" not in found  # every subset is the whole
     assert found["kid"] == pytest.approx(float(expected), rel=1e-2)
 
 
