@@ -4,7 +4,7 @@
     python benchmarks/budget.py --model dcdit_xl --batch 64 --precision bf16 --device cuda
 
 An untrained network, its router set so that it keeps a quarter of the positions of noise. Time is the median over
-rounds in which all budgets take turns; both ratios are against the first line of their half of the table.
+rounds in which all budgets take turns, for one image and step; both ratios are against ρ 0.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def main() -> None:
         network = network_keeping(KEPT, options.model, device)
     title = f"{options.model}, {options.precision}, {device_words(device)}, batches of {options.batch}"
     table = Table(title=title, title_justify="left")
-    for heading in ("budget", "kept", "GFLOPs/step", "of the work", "of the time", "ms/image/step"):
+    for heading in ("budget", "kept", "GFLOPs/step", "of the work", "of the time", "ms/image"):
         table.add_column(heading, justify="left" if heading == "budget" else "right")
     for row in rows(network, options):
         table.add_row(*row)
