@@ -1,10 +1,11 @@
 """What all command-line entry points share: where the configuration lies, resolvers, and how errors are told."""
 
+import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,26 @@ def model_config(name: str) -> dict[str, Any]:
         return values()
 
 
-def entry_point(main: Callable[[], None]) -> None:
-    """Run a Hydra main function; a user's mistake ends in one message on stderr and exit status 2."""
+def with_paths(arguments: Sequence[str]) -> list[str]:
+    """Command-line words for Hydra: paths that stand alone become ``runs=[...]``.
+
+    Raises:
+        UserError: if ``runs`` is given as well.
+    """
+    paths = [word for word in arguments if not word.startswith("-") and ("=" not in word or Path(word).exists())]
+    if paths and any(word.startswith("runs=") for word in arguments):
+        raise UserError(f"{paths[0]}: paths and runs=... are two ways to say the same, take one")
+    others = [word for word in arguments if word not in paths]
+    return [*others, f"runs=[{','.join(json.dumps(path) for path in paths)}]"] if paths else others
+
+
+def entry_point(main: Callable[[], None], paths: bool = False) -> None:
+    """Run a Hydra main function; a user's mistake ends in one message on stderr and exit status 2.
+
+    Args:
+        main: the function.
+        paths: words of the command line that are no overrides are ``runs``.
+    """
     register_resolvers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of Hydra's own printout
     # Lightning finds a missing validation split and a resumed run strange, uses what torch deprecates, and advertises.
@@ -74,26 +93,39 @@ def entry_point(main: Callable[[], None]) -> None:
         warnings.filterwarnings("ignore", message=noise)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
     try:
+        if paths:
+            sys.argv[1:] = with_paths(sys.argv[1:])
         main()
-    except (ConfigCompositionException, MissingConfigException) as error:
-        fail(_explain_override(error))
-    except InstantiationException as error:
-        fail(f"{error.__cause__ or error}")
-    except (UserError, MisconfigurationException, NonFiniteLossError, HydraException, OmegaConfBaseException) as error:
-        fail(str(error))
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        show(message)
+        sys.exit(USER_ERROR_STATUS)
 
 
-def fail(message: str) -> None:
-    """Print ``message`` in a red box on stderr and exit with status 2."""
+def explain(error: Exception) -> str | None:
+    """What to tell a user about ``error``; None if it is no mistake of theirs, and whoever mends it wants the trace."""
+    if isinstance(error, ConfigCompositionException | MissingConfigException):
+        return _explain_override(error)
+    if isinstance(error, InstantiationException):
+        return f"{error.__cause__ or error}"
+    known = UserError | MisconfigurationException | NonFiniteLossError | HydraException | OmegaConfBaseException
+    if isinstance(error, known):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return None
+
+
+def show(message: str) -> None:
+    """Print ``message`` in a red box on stderr."""
     Console(stderr=True).print(Panel(Text(message.strip()), title="dcdit", border_style="red"))
-    sys.exit(USER_ERROR_STATUS)
 
 
 def _explain_override(error: ConfigCompositionException | MissingConfigException) -> str:

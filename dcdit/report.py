@@ -8,7 +8,6 @@ import base64
 import csv
 import io
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from dcdit.cli import CONFIG_DIR, entry_point
 from dcdit.config import call_checked
-from dcdit.errors import UserError
 from dcdit.evaluation.plots import kept_share, trade_off
 from dcdit.evaluation.results import Result, Section, arrange, read_results
 
@@ -164,24 +162,5 @@ def main(config: DictConfig) -> None:
     run(config)
 
 
-def with_paths(arguments: Sequence[str]) -> list[str]:
-    """Command-line words for Hydra: paths that stand alone become ``runs=[...]``.
-
-    Raises:
-        UserError: if ``runs`` is given as well.
-    """
-    paths = [word for word in arguments if not word.startswith("-") and ("=" not in word or Path(word).exists())]
-    if paths and any(word.startswith("runs=") for word in arguments):
-        raise UserError(f"{paths[0]}: paths and runs=... are two ways to say the same, take one")
-    others = [word for word in arguments if word not in paths]
-    return [*others, f"runs=[{','.join(json.dumps(path) for path in paths)}]"] if paths else others
-
-
 if __name__ == "__main__":
-
-    def command() -> None:
-        """Read the command line and run."""
-        sys.argv[1:] = with_paths(sys.argv[1:])
-        main()
-
-    entry_point(command)
+    entry_point(main, paths=True)

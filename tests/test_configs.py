@@ -7,8 +7,8 @@ import torch
 from conftest import TINY, compose_config
 
 from dcdit.cli import CONFIG_DIR, cpu_precision
+from dcdit.composed import build_module, match_compute
 from dcdit.errors import UserError
-from dcdit.train import build_module, match_compute
 
 EXPERIMENTS = sorted(path.stem for path in Path(CONFIG_DIR, "experiment").glob("*.yaml"))
 NAMED = {"digits", "s_n4", "b_n4", "l_n4", "xl_n4", "b_n16", "b_n4_512", "xl_n4_512", "dit_s_2", "dit_b_2", "dit_xl_2"}

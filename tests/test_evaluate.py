@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import PLAIN_DIT, compose_config
+from runs import wait_for
 
 from dcdit import evaluate, generate
 from dcdit.errors import UserError
 from dcdit.evaluation.features import Digits, FeatureNetwork
 from dcdit.evaluation.statistics import Statistics, compare
-from runs import wait_for
 
 SETTINGS = ("features=digits", "count=44", "part=15", "sampler.steps=3", "sampler.clip=true", "batch_size=5")
 

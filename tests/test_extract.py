@@ -15,13 +15,13 @@ import pytest
 import torch
 from conftest import TINY, compose_config
 from PIL import Image
+from runs import assert_same_end, load, logged, start, wait_for
 
 from dcdit import extract, inspect_latents, sample
 from dcdit.data import shards
 from dcdit.data.manifest import Manifest
 from dcdit.errors import UserError
 from dcdit.train import train
-from runs import assert_same_end, load, logged, start, wait_for
 
 
 def write_images(root: Path, count: int, classes: int = 3) -> Path:

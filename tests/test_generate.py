@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import compose_config
 from PIL import Image
+from runs import wait_for
 
 from dcdit import generate, sample
 from dcdit.errors import UserError
-from runs import wait_for
 
 
 @pytest.fixture

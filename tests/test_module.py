@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import TINY, compose_config, perturb
 
+from dcdit.composed import build_module
 from dcdit.errors import UserError
-from dcdit.train import build_module
 
 
 class Trainer:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import PLAIN_DIT, TINY, compose_config
 from PIL import Image
+from runs import assert_same_end
 
 from dcdit import evaluate
 from dcdit.callbacks.quality import Quality
 from dcdit.errors import UserError
 from dcdit.train import train
-from runs import assert_same_end
 
 FID = (
     "callbacks=fid",

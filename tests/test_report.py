@@ -14,6 +14,7 @@ from conftest import PLAIN_DIT, compose_config
 from PIL import Image
 
 from dcdit import evaluate, report
+from dcdit.cli import with_paths
 from dcdit.errors import UserError
 from dcdit.evaluation.results import arrange, read_results
 
@@ -138,10 +139,10 @@ def test_the_command_takes_bare_paths(runs, tmp_path):
 
 
 def test_mistakes(tmp_path):
-    assert report.with_paths(["a b", "out=x", "c"]) == ["out=x", 'runs=["a b","c"]']
-    assert report.with_paths(["--help"]) == ["--help"]
+    assert with_paths(["a b", "out=x", "c"]) == ["out=x", 'runs=["a b","c"]']
+    assert with_paths(["--help"]) == ["--help"]
     with pytest.raises(UserError, match="two ways to say the same"):
-        report.with_paths(["a", "runs=[b]"])
+        with_paths(["a", "runs=[b]"])
     with pytest.raises(UserError, match=r"no results there, python -m dcdit\.evaluate writes them"):
         written(tmp_path, tmp_path / "report")
     with pytest.raises(UserError, match="runs is not set"):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import PLAIN_DIT, TINY, compose_config
 from lightning.pytorch.callbacks import Callback
+from runs import STATE, assert_same_end, differences, load, logged, start, wait_for
 
 from dcdit.errors import UserError
 from dcdit.train import train
-from runs import STATE, assert_same_end, differences, load, logged, start, wait_for
 
 
 @pytest.fixture(scope="module", params=["32-true", "bf16-mixed"])
@@ -24,7 +24,7 @@ def uninterrupted(request, digits, tmp_path_factory):
         f"trainer.precision={request.param}",
         "trainer.max_steps=240",  # the training split has 202 batches: over the border of an epoch
         "callbacks.checkpoint.every_n_steps=15",
-        "callbacks.checkpoint.keep_all=true",
+        "callbacks.checkpoint.keep=null",
         "trainer.val_check_interval=100",
         "optimizer.warmup=3",
     ]

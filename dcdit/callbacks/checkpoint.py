@@ -49,16 +49,26 @@ class Checkpoint(ModelCheckpoint):
     Args:
         dirpath: where to.
         every_n_steps: optimiser steps between two checkpoints.
-        keep_all: keep every one; otherwise the newest and ``last.ckpt``.
+        keep: so many of the newest stay, beside ``last.ckpt``; None keeps all.
+        milestone_every: of these steps every checkpoint stays; None for no such steps.
+
+    Raises:
+        UserError: if a number is not positive.
     """
 
-    def __init__(self, dirpath: str, every_n_steps: int = 10_000, keep_all: bool = True) -> None:
+    def __init__(
+        self, dirpath: str, every_n_steps: int = 10_000, keep: int | None = None, milestone_every: int | None = None
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("keep", keep), ("milestone_every", milestone_every)):
+            if value is not None and value < 1:
+                raise UserError(f"callbacks.checkpoint.{name}={value} is not a positive number")
+        self.keep, self.milestone_every = keep, milestone_every
         super().__init__(
             dirpath=dirpath,
             filename="step_{step:08d}",
             auto_insert_metric_name=False,
             save_last=True,
-            save_top_k=-1 if keep_all else 1,
+            save_top_k=-1,
             every_n_train_steps=every_n_steps,
             enable_version_counter=False,
         )
@@ -66,6 +76,15 @@ class Checkpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the final step too, wherever it falls. Later than here the average has replaced the raw weights."""
         self.save_now(trainer)
+
+    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
+        """After each save, drop what need not stay."""
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        if trainer.is_global_zero and self.keep is not None and self.dirpath is not None:
+            steps = {int(path.stem.removeprefix("step_")): path for path in Path(self.dirpath).glob("step_*.ckpt")}
+            for step in sorted(steps)[: -self.keep]:
+                if self.milestone_every is None or step % self.milestone_every:
+                    steps[step].unlink(missing_ok=True)
 
     def save_now(self, trainer: pl.Trainer) -> None:
         """Save the current step unless that has been done."""
@@ -76,30 +95,47 @@ class Checkpoint(ModelCheckpoint):
 
 
 class StopOnInterrupt(Callback):
-    """On Ctrl-C finish the step, save, and say how to resume; a second Ctrl-C stops at once."""
+    """On Ctrl-C or SIGTERM finish the step, save, and say how to resume; a second signal stops at once.
+
+    Several processes agree every few steps, for the signal need not reach all of them, nor in the same step.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    TOGETHER = 5
+    """Optimiser steps between two agreements of several processes."""
 
     def __init__(self) -> None:
         self.interrupted = False
-        self._previous: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the interrupt signal."""
-        self._previous = signal.signal(signal.SIGINT, self._handle)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take over the signals, after Lightning, whose own handler of SIGTERM stops without saving."""
+        self._previous = {each: signal.signal(each, self._handle) for each in self.SIGNALS}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.interrupted = True
-        signal.signal(signal.SIGINT, self._previous)
-        rank_zero_info("\nInterrupted: finishing this step and saving. Press Ctrl-C again to stop at once.")
+        self._give_back()
+        again = "Press Ctrl-C again to stop at once." if signum == signal.SIGINT else ""
+        rank_zero_info(f"\n{signal.Signals(signum).name}: finishing this step and saving. {again}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop at the border of an optimiser step; the end of the loop saves."""
-        if self.interrupted and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if trainer.world_size > 1:
+            if trainer.global_step % self.TOGETHER:
+                return
+            self.interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
+        if self.interrupted:
             trainer.should_stop = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signal back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        """Give the signals back."""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for each, handler in self._previous.items():
+            signal.signal(each, handler)
+        self._previous = {}

@@ -1,0 +1,78 @@
+"""Sweeps: directories named by what varies, and a summary at the end. Hydra calls it, see ``configs/train.yaml``."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, open_dict
+from rich.console import Console
+from rich.table import Table
+
+from dcdit.run_state import FINISHED, INTERRUPTED, Progress, progress_of, runs_below
+
+SUMMARY = "summary.csv"
+
+
+def constant_keys(overrides: Sequence[str]) -> list[str]:
+    """Keys of the overrides that are the same in all jobs of a sweep."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [override.get_key_element().lstrip("+~") for override in parsed if not override.is_sweep_override()]
+
+
+class SweepSummary(Callback):
+    """Names the directories of a sweep's runs by what varies, and sums them up when all have ended."""
+
+    def on_multirun_start(self, config: DictConfig, **ignored: Any) -> None:
+        """Leave what does not vary out of the names."""
+        constant = constant_keys(config.hydra.overrides.task)
+        always = list(config.hydra.job.config.override_dirname.exclude_keys)
+        names = ",".join(f'"{key}"' for key in dict.fromkeys([*always, *constant]))
+        with open_dict(config):
+            config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{names}]")
+
+    def on_multirun_end(self, config: DictConfig, **ignored: Any) -> None:
+        """Print and write the summary."""
+        folder = Path(config.hydra.sweep.dir)
+        found = [progress_of(path, str(path.relative_to(folder))) for path in runs_below(folder)]
+        if found:
+            write_summary(found, folder / SUMMARY)
+            Console().print(summary(found))
+            missing = sum(each.state != FINISHED for each in found)
+            words = f", {missing} of them not finished" if missing else ""
+            print(f"{len(found)} runs{words}: {folder / SUMMARY}")
+            if missing:
+                raise SystemExit(1)
+
+
+def varying_metrics(found: Sequence[Progress]) -> list[str]:
+    """Names of all final metrics."""
+    return sorted({name for each in found for name in each.metrics if name.startswith("val/")})
+
+
+def write_summary(found: Sequence[Progress], path: Path) -> None:
+    """One row for each run, as CSV."""
+    metrics = sorted({name for each in found for name in each.metrics})
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "state", "step", "max_steps", "reason", *metrics])
+        for each in found:
+            values = [each.metrics.get(name, "") for name in metrics]
+            writer.writerow([each.name, each.state, each.step, each.max_steps, each.reason, *values])
+
+
+def summary(found: Sequence[Progress]) -> Table:
+    """State and final metrics of every run, for people."""
+    metrics = varying_metrics(found)
+    table = Table(title="Sweep", title_justify="left")
+    table.add_column("run", overflow="fold")
+    for heading in ("state", "step", *metrics):
+        table.add_column(heading, justify="right")
+    table.add_column("reason", overflow="fold")
+    for each in found:
+        values = [f"{each.metrics[name]:.4g}" if name in each.metrics else "-" for name in metrics]
+        colour = {FINISHED: "green", INTERRUPTED: "yellow"}.get(each.state, "red")
+        table.add_row(each.name, f"[{colour}]{each.state}[/]", str(each.step), *values, each.reason)
+    return table
