@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
@@ -190,8 +189,10 @@ def runs_below(folder: Path) -> list[Path]:
 
 def one_line(error: BaseException) -> str:
     """A failure in one line."""
-    text: Any = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    lines = str(error).strip().splitlines()
+    if isinstance(error, UserError):
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def note_failure(error: Exception, run_dir: Path, overrides: tuple[str, ...], sweeping: bool) -> None:

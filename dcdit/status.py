@@ -50,8 +50,6 @@ def table(found: Sequence[Progress]) -> Table:
         loss = "-" if each.loss is None else f"{each.loss:.4g}"
         rate = "-" if each.rate is None else f"{each.rate:,.0f}"
         shown.add_row(escape(each.name), f"[{colour}]{each.state}[/]", steps, loss, rate, duration(each.seconds_left))
-        if each.reason:
-            shown.add_row(f"  {escape(each.reason)}")
     return shown
 
 
@@ -67,6 +65,9 @@ def run(config: DictConfig) -> list[Progress]:
     if not found:
         raise UserError(f"runs={', '.join(request.runs)}: no runs there, python -m dcdit.train makes them")
     Console().print(table(found))
+    for each in found:
+        if each.reason:
+            print(f"{each.name}: {each.reason}")
     return found
 
 

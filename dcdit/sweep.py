@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dcdit.run_state import FINISHED, INTERRUPTED, Progress, progress_of, runs_below
@@ -40,16 +41,14 @@ class SweepSummary(Callback):
         if found:
             write_summary(found, folder / SUMMARY)
             Console().print(summary(found))
+            for each in found:
+                if each.reason:
+                    print(f"{each.name}: {each.reason}")
             missing = sum(each.state != FINISHED for each in found)
             words = f", {missing} of them not finished" if missing else ""
             print(f"{len(found)} runs{words}: {folder / SUMMARY}")
             if missing:
                 raise SystemExit(1)
-
-
-def varying_metrics(found: Sequence[Progress]) -> list[str]:
-    """Names of all final metrics."""
-    return sorted({name for each in found for name in each.metrics if name.startswith("val/")})
 
 
 def write_summary(found: Sequence[Progress], path: Path) -> None:
@@ -64,15 +63,14 @@ def write_summary(found: Sequence[Progress], path: Path) -> None:
 
 
 def summary(found: Sequence[Progress]) -> Table:
-    """State and final metrics of every run, for people."""
-    metrics = varying_metrics(found)
+    """State and final validation metrics of every run, for people."""
+    metrics = sorted({name for each in found for name in each.metrics if name.startswith("val/")})
     table = Table(title="Sweep", title_justify="left")
     table.add_column("run", overflow="fold")
-    for heading in ("state", "step", *metrics):
+    for heading in ("state", "step", *(name.removeprefix("val/") for name in metrics)):
         table.add_column(heading, justify="right")
-    table.add_column("reason", overflow="fold")
     for each in found:
         values = [f"{each.metrics[name]:.4g}" if name in each.metrics else "-" for name in metrics]
         colour = {FINISHED: "green", INTERRUPTED: "yellow"}.get(each.state, "red")
-        table.add_row(each.name, f"[{colour}]{each.state}[/]", str(each.step), *values, each.reason)
+        table.add_row(escape(each.name), f"[{colour}]{each.state}[/]", str(each.step), *values)
     return table
