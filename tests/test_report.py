@@ -73,7 +73,7 @@ def test_seeds_are_one_curve_and_baselines_points(runs):
 
 
 def test_other_settings_are_another_section(runs, tmp_path):
-    (path, *_) = (runs / "small_sweep").rglob("*.json")
+    (path, *_) = (runs / "small_sweep").rglob("evaluation/*.json")
     values = json.loads(path.read_text())
     values["plan"]["sampler"]["steps"] = 4
     (tmp_path / "evaluation").mkdir()
