@@ -81,7 +81,10 @@ def test_other_settings_are_another_section(runs, tmp_path):
     sections = arrange(read_results([str(runs), str(tmp_path)]))
     assert [sum(len(p.results) for s in section.series for p in s.points) for section in sections] in ([5, 1], [1, 5])
     page = written(runs, tmp_path / "report", f"runs=[{runs},{tmp_path}]")
-    assert {file.name for file in page.parent.glob("*tflops.png")} == {"1_tflops.png", "2_tflops.png"}
+    plots = {file.name for file in page.parent.glob("*.png")}
+    assert {"1_kept_share.png", "2_kept_share.png"} <= plots
+    assert len([name for name in plots if "tflops" in name]) == 1  # a single point is no trade-off
+    assert page.read_text().count("<h2") == page.read_text().count('<li><a href="#s') == 2
 
 
 def test_points_as_csv_and_json(runs, tmp_path):
