@@ -26,7 +26,7 @@ train: install ## train on handwritten digits, sample, score; an interrupted run
 	$(BIN)/python scripts/score_digits.py $(RUN)
 	@echo "Pictures: $(RUN)/samples/samples.png and $(RUN)/samples/boundaries.png"
 
-compare: install ## compare DC-DiT with plain DiTs on digits: train 18 small networks, measure, report (half an hour)
+compare: install ## compare DC-DiT with plain DiTs on digits: train 18 small networks, measure, report (three quarters of an hour)
 	bash scripts/compare_digits.sh $(BIN)/python
 
 test: install ## run all tests

@@ -82,7 +82,7 @@ def figures(section: Section, prefix: str, out: Path) -> Iterable[dict[str, str]
 
 def _range(values: Sequence[float]) -> str:
     mean = f"{sum(values) / len(values):.4g}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.4g} to {max(values):.4g})"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3g} to {max(values):.3g})"
 
 
 def rows(section: Section) -> Iterable[dict[str, Any]]:

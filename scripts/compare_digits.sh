@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # DC-DiT beside plain DiTs on handwritten digits, at equal training compute: trains 18 small networks, measures them at
-# several budgets and writes runs/comparison/report/report.html. Half an hour on two cores; broken off, it goes on.
+# several budgets and writes runs/comparison/report/report.html. Three quarters of an hour on two cores; broken off, it goes on.
 #
 #     bash scripts/compare_digits.sh [python]        (docs/digits.md has the results)
 set -euo pipefail
