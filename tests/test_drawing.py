@@ -119,7 +119,7 @@ def test_budgets_that_cannot_be(model):
         with pytest.raises(UserError, match=message):
             Target(**values)
     plain = guidance(model)
-    for target, message in ((Target(share=0.01), "cannot be met, from .* to"), (Target(tflops=5.0), "cannot be met")):
+    for target, message in ((Target(share=0.01), "cannot be met: from .* to"), (Target(tflops=5.0), "cannot be met")):
         with pytest.raises(UserError, match=message):
             calibrate(model, plain, SAMPLER, target, 16, "fp32")
     with pytest.raises(UserError, match="are what it replaces"):

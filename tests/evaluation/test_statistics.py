@@ -49,9 +49,8 @@ def test_fid_of_real_features_against_scipy():
 
 def test_equal_sets_are_at_distance_zero():
     real, _ = digit_features()
-    found = compare(Statistics.of([real.features], len(real.features)), lambda: iter([real]), ["fid", "kid"])
+    found = compare(Statistics.of([real.features], len(real.features)), lambda: iter([real]), ["fid"])
     assert found["fid_torch"] == pytest.approx(0, abs=1e-4)
-    assert abs(found["kid"]) < 0.05
 
 
 def test_kid_is_the_unbiased_mmd_of_the_cubic_kernel():
