@@ -1,9 +1,13 @@
 import os
+import signal
 from functools import cache
 from pathlib import Path
 
 # Before torch is loaded: threads that spin while they wait make tiny runs many times slower beside any other job.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Started in the background of a script, tests and what they start would be deaf to interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
