@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dcdit.calibration import Calibration, Target, calibrate, remembered
 from dcdit.config import call_checked
-from dcdit.data.autoencoder import Decoder, load_decoder
+from dcdit.data.autoencoder import LatentDecoder, load_decoder
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.sampling import Sampler
 from dcdit.diffusion.schedule import TRAIN_STEPS
@@ -67,7 +67,7 @@ class Drawing:
     model: Model
     guidance: Guidance
     sampler: Sampler
-    decode: Decoder
+    decode: LatentDecoder
     precision: str
     calibration: Calibration | None
 
@@ -95,6 +95,7 @@ class Drawing:
             "precision": self.precision,
             "sampler": asdict(self.sampler),
             "guidance": guidance,
+            "autoencoder": self.decode.identity,
         }
 
 

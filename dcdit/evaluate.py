@@ -155,8 +155,7 @@ def measure(points: list[Point], rank: int, world_size: int) -> list[Point]:
 def take_times(points: list[Point], rounds: int, again: bool) -> None:
     """Time all budgets in turns, unless that has been done: under equal conditions, whatever else the machine does."""
     with points[0].lock():  # the first of several processes does it
-        waiting = [point for point in points if again or not point.timed]
-        if not waiting:
+        if not again and all(point.timed for point in points):
             return
         seconds: dict[Point, list[float]] = {point: [] for point in points}
         for _ in track(range(rounds), "timing", console=Console(stderr=True), transient=True):
@@ -198,7 +197,7 @@ def run(config: DictConfig) -> list[Path]:
     try:
         finished = measure(points, rank, world_size)
         if len(finished) == len(points) and request.time_rounds:
-            take_times(points, request.time_rounds, request.time_again)
+            take_times(points, request.time_rounds, request.time_again and rank == 0)
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: {error.strerror or error}. Finished parts are kept; the same command goes on"

@@ -23,8 +23,9 @@ from dcdit.cli import CONFIG_DIR, entry_point
 from dcdit.config import call_checked
 from dcdit.evaluation.plots import kept_share, trade_off
 from dcdit.evaluation.results import Result, Section, arrange, read_results
+from dcdit.evaluation.statistics import HEADINGS, KEYS
 
-_LABELS = {"fid_torch": "FID", "kid": "KID", "inception_score": "Inception Score"}
+LABELS = {KEYS[name]: HEADINGS[name] for name in KEYS}
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,9 @@ def _source(image: bytes) -> str:
 def figures(section: Section, prefix: str, out: Path) -> Iterable[dict[str, str]]:
     """Draw and save the plots of a section; yields them for the page."""
     metric = section.metrics[0]
-    label, results = _LABELS[metric], [result for s in section.series for point in s.points for result in point.results]
+    label, results = LABELS[metric], [result for s in section.series for point in s.points for result in point.results]
     places = {f"{each.values['device']}, batches of {each.values['timing']['batch_size']}" for each in results}
     words = "; ".join(sorted(places))
-
-    def against(key: str, xlabel: str) -> Figure:
-        return trade_off(section, metric, label, lambda point: point.figures(key), xlabel)
 
     plots: dict[str, tuple[str, Figure | None]] = {
         "kept_share": (
@@ -64,10 +62,13 @@ def figures(section: Section, prefix: str, out: Path) -> Iterable[dict[str, str]
     }
     if sum(len(series.points) for series in section.series) > 1:  # a single point is no trade-off
         plots = {
-            "tflops": (f"{label} against TFLOPs per image, all steps", against("tflops_per_image", "TFLOPs per image")),
+            "tflops": (
+                f"{label} against TFLOPs per image, all steps",
+                trade_off(section, metric, "tflops_per_image", label, "TFLOPs per image"),
+            ),
             "milliseconds": (
                 f"{label} against the time of sampling an image, decoding apart ({words})",
-                against("milliseconds_per_image", "ms per image"),
+                trade_off(section, metric, "milliseconds_per_image", label, "ms per image"),
             ),
             **plots,
         }
@@ -138,7 +139,7 @@ def run(config: DictConfig) -> Path:
     arranged = arrange(results)
     for number, section in enumerate(arranged, 1):
         prefix = f"{number}_" if len(arranged) > 1 else ""
-        headings = ["ρ", "seeds", *(_LABELS[metric] for metric in section.metrics), "kept", "TFLOPs/image", "ms/image"]
+        headings = ["ρ", "seeds", *(LABELS[metric] for metric in section.metrics), "kept", "TFLOPs/image", "ms/image"]
         shown.append(
             {
                 "words": section.described(),

@@ -121,7 +121,7 @@ class Progress:
         rate: images per second, the last logged.
         seconds_left: at that rate; None if nothing tells.
         reason: of a failure.
-        metrics: the last value of each validation metric.
+        metrics: the last value of each validation metric; at the end of a run, of every metric.
     """
 
     name: str
@@ -200,7 +200,14 @@ def one_line(error: BaseException) -> str:
 
 
 def note_failure(error: Exception, run_dir: Path, overrides: tuple[str, ...], sweeping: bool) -> None:
-    """Write down why the run failed; a refused command that is no part of a sweep leaves nothing behind."""
+    """Write down why the run failed; a refused command that is no part of a sweep leaves nothing behind.
+
+    Args:
+        error: the reason.
+        run_dir: of the run, no longer held by this process.
+        overrides: what was given on the command line.
+        sweeping: whether the run is part of a sweep, whose summary shall have it.
+    """
     before = RunState.read(run_dir)
     if is_held(run_dir) or (before and before.state in (FINISHED, INTERRUPTED)):
         return  # another's, or an earlier one that this command has not touched

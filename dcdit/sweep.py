@@ -24,7 +24,10 @@ def constant_keys(overrides: Sequence[str]) -> list[str]:
 
 
 class SweepSummary(Callback):
-    """Names the directories of a sweep's runs by what varies, and sums them up when all have ended."""
+    """Names the directories of a sweep's runs by what varies, and sums them up when all have ended.
+
+    The open keywords are those of Hydra's interface, which promises to hand over more over time.
+    """
 
     def on_multirun_start(self, config: DictConfig, **ignored: Any) -> None:
         """Leave what does not vary out of the names."""

@@ -4,6 +4,7 @@ import math
 import os
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,8 +137,10 @@ def note(state: RunState, run_dir: Path) -> None:
 
 
 def was_interrupted(trainer: pl.Trainer) -> bool:
-    """Whether a signal ended the training."""
-    return any(isinstance(c, StopOnInterrupt) and c.interrupted for c in trainer.callbacks)  # type: ignore[attr-defined]
+    """Whether a signal ended the training; one that came in the last step did not."""
+    callbacks: Sequence[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    signalled = any(isinstance(callback, StopOnInterrupt) and callback.interrupted for callback in callbacks)
+    return signalled and trainer.global_step < trainer.max_steps
 
 
 def report_start(module: DCDiTModule, config: DictConfig) -> None:

@@ -48,6 +48,7 @@ def test_figures_stand_beside_what_they_depend_on(run, capsys, tmp_path):
     assert (plan["step"], plan["weights"], plan["precision"], plan["count"]) == (3, "ema", "fp32", 44)
     assert (plan["sampler"]["steps"], plan["guidance"]["scale"]) == (3, 2.0)
     assert plan["features"]["name"] == "digits classifier"
+    assert plan["autoencoder"] == "identity"
     assert plan["reference"]["count"] == 180
     assert result["training"]["compression"] == 4.0
     assert result["tflops_per_image"] <= results[0.0]["tflops_per_image"]

@@ -72,6 +72,17 @@ def test_seeds_are_one_curve_and_baselines_points(runs):
     assert seeds == {0, 1}
 
 
+def test_what_was_measured_again_counts_once(runs, tmp_path):
+    (path, *_) = (runs / "small_sweep").rglob("evaluation/*.json")
+    values = json.loads(path.read_text())
+    values["plan"]["batch_size"], values["metrics"]["fid_torch"] = 7, -1.0
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "again.json").write_text(json.dumps(values))
+    before, after = (read_results(places) for places in ([str(runs)], [str(runs), str(tmp_path)]))
+    assert len(after) == len(before)
+    assert [each.values["metrics"]["fid_torch"] for each in after].count(-1.0) == 1  # the newer one
+
+
 def test_other_settings_are_another_section(runs, tmp_path):
     (path, *_) = (runs / "small_sweep").rglob("evaluation/*.json")
     values = json.loads(path.read_text())

@@ -131,6 +131,20 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, digits):
     assert load(tmp_path / "again")["global_step"] == state.step + 2
 
 
+def test_a_signal_in_the_last_step_interrupts_nothing(tiny, monkeypatch):
+    from dcdit.callbacks import StopOnInterrupt
+
+    handle = StopOnInterrupt.on_train_batch_end
+
+    def signalled(self, trainer, *arguments):
+        self.interrupted = trainer.global_step == 3
+        handle(self, trainer, *arguments)
+
+    monkeypatch.setattr(StopOnInterrupt, "on_train_batch_end", signalled)
+    assert RunState.read(tiny("last", "trainer.max_steps=3")).state == "finished"
+    assert RunState.read(tiny("before", "trainer.max_steps=4")).state == "interrupted"
+
+
 def test_old_checkpoints_go_and_milestones_stay(tiny):
     settings = ("callbacks.checkpoint.every_n_steps=2", "callbacks.checkpoint.keep=2")
     run = tiny("run", "trainer.max_steps=13", *settings, "callbacks.checkpoint.milestone_every=4")

@@ -81,7 +81,10 @@ class Checkpoint(ModelCheckpoint):
         """After each save, drop what need not stay."""
         super()._save_last_checkpoint(trainer, monitor_candidates)
         if trainer.is_global_zero and self.keep is not None and self.dirpath is not None:
-            steps = {int(path.stem.removeprefix("step_")): path for path in Path(self.dirpath).glob("step_*.ckpt")}
+            steps = {
+                int(path.stem.removeprefix("step_")): path
+                for path in Path(self.dirpath).glob(f"step_{'[0-9]' * 8}.ckpt")
+            }
             for step in sorted(steps)[: -self.keep]:
                 if self.milestone_every is None or step % self.milestone_every:
                     steps[step].unlink(missing_ok=True)

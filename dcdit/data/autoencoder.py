@@ -160,7 +160,30 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     )
 
 
-def load_decoder(latents: dict[str, Any], device: torch.device, instead: str | None = None) -> Decoder:
+@dataclass(frozen=True)
+class LatentDecoder:
+    """A :data:`Decoder` that can be told from others.
+
+    Attributes:
+        autoencoder: decodes.
+        scale, shift: the network sees (z - shift) * scale.
+    """
+
+    autoencoder: Autoencoder
+    scale: float
+    shift: float
+
+    @property
+    def identity(self) -> str:
+        """Digest of the weights, wherever they lie; the name where there are none."""
+        return self.autoencoder.fingerprint or self.autoencoder.name
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Images (B, 1 or 3, height, width) uint8 of network-side latents (B, C, H, W)."""
+        return self.autoencoder.decode(latents / self.scale + self.shift)
+
+
+def load_decoder(latents: dict[str, Any], device: torch.device, instead: str | None = None) -> LatentDecoder:
     """The decoder for the latents that a manifest's or a checkpoint's summary describes.
 
     Args:
@@ -182,5 +205,4 @@ def load_decoder(latents: dict[str, Any], device: torch.device, instead: str | N
         raise UserError(
             f"autoencoder={autoencoder.name!r} has {autoencoder.channels} channels, the latents {latents['shape'][0]}"
         )
-    scale, shift = latents["scale"], latents["shift"]
-    return lambda z: autoencoder.decode(z / scale + shift)
+    return LatentDecoder(autoencoder, latents["scale"], latents["shift"])

@@ -62,7 +62,6 @@ class LatentImages:
         self._reader = ShardReader(location, self.manifest.shards)
         self._layout = Layout.of(self.manifest)
         self._ends = np.cumsum([shard.samples for shard in self.manifest.shards])
-        self._autoencoder = autoencoder
         height, width = self._decode(torch.zeros(1, *self.manifest.latent_shape, device=device)).shape[2:]
         self.size, self._device = (height, width), device
 
@@ -89,7 +88,7 @@ class LatentImages:
         return {
             "kind": "decoded latents",
             "content": hashlib.sha256(content.encode()).hexdigest()[:16],
-            "autoencoder": self._autoencoder or self.manifest.fingerprint or self.manifest.autoencoder,
+            "autoencoder": self._decode.identity,
         }
 
 

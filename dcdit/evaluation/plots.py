@@ -1,11 +1,11 @@
 """Plots of quality against compute."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
 
-from dcdit.evaluation.results import Point, Section, Series
+from dcdit.evaluation.results import Section, Series
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -36,14 +36,20 @@ def _finish(figure: Figure, axes: Axes) -> Figure:
     return figure
 
 
-def trade_off(section: Section, metric: str, ylabel: str, cost: Callable[[Point], list[float]], xlabel: str) -> Figure:
-    """``metric`` against a cost: a curve over the drop fractions for each series, a single point for a plain DiT.
+def trade_off(section: Section, metric: str, cost: str, ylabel: str, xlabel: str) -> Figure:
+    """A metric against a cost: a curve over the drop fractions for each series, a single point for a plain DiT.
 
     Where there are several training seeds, lines and marks are means and bars reach from the least to the greatest.
+
+    Args:
+        section: the curves.
+        metric: its key among a result's metrics.
+        cost: key of a result, ``tflops_per_image`` or ``milliseconds_per_image``.
+        ylabel, xlabel: of the axes, with units.
     """
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
     for series, colour in zip(section.series, _colours(section).values(), strict=True):
-        xs = [_mean(cost(point)) for point in series.points]
+        xs = [_mean(point.figures(cost)) for point in series.points]
         spread = [point.figures("metrics", metric) for point in series.points]
         ys = [_mean(values) for values in spread]
         bars = np.array([[y - min(values), max(values) - y] for y, values in zip(ys, spread, strict=True)]).T

@@ -157,7 +157,7 @@ class Section:
 
 
 def read_results(places: Sequence[str]) -> list[Result]:
-    """All results in and below ``places``, by path; the newest where one was measured twice.
+    """All results in and below ``places``, by path; the newest where a run was measured twice in the same way.
 
     Raises:
         UserError: if a place does not exist, or there are no results.
@@ -170,8 +170,8 @@ def read_results(places: Sequence[str]) -> list[Result]:
             files.append(place)
         else:
             files += [*place.rglob("evaluation/*.json"), *(place.glob("*.json") if place.name == "evaluation" else [])]
-    results = []
-    for file in sorted(set(files)):
+    results: dict[str, Result] = {}
+    for file in sorted(set(files), key=lambda path: (path.stat().st_mtime, path)):
         try:
             values = json.loads(file.read_text())
             if values["schema"] != SCHEMA:
@@ -180,10 +180,10 @@ def read_results(places: Sequence[str]) -> list[Result]:
             result.row()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is no result of dcdit.evaluate ({error!r}): remove it") from error
-        results.append(result)
+        results[json.dumps([values["run"], result.setting, result.kind, result.drop], sort_keys=True)] = result
     if not results:
         raise UserError(f"runs={', '.join(places)}: no results there, python -m dcdit.evaluate writes them")
-    return results
+    return sorted(results.values(), key=lambda result: result.path)
 
 
 def _together(results: Iterable[Result], key: str) -> list[list[Result]]:

@@ -46,6 +46,26 @@ def test_latents_of_an_autoencoder(tmp_path, tiny_vae):
         opened(tmp_path / "train", 16, "nowhere/at/all")
 
 
+def test_another_autoencoder_in_the_same_place_makes_other_images(tmp_path, tiny_vae):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(tiny_vae)
+    latents = np.zeros((2, 4, 4, 4), np.float16)
+    settings = {"classes": ("a",), "autoencoder": "x", "scale": 0.5, "shift": 0.25, "samples_per_shard": 5}
+    write_shards(tmp_path / "train", latents, np.zeros(2, int), **settings)
+    found = []
+    for _ in range(2):
+        vae.save_pretrained(tmp_path / "vae")
+        found.append(opened(tmp_path / "train", 16, str(tmp_path / "vae")).described())
+        with torch.no_grad():
+            vae.decoder.conv_out.bias += 1
+    assert found[0] != found[1]
+    vae.save_pretrained(tmp_path / "moved")
+    vae.save_pretrained(tmp_path / "vae")
+    moved, there = (opened(tmp_path / "train", 16, str(tmp_path / name)).described() for name in ("moved", "vae"))
+    assert moved == there
+
+
 def test_archives_stored_and_compressed(tmp_path):
     content = np.random.default_rng(0).integers(256, size=(9, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "stored.npz", arr_0=content)
