@@ -22,6 +22,17 @@ def check_compression(compression: float, name: str = "compression") -> None:
         )
 
 
+def micro_batch(batch_size: int, processes: int, accumulate: int) -> int:
+    """Samples of a process at once; :class:`UserError` unless ``batch_size`` can be split so."""
+    size, rest = divmod(batch_size, processes * accumulate)
+    if rest or not size:
+        raise UserError(
+            f"data.batch_size={batch_size} cannot be split over {processes} processes x"
+            f" trainer.accumulate_grad_batches={accumulate}: take a multiple of {processes * accumulate}"
+        )
+    return size
+
+
 def check_sizes(sizes: Mapping[str, int]) -> None:
     """Raise :class:`UserError` naming the first of ``sizes`` that is not positive."""
     for name, size in sizes.items():

@@ -81,17 +81,8 @@ def entry_point(main: Callable[[], None], paths: bool = False) -> None:
         main: the function.
         paths: words of the command line that are no overrides are ``runs``.
     """
-    register_resolvers()
+    prepare()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of Hydra's own printout
-    # Lightning finds a missing validation split and a resumed run strange, uses what torch deprecates, and advertises.
-    noises = (
-        "Total length of `list` across ranks is zero",
-        "Checkpoint directory .* exists and is not empty",
-        ".*LeafSpec",
-    )
-    for noise in noises:
-        warnings.filterwarnings("ignore", message=noise)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
     try:
         if paths:
             sys.argv[1:] = with_paths(sys.argv[1:])
@@ -107,6 +98,20 @@ def entry_point(main: Callable[[], None], paths: bool = False) -> None:
             raise
         show(message)
         sys.exit(USER_ERROR_STATUS)
+
+
+def prepare() -> None:
+    """What holds in every process that runs a command or a part of one: known resolvers, no idle warnings."""
+    register_resolvers()
+    # Lightning finds a missing validation split and a resumed run strange, uses what torch deprecates, and advertises.
+    noises = (
+        "Total length of `list` across ranks is zero",
+        "Checkpoint directory .* exists and is not empty",
+        ".*LeafSpec",
+    )
+    for noise in noises:
+        warnings.filterwarnings("ignore", message=noise)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
 
 
 def explain(error: Exception) -> str | None:
@@ -137,6 +142,7 @@ def _explain_override(error: ConfigCompositionException | MissingConfigException
         return f"{message}" + (f"\navailable: {options}" if options else "")
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
         given = [word for word in sys.argv[1:] if word.split("=")[0].lstrip("+~") == cause.full_key]
-        remedy = suggestion(str(cause.key), [str(key) for key in cause.parent_node])
+        known = [str(key) for key in cause.parent_node]
+        remedy = suggestion(str(cause.key), known) if known else f"to add it say +{cause.full_key}=..."
         return f"{given[0] if given else cause.full_key}: there is no such key, {remedy}"
     return f"{message}\n{cause or ''}"

@@ -6,10 +6,12 @@ from typing import Any
 import hydra
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dcdit.callbacks import AtomicCheckpointIO
+from dcdit.checks import micro_batch
 from dcdit.cli import model_config
 from dcdit.config import call_checked
 from dcdit.data.datamodule import LatentDataModule
@@ -18,6 +20,7 @@ from dcdit.errors import UserError
 from dcdit.evaluation.matching import steps_matching
 from dcdit.module import Budget, DCDiTModule
 from dcdit.registry import build_network, build_source
+from dcdit.runtime import launcher, processes
 
 
 def check_fit(manifest: Manifest, model: dict[str, Any]) -> None:
@@ -46,6 +49,7 @@ class Run:
     run_name: str
     run_dir: str
     ckpt_path: str | None
+    run_id: str | None
     nonfinite_limit: int
 
 
@@ -100,8 +104,47 @@ def build_data(config: DictConfig) -> LatentDataModule:
     return call_checked(LatentDataModule, values, "data", {"source": build_source(spec) if spec else None})
 
 
+def world_size(config: DictConfig) -> int:
+    """Processes that the trainer will use."""
+    devices, on_gpu = config.trainer.devices, config.trainer.accelerator in ("gpu", "cuda")
+    if isinstance(devices, ListConfig):
+        number = len(devices)
+    elif isinstance(devices, int) and devices > 0:
+        number = devices
+    else:  # -1 and "auto"
+        number = max(1, torch.cuda.device_count()) if on_gpu else 1
+    return number * config.trainer.num_nodes
+
+
+def accumulation(config: DictConfig, world: int) -> int:
+    """Micro-batches of an optimiser step on each of ``world`` processes, which keep ``data.batch_size`` what it says.
+
+    Raises:
+        UserError: if the batch cannot be split so.
+    """
+    batch, most, steps = config.data.batch_size, config.trainer.max_micro_batch, config.trainer.accumulate_grad_batches
+    if most is not None and steps != 1:
+        raise UserError(
+            f"trainer.max_micro_batch={most} and trainer.accumulate_grad_batches={steps} are two ways to say how a"
+            " batch is split, take one"
+        )
+    micro_batch(batch, world, steps)
+    if most is None:
+        return steps
+    if most < 1:
+        raise UserError(f"trainer.max_micro_batch={most} is not a positive number")
+    own = batch // world
+    return next(steps for steps in range(-(-own // most), own + 1) if own % steps == 0)
+
+
 def check_devices(config: DictConfig) -> None:
-    """Raise :class:`UserError` if the trainer asks for a GPU that is not there."""
+    """Raise :class:`UserError` if the trainer asks for a GPU that is not there, or not for the processes that are."""
+    started, wanted = processes()[1], world_size(config)
+    if started not in (1, wanted):
+        raise UserError(
+            f"trainer.devices={config.trainer.devices} x trainer.num_nodes={config.trainer.num_nodes}, but"
+            f" {started} processes were started: set trainer.devices to those of each node"
+        )
     if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(
             f"trainer.accelerator={config.trainer.accelerator}: this machine has no usable CUDA device; train on the"
@@ -113,8 +156,14 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
     """The Trainer with its callbacks and loggers."""
     callbacks = [hydra.utils.instantiate(node) for node in (config.callbacks or {}).values() if node]
     loggers = [hydra.utils.instantiate(node) for node in (config.logger or {}).values() if node]
-    arguments = {key: value for key, value in config.trainer.items() if not str(key).startswith("match_")}
+    own = ("match_compute_of", "match_steps", "max_micro_batch")
+    arguments = {key: value for key, value in config.trainer.items() if key not in own}
+    arguments["accumulate_grad_batches"] = accumulate = accumulation(config, world_size(config))
+    if isinstance(arguments["val_check_interval"], int):
+        arguments["val_check_interval"] *= accumulate  # Lightning counts micro-batches
+    environment = launcher()
+    if environment is None and SLURMEnvironment.detect():  # inside an allocation, but not by srun
+        environment = LightningEnvironment()
+    plugins = [AtomicCheckpointIO(), *([environment] if environment else [])]
     arguments["enable_progress_bar"] = (config.callbacks or {}).get("progress") is not None
-    return hydra.utils.instantiate(
-        arguments, callbacks=callbacks, logger=loggers or False, plugins=[AtomicCheckpointIO()]
-    )
+    return hydra.utils.instantiate(arguments, callbacks=callbacks, logger=loggers or False, plugins=plugins)

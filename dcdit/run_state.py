@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import secrets
 import shutil
 import socket
 import time
@@ -19,7 +20,9 @@ from dcdit.errors import UserError
 from dcdit.ledger import write_json
 
 RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
-_NAME, LOCK = "state.json", ".running.lock"
+QUEUED = "queued"
+"""Said by a file of its own, so that neither a job nor whoever queues it writes over what the other says."""
+_NAME, LOCK, QUEUED_NAME = "state.json", ".running.lock", ".queued"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class RunState:
         host: machine that wrote this.
         time: seconds since the epoch.
         overrides: what was given on the command line.
+        id: of the run, for services that draw its curves; the same after every resume.
+        began: step of the newest checkpoint when the run was started last.
+        starts: how often in a row it was started there.
     """
 
     state: str
@@ -44,6 +50,9 @@ class RunState:
     host: str = field(default_factory=socket.gethostname)
     time: float = field(default_factory=time.time)
     overrides: tuple[str, ...] = ()
+    id: str = field(default_factory=lambda: secrets.token_hex(4))
+    began: int = 0
+    starts: int = 1
 
     def write(self, run_dir: Path) -> None:
         """Replace what ``run_dir`` says."""
@@ -64,12 +73,13 @@ class RunState:
 
 
 @contextmanager
-def sole_writer(run_dir: Path, rank: int) -> Iterator[None]:
+def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]:
     """Hold a run's directory; the kernel gives it back however the process ends.
 
     Args:
         run_dir: the directory.
         rank: of this process; the first holds it for all.
+        patience: seconds to wait for one that is about to end.
 
     Raises:
         UserError: if another run does.
@@ -79,7 +89,7 @@ def sole_writer(run_dir: Path, rank: int) -> Iterator[None]:
         return
     lock = FileLock(run_dir / LOCK)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=patience)
     except Timeout:
         holder = RunState.read(run_dir)
         where = f" on {holder.host}" if holder and holder.host != socket.gethostname() else ""
@@ -115,7 +125,8 @@ class Progress:
 
     Attributes:
         name: of the run, below the folder that was asked about.
-        state: as of :class:`RunState`; ``died`` if it says running and no process is, ``waiting`` if it has not begun.
+        state: as of :class:`RunState`; ``queued`` if a job waits for its turn, ``died`` if it says running and no
+            process is, ``waiting`` if it has not begun.
         step, max_steps: optimiser steps.
         loss: the last logged diffusion loss of training.
         rate: images per second, the last logged.
@@ -141,7 +152,9 @@ def progress_of(run_dir: Path, name: str) -> Progress:
     last = _last_logged(run_dir)
     state = known.state if known else "waiting"
     held = is_held(run_dir)
-    if state == RUNNING and not held:
+    if not held and (run_dir / QUEUED_NAME).exists():
+        state = QUEUED
+    elif state == RUNNING and not held:
         state = "died"
     step = max(known.step if known else 0, int(last.get("step", -1)) + 1)
     if known and known.state != RUNNING:
@@ -187,7 +200,7 @@ def _last_logged(run_dir: Path) -> dict[str, float]:
 
 def runs_below(folder: Path) -> list[Path]:
     """Directories of runs in and below ``folder``, by name."""
-    marks = {path.parent for name in (_NAME, "config.yaml") for path in folder.rglob(name)}
+    marks = {path.parent for name in (_NAME, "config.yaml", QUEUED_NAME) for path in folder.rglob(name)}
     return sorted(path for path in marks if path.name != ".hydra")
 
 
@@ -199,7 +212,9 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def note_failure(error: Exception, run_dir: Path, overrides: tuple[str, ...], sweeping: bool) -> None:
+def note_failure(
+    error: Exception, run_dir: Path, overrides: tuple[str, ...], sweeping: bool, together: bool = False
+) -> None:
     """Write down why the run failed; a refused command that is no part of a sweep leaves nothing behind.
 
     Args:
@@ -207,9 +222,12 @@ def note_failure(error: Exception, run_dir: Path, overrides: tuple[str, ...], sw
         run_dir: of the run, no longer held by this process.
         overrides: what was given on the command line.
         sweeping: whether the run is part of a sweep, whose summary shall have it.
+        together: whether this is one of several processes, another of which may still hold the directory for all.
     """
     before = RunState.read(run_dir)
-    if is_held(run_dir) or (before and before.state in (FINISHED, INTERRUPTED)):
+    (run_dir / QUEUED_NAME).unlink(missing_ok=True)
+    untouched = (FINISHED,) if sweeping else (FINISHED, INTERRUPTED)
+    if (is_held(run_dir) and not together) or (before and before.state in untouched):
         return  # another's, or an earlier one that this command has not touched
     if before or sweeping:
         state = before or RunState(FAILED, overrides=overrides)

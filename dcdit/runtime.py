@@ -15,6 +15,9 @@ from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvir
 
 from dcdit.errors import UserError
 
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name))
+"""After which training saves and stops: Ctrl-C, the end of a process or a job, and what SLURM sends before that end."""
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -69,8 +72,8 @@ def device_words(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def _launcher() -> ClusterEnvironment | None:
-    """Whoever started this process as one of several: torchrun or srun."""
+def launcher() -> ClusterEnvironment | None:
+    """Whoever started this process as one of several: torchrun or srun. Queueing again is not Lightning's business."""
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
     # sbatch alone sets the number of tasks too, but starts the script once
@@ -81,20 +84,20 @@ def _launcher() -> ClusterEnvironment | None:
 
 def local_rank() -> int:
     """This process among those of its machine."""
-    launcher = _launcher()
-    return launcher.local_rank() if launcher else 0
+    started_by = launcher()
+    return started_by.local_rank() if started_by else 0
 
 
 def processes() -> tuple[int, int]:
     """Rank of this process, and how many there are; (0, 1) if it was started alone."""
-    launcher = _launcher()
-    return (launcher.global_rank(), launcher.world_size()) if launcher else (0, 1)
+    started_by = launcher()
+    return (started_by.global_rank(), started_by.world_size()) if started_by else (0, 1)
 
 
 def local_processes() -> int:
     """How many processes were started on this machine."""
     for variable in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
-        if _launcher() and os.environ.get(variable, "").isdigit():
+        if launcher() and os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return 1
 
@@ -109,8 +112,15 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """For the workers of a loader: Ctrl-C reaches all processes, but only the main one decides."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """For the workers of a loader: terminals and SLURM signal all processes, but only the main one decides."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether ``error`` only says that another process of the run is gone; the reason, if any, is with that one."""
+    told = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl"))
+    return told or isinstance(error, torch.distributed.DistError)
 
 
 def cores() -> int:

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dcdit.errors import UserError
 from dcdit.run_state import FINISHED, INTERRUPTED, Progress, progress_of, runs_below
 
 SUMMARY = "summary.csv"
@@ -23,6 +25,12 @@ def constant_keys(overrides: Sequence[str]) -> list[str]:
     return [override.get_key_element().lstrip("+~") for override in parsed if not override.is_sweep_override()]
 
 
+def single(config: DictConfig) -> bool:
+    """Whether nothing varies: one run, submitted or started as a sweep."""
+    tasks = list(config.hydra.overrides.task)
+    return len(constant_keys(tasks)) == len(tasks) and not config.hydra.sweeper.get("params")
+
+
 class SweepSummary(Callback):
     """Names the directories of a sweep's runs by what varies, and sums them up when all have ended.
 
@@ -31,10 +39,18 @@ class SweepSummary(Callback):
 
     def on_multirun_start(self, config: DictConfig, **ignored: Any) -> None:
         """Leave what does not vary out of the names."""
+        if config.cluster.name != "local" and find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+            raise UserError(
+                f"cluster={config.cluster.name} needs hydra-submitit-launcher: pip install 'dcdit[slurm]', or take"
+                " cluster=local"
+            )
         constant = constant_keys(config.hydra.overrides.task)
         always = list(config.hydra.job.config.override_dirname.exclude_keys)
         names = ",".join(f'"{key}"' for key in dict.fromkeys([*always, *constant]))
         with open_dict(config):
+            if single(config):
+                config.hydra.overrides.hydra += [f"hydra.sweep.dir={config.run_dir}", "hydra.sweep.subdir=."]
+                config.hydra.sweep.dir, config.hydra.sweep.subdir = config.run_dir, "."
             config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{names}]")
 
     def on_multirun_end(self, config: DictConfig, **ignored: Any) -> None:

@@ -4,9 +4,10 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hydra
 import lightning.pytorch as pl
@@ -18,19 +19,32 @@ from omegaconf import DictConfig, OmegaConf
 
 from dcdit.callbacks import StopOnInterrupt
 from dcdit.cli import CONFIG_DIR, entry_point, explain, show
-from dcdit.composed import build_data, build_module, build_trainer, check_devices, check_fit, match_compute
+from dcdit.cluster import job
+from dcdit.composed import (
+    build_data,
+    build_module,
+    build_trainer,
+    check_devices,
+    check_fit,
+    match_compute,
+    world_size,
+)
 from dcdit.errors import UserError
 from dcdit.module import DCDiTModule
 from dcdit.run_state import (
     FINISHED,
     INTERRUPTED,
+    QUEUED_NAME,
     RUNNING,
     RunState,
     note_failure,
     one_line,
     sole_writer,
 )
-from dcdit.runtime import keep_freed_memory
+from dcdit.runtime import keep_freed_memory, lost_process, processes
+
+PATIENCE = 180.0
+"""Seconds that a job waits for the one before it to let go of the run: a node that died holds locks for a while."""
 
 
 def find_checkpoint(config: DictConfig, run_dir: Path) -> Path | None:
@@ -58,9 +72,9 @@ def find_checkpoint(config: DictConfig, run_dir: Path) -> Path | None:
 
 
 @rank_zero_only
-def save_config(config: DictConfig, run_dir: Path) -> None:
+def save_config(settings: Mapping[str, Any], run_dir: Path) -> None:
     """Write the resolved configuration beside the checkpoints."""
-    OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+    OmegaConf.save(OmegaConf.create(dict(settings)), run_dir / "config.yaml")
 
 
 def train(config: DictConfig, run_dir: Path) -> dict[str, float]:
@@ -75,21 +89,61 @@ def train(config: DictConfig, run_dir: Path) -> dict[str, float]:
     match_compute(config)
     with torch.device("meta"):
         build_module(config, latents={})  # cheap at any scale, before any data are written
-    with sole_writer(run_dir, rank()):
+    with sole_writer(run_dir, rank(), patience=PATIENCE if job.inside() else 0):
         checkpoint = find_checkpoint(config, run_dir)
-        before = RunState.read(run_dir) if checkpoint else None
-        if before and before.state == FINISHED and before.step >= config.trainer.max_steps:
+        before = RunState.read(run_dir)
+        if checkpoint and before and before.state == FINISHED and before.step >= config.trainer.max_steps:
+            leave_queue(None, run_dir)
             rank_zero_info(
                 f"{os.path.relpath(run_dir)} is finished, at step {before.step}: train on with a larger"
                 " trainer.max_steps"
             )
             return dict(before.metrics)
+        leave_queue(before, run_dir)
         check_devices(config)
-        return fit(config, run_dir, checkpoint)
+        state = started(before, run_dir, config)
+        return fit(config, run_dir, checkpoint, state)
 
 
-def fit(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> dict[str, float]:
+def started(before: RunState | None, run_dir: Path, config: DictConfig) -> RunState:
+    """The state of the run once it trains.
+
+    Args:
+        before: what the last start left.
+        run_dir: of the run.
+        config: of the run.
+
+    Raises:
+        UserError: if a job died too often without getting any further.
+    """
+    newest = max((int(path.stem[5:]) for path in (run_dir / "checkpoints").glob("step_*.ckpt")), default=0)
+    died_here = before is not None and before.state == RUNNING and before.began == newest
+    starts = before.starts + 1 if before and died_here else 1
+    limit = config.cluster.get("attempts")
+    if limit is not None and starts > limit:
+        raise UserError(
+            f"cluster.attempts={limit}: the run died {limit} times in a row after step {newest}, without another"
+            " checkpoint in between. Look at job.log, save more often (callbacks.checkpoint.every_n_steps) if it had"
+            " too little time, and submit it again"
+        )
+    state = RunState(RUNNING, 0, config.trainer.max_steps, overrides=task_overrides(), began=newest, starts=starts)
+    known = config.run_id or (before.id if before else None)
+    return replace(state, id=known) if known else state
+
+
+@rank_zero_only
+def leave_queue(before: RunState | None, run_dir: Path) -> None:
+    """The run's turn has come; an earlier failure is none any more."""
+    queued = run_dir / QUEUED_NAME
+    if queued.exists():
+        if before is not None and before.state != RUNNING:
+            note(replace(before, state=RUNNING, reason="", began=-1), run_dir)
+        queued.unlink()
+
+
+def fit(config: DictConfig, run_dir: Path, checkpoint: Path | None, state: RunState) -> dict[str, float]:
     """Train in ``run_dir``, which this process holds, from ``checkpoint`` on; returns the last metrics."""
+    config.run_id = state.id
     data = build_data(config)
     data.prepare_data()
     manifest = data.manifest()
@@ -107,16 +161,18 @@ def fit(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> dict[str,
         module.network.to(memory_format=torch.channels_last)
     trainer = build_trainer(config)
     report_start(module, config)
-    save_config(config, run_dir)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    del settings["cluster"]  # whose account paid is nobody else's business
+    save_config(settings, run_dir)
     for logger in trainer.loggers:
-        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-    state = RunState(RUNNING, max_steps=config.trainer.max_steps, overrides=task_overrides())
+        logger.log_hyperparams(settings)
     note(state, run_dir)
     trainer.fit(module, data, ckpt_path=checkpoint)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     ended = INTERRUPTED if was_interrupted(trainer) else FINISHED
     note(replace(state, state=ended, step=trainer.global_step, metrics=metrics, time=time.time()), run_dir)
     report_end(trainer, run_dir)
+    trainer.strategy.barrier()  # a process that leaves a job early takes the others with it
     return metrics
 
 
@@ -173,17 +229,41 @@ def main(config: DictConfig) -> float | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        return train(config, run_dir).get("val/diffusion_loss")
+        job.begin(run_dir)
+        if sweeping and not job.inside():
+            check_local_sweep(config)
+        metrics = train(config, run_dir)
+        state = RunState.read(run_dir)
+        stopped = state is not None and state.state == INTERRUPTED
+        job.end(goes_on=stopped, failed=False)
+        if stopped and sweeping:
+            raise KeyboardInterrupt  # whoever stops a run of a sweep does not ask for the next one
+        return metrics.get("val/diffusion_loss")
     except Exception as error:
-        if rank() == 0:
-            note_failure(error, run_dir, task_overrides(), sweeping)
+        lost, together = lost_process(error), torch.distributed.is_initialized()
+        if not lost and (rank() == 0 or together):
+            note_failure(error, run_dir, task_overrides(), sweeping, together)
         if not sweeping:
             raise
         show(f"{os.path.relpath(run_dir)}: {explain(error) or one_line(error)}")
         if explain(error) is None:
             traceback.print_exception(error)
+        job.end(goes_on=lost, failed=True)
         return math.nan
 
 
+def check_local_sweep(config: DictConfig) -> None:
+    """Raise :class:`UserError` unless each run of a sweep on this machine is one process."""
+    if world_size(config) > 1 or processes()[1] > 1:
+        raise UserError(
+            f"trainer.devices={config.trainer.devices} x trainer.num_nodes={config.trainer.num_nodes}: runs of a sweep"
+            " on this machine are one process each. Set trainer.devices=1, start each run by itself, or sweep on a"
+            " cluster with cluster=slurm"
+        )
+
+
 if __name__ == "__main__":
-    entry_point(main)
+    # by its name, under which the processes of a job find it
+    from dcdit.train import main as command
+
+    entry_point(command)

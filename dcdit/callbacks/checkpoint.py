@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from dcdit.errors import UserError
+from dcdit.runtime import STOP_SIGNALS
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -98,12 +99,11 @@ class Checkpoint(ModelCheckpoint):
 
 
 class StopOnInterrupt(Callback):
-    """On Ctrl-C or SIGTERM finish the step, save, and say how to resume; a second signal stops at once.
+    """On Ctrl-C, SIGTERM or SIGUSR2 finish the step, save, and say how to resume; a second Ctrl-C stops at once.
 
     Several processes agree every few steps, for the signal need not reach all of them, nor in the same step.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
     TOGETHER = 5
     """Optimiser steps between two agreements of several processes."""
 
@@ -113,11 +113,14 @@ class StopOnInterrupt(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the signals, after Lightning, whose own handler of SIGTERM stops without saving."""
-        self._previous = {each: signal.signal(each, self._handle) for each in self.SIGNALS}
+        self._previous = {each: signal.signal(each, self._handle) for each in STOP_SIGNALS}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and self.interrupted:
+            raise KeyboardInterrupt
+        if self.interrupted:
+            return  # SLURM sends several, one after the other
         self.interrupted = True
-        self._give_back()
         again = "Press Ctrl-C again to stop at once." if signum == signal.SIGINT else ""
         rank_zero_info(f"\n{signal.Signals(signum).name}: finishing this step and saving. {again}")
 

@@ -9,6 +9,7 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from dcdit.checks import micro_batch
 from dcdit.data.autoencoder import network_latents
 from dcdit.data.location import Location
 from dcdit.data.manifest import MANIFEST_NAME, Manifest
@@ -176,14 +177,9 @@ class LatentDataModule(pl.LightningDataModule):
     def _readers(self) -> Readers:
         """Who reads the training split together; UserError if the batch cannot be divided among them."""
         assert self.trainer is not None
-        parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        micro, rest = divmod(self.batch_size, parts)
-        if rest or not micro:
-            raise UserError(
-                f"data.batch_size={self.batch_size} cannot be split over {self.trainer.world_size} processes x"
-                f" trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}: take a multiple of {parts}"
-            )
-        return Readers(self.trainer.world_size, micro, self.shuffle_buffer)
+        world = self.trainer.world_size
+        size = micro_batch(self.batch_size, world, self.trainer.accumulate_grad_batches)
+        return Readers(world, size, self.shuffle_buffer)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, and the optimiser step that it belongs to."""

@@ -1,0 +1,176 @@
+"""Submit the runs of a sweep as a job array of SLURM, and wait for them by their directories."""
+
+import math
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig
+from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import SlurmExecutor
+
+from dcdit.cluster.settings import Cluster, cluster_of, sbatch_parameters
+from dcdit.errors import UserError
+from dcdit.run_state import FAILED, FINISHED, QUEUED_NAME, RunState, is_held, progress_of
+
+FOLDER = ".submitit"
+
+
+class Draft(SlurmExecutor):
+    """Writes scripts on machines without SLURM as well."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Always usable."""
+        return 1
+
+
+def run_dir_of(config: DictConfig) -> Path:
+    """Where a job of a sweep will run."""
+    HydraConfig.instance().set_config(config)  # for the resolver in the directory's name
+    return Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
+
+
+def launch(
+    job: Callable[..., JobReturn],
+    configs: Sequence[DictConfig],
+    overrides: Sequence[Sequence[str]],
+    first: int,
+) -> list[JobReturn]:
+    """Submit ``job`` once for each configuration; every mistake is found before the first is submitted.
+
+    Args:
+        job: what runs in the job, with the arguments of Hydra's submitit launcher.
+        configs: the composed configurations, with their ``hydra`` part.
+        overrides: what they were composed from.
+        first: number of the first one in the sweep.
+
+    Returns:
+        What each run says at its end.
+
+    Raises:
+        UserError: if a value is wrong, or SLURM takes none of it.
+        SystemExit: where there is nothing to wait for.
+    """
+    clusters = [cluster_of(config) for config in configs]
+    if any(each != clusters[0] for each in clusters):
+        raise UserError("cluster.*: all runs of a sweep are one job array and need the same; submit one sweep for each")
+    cluster, runs = clusters[0], [run_dir_of(config) for config in configs]
+    folder = Path(configs[0].hydra.sweep.dir, FOLDER).absolute()
+    parameters = sbatch_parameters(cluster, configs[0].run_name, folder)
+    if cluster.dry_run:
+        print(draft(folder, parameters, len(runs)))
+        raise SystemExit(0)
+    state = Singleton.get_state()
+    arguments = [
+        (list(words), "hydra.sweep.dir", first + number, f"job_id_for_{first + number}", state)
+        for number, words in enumerate(overrides)
+    ]
+    for run in runs:  # before a job may start and take the note away
+        run.mkdir(parents=True, exist_ok=True)
+        (run / QUEUED_NAME).touch()
+    try:
+        names = submit(job, arguments, folder, parameters)
+    except UserError:
+        for run in runs:
+            (run / QUEUED_NAME).unlink()
+        raise
+    jobs = dict(zip(names, runs, strict=True))
+    place, array = Path(configs[0].hydra.sweep.dir), names[0].split("_")[0]
+    rank_zero_info(f"Submitted {', '.join(jobs)}. Follow: python -m dcdit.status {place}   End: scancel {array}")
+    if not cluster.wait:
+        raise SystemExit(0)
+    wait(jobs, cluster, place.absolute())
+    return [returned(run, words, config) for run, words, config in zip(runs, overrides, configs, strict=True)]
+
+
+def draft(folder: Path, parameters: Mapping[str, Any], jobs: int) -> str:
+    """The script that sbatch would get."""
+    executor = Draft(folder)
+    executor.update_parameters(**parameters)
+    if jobs > 1:
+        executor.parameters["map_count"] = jobs
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def submit(job: Callable[..., JobReturn], arguments: Sequence[tuple], folder: Path, parameters: Any) -> list[str]:
+    """Hand the jobs to SLURM; returns their names.
+
+    Raises:
+        UserError: if there is no SLURM, or it refuses them.
+    """
+    try:
+        executor = SlurmExecutor(folder)
+    except RuntimeError:
+        raise UserError(
+            "cluster=slurm: there is no SLURM on this machine (no srun). Submit from the cluster, look at the script"
+            " with cluster.dry_run=true, or take cluster=local"
+        ) from None
+    executor.update_parameters(**parameters)
+    try:
+        return [each.job_id for each in executor.map_array(job, *zip(*arguments, strict=True))]
+    except (FailedJobError, OSError) as error:
+        raise UserError(f"cluster=slurm: sbatch refused the job: {str(error).strip()}") from None
+
+
+def wait(jobs: Mapping[str, Path], cluster: Cluster, place: Path) -> None:
+    """Until every run has finished or failed, or its job is gone.
+
+    Args:
+        jobs: their runs, by name.
+        cluster: the settings.
+        place: directory of the sweep, for messages.
+    """
+    left = dict(jobs)
+    while left:
+        time.sleep(cluster.poll_seconds)
+        queued = in_queue(next(iter(jobs)).split("_")[0])
+        for name, run in list(left.items()):
+            if not has_ended(run) and (queued is None or name in queued):
+                continue
+            if not has_ended(run):
+                note_gone(run, name)
+            del left[name]
+            progress = progress_of(run, "")
+            what = str(run.relative_to(place)) if run != place else run.name
+            rank_zero_info(f"{what}: {progress.state} at step {progress.step} ({len(left)} of {len(jobs)} runs left)")
+
+
+def has_ended(run: Path) -> bool:
+    """Whether the run has said its last word since it was submitted."""
+    state = RunState.read(run)
+    return state is not None and state.state in (FINISHED, FAILED) and not (run / QUEUED_NAME).exists()
+
+
+def in_queue(job: str) -> set[str] | None:
+    """The jobs of an array that wait or run; None if SLURM does not answer."""
+    line = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={job}"]
+    answer = subprocess.run(line, capture_output=True, text=True, check=False)  # noqa: S603 - our own words
+    if answer.returncode == 0:
+        return set(answer.stdout.split())
+    return set() if "Invalid job id" in answer.stderr else None
+
+
+def note_gone(run: Path, name: str) -> None:
+    """Write down that a job left the queue without a word: cancelled, or ended before the run began."""
+    (run / QUEUED_NAME).unlink(missing_ok=True)
+    if is_held(run):
+        return
+    before = RunState.read(run)
+    reason = f"job {name} was cancelled, or ended before the run began; its output is in {run.parent.name}/{FOLDER}"
+    step = progress_of(run, "").step
+    RunState(FAILED, step=step, max_steps=before.max_steps if before else 0, reason=reason).write(run)
+
+
+def returned(run: Path, overrides: Sequence[str], config: DictConfig) -> JobReturn:
+    """What the sweeper learns of a run: its validation loss, NaN if it failed."""
+    state = RunState.read(run)
+    finished = state is not None and state.state == FINISHED
+    value = state.metrics.get("val/diffusion_loss") if finished and state else math.nan
+    return JobReturn(overrides=list(overrides), cfg=config, status=JobStatus.COMPLETED, _return_value=value)

@@ -1,0 +1,147 @@
+"""The ``cluster`` group of the configuration, and what of it goes to sbatch."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dcdit.cluster.job import MARK
+from dcdit.composed import accumulation
+from dcdit.config import call_checked
+from dcdit.errors import UserError
+
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """``configs/cluster/slurm.yaml`` says what each of them is."""
+
+    name: str
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    hours: float
+    nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+    cpus_per_task: int | None
+    memory_gb: float | None
+    setup: list[str]
+    environment: dict[str, Any]
+    sbatch: dict[str, Any]
+    parallel: int
+    signal_seconds: int
+    attempts: int
+    wait: bool
+    poll_seconds: float
+    dry_run: bool
+
+    def __post_init__(self) -> None:
+        for name in ("hours", "nodes", "tasks_per_node", "parallel", "signal_seconds", "attempts", "poll_seconds"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} is not positive")
+        if self.hours * 3600 <= self.signal_seconds:
+            raise UserError(
+                f"signal_seconds={self.signal_seconds}: a job of hours={self.hours} is over before it is told to save"
+            )
+        for name, value in self.environment.items():
+            if _SECRET.search(name):
+                raise UserError(
+                    f"environment.{name}: looks like a secret, which would be saved with the run. Set it in the shell"
+                    " that submits (export ...): SLURM hands the shell's environment on to the job"
+                )
+            if not re.fullmatch(r"[A-Za-z_]\w*", name) or isinstance(value, dict | list):
+                raise UserError(f"environment.{name}={value!r} is no variable of a shell")
+
+
+def cluster_of(config: DictConfig) -> Cluster:
+    """The checked ``cluster`` of a composed configuration that runs on SLURM.
+
+    Raises:
+        UserError: if a value is wrong, or the trainer would use other processes than the job has.
+    """
+    plain: Any = OmegaConf.to_container(config.cluster, resolve=True)
+    cluster = call_checked(Cluster, plain, "cluster")
+    trainer = config.trainer
+    for key, value, name in (
+        ("devices", trainer.devices, "tasks_per_node"),
+        ("num_nodes", trainer.num_nodes, "nodes"),
+    ):
+        if value != getattr(cluster, name):
+            raise UserError(
+                f"trainer.{key}={value} disagrees with cluster.{name}={getattr(cluster, name)}: leave trainer.{key}"
+                f" out, it follows cluster.{name}"
+            )
+    on_gpu = trainer.accelerator in ("gpu", "cuda")
+    if on_gpu and cluster.gpus_per_node != cluster.tasks_per_node:
+        raise UserError(
+            f"cluster.tasks_per_node={cluster.tasks_per_node} disagrees with cluster.gpus_per_node="
+            f"{cluster.gpus_per_node}: trainer.accelerator={trainer.accelerator} takes one process for each GPU"
+        )
+    if trainer.accelerator == "cpu" and cluster.gpus_per_node:
+        raise UserError(
+            f"cluster.gpus_per_node={cluster.gpus_per_node}, but trainer.accelerator=cpu would leave them idle: set"
+            " cluster.gpus_per_node=0 and cluster.tasks_per_node to the processes of a node, or take trainer=gpu"
+        )
+    accumulation(config, cluster.nodes * cluster.tasks_per_node)
+    return cluster
+
+
+def sbatch_parameters(cluster: Cluster, name: str, folder: Path) -> dict[str, Any]:
+    """What submitit's SLURM executor shall write into the job's script.
+
+    Args:
+        cluster: the settings.
+        name: of the job.
+        folder: where the job's files are.
+    """
+    variables = [f"export {key}={shlex.quote(str(value))}" for key, value in cluster.environment.items()]
+    # SLURM since 22.05 does not hand the cores of a task on from sbatch to srun.
+    cores = [] if cluster.cpus_per_task is None else [f"--cpus-per-task={cluster.cpus_per_task}"]
+    values = {
+        "job_name": name,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "time": round(cluster.hours * 60) or 1,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.tasks_per_node,
+        "gpus_per_node": cluster.gpus_per_node if cluster.gpus_per_node and "gres" not in cluster.sbatch else None,
+        "cpus_per_task": cluster.cpus_per_task,
+        "mem": None if cluster.memory_gb is None else f"{round(cluster.memory_gb * 1024)}M",
+        "signal_delay_s": cluster.signal_seconds,
+        "array_parallelism": cluster.parallel,
+        "stderr_to_stdout": True,
+        "setup": [*variables, *cluster.setup] or None,
+        "teardown": again(folder),
+        # A process that dies takes the others with it, which would wait for it in vain.
+        "srun_args": ["--kill-on-bad-exit=1", *cores],
+        "additional_parameters": {"requeue": True, **cluster.sbatch},
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def again(folder: Path) -> list[str]:
+    """Lines of shell that end a job's script: whoever ended in the middle is queued again.
+
+    This is the one place that does so. The mark is there from the start of a run until it has finished or failed for
+    reasons of its own (:mod:`dcdit.cluster.job`). A node that dies, ``scontrol requeue`` and SLURM's preemption end the
+    script itself; there SLURM queues the job again, as the option ``--requeue`` asks for.
+    """
+    mark = f'{shlex.quote(str(folder))}/"$SLURM_JOB_ID"{MARK}'
+    return [
+        "status=$?",
+        f'if [ -e {mark} ] && [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then',
+        '    echo "The job ended in the middle, with exit status $status: queued again"',
+        f'    touch "$(cat {mark})/.queued"',
+        '    scontrol requeue "$SLURM_JOB_ID"',
+        "    sleep 60",
+        "fi",
+        "exit $status",
+    ]

@@ -1,0 +1,32 @@
+"""The launcher behind ``cluster=slurm``. Every program that uses Hydra loads this at its start: nothing heavy here."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.utils import JobReturn
+
+try:
+    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as SubmititLauncher
+except ImportError:  # the extra `slurm` is not installed; dcdit.sweep says so to whoever asks for it
+    pass
+else:
+
+    class SlurmLauncher(SubmititLauncher):
+        """Submits by submitit what :mod:`dcdit.cluster` makes of the configuration."""
+
+        def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+            """Submit one job for each element of ``job_overrides``, and wait for all."""
+            from dcdit.cluster.launch import launch
+
+            assert self.config is not None
+            assert self.hydra_context is not None
+            load = self.hydra_context.config_loader.load_sweep_config
+            configs = [load(self.config, list(overrides)) for overrides in job_overrides]
+            return launch(self, configs, [list(overrides) for overrides in job_overrides], initial_job_idx)
+
+        def __call__(self, *arguments: Any) -> JobReturn:
+            """One process of a job."""
+            from dcdit.cluster.job import enter
+
+            enter()
+            return super().__call__(*arguments)
