@@ -108,6 +108,7 @@ def prepare() -> None:
         "Total length of `list` across ranks is zero",
         "Checkpoint directory .* exists and is not empty",
         ".*LeafSpec",
+        "The `srun` command is available",  # which is how a login node is
     )
     for noise in noises:
         warnings.filterwarnings("ignore", message=noise)

@@ -18,7 +18,8 @@ from dcdit.data.datamodule import LatentDataModule
 from dcdit.data.manifest import Manifest
 from dcdit.errors import UserError
 from dcdit.evaluation.matching import steps_matching
-from dcdit.module import Budget, DCDiTModule
+from dcdit.module import DCDiTModule
+from dcdit.objective import Budget
 from dcdit.registry import build_network, build_source
 from dcdit.runtime import launcher, processes
 
@@ -51,6 +52,7 @@ class Run:
     ckpt_path: str | None
     run_id: str | None
     nonfinite_limit: int
+    deal_timesteps: bool
 
 
 def match_compute(config: DictConfig) -> None:
@@ -94,6 +96,7 @@ def build_module(config: DictConfig, latents: dict[str, Any]) -> DCDiTModule:
         max_steps=max_steps,
         seed=run.seed,
         nonfinite_limit=run.nonfinite_limit,
+        deal_timesteps=run.deal_timesteps,
     )
 
 

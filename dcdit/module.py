@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from dcdit.callbacks.throughput import logging_interval
-from dcdit.checks import check_compression, check_drop_fraction
+from dcdit.checks import check_compression
 from dcdit.config import call_checked
 from dcdit.data.manifest import disagreement
 from dcdit.data.stream import Batch
@@ -20,48 +20,8 @@ from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss
 from dcdit.diffusion.schedule import TRAIN_STEPS, Posterior, add_noise
 from dcdit.errors import UserError
 from dcdit.network import Output
-from dcdit.objective import drop_fraction_at, ratio_loss, target_compression
+from dcdit.objective import Budget, Ratio, dealt_timesteps, drop_fraction_at, ratio_loss, target_compression
 from dcdit.registry import build_network
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """The ratio loss.
-
-    Attributes:
-        weight: weight of the ratio loss beside the diffusion loss.
-        group: samples whose kept share is averaged before the loss; None takes the whole local batch.
-        start: compression that the curriculum starts from; None starts at the target.
-        warmup: optimiser steps of the curriculum.
-    """
-
-    weight: float = 0.03
-    group: int | None = 16
-    start: float | None = None
-    warmup: int = 0
-
-    def __post_init__(self) -> None:
-        if self.group is not None and self.group < 1:
-            raise UserError(f"group={self.group} is not a positive number: take 16, or null for the whole batch")
-        if self.start is not None:
-            check_compression(self.start, "start")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Multi-budget training: the drop fractions that steps draw from.
-
-    Attributes:
-        fractions: set of drop fractions; empty trains at the full budget only.
-        warmup: optimiser steps at the full budget before the first draw.
-    """
-
-    fractions: list[float]
-    warmup: int = 50_000
-
-    def __post_init__(self) -> None:
-        for fraction in self.fractions:
-            check_drop_fraction(fraction, "fractions")
 
 
 @dataclass(frozen=True)
@@ -85,6 +45,10 @@ class Optimizer:
             raise UserError(f"lr={self.lr} is not positive")
 
 
+_ALL_RANKS = 2**32 - 1
+"""Stands for a rank in the seed of what all ranks draw alike."""
+
+
 class NonFiniteLossError(RuntimeError):
     """Training stopped because too many steps in a row had non-finite gradients."""
 
@@ -104,6 +68,7 @@ class DCDiTModule(pl.LightningModule):
         max_steps: optimiser steps of the whole run, which the learning-rate schedule needs to know.
         seed: seed of everything random.
         nonfinite_limit: steps with non-finite gradients in a row after which training stops.
+        deal_timesteps: give each of several ranks about as many tokens, see :func:`dcdit.objective.dealt_timesteps`.
 
     Raises:
         UserError: if a value is unknown, of the wrong type or out of range.
@@ -120,6 +85,7 @@ class DCDiTModule(pl.LightningModule):
         max_steps: int,
         seed: int,
         nonfinite_limit: int = 10,
+        deal_timesteps: bool = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -132,6 +98,7 @@ class DCDiTModule(pl.LightningModule):
         self.max_steps = max_steps
         self.seed = seed
         self.nonfinite_limit = nonfinite_limit
+        self.deal_timesteps = deal_timesteps
         self.tables = Posterior.linear()
         self.skipped = torch.zeros(2)  # steps skipped: in all, and in a row
 
@@ -144,17 +111,21 @@ class DCDiTModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
-        step = self.trainer.global_step
+        step, world = self.trainer.global_step, self.trainer.world_size
         micro = batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(self._stream(step, self.global_rank, micro))
         drop = drop_fraction_at(step, self.seed, self.budget.fractions, self.budget.warmup)
-        output, diffusion = self._diffuse(batch, drop)
+        dealt = None
+        if world > 1 and self.deal_timesteps:
+            seed = self._stream(step, _ALL_RANKS, micro)
+            dealt = dealt_timesteps(seed, TRAIN_STEPS, world, self.global_rank, len(batch[0])).to(self.device)
+        output, diffusion = self._diffuse(batch, drop, dealt)
         loss = diffusion.total.mean()
         metrics = {
             "train/diffusion_loss": loss,
             "train/mse": diffusion.mse.mean(),
             "train/vlb": diffusion.vlb.mean(),
-            "train/drop_fraction": torch.tensor(drop),
+            "train/drop_fraction": loss.new_tensor(drop),
         }
         if output.routing is not None:
             target = target_compression(step, self.compression, self.ratio.start, self.ratio.warmup)
@@ -168,11 +139,28 @@ class DCDiTModule(pl.LightningModule):
                 "train/kept_max": kept.max(),
                 "train/kept_after_drop": output.routing.mask.float().mean(),
             }
+            if self.trainer.world_size > 1:
+                tokens = output.routing.mask.sum().float()
+                metrics |= {"train/tokens_per_rank": tokens}
+                metrics |= {f"train/tokens_per_rank_{word}": tokens for word in ("min", "max")}
         metrics["train/loss"] = loss
-        self.log_dict({name: value.detach() for name, value in metrics.items()})
+        self.log_dict(self._over_ranks({name: value.detach() for name, value in metrics.items()}))
         self.log_dict({"loss": loss.detach()}, prog_bar=True, logger=False)
         # A non-finite loss poisons the gradients of every rank, whose norm then makes all of them skip the step.
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+    def _over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What all ranks found, in one exchange, at the steps that are logged: means, least and greatest values."""
+        trainer = self.trainer
+        if trainer.world_size == 1 or (trainer.global_step + 1) % logging_interval(trainer):
+            return metrics
+        own = torch.stack([value.float() for value in metrics.values()])
+        found = own.new_empty(trainer.world_size * len(own))
+        torch.distributed.all_gather_into_tensor(found, own)
+        found = found.view(trainer.world_size, len(own))
+        ends = {"min": found.amin(dim=0), "max": found.amax(dim=0)}
+        mean = found.mean(dim=0)
+        return {name: ends.get(name.rpartition("_")[2], mean)[i] for i, name in enumerate(metrics)}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Diffusion loss at the full budget; the same timesteps and noise at every validation."""
@@ -189,9 +177,10 @@ class DCDiTModule(pl.LightningModule):
         """Seed of the random stream at ``position`` (step, rank, micro-batch) of this run."""
         return int(np.random.SeedSequence([self.seed, *position]).generate_state(1, np.uint64)[0])
 
-    def _diffuse(self, batch: Batch, drop_fraction: float) -> tuple[Output, DiffusionLoss]:
+    def _diffuse(self, batch: Batch, drop_fraction: float, t: Tensor | None = None) -> tuple[Output, DiffusionLoss]:
         latents, labels = batch
-        t = torch.randint(TRAIN_STEPS, (len(latents),), device=self.device)
+        if t is None:
+            t = torch.randint(TRAIN_STEPS, (len(latents),), device=self.device)
         noise = torch.randn_like(latents)
         noisy = add_noise(self.tables, latents, noise, t)
         output = self.network(noisy, t, labels, drop_fraction)

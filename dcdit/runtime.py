@@ -4,6 +4,7 @@ import ctypes
 import ctypes.util
 import hashlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from dcdit.errors import UserError
+
+_LOST = re.compile(
+    "connection.*(closed|reset|refused)|time(d )?out|broken pipe|remote (error|process)|unhandled system error"
+)
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name))
 """After which training saves and stops: Ctrl-C, the end of a process or a job, and what SLURM sends before that end."""
@@ -119,8 +124,9 @@ def ignore_interrupts(worker: int) -> None:
 
 def lost_process(error: BaseException) -> bool:
     """Whether ``error`` only says that another process of the run is gone; the reason, if any, is with that one."""
-    told = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl"))
-    return told or isinstance(error, torch.distributed.DistError)
+    text = str(error).lower()
+    between = isinstance(error, torch.distributed.DistError) or "gloo" in text or "nccl" in text
+    return between and isinstance(error, RuntimeError) and _LOST.search(text) is not None
 
 
 def cores() -> int:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from dcdit.checks import check_compression
 from dcdit.errors import UserError
-from dcdit.objective import drop_fraction_at, ratio_loss, target_compression
+from dcdit.objective import dealt_timesteps, drop_fraction_at, ratio_loss, target_compression
 
 
 @settings(max_examples=50, deadline=None)
@@ -58,3 +58,28 @@ def test_drop_fraction_is_a_pure_function_with_warmup():
     for fraction in fractions:
         assert drawn[100:].count(fraction) == pytest.approx(1000, abs=120)
     assert drop_fraction_at(500, 0, [], 0) == 0.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(world=st.integers(2, 9), batch=st.integers(1, 20), seed=st.integers(0, 2**60))
+def test_dealt_timesteps_are_those_of_an_independent_draw(world, batch, seed):
+    hands = [dealt_timesteps(seed, 1000, world, rank, batch) for rank in range(world)]
+    drawn = torch.randint(1000, (world * batch,), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(torch.cat(hands).sort().values, drawn.sort().values)
+    assert all(len(hand) == batch for hand in hands)
+
+
+def test_every_rank_sees_all_timesteps_alike_and_hands_are_even():
+    world, batch, steps = 4, 8, 1000
+    hands = torch.stack(
+        [
+            torch.stack([dealt_timesteps(seed, steps, world, rank, batch) for rank in range(world)])
+            for seed in range(2000)
+        ]
+    ).float()
+    # uniform for each rank and each place in its batch; 2,000 draws have a standard error of 6.5
+    assert (hands.mean(dim=0) - (steps - 1) / 2).abs().max() < 5 * 6.5
+    assert (hands.std(dim=0) - steps / 12**0.5).abs().max() < 25
+    # sums of independent draws would have a standard deviation of 816
+    spread = hands.sum(dim=2).std(dim=1).mean()
+    assert spread < 816 / 4

@@ -4,6 +4,7 @@ A file beside the job's script says that its run is neither finished nor failed 
 queues the job again as long as it is there (:func:`dcdit.cluster.settings.again`): who is killed need not say anything.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ def enter() -> None:
     from dcdit.cli import prepare
 
     prepare()
+    logging.getLogger("submitit").propagate = False  # it prints by itself
     # Until training takes them over there is nothing to save.
     for each in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(each, _leave)

@@ -20,6 +20,8 @@ from dcdit.errors import UserError
 from dcdit.run_state import FAILED, FINISHED, QUEUED_NAME, RunState, is_held, progress_of
 
 FOLDER = ".submitit"
+GONE = 3
+"""Looks at the queue in a row without a job, after which it is gone; it is missing for a moment when queued again."""
 
 
 class Draft(SlurmExecutor):
@@ -127,14 +129,15 @@ def wait(jobs: Mapping[str, Path], cluster: Cluster, place: Path) -> None:
         cluster: the settings.
         place: directory of the sweep, for messages.
     """
-    left = dict(jobs)
+    left, missed = dict(jobs), dict.fromkeys(jobs, 0)
     while left:
         time.sleep(cluster.poll_seconds)
         queued = in_queue(next(iter(jobs)).split("_")[0])
         for name, run in list(left.items()):
-            if not has_ended(run) and (queued is None or name in queued):
-                continue
             if not has_ended(run):
+                missed[name] = missed[name] + 1 if queued is not None and name not in queued else 0
+                if missed[name] < GONE:
+                    continue
                 note_gone(run, name)
             del left[name]
             progress = progress_of(run, "")

@@ -137,10 +137,13 @@ def again(folder: Path) -> list[str]:
     mark = f'{shlex.quote(str(folder))}/"$SLURM_JOB_ID"{MARK}'
     return [
         "status=$?",
-        f'if [ -e {mark} ] && [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then',
+        # The last job of an array has the array's own number, by which SLURM takes all of them.
+        'job="$SLURM_JOB_ID"',
+        '[ -z "$SLURM_ARRAY_JOB_ID" ] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
+        f'if [ -e {mark} ] && [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ]; then',
         '    echo "The job ended in the middle, with exit status $status: queued again"',
         f'    touch "$(cat {mark})/.queued"',
-        '    scontrol requeue "$SLURM_JOB_ID"',
+        '    scontrol requeue "$job"',
         "    sleep 60",
         "fi",
         "exit $status",
