@@ -154,29 +154,27 @@ def child_with(parent: int, variable: bytes) -> int:
 
 def test_a_signal_to_one_of_two_processes_stops_both_and_the_run_goes_on(tmp_path, digits):
     settings = (*TINY, f"data.directory={digits}", "trainer.devices=2", "trainer.precision=32-true", "ckpt_path=auto")
-    line = [
-        *TORCHRUN,
-        "-m",
-        "dcdit.train",
-        *settings,
-        "trainer.max_steps=200",
-        "callbacks.checkpoint.every_n_steps=1000",
-    ]
+    more = ("optimizer.schedule=constant", "callbacks.checkpoint.every_n_steps=100000")
+    line = [*TORCHRUN, "-m", "dcdit.train", *settings, *more]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = tmp_path / "run"
-    log = tmp_path / "log"
+    run, log = tmp_path / "run", tmp_path / "log"
     process = subprocess.Popen(
-        [*line, f"run_dir={run}"], stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=tmp_path, env=one_thread
+        [*line, f"run_dir={run}", "trainer.max_steps=100000"],
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        cwd=tmp_path,
+        env=one_thread,
     )
     wait_for(lambda: progress_of(run, "").step > 2 or process.poll() is not None)
     os.kill(child_with(process.pid, b"\0RANK=1\0"), signal.SIGUSR2)
     assert process.wait(120) == 0, log.read_text()
     state = RunState.read(run)
     assert (state.state, state.step) == ("interrupted", load(run)["global_step"])
-    assert 2 < state.step < 200
+    assert state.step > 2
     assert state.step % 5 == 0  # they agree every so often
     for place in (run, tmp_path / "undisturbed"):
-        result = subprocess.run([*line, f"run_dir={place}"], cwd=tmp_path, env=one_thread, capture_output=True)
+        arguments = [*line, f"run_dir={place}", f"trainer.max_steps={state.step + 10}"]
+        result = subprocess.run(arguments, cwd=tmp_path, env=one_thread, capture_output=True)
         assert result.returncode == 0, result.stderr
     assert_same_end(run, tmp_path / "undisturbed")
     assert RunState.read(run).id == state.id

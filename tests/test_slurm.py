@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -66,11 +68,16 @@ def ask(slurm, *line: str) -> str:
 
 
 def release(slurm) -> None:
-    """SLURM holds a job that was queued again back for two minutes."""
-    for line in ask(slurm, "squeue", "--noheader", "--states=PD", "--format=%A %r").splitlines():
-        job, reason = line.split(maxsplit=1)
-        if reason == "BeginTime":
-            ask(slurm, "scontrol", "update", f"jobid={job}", "starttime=now")
+    """SLURM holds a job that was queued again back for two minutes; let it wait for a few seconds alone."""
+    for line in ask(slurm, "squeue", "--noheader", "--states=PD", "--format=%A %S %r").splitlines():
+        job, begin, reason = line.split(maxsplit=2)
+        if (
+            reason == "BeginTime"
+            and begin != "N/A"
+            and datetime.fromisoformat(begin) > datetime.now() + timedelta(seconds=10)
+        ):
+            ask(slurm, "scontrol", "update", f"jobid={job}", "starttime=now+5")
+    time.sleep(0.5)
 
 
 def test_a_sweep_is_one_job_array_and_is_summed_up(tmp_path, digits, slurm):
@@ -185,4 +192,4 @@ def test_a_run_that_dies_again_and_again_is_given_up(tmp_path, digits, slurm):
     state = RunState.read(run)
     assert state.state == "failed"
     assert "cluster.attempts=1: the run died 1 times in a row after step 0" in state.reason
-    assert ask(slurm, "squeue", "--noheader") == ""
+    wait_for(lambda: ask(slurm, "squeue", "--noheader") == "")
