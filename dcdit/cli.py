@@ -44,8 +44,9 @@ def cpu_precision() -> str:
 
 
 def register_resolvers() -> None:
-    """Make ``${cpu_precision:}`` known to OmegaConf."""
+    """Make ``${cpu_precision:}`` and ``${relpath:...}`` known to OmegaConf."""
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
+    OmegaConf.register_new_resolver("relpath", os.path.relpath, replace=True)
 
 
 def model_config(name: str) -> dict[str, Any]:
@@ -121,6 +122,8 @@ def explain(error: Exception) -> str | None:
         return _explain_override(error)
     if isinstance(error, InstantiationException):
         return f"{error.__cause__ or error}"
+    if type(error).__module__.startswith("wandb."):
+        return f"logger=wandb: {error} Or set WANDB_API_KEY, or WANDB_MODE=offline, in the environment"
     known = UserError | MisconfigurationException | NonFiniteLossError | HydraException | OmegaConfBaseException
     if isinstance(error, known):
         return str(error)

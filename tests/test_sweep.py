@@ -173,3 +173,13 @@ def test_a_stopped_run_is_marked(tiny, tmp_path):
     state = RunState.read(run)
     assert (state.state, state.reason) == ("failed", "RuntimeError: out of memory")
     assert torch.isfinite(torch.tensor(state.time))
+
+
+def test_a_resumed_run_keeps_its_curves_at_wandb(tiny, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tiny("run", "logger=wandb", "trainer.max_steps=2")
+    tiny("run", "logger=wandb", "trainer.max_steps=4", "ckpt_path=last")
+    other = tiny("other", "logger=wandb", "trainer.max_steps=2")
+    ids = [path.name.rpartition("-")[2] for path in sorted((run / "wandb").glob("offline-run-*"))]
+    assert set(ids) == {RunState.read(run).id}  # starts within one second share a directory
+    assert RunState.read(other).id != ids[0]  # of the same name, in another directory
