@@ -159,7 +159,7 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
     """The Trainer with its callbacks and loggers."""
     callbacks = [hydra.utils.instantiate(node) for node in (config.callbacks or {}).values() if node]
     loggers = [hydra.utils.instantiate(node) for node in (config.logger or {}).values() if node]
-    own = ("match_compute_of", "match_steps", "max_micro_batch")
+    own = ("match_compute_of", "match_steps", "max_micro_batch", "compile", "recompute_activations")
     arguments = {key: value for key, value in config.trainer.items() if key not in own}
     arguments["accumulate_grad_batches"] = accumulate = accumulation(config, world_size(config))
     if isinstance(arguments["val_check_interval"], int):

@@ -16,6 +16,7 @@ from dcdit.diffusion.schedule import TRAIN_STEPS
 from dcdit.errors import UserError
 from dcdit.generation import Drawn, Model, OnStep, generate, load_model
 from dcdit.network import DCDiT
+from dcdit.network.blocks import execute
 from dcdit.runtime import fingerprint, keep_freed_memory, pick_device
 
 
@@ -31,6 +32,7 @@ class Common:
         device: ``auto`` or a torch device.
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 on a GPU, fp32 elsewhere.
         autoencoder: decode with this one; None takes the one that the checkpoint names.
+        compile: fuse the element-wise operations of the blocks.
     """
 
     checkpoint: str
@@ -40,6 +42,7 @@ class Common:
     device: str = "auto"
     precision: str = "auto"
     autoencoder: str | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("weights", ("ema", "raw")), ("precision", ("auto", "fp32", "bf16"))):
@@ -123,6 +126,7 @@ def prepare(values: Mapping[str, Any]) -> Drawing:
     common = call_checked(Common, settings, "")
     keep_freed_memory()
     model = load_model(common.checkpoint, common.weights, pick_device(common.device))
+    execute(model.network, compiled=common.compile)
     built = {"denoiser": model.network, "null_class": len(model.classes)}
     guidance = call_checked(Guidance, values["guidance"], "guidance", built)
     check_guidance(model, guidance)

@@ -68,7 +68,9 @@ def load_model(path: str, weights: str = "ema", device: torch.device | str = "cp
         raise UserError(f"checkpoint={path} was not written by dcdit.train: it lacks {error}") from None
     network.load_state_dict({k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)})
     training = {key: value for key, value in settings.items() if key != "latents"}
-    return Model(network.to(device).eval(), latents, step, training)
+    network.to(device).eval()
+    network.to(memory_format=torch.channels_last)  # which convolutions on processors and on tensor cores prefer
+    return Model(network, latents, step, training)
 
 
 @dataclass(frozen=True)

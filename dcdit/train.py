@@ -31,11 +31,11 @@ from dcdit.composed import (
 )
 from dcdit.errors import UserError
 from dcdit.module import DCDiTModule
+from dcdit.network.blocks import execute
+from dcdit.resume import find_checkpoint, leave_queue, note, started, task_overrides
 from dcdit.run_state import (
     FINISHED,
     INTERRUPTED,
-    QUEUED_NAME,
-    RUNNING,
     RunState,
     note_failure,
     one_line,
@@ -45,30 +45,6 @@ from dcdit.runtime import keep_freed_memory, lost_process, processes
 
 PATIENCE = 180.0
 """Seconds that a job waits for the one before it to let go of the run: a node that died holds locks for a while."""
-
-
-def find_checkpoint(config: DictConfig, run_dir: Path) -> Path | None:
-    """The checkpoint to resume from: what ``ckpt_path`` says, or None to start afresh.
-
-    Raises:
-        UserError: if it does not exist, or a fresh start would overwrite an earlier run.
-    """
-    last = run_dir / "checkpoints" / "last.ckpt"
-    if config.ckpt_path is None:
-        if last.exists():
-            raise UserError(
-                f"run_dir={run_dir} already holds a run: resume it with ckpt_path=last, start another with"
-                " run_name=..., or delete the directory"
-            )
-        return None
-    if config.ckpt_path == "auto":
-        return last if last.exists() else None
-    path = last if config.ckpt_path == "last" else Path(config.ckpt_path)
-    if not path.is_file():
-        raise UserError(
-            f"ckpt_path={config.ckpt_path}: there is no checkpoint {path}; leave ckpt_path out to start anew"
-        )
-    return path
 
 
 @rank_zero_only
@@ -105,42 +81,6 @@ def train(config: DictConfig, run_dir: Path) -> dict[str, float]:
         return fit(config, run_dir, checkpoint, state)
 
 
-def started(before: RunState | None, run_dir: Path, config: DictConfig) -> RunState:
-    """The state of the run once it trains.
-
-    Args:
-        before: what the last start left.
-        run_dir: of the run.
-        config: of the run.
-
-    Raises:
-        UserError: if a job died too often without getting any further.
-    """
-    newest = max((int(path.stem[5:]) for path in (run_dir / "checkpoints").glob("step_*.ckpt")), default=0)
-    died_here = before is not None and before.state == RUNNING and before.began == newest
-    starts = before.starts + 1 if before and died_here else 1
-    limit = config.cluster.get("attempts")
-    if limit is not None and starts > limit:
-        raise UserError(
-            f"cluster.attempts={limit}: the run died {limit} times in a row after step {newest}, without another"
-            " checkpoint in between. Look at job.log, save more often (callbacks.checkpoint.every_n_steps) if it had"
-            " too little time, and submit it again"
-        )
-    state = RunState(RUNNING, 0, config.trainer.max_steps, overrides=task_overrides(), began=newest, starts=starts)
-    known = config.run_id or (before.id if before else None)
-    return replace(state, id=known) if known else state
-
-
-@rank_zero_only
-def leave_queue(before: RunState | None, run_dir: Path) -> None:
-    """The run's turn has come; an earlier failure is none any more."""
-    queued = run_dir / QUEUED_NAME
-    if queued.exists():
-        if before is not None and before.state != RUNNING:
-            note(replace(before, state=RUNNING, reason="", began=-1), run_dir)
-        queued.unlink()
-
-
 def fit(config: DictConfig, run_dir: Path, checkpoint: Path | None, state: RunState) -> dict[str, float]:
     """Train in ``run_dir``, which this process holds, from ``checkpoint`` on; returns the last metrics."""
     config.run_id = state.id
@@ -157,8 +97,11 @@ def fit(config: DictConfig, run_dir: Path, checkpoint: Path | None, state: RunSt
     keep_freed_memory()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     module = build_module(config, latents=manifest.summary())
-    if config.trainer.accelerator == "cpu":
-        module.network.to(memory_format=torch.channels_last)
+    module.network.to(memory_format=torch.channels_last)  # which convolutions prefer, on processors and tensor cores
+    for name in ("compile", "recompute_activations"):
+        if not isinstance(config.trainer[name], bool):
+            raise UserError(f"trainer.{name}={config.trainer[name]} is neither true nor false")
+    execute(module.network, config.trainer.compile, config.trainer.recompute_activations)
     trainer = build_trainer(config)
     report_start(module, config)
     settings: Any = OmegaConf.to_container(config, resolve=True)
@@ -179,17 +122,6 @@ def fit(config: DictConfig, run_dir: Path, checkpoint: Path | None, state: RunSt
 def rank() -> int:
     """Of this process, known before there is a trainer."""
     return int(getattr(rank_zero_only, "rank", 0) or 0)
-
-
-def task_overrides() -> tuple[str, ...]:
-    """What was given on the command line; nothing where there is none."""
-    return tuple(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
-
-
-@rank_zero_only
-def note(state: RunState, run_dir: Path) -> None:
-    """Write down what becomes of the run."""
-    state.write(run_dir)
 
 
 def was_interrupted(trainer: pl.Trainer) -> bool:

@@ -181,7 +181,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_the_run_goes_on(tmp_pat
 
 
 def test_a_run_that_died_in_place_too_often_is_given_up_by_jobs_alone(tiny, tmp_path):
-    from dcdit.train import started
+    from dcdit.resume import started
 
     config = compose_config(*TINY, *CPU, "cluster.attempts=2")
     state = started(None, tmp_path, config)

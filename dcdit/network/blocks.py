@@ -1,9 +1,14 @@
 """The layers that DC-DiT and the plain DiT share."""
 
+from collections.abc import Callable
+from functools import cache
+
+import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.layers.activations import GELUTanh
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dcdit.errors import UserError
 from dcdit.network.attention import Packing, packed_attention
@@ -77,10 +82,10 @@ class Attention(nn.Module):
         self.qkv = xavier_init(nn.Linear(width, 3 * width))
         self.out = xavier_init(nn.Linear(width, width))
 
-    def forward(self, tokens: Tensor, packing: Packing) -> Tensor:
-        """Mix ``tokens`` (T, D) within each sample."""
-        q, k, v = self.qkv(tokens).unflatten(1, (3, self.heads, -1)).unbind(1)
-        return self.out(packed_attention(q, k, v, packing, self.backend).flatten(1))
+    def mix(self, qkv: Tensor, packing: Packing) -> Tensor:
+        """Attend within each sample: queries, keys and values (T, 3 D) to (T, D)."""
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
+        return packed_attention(q, k, v, packing, self.backend).flatten(1)
 
 
 class DiTBlock(nn.Module):
@@ -92,10 +97,15 @@ class DiTBlock(nn.Module):
         mlp_ratio: hidden width of the MLP over D.
         init: ``paper`` starts the modulation at zero (adaLN-Zero), ``released`` at Xavier uniform.
         attention: attention backend.
+
+    Attributes:
+        compiled: run what lies before and after the attention through torch.compile, once for all blocks.
+        recomputed: keep nothing for the backward pass but the input (activation checkpointing).
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, init: InitScheme, attention: str) -> None:
         super().__init__()
+        self.compiled, self.recomputed = False, False
         self.attention = Attention(width, heads, attention)
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=GELUTanh)
         self.mlp.fc1, self.mlp.fc2 = xavier_init(self.mlp.fc1), xavier_init(self.mlp.fc2)
@@ -103,11 +113,57 @@ class DiTBlock(nn.Module):
 
     def forward(self, tokens: Tensor, c: Tensor, packing: Packing) -> Tensor:
         """Map ``tokens`` (T, D), conditioned per sample on ``c`` (B, D), to (T, D)."""
-        # The Linear runs once per sample; only its output is spread over the sample's tokens.
-        per_token = self.modulation(F.silu(c)).index_select(0, packing.sample)
-        shift1, scale1, gate1, shift2, scale2, gate2 = per_token.chunk(6, dim=1)
-        tokens = tokens + gate1 * self.attention(modulate(layer_norm(tokens), shift1, scale1), packing)
-        return tokens + gate2 * self.mlp(modulate(layer_norm(tokens), shift2, scale2))
+        if self.recomputed and torch.is_grad_enabled():
+            return checkpoint(self._forward, tokens, c, packing, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(tokens, c, packing)
+
+    def _forward(self, tokens: Tensor, c: Tensor, packing: Packing) -> Tensor:
+        before, after = type(self)._before, type(self)._after
+        if self.compiled:
+            torch._dynamo.mark_dynamic(tokens, 0)
+            torch._dynamo.mark_dynamic(packing.sample, 0)
+            before, after = fused(before), fused(after)
+        per_sample = self.modulation(F.silu(c))  # (B, 6 D): the Linear runs once per sample
+        mixed = self.attention.mix(before(self, tokens, per_sample, packing.sample), packing)
+        if self.compiled:
+            torch._dynamo.mark_dynamic(mixed, 0)
+        return after(self, tokens, mixed, per_sample, packing.sample)
+
+    def _before(self, tokens: Tensor, per_sample: Tensor, sample: Tensor) -> Tensor:
+        """Modulated norm, then queries, keys and values: (T, 3 D)."""
+        shift, scale = spread(per_sample, sample, 0, 2)
+        return self.attention.qkv(modulate(layer_norm(tokens), shift, scale))
+
+    def _after(self, tokens: Tensor, mixed: Tensor, per_sample: Tensor, sample: Tensor) -> Tensor:
+        """What follows the attention: its projection, its gate, and the MLP."""
+        gate1, shift, scale, gate2 = spread(per_sample, sample, 2, 6)
+        tokens = tokens + gate1 * self.attention.out(mixed)
+        return tokens + gate2 * self.mlp(modulate(layer_norm(tokens), shift, scale))
+
+
+@cache
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` compiled, its element-wise operations in as few passes over memory as possible."""
+    return torch.compile(function)
+
+
+def spread(per_sample: Tensor, sample: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+    """Vectors ``first`` to ``last`` of the six in ``per_sample`` (B, 6 D), each given to the tokens of its sample."""
+    width = per_sample.shape[1] // 6
+    chosen = per_sample[:, first * width : last * width].index_select(0, sample)
+    return chosen.chunk(last - first, dim=1)
+
+
+def execute(network: nn.Module, compiled: bool = False, recomputed: bool = False) -> None:
+    """Say how the transformer blocks of ``network`` run; what they compute stays the same.
+
+    Args:
+        network: with :class:`DiTBlock` inside.
+        compiled, recomputed: see there.
+    """
+    for block in network.modules():
+        if isinstance(block, DiTBlock):
+            block.compiled, block.recomputed = compiled, recomputed
 
 
 def layer_norm(x: Tensor) -> Tensor:

@@ -1,0 +1,367 @@
+"""Where the time of a step goes, and how near it is to what the machine's matrix units can do.
+
+    python benchmarks/step.py                                              DC-DiT-B, 256px, float32
+    python benchmarks/step.py --scale xl --batch 64 --precision bf16 --device cuda --compile
+    python benchmarks/step.py --check                                      fails where an optimisation is lost
+
+Needs torch and timm alone. An untrained network, its router set so that it keeps a given share of the very input that
+is measured. All variants take turns, and times are medians over the rounds: compare ratios within a run, never across.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dcdit.evaluation.flops import count
+from dcdit.network import DCDiT, DiT, dcdit
+from dcdit.network.blocks import execute
+from dcdit.network.routing import PredictabilityRouter
+
+SCALES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+DROPS = (0.2, 0.5, 0.8)
+MIB = 2.0**20
+
+Function = Callable[..., Any]
+
+
+class Clock:
+    """Times parts of a forward pass, device time included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    def now(self) -> float:
+        """Seconds, all work that was handed to the device done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def timed(self, name: str, function: Function) -> Function:
+        """``function``, its time added to the part called ``name``."""
+
+        def call(*arguments: Any) -> Any:
+            begin = self.now()
+            result = function(*arguments)
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - begin
+            return result
+
+        return call
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made within it held at one time, on any device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` and count the storages that are new."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage() not in self._known:
+                storage = leaf.untyped_storage()
+                self._known[storage] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+                self.peak = max(self.peak, self.live)
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+
+@contextmanager
+def instrumented(network: DCDiT, clock: Clock) -> Iterator[None]:
+    """Let ``clock`` time the parts of ``network``."""
+    parts: list[tuple[Any, str, str]] = [
+        (network.condition, "forward", "conditioning"),
+        (network.embed, "forward", "encoder and decoder"),
+        (network.encoder, "forward", "encoder and decoder"),
+        (network, "route", "router"),
+        (dcdit, "make_packing", "chunk"),
+        (dcdit, "pack", "chunk"),
+        (network.backbone, "forward", "backbone"),
+        (dcdit, "dechunk", "de-chunk"),
+        (network.residual, "forward", "r's Linear"),
+        (network.decoder, "forward", "encoder and decoder"),
+        (network.output, "forward", "output"),
+    ]
+    before = [getattr(owner, attribute) for owner, attribute, _ in parts]
+    for (owner, attribute, name), function in zip(parts, before, strict=True):
+        setattr(owner, attribute, clock.timed(name, function))
+    try:
+        yield
+    finally:
+        for (owner, attribute, _), function in zip(parts, before, strict=True):
+            if isinstance(owner, nn.Module):
+                delattr(owner, attribute)  # the class's own shows again
+            else:
+                setattr(owner, attribute, function)
+
+
+class Bench:
+    """The networks, their input, and what is measured on them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
+        self.clock = Clock(self.device)
+        torch.manual_seed(0)
+        width, depth, heads = SCALES[options.scale]
+        sigma = 2.0 if options.grid > 32 else 1.0
+        size: dict[str, Any] = {"grid": options.grid, "width": width, "depth": depth, "heads": heads}
+        with self.device:
+            self.network, self.plain = DCDiT(**size, smoothing_sigma=sigma), DiT(**size)
+            batch = options.batch
+            self.x = torch.randn(batch, 4, options.grid, options.grid)
+            self.t, self.y = torch.randint(1000, (batch,)), torch.randint(1000, (batch,))
+        self.network.eval()
+        self.plain.eval()
+        self.network.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            for parameter in (*self.network.parameters(), *self.plain.parameters()):
+                parameter.add_(0.02 * torch.randn_like(parameter))  # zero-initialised parts make all positions alike
+        self.lengths = self.keep(options.kept)
+        for each in (self.network, self.plain):
+            execute(each, options.compile, options.recompute)
+
+    def keep(self, share: float) -> tuple[int, ...]:
+        """Set the router so that it keeps ``share`` of the input; returns the tokens kept of each sample."""
+        assert isinstance(self.network.router, PredictabilityRouter)
+        bias = self.network.router.scorer[-1].bias
+        assert isinstance(bias, Tensor)
+        with torch.no_grad(), self.precision():
+            prob = self.network(self.x, self.t, self.y).routing.prob
+            bias.sub_(prob[prob < 1].logit().quantile(1 - share))  # those always kept have probability 1
+            routing = self.network(self.x, self.t, self.y).routing
+        return tuple(routing.mask.sum(1).tolist())
+
+    def precision(self) -> torch.autocast:
+        """Autocast to bf16 where asked for."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
+
+    def seconds(self, function: Function) -> float:
+        """Time of one call."""
+        begin = self.clock.now()
+        function()
+        return self.clock.now() - begin
+
+    def forward(self, network: nn.Module, drop: float = 0.0) -> None:
+        """A forward pass without gradients."""
+        with torch.no_grad(), self.precision():
+            network(self.x, self.t, self.y, drop)
+
+    def train(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """A training step: forward, backward, AdamW."""
+        with self.precision():
+            output = network(self.x, self.t, self.y)
+        loss = output.prediction.float().square().mean()
+        if output.routing is not None:
+            loss = loss + 0.03 * output.routing.prob.mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def limit(self) -> Function:
+        """A product as large as the widest of the backbone: the time that its operations take at best."""
+        width = self.network.residual.in_features
+        dtype = torch.bfloat16 if self.options.precision == "bf16" else torch.float32
+        a = torch.randn(sum(self.lengths), width, dtype=dtype, device=self.device)
+        b = torch.randn(4 * width, width, dtype=dtype, device=self.device)
+        self.limit_flops = 2.0 * a.numel() * 4 * width
+        return lambda: nn.functional.linear(a, b)
+
+    def dechunk_bytes(self) -> tuple[float, float]:
+        """Most bytes that live at once in de-chunking, forward and with backward."""
+        features = torch.randn(sum(self.lengths), self.network.residual.in_features, device=self.device)
+        with torch.no_grad():
+            routing = self.network(self.x, self.t, self.y).routing
+        packing = dcdit.make_packing(routing.mask)
+        arguments = (routing, packing, self.network.grid, self.network.smoothing_sigma)
+        found = []
+        for backward in (False, True):
+            tokens = features.clone().requires_grad_(backward)
+            with LiveBytes() as mode:
+                spread = dcdit.dechunk(tokens, *arguments)
+                if backward:
+                    spread.sum().backward()
+            found.append(float(mode.peak))
+            del spread
+        return found[0], found[1]
+
+    def measure(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Medians in seconds: of whole steps, and of the parts of a forward pass."""
+        limit = self.limit()
+        optimizers = [torch.optim.AdamW(each.parameters(), lr=0.0, fused=True) for each in (self.network, self.plain)]
+        whole: dict[str, Function] = {
+            "limit": lambda: [limit() for _ in range(8)],
+            "forward": lambda: self.forward(self.network),
+            **{f"drop {drop}": lambda drop=drop: self.forward(self.network, drop) for drop in DROPS},
+            "plain forward": lambda: self.forward(self.plain),
+            "train": lambda: self.train(self.network, optimizers[0]),
+            "plain train": lambda: self.train(self.plain, optimizers[1]),
+        }
+        times: dict[str, list[float]] = {}
+        parts: dict[str, list[float]] = {}
+        for turn in range(self.options.rounds + self.options.warmup):
+            counted = turn >= self.options.warmup
+            for name, function in whole.items():
+                spent = self.seconds(function)
+                if counted:
+                    times.setdefault(name, []).append(spent)
+            self.clock.seconds = {}
+            with instrumented(self.network, self.clock):
+                self.forward(self.network)
+            for name, spent in self.clock.seconds.items():
+                if counted:
+                    parts.setdefault(name, []).append(spent)
+        median = {name: statistics.median(found) for name, found in times.items()}
+        median["limit"] /= 8
+        return median, {name: statistics.median(found) for name, found in parts.items()}
+
+
+def dropped(lengths: tuple[int, ...], drop: float) -> list[int]:
+    """Tokens left of each sample."""
+    return [length - int(torch.tensor(length * drop, dtype=torch.float32)) for length in lengths]
+
+
+def grouped(components: dict[str, float]) -> dict[str, float]:
+    """Counted operations under the names that times have."""
+    names = {"residual Linear r": "r's Linear"}
+    names |= dict.fromkeys(("embedding", "encoder", "decoder"), "encoder and decoder")
+    found: dict[str, float] = {}
+    for name, value in components.items():
+        found[names.get(name, name)] = found.get(names.get(name, name), 0.0) + value
+    return found
+
+
+def report(bench: Bench) -> dict[str, float]:
+    """Measure, print as Markdown, and return the ratios."""
+    options, network, batch = bench.options, bench.network, bench.options.batch
+    times, parts = bench.measure()
+    flops = count(network, bench.lengths)
+    per_component = grouped(dict(flops.components))
+    rate = bench.limit_flops / times["limit"]
+    memory = bench.dechunk_bytes()
+    on_gpu = bench.device.type == "cuda"
+    what = torch.cuda.get_device_name() if on_gpu else f"{processor()}, {torch.get_num_threads()} threads"
+    print(f"DC-DiT-{options.scale.upper()}, {8 * options.grid}px, batches of {batch}, {options.precision}", end="")
+    print(f"{', compiled blocks' if options.compile else ''}; {what}; torch {torch.__version__}; {date()}\n")
+    print(f"Kept {sum(bench.lengths) / batch / options.grid**2:.1%}; a product of {sum(bench.lengths)} tokens with the")
+    print(f"MLP's first matrix runs at {rate / 1e9:,.0f} GFLOP/s, which is the limit here.\n")
+
+    def line(*cells: str) -> None:
+        print(f"| {' | '.join(cells)} |")
+
+    total = sum(parts.values())
+    line("part of a forward pass", "ms/image", "of the time", "GFLOP/image", "of the limit")
+    line("---", "---:", "---:", "---:", "---:")
+    for name, spent in parts.items():
+        work = per_component.get(name, 0.0)
+        near = f"{work * batch / spent / rate:.0%}" if work else "-"
+        line(name, f"{1e3 * spent / batch:.2f}", f"{spent / total:.1%}", f"{work / 1e9:.2f}", near)
+    work, whole = flops.total, times["forward"]
+    line(
+        "whole, not taken apart", f"{1e3 * whole / batch:.2f}", "", f"{work / 1e9:.2f}", share(work, batch, whole, rate)
+    )
+    print()
+    line("step", "ms/image", "against forward", "its operations", "of the limit")
+    line("---", "---:", "---:", "---:", "---:")
+    plain = count(bench.plain).total
+    rows = {"forward": work, **{f"drop {d}": count(network, dropped(bench.lengths, d)).total for d in DROPS}}
+    rows |= {"train": 3 * work, "plain forward": plain, "plain train": 3 * plain}
+    for name, operations in rows.items():
+        spent = times[name]
+        cells = (f"{1e3 * spent / batch:.2f}", f"{spent / whole:.2f}", f"{operations / work:.2f}")
+        line(name.replace("plain", "DiT/2"), *cells, share(operations, batch, spent, rate))
+    print(f"\nDe-chunk holds {memory[0] / MIB:.0f} MiB at once, {memory[1] / MIB:.0f} MiB with its backward pass.")
+    if on_gpu:
+        print(f"Most memory of all: {torch.cuda.max_memory_allocated() / MIB:,.0f} MiB.")
+    return {
+        "limit": work * batch / whole / rate,
+        "drop": times["drop 0.5"] / whole / (rows["drop 0.5"] / work),
+        "train": times["train"] / whole,
+        "de-chunk": parts["de-chunk"] / total,
+        "memory": memory[1] / (batch * options.grid**2 * network.residual.in_features * 4),
+    }
+
+
+def share(operations: float, batch: int, seconds: float, rate: float) -> str:
+    """Of the limit."""
+    return f"{operations * batch / seconds / rate:.0%}"
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def date() -> str:
+    """Today."""
+    return time.strftime("%Y-%m-%d")
+
+
+# Ratio, the most (or least) that it may be, and what is lost beyond. Wide, for machines on which other things run.
+CHECKS = [
+    ("drop", "<", 1.5, "dropped tokens are paid for"),
+    ("train", "<", 5.0, "the backward pass is slow"),
+    ("de-chunk", "<", 0.12, "de-chunk is slow"),
+    ("memory", "<", 12.0, "de-chunk holds more than a few copies of the grid's features"),
+    ("limit", ">", 0.3, "the forward pass is far from the matrix units' limit"),
+]
+
+
+def check(ratios: dict[str, float]) -> int:
+    """Print what is lost; the exit status."""
+    lost = 0
+    for name, sense, bound, words in CHECKS:
+        wrong = ratios[name] > bound if sense == "<" else ratios[name] < bound
+        print(f"{name}: {ratios[name]:.2f} (bound {bound}){' LOST: ' + words if wrong else ''}")
+        lost += wrong
+    return int(lost > 0)
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", default="b", choices=list(SCALES))
+    parser.add_argument("--grid", type=int, default=32, help="side of the latent grid: 32 for 256px, 64 for 512px")
+    parser.add_argument("--kept", type=float, default=0.25, help="share of the positions that the router keeps")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="fuse the blocks' element-wise operations")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing of the blocks")
+    parser.add_argument("--check", action="store_true", help="a small network; exit status 1 if a ratio is far off")
+    options = parser.parse_args()
+    if options.check:
+        options.scale, options.batch, options.rounds, options.warmup = "s", 4, 5, 1
+    ratios = report(Bench(options))
+    if options.check:
+        print()
+        return check(ratios)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

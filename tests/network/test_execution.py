@@ -1,0 +1,80 @@
+"""How blocks run changes nothing in what they compute."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import perturb
+
+from dcdit.network import DCDiT, DiT
+from dcdit.network.blocks import execute
+
+SIZE = {"grid": 8, "width": 64, "depth": 3, "heads": 2, "num_classes": 5}
+
+
+def networks():
+    torch.manual_seed(0)
+    for network in (DCDiT(**SIZE, groups=8), DiT(**SIZE)):
+        perturb(network)
+        if isinstance(network, DCDiT):
+            with torch.no_grad():
+                network.router.scorer[-1].bias.fill_(0.0)
+        yield network.eval()
+
+
+def inputs(batch=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 4, 8, 8, generator=generator)
+    return x, torch.randint(1000, (batch,), generator=generator), torch.arange(batch) % 5
+
+
+def run(network, *arguments):
+    prediction = network(*arguments).prediction
+    network.zero_grad()
+    prediction.square().mean().backward()
+    return prediction.detach(), [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+
+def test_recomputing_gives_the_same_gradients_and_keeps_less():
+    for network in networks():
+        kept = []
+        results = []
+        for recomputed in (False, True):
+            execute(network, recomputed=recomputed)
+            bytes_kept = 0
+
+            def count(tensor):
+                nonlocal bytes_kept
+                bytes_kept += tensor.nbytes
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                prediction = network(*inputs()).prediction
+            kept.append(bytes_kept)
+            del prediction
+            results.append(run(network, *inputs()))
+        assert torch.equal(results[0][0], results[1][0])
+        assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+        assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler for torch.compile")
+def test_compiled_blocks_compute_the_same_and_are_compiled_a_bounded_number_of_times():
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    network = next(networks())
+    counts = []
+    for seed, drop in enumerate((0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)):
+        arguments = (*inputs(seed=seed), drop)
+        execute(network)
+        expected = run(network, *arguments)
+        execute(network, compiled=True)
+        found = run(network, *arguments)
+        assert torch.allclose(expected[0], found[0], atol=1e-5)
+        total = torch.stack([gradient.norm() for gradient in expected[1]]).norm()
+        for a, b in zip(expected[1], found[1], strict=True):
+            assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6 * total
+        counts.append(graphs["unique_graphs"])
+    # two graphs for all blocks, whatever the lengths
+    assert counts == [2] * len(counts)
