@@ -1,14 +1,17 @@
 """What a run finds in its directory when it is started: an earlier part of itself, or the note that it is queued."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dcdit.errors import UserError
-from dcdit.run_state import QUEUED_NAME, RUNNING, RunState
+from dcdit.run_state import FINISHED, QUEUED_NAME, RUNNING, RunState
 
 
 def find_checkpoint(config: DictConfig, run_dir: Path) -> Path | None:
@@ -33,6 +36,46 @@ def find_checkpoint(config: DictConfig, run_dir: Path) -> Path | None:
             f"ckpt_path={config.ckpt_path}: there is no checkpoint {path}; leave ckpt_path out to start anew"
         )
     return path
+
+
+SAME = ("compression", "seed", "model", "ratio", "budget", "optimizer")
+"""What makes an experiment, and must not change unseen when a run is resumed."""
+
+
+def check_same(config: DictConfig, run_dir: Path) -> None:
+    """Raise :class:`UserError` if the run in ``run_dir`` is of another experiment than ``config``.
+
+    Only ``ckpt_path=auto`` asks: a sweep's directories are named by what varies in it, and the next one may vary
+    something else. ``ckpt_path=last`` may well train on with other settings.
+    """
+    stored = run_dir / "config.yaml"
+    if config.ckpt_path != "auto" or not stored.is_file():
+        return
+    then: Any = OmegaConf.to_container(OmegaConf.load(stored))
+    now: Any = OmegaConf.to_container(config, resolve=True)
+    old, new = (dict(_leaves({key: values.get(key) for key in SAME}, "")) for values in (then, now))
+    for key in {**new, **old}:
+        if old.get(key) != new.get(key):
+            where = os.path.relpath(run_dir)
+            raise UserError(
+                f"{key}={new.get(key)}: the run in {where} was trained with {key}={old.get(key)}, and ckpt_path=auto does"
+                " not go on with another experiment. Take another run_name, or, to train on with the new value,"
+                " ckpt_path=last"
+            )
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The single values in nested mappings, by their paths."""
+    if not isinstance(node, dict):
+        yield path, node
+        return
+    for key, value in node.items():
+        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def is_finished(before: RunState | None, config: DictConfig) -> bool:
+    """Whether the run that left ``before`` did all steps that ``config`` asks for."""
+    return before is not None and before.state == FINISHED and before.step >= config.trainer.max_steps
 
 
 def started(before: RunState | None, run_dir: Path, config: DictConfig) -> RunState:

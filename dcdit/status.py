@@ -16,7 +16,14 @@ from dcdit.config import call_checked
 from dcdit.errors import UserError
 from dcdit.run_state import Progress, progress_of, runs_below
 
-_COLOURS = {"running": "cyan", "finished": "green", "interrupted": "yellow", "failed": "red", "died": "red"}
+_COLOURS = {
+    "queued": "blue",
+    "running": "cyan",
+    "finished": "green",
+    "interrupted": "yellow",
+    "failed": "red",
+    "died": "red",
+}
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,14 @@ def run(config: DictConfig) -> list[Progress]:
     """Print the table; returns what is in it."""
     values: Any = OmegaConf.to_container(config, resolve=True)
     request = call_checked(Request, values, "")
-    found = []
+    found, several = [], len(request.runs) > 1  # the names of one folder's runs need not repeat it
     for place in map(Path, request.runs):
         if not place.is_dir():
             raise UserError(f"runs={place} is no directory")
-        found += [progress_of(path, str(path)) for path in runs_below(place)]
+        named = {
+            path: str(path) if several or path == place else str(path.relative_to(place)) for path in runs_below(place)
+        }
+        found += [progress_of(path, name) for path, name in named.items()]
     if not found:
         raise UserError(f"runs={', '.join(request.runs)}: no runs there, python -m dcdit.train makes them")
     Console().print(table(found))

@@ -56,7 +56,8 @@ class SweepSummary(Callback):
     def on_multirun_end(self, config: DictConfig, **ignored: Any) -> None:
         """Print and write the summary."""
         folder = Path(config.hydra.sweep.dir)
-        found = [progress_of(path, str(path.relative_to(folder))) for path in runs_below(folder)]
+        runs = {path: path.name if path == folder else str(path.relative_to(folder)) for path in runs_below(folder)}
+        found = [progress_of(path, name) for path, name in runs.items()]
         if found:
             write_summary(found, folder / SUMMARY)
             Console().print(summary(found))
@@ -83,7 +84,9 @@ def write_summary(found: Sequence[Progress], path: Path) -> None:
 
 def summary(found: Sequence[Progress]) -> Table:
     """State and final validation metrics of every run, for people."""
-    metrics = sorted({name for each in found for name in each.metrics if name.startswith("val/")})
+    known = {name for each in found for name in each.metrics}
+    # without a validation, what there is of training
+    metrics = sorted(name for name in known if name.startswith("val/")) or sorted(known & {"train/diffusion_loss"})
     table = Table(title="Sweep", title_justify="left")
     table.add_column("run", overflow="fold")
     for heading in ("state", "step", *(name.removeprefix("val/") for name in metrics)):

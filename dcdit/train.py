@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from dcdit.composed import (
 from dcdit.errors import UserError
 from dcdit.module import DCDiTModule
 from dcdit.network.blocks import execute
-from dcdit.resume import find_checkpoint, leave_queue, note, started, task_overrides
+from dcdit.resume import check_same, find_checkpoint, is_finished, leave_queue, note, started, task_overrides
 from dcdit.run_state import (
     FINISHED,
     INTERRUPTED,
@@ -68,7 +69,9 @@ def train(config: DictConfig, run_dir: Path) -> dict[str, float]:
     with sole_writer(run_dir, rank(), patience=PATIENCE if job.inside() else 0):
         checkpoint = find_checkpoint(config, run_dir)
         before = RunState.read(run_dir)
-        if checkpoint and before and before.state == FINISHED and before.step >= config.trainer.max_steps:
+        if checkpoint:
+            check_same(config, run_dir)
+        if checkpoint and before and is_finished(before, config):
             leave_queue(None, run_dir)
             rank_zero_info(
                 f"{os.path.relpath(run_dir)} is finished, at step {before.step}: train on with a larger"
@@ -103,20 +106,29 @@ def fit(config: DictConfig, run_dir: Path, checkpoint: Path | None, state: RunSt
             raise UserError(f"trainer.{name}={config.trainer[name]} is neither true nor false")
     execute(module.network, config.trainer.compile, config.trainer.recompute_activations)
     trainer = build_trainer(config)
-    report_start(module, config)
+    report_start(module, config, state.began if checkpoint else 0)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     del settings["cluster"]  # whose account paid is nobody else's business
     save_config(settings, run_dir)
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
     note(state, run_dir)
-    trainer.fit(module, data, ckpt_path=checkpoint)
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    finally:
+        end_curves()
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     ended = INTERRUPTED if was_interrupted(trainer) else FINISHED
     note(replace(state, state=ended, step=trainer.global_step, metrics=metrics, time=time.time()), run_dir)
     report_end(trainer, run_dir)
     trainer.strategy.barrier()  # a process that leaves a job early takes the others with it
     return metrics
+
+
+def end_curves() -> None:
+    """The next run of a sweep, in the same process, would go on with this one's curves at wandb."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
 
 
 def rank() -> int:
@@ -131,13 +143,13 @@ def was_interrupted(trainer: pl.Trainer) -> bool:
     return signalled and trainer.global_step < trainer.max_steps
 
 
-def report_start(module: DCDiTModule, config: DictConfig) -> None:
-    """Say what is about to be trained."""
+def report_start(module: DCDiTModule, config: DictConfig, began: int) -> None:
+    """Say what is about to be trained, and from which step on."""
     parameters = sum(p.numel() for p in module.network.parameters())
     rank_zero_info(
         f"Training {config.model.name} with {parameters / 1e6:.1f}M parameters for {config.trainer.max_steps} steps of"
         f" {config.data.batch_size} samples, {config.trainer.accelerator} {config.trainer.precision},"
-        f" in {os.path.relpath(config.run_dir)}"
+        f" in {os.path.relpath(config.run_dir)}{f', on from step {began}' if began else ''}"
     )
 
 
@@ -145,7 +157,8 @@ def report_end(trainer: pl.Trainer, run_dir: Path) -> None:
     """Say what to do next."""
     last = Path(os.path.relpath(run_dir / "checkpoints" / "last.ckpt"))
     if was_interrupted(trainer):
-        rank_zero_info(f"Stopped and saved at step {trainer.global_step}. Resume: the same command with ckpt_path=last")
+        resume = "" if job.inside() else " Resume: the same command with ckpt_path=last"
+        rank_zero_info(f"Stopped and saved at step {trainer.global_step}.{resume}")
     elif last.exists():
         rank_zero_info(f"Finished at step {trainer.global_step}. Sample: python -m dcdit.sample checkpoint={last}")
     else:
@@ -177,8 +190,9 @@ def main(config: DictConfig) -> float | None:
             note_failure(error, run_dir, task_overrides(), sweeping, together)
         if not sweeping:
             raise
-        show(f"{os.path.relpath(run_dir)}: {explain(error) or one_line(error)}")
-        if explain(error) is None:
+        reason = "another process of the run is gone; its output says why" if lost else explain(error)
+        show(f"{os.path.relpath(run_dir)}: {reason or one_line(error)}")
+        if reason is None:
             traceback.print_exception(error)
         job.end(goes_on=lost, failed=True)
         return math.nan

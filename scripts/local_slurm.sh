@@ -86,10 +86,16 @@ stop() {
     export SLURM_CONF=$directory/slurm.conf
     [ -f "$SLURM_CONF" ] || fail "there is no SLURM in $directory"
     scancel --user="$(id -un)" 2> /dev/null || true
+    local daemon pid
     for daemon in slurmd slurmctld; do
-        if [ -f "$directory/$daemon.pid" ]; then
-            kill "$(cat "$directory/$daemon.pid")" 2> /dev/null || true
-        fi
+        [ -f "$directory/$daemon.pid" ] || continue
+        pid=$(cat "$directory/$daemon.pid")
+        kill "$pid" 2> /dev/null || continue
+        for _ in $(seq 20); do # a slurmd may wait for jobs that do not end
+            kill -0 "$pid" 2> /dev/null || break
+            sleep 0.2
+        done
+        kill -9 "$pid" 2> /dev/null || true
     done
 }
 

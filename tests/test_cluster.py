@@ -55,7 +55,7 @@ def test_the_script_is_shown_without_a_slurm(tmp_path):
     assert "module load cuda" in lines
     assert "export NCCL_DEBUG='a b'" in lines
     assert not any("account" in line or "partition" in line for line in lines)  # left to the environment
-    assert not list(tmp_path.rglob("state.json"))
+    assert not list(tmp_path.rglob("*.*"))
 
 
 @pytest.mark.parametrize(
@@ -216,3 +216,45 @@ def test_an_exit_while_waiting_for_the_directory(tmp_path, tiny):
         with pytest.raises(UserError, match="another process is training there"), sole_writer(run, 0, patience=0.3):
             pass
         assert time.monotonic() - begin >= 0.3
+
+
+def test_auto_does_not_go_on_with_another_experiment(tiny):
+    run = tiny("run", "trainer.max_steps=2", "compression=4")
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    for change in ("compression=8", "seed=1", "model.init=paper", "optimizer.lr=0.5"):
+        with pytest.raises(UserError, match=rf"{change.split('=')[0]}=.*was trained with"):
+            tiny("run", "trainer.max_steps=4", change, "ckpt_path=auto")
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+    tiny("run", "trainer.max_steps=3", "compression=4", "ckpt_path=auto")
+    tiny("run", "trainer.max_steps=4", "compression=8", "ckpt_path=last")  # who says so means it
+    assert load(run)["global_step"] == 4
+
+
+def test_only_runs_that_need_a_job_get_one(tiny, tmp_path, monkeypatch, caplog):
+    from dcdit.cluster.launch import is_due, note_gone
+    from dcdit.run_state import FAILED, QUEUED_NAME, sole_writer
+
+    finished = tiny("finished", "trainer.max_steps=2")
+
+    def due(run, *overrides):
+        return is_due(run, compose_config(*TINY, *CPU, "trainer.max_steps=2", *overrides), overrides)
+
+    assert not due(finished)
+    assert due(finished, "trainer.max_steps=3")
+    assert not due(finished, "trainer.max_steps=3", "compression=3")  # another experiment
+    new = tmp_path / "new"
+    assert due(new)
+    with sole_writer(finished, 0):
+        assert not due(finished, "trainer.max_steps=3")
+    assert not due(tmp_path / "wrong", "model.heads=5")
+    state = RunState.read(tmp_path / "wrong")
+    assert state.state == FAILED
+    assert "heads=5 does not divide width=32" in state.reason
+    # a job that is gone without a word
+    new.mkdir()
+    (new / QUEUED_NAME).touch()
+    assert progress_of(new, "").state == "queued"
+    note_gone(new, "1_0")
+    assert progress_of(new, "").reason.startswith("job 1_0 was cancelled")
+    note_gone(finished, "1_1")
+    assert RunState.read(finished).state == "finished"

@@ -182,4 +182,7 @@ def test_a_resumed_run_keeps_its_curves_at_wandb(tiny, monkeypatch):
     other = tiny("other", "logger=wandb", "trainer.max_steps=2")
     ids = [path.name.rpartition("-")[2] for path in sorted((run / "wandb").glob("offline-run-*"))]
     assert set(ids) == {RunState.read(run).id}  # starts within one second share a directory
+    assert {path.name.rpartition("-")[2] for path in (other / "wandb").glob("offline-run-*")} == {
+        RunState.read(other).id
+    }
     assert RunState.read(other).id != ids[0]  # of the same name, in another directory

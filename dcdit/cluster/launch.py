@@ -1,12 +1,16 @@
 """Submit the runs of a sweep as a job array of SLURM, and wait for them by their directories."""
 
+import copy
 import math
+import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
@@ -16,8 +20,10 @@ from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
 from dcdit.cluster.settings import Cluster, cluster_of, sbatch_parameters
+from dcdit.composed import build_module, match_compute
 from dcdit.errors import UserError
-from dcdit.run_state import FAILED, FINISHED, QUEUED_NAME, RunState, is_held, progress_of
+from dcdit.resume import check_same, is_finished
+from dcdit.run_state import FAILED, FINISHED, QUEUED_NAME, RunState, is_held, note_failure, progress_of
 
 FOLDER = ".submitit"
 GONE = 3
@@ -60,36 +66,66 @@ def launch(
         UserError: if a value is wrong, or SLURM takes none of it.
         SystemExit: where there is nothing to wait for.
     """
-    clusters = [cluster_of(config) for config in configs]
-    if any(each != clusters[0] for each in clusters):
-        raise UserError("cluster.*: all runs of a sweep are one job array and need the same; submit one sweep for each")
+    place = Path(configs[0].hydra.sweep.dir)
+    try:
+        clusters = [cluster_of(config) for config in configs]
+        if any(each != clusters[0] for each in clusters):
+            raise UserError("cluster.*: all runs of a sweep are one job array and need the same; submit them apart")
+    except UserError:
+        leave_nothing(place)
+        raise
     cluster, runs = clusters[0], [run_dir_of(config) for config in configs]
-    folder = Path(configs[0].hydra.sweep.dir, FOLDER).absolute()
+    folder = place.absolute() / FOLDER
     parameters = sbatch_parameters(cluster, configs[0].run_name, folder)
     if cluster.dry_run:
         print(draft(folder, parameters, len(runs)))
+        leave_nothing(place)
         raise SystemExit(0)
     state = Singleton.get_state()
-    arguments = [
-        (list(words), "hydra.sweep.dir", first + number, f"job_id_for_{first + number}", state)
-        for number, words in enumerate(overrides)
-    ]
-    for run in runs:  # before a job may start and take the note away
-        run.mkdir(parents=True, exist_ok=True)
-        (run / QUEUED_NAME).touch()
-    try:
-        names = submit(job, arguments, folder, parameters)
-    except UserError:
-        for run in runs:
-            (run / QUEUED_NAME).unlink()
-        raise
-    jobs = dict(zip(names, runs, strict=True))
-    place, array = Path(configs[0].hydra.sweep.dir), names[0].split("_")[0]
-    rank_zero_info(f"Submitted {', '.join(jobs)}. Follow: python -m dcdit.status {place}   End: scancel {array}")
-    if not cluster.wait:
-        raise SystemExit(0)
-    wait(jobs, cluster, place.absolute())
+    due = [number for number, run in enumerate(runs) if is_due(run, configs[number], overrides[number])]
+    arguments = [(list(overrides[n]), "hydra.sweep.dir", first + n, f"job_id_for_{first + n}", state) for n in due]
+    if due:
+        names = submit(job, arguments, folder, parameters, [runs[n] for n in due])
+        jobs = {name: runs[n] for name, n in zip(names, due, strict=True)}
+        array = names[0].split("_")[0]
+        rank_zero_info(f"Submitted {', '.join(jobs)}. Follow: python -m dcdit.status {place}   End: scancel {array}")
+        if not cluster.wait:
+            raise SystemExit(0)
+        wait(jobs, cluster, place.absolute())
     return [returned(run, words, config) for run, words, config in zip(runs, overrides, configs, strict=True)]
+
+
+def is_due(run: Path, config: DictConfig, overrides: Sequence[str]) -> bool:
+    """Whether a run needs a job; says why where it does not, and writes down what is wrong with it."""
+    name = os.path.relpath(run)
+    if is_held(run):
+        rank_zero_info(f"{name} is being trained right now: left alone")
+        return False
+    config = copy.deepcopy(config)
+    try:
+        match_compute(config)
+        with torch.device("meta"):
+            build_module(config, latents={})
+        if (run / "checkpoints" / "last.ckpt").exists():
+            check_same(config, run)
+    except UserError as error:
+        run.mkdir(parents=True, exist_ok=True)
+        note_failure(error, run, tuple(overrides), sweeping=True)
+        rank_zero_info(f"{name}: {error}")
+        return False
+    before = RunState.read(run)
+    if is_finished(before, config):
+        rank_zero_info(f"{name} is finished: left alone")
+        return False
+    if (run / QUEUED_NAME).exists():
+        rank_zero_info(f"{name} was submitted before and has not begun; of two jobs the second finds it taken")
+    return True
+
+
+def leave_nothing(place: Path) -> None:
+    """Take away what Hydra wrote for a sweep that is not submitted."""
+    if place.is_dir() and {path.name for path in place.iterdir()} <= {"multirun.yaml"}:
+        shutil.rmtree(place)
 
 
 def draft(folder: Path, parameters: Mapping[str, Any], jobs: int) -> str:
@@ -101,8 +137,14 @@ def draft(folder: Path, parameters: Mapping[str, Any], jobs: int) -> str:
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def submit(job: Callable[..., JobReturn], arguments: Sequence[tuple], folder: Path, parameters: Any) -> list[str]:
-    """Hand the jobs to SLURM; returns their names.
+def submit(
+    job: Callable[..., JobReturn],
+    arguments: Sequence[tuple],
+    folder: Path,
+    parameters: Mapping[str, Any],
+    runs: Sequence[Path],
+) -> list[str]:
+    """Hand the jobs of ``runs`` to SLURM; returns their names.
 
     Raises:
         UserError: if there is no SLURM, or it refuses them.
@@ -115,10 +157,18 @@ def submit(job: Callable[..., JobReturn], arguments: Sequence[tuple], folder: Pa
             " with cluster.dry_run=true, or take cluster=local"
         ) from None
     executor.update_parameters(**parameters)
+    for run in runs:  # before a job may start and take the note away
+        run.mkdir(parents=True, exist_ok=True)
+        (run / QUEUED_NAME).touch()
     try:
         return [each.job_id for each in executor.map_array(job, *zip(*arguments, strict=True))]
     except (FailedJobError, OSError) as error:
-        raise UserError(f"cluster=slurm: sbatch refused the job: {str(error).strip()}") from None
+        for run in runs:
+            (run / QUEUED_NAME).unlink()
+        raise UserError(
+            f"cluster=slurm: sbatch refused the job: {str(error).strip()}\n(Is this a machine of the cluster? Else"
+            " SLURM_CONF says where its slurm.conf is.)"
+        ) from None
 
 
 def wait(jobs: Mapping[str, Path], cluster: Cluster, place: Path) -> None:
@@ -131,7 +181,11 @@ def wait(jobs: Mapping[str, Path], cluster: Cluster, place: Path) -> None:
     """
     left, missed = dict(jobs), dict.fromkeys(jobs, 0)
     while left:
-        time.sleep(cluster.poll_seconds)
+        try:
+            time.sleep(cluster.poll_seconds)
+        except KeyboardInterrupt:
+            rank_zero_info(f"\nThe jobs go on. Follow: python -m dcdit.status {os.path.relpath(place)}")
+            raise
         queued = in_queue(next(iter(jobs)).split("_")[0])
         for name, run in list(left.items()):
             if not has_ended(run):
@@ -161,14 +215,11 @@ def in_queue(job: str) -> set[str] | None:
 
 
 def note_gone(run: Path, name: str) -> None:
-    """Write down that a job left the queue without a word: cancelled, or ended before the run began."""
+    """A job left the queue without a word; what its run says of itself stays, and where it says nothing this does."""
     (run / QUEUED_NAME).unlink(missing_ok=True)
-    if is_held(run):
-        return
-    before = RunState.read(run)
-    reason = f"job {name} was cancelled, or ended before the run began; its output is in {run.parent.name}/{FOLDER}"
-    step = progress_of(run, "").step
-    RunState(FAILED, step=step, max_steps=before.max_steps if before else 0, reason=reason).write(run)
+    if RunState.read(run) is None:
+        reason = f"job {name} was cancelled, or ended before the run began: look into {FOLDER} beside the runs"
+        RunState(FAILED, reason=reason).write(run)
 
 
 def returned(run: Path, overrides: Sequence[str], config: DictConfig) -> JobReturn:

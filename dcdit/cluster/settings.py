@@ -124,7 +124,8 @@ def sbatch_parameters(cluster: Cluster, name: str, folder: Path) -> dict[str, An
         "srun_args": ["--kill-on-bad-exit=1", *cores],
         "additional_parameters": {"requeue": True, **cluster.sbatch},
     }
-    return {key: value for key, value in values.items() if value is not None}
+    # submitit's own default of the accounting key is a name that nobody here knows
+    return {key: value for key, value in values.items() if value is not None} | {"wckey": None}
 
 
 def again(folder: Path) -> list[str]:
