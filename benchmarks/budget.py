@@ -23,10 +23,11 @@ from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.sampling import Sampler
 from dcdit.evaluation.flops import Cost
 from dcdit.generation import Drawn, Model, generate
+from dcdit.memory import keep_freed_memory
 from dcdit.network import DCDiT
 from dcdit.network.routing import PredictabilityRouter
 from dcdit.registry import build_network
-from dcdit.runtime import device_words, keep_freed_memory, pick_device
+from dcdit.runtime import device_words, pick_device
 
 KEPT = 0.25
 

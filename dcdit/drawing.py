@@ -15,9 +15,10 @@ from dcdit.diffusion.sampling import Sampler
 from dcdit.diffusion.schedule import TRAIN_STEPS
 from dcdit.errors import UserError
 from dcdit.generation import Drawn, Model, OnStep, generate, load_model
+from dcdit.memory import keep_freed_memory
 from dcdit.network import DCDiT
 from dcdit.network.blocks import execute
-from dcdit.runtime import fingerprint, keep_freed_memory, pick_device
+from dcdit.runtime import fingerprint, pick_device
 
 
 @dataclass(frozen=True)

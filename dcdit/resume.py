@@ -58,7 +58,7 @@ def check_same(config: DictConfig, run_dir: Path) -> None:
         if old.get(key) != new.get(key):
             where = os.path.relpath(run_dir)
             raise UserError(
-                f"{key}={new.get(key)}: the run in {where} was trained with {key}={old.get(key)}, and ckpt_path=auto does"
+                f"{key}={new.get(key)}: the run in {where} was trained with {old.get(key)}, and ckpt_path=auto does"
                 " not go on with another experiment. Take another run_name, or, to train on with the new value,"
                 " ckpt_path=last"
             )

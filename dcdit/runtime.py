@@ -1,12 +1,9 @@
 """The process and its machine: rank, device, precision, memory, and what tells one set of weights from another."""
 
-import ctypes
-import ctypes.util
 import hashlib
 import os
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -22,21 +19,6 @@ _LOST = re.compile(
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name))
 """After which training saves and stops: Ctrl-C, the end of a process or a job, and what SLURM sends before that end."""
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse freed memory instead of returning it to the kernel; does nothing elsewhere.
-
-    Activations of a few megabytes are otherwise mapped and unmapped at every operation, and each fresh page costs a
-    fault: element-wise operations of a small DC-DiT ran up to five times slower.
-    """
-    name = ctypes.util.find_library("c") if sys.platform == "linux" else None
-    mallopt = getattr(ctypes.CDLL(name), "mallopt", None) if name else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc accepts
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

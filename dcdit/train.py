@@ -31,6 +31,7 @@ from dcdit.composed import (
     world_size,
 )
 from dcdit.errors import UserError
+from dcdit.memory import keep_freed_memory
 from dcdit.module import DCDiTModule
 from dcdit.network.blocks import execute
 from dcdit.resume import check_same, find_checkpoint, is_finished, leave_queue, note, started, task_overrides
@@ -42,7 +43,7 @@ from dcdit.run_state import (
     one_line,
     sole_writer,
 )
-from dcdit.runtime import keep_freed_memory, lost_process, processes
+from dcdit.runtime import lost_process, processes
 
 PATIENCE = 180.0
 """Seconds that a job waits for the one before it to let go of the run: a node that died holds locks for a while."""
