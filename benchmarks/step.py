@@ -189,7 +189,7 @@ class Bench:
     def dechunk_bytes(self) -> tuple[float, float]:
         """Most bytes that live at once in de-chunking, forward and with backward."""
         features = torch.randn(sum(self.lengths), self.network.residual.in_features, device=self.device)
-        with torch.no_grad():
+        with torch.no_grad(), self.precision():
             routing = self.network(self.x, self.t, self.y).routing
         packing = dcdit.make_packing(routing.mask)
         arguments = (routing, packing, self.network.grid, self.network.smoothing_sigma)
