@@ -164,9 +164,10 @@ def test_two_processes_at_once(run, tmp_path, digits):
     subprocess.run([*launch, "-m", "dcdit.evaluate", *places, *settings], check=True, capture_output=True)
     two = [json.loads(path.read_text()) for path in sorted((tmp_path / "two").glob("*.json"))]
     one = [result for _, result in sorted(run("drop_fractions=[0,0.5]", out="one").items())]
-    assert [each["metrics"] for each in sorted(two, key=lambda each: each["plan"]["guidance"]["drop_fraction"])] == [
-        each["metrics"] for each in one
-    ]
+    two.sort(key=lambda each: each["plan"]["guidance"]["drop_fraction"])
+    for shared, alone in zip(two, one, strict=True):
+        # the classifier sees other batches, which rounds its float32 features otherwise
+        assert shared["metrics"] == pytest.approx(alone["metrics"], rel=1e-5)
 
 
 def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):

@@ -12,6 +12,7 @@ class Trainer:
     """What the module asks of its trainer."""
 
     global_step = 0
+    world_size = 1
     accumulate_grad_batches = 1
     log_every_n_steps = 1
 

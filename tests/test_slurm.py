@@ -173,7 +173,8 @@ def starts(run: Path) -> int:
 
 def test_a_run_that_dies_again_and_again_is_given_up(tmp_path, digits, slurm):
     # every start is killed before its first checkpoint
-    process = submit(tmp_path, digits, slurm, "trainer.max_steps=100000", "cluster.attempts=1", "run_name=dying")
+    endless = ("trainer.max_steps=1000000", "callbacks.checkpoint.every_n_steps=1000000")
+    process = submit(tmp_path, digits, slurm, *endless, "cluster.attempts=1", "run_name=dying")
     run = tmp_path / "runs" / "dying"
 
     def next_step() -> bool:
@@ -186,8 +187,8 @@ def test_a_run_that_dies_again_and_again_is_given_up(tmp_path, digits, slurm):
     def starts_so_far() -> int:
         return starts(run) if (run / "job.log").exists() else 0
 
-    wait_for(next_step, 200)
-    assert process.returncode == 1
+    wait_for(next_step, 400)
+    assert process.returncode == 1, (run / "job.log").read_text()
     assert starts(run) == 2
     state = RunState.read(run)
     assert state.state == "failed"
