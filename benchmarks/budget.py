@@ -25,6 +25,7 @@ from dcdit.evaluation.flops import Cost
 from dcdit.generation import Drawn, Model, generate
 from dcdit.memory import keep_freed_memory
 from dcdit.network import DCDiT
+from dcdit.network.blocks import execute
 from dcdit.network.routing import PredictabilityRouter
 from dcdit.registry import build_network
 from dcdit.runtime import device_words, pick_device
@@ -117,12 +118,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true", help="fuse the blocks' element-wise operations")
     options = parser.parse_args()
     keep_freed_memory()
     device = pick_device(options.device)
     with torch.no_grad():
         network = network_keeping(KEPT, options.model, device)
+    execute(network, options.compile)
     title = f"{options.model}, {options.precision}, {device_words(device)}, batches of {options.batch}"
+    if options.compile:
+        title += ", compiled blocks"
     table = Table(title=title, title_justify="left")
     for heading in ("budget", "kept", "GFLOPs/step", "of the work", "of the time", "ms/image"):
         table.add_column(heading, justify="left" if heading == "budget" else "right")

@@ -258,10 +258,8 @@ def report(bench: Bench) -> dict[str, float]:
     per_component = grouped(dict(flops.components))
     rate = bench.limit_flops / times["limit"]
     memory = bench.dechunk_bytes()
-    on_gpu = bench.device.type == "cuda"
-    what = torch.cuda.get_device_name() if on_gpu else f"{processor()}, {torch.get_num_threads()} threads"
-    print(f"DC-DiT-{options.scale.upper()}, {8 * options.grid}px, batches of {batch}, {options.precision}", end="")
-    print(f"{', compiled blocks' if options.compile else ''}; {what}; torch {torch.__version__}; {date()}\n")
+    how = [name for name in ("compile", "recompute") if getattr(options, name)]
+    print(heading(options, f"batches of {batch}", *how))
     print(f"Kept {sum(bench.lengths) / batch / options.grid**2:.1%}; a product of {sum(bench.lengths)} tokens with the")
     print(f"MLP's first matrix runs at {rate / 1e9:,.0f} GFLOP/s, which is the limit here.\n")
 
@@ -290,7 +288,7 @@ def report(bench: Bench) -> dict[str, float]:
         cells = (f"{1e3 * spent / batch:.2f}", f"{spent / whole:.2f}", f"{operations / work:.2f}")
         line(name.replace("plain", "DiT/2"), *cells, share(operations, batch, spent, rate))
     print(f"\nDe-chunk holds {memory[0] / MIB:.0f} MiB at once, {memory[1] / MIB:.0f} MiB with its backward pass.")
-    if on_gpu:
+    if bench.device.type == "cuda":
         print(f"Most memory of all: {torch.cuda.max_memory_allocated() / MIB:,.0f} MiB.")
     return {
         "limit": work * batch / whole / rate,
@@ -306,18 +304,23 @@ def share(operations: float, batch: int, seconds: float, rate: float) -> str:
     return f"{operations * batch / seconds / rate:.0%}"
 
 
-def processor() -> str:
-    """Name of the CPU."""
+def heading(options: argparse.Namespace, *words: str) -> str:
+    """What is measured, on what, with what, when."""
+    device = torch.device(options.device)
+    measured = (f"DC-DiT-{options.scale.upper()}", f"{8 * options.grid}px", options.precision, *words)
+    return f"{', '.join(measured)}; {machine(device)}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}\n"
+
+
+def machine(device: torch.device) -> str:
+    """Name of the GPU, or of the processor and how many threads it runs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.machine()
-
-
-def date() -> str:
-    """Today."""
-    return time.strftime("%Y-%m-%d")
+        name = platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 # Ratio, the most (or least) that it may be, and what is lost beyond. Wide, for machines on which other things run.

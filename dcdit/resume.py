@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dcdit.errors import UserError
 from dcdit.run_state import FINISHED, QUEUED_NAME, RUNNING, RunState
+from dcdit.runtime import rank
 
 
 def find_checkpoint(config: DictConfig, run_dir: Path) -> Path | None:
@@ -93,7 +94,8 @@ def started(before: RunState | None, run_dir: Path, config: DictConfig) -> RunSt
     died_here = before is not None and before.state == RUNNING and before.began == newest
     starts = before.starts + 1 if before and died_here else 1
     limit = config.cluster.get("attempts")
-    if limit is not None and starts > limit:
+    # The first process alone decides: by now the others may read what it wrote about this very start.
+    if limit is not None and starts > limit and not rank():
         raise UserError(
             f"cluster.attempts={limit}: the run died {limit} times in a row after step {newest}, without another"
             " checkpoint in between. Look at job.log, save more often (callbacks.checkpoint.every_n_steps) if it had"

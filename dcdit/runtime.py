@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 
 from dcdit.errors import UserError
 
@@ -79,6 +80,11 @@ def processes() -> tuple[int, int]:
     """Rank of this process, and how many there are; (0, 1) if it was started alone."""
     started_by = launcher()
     return (started_by.global_rank(), started_by.world_size()) if started_by else (0, 1)
+
+
+def rank() -> int:
+    """Of this process in training, whoever starts the others; known before there is a trainer."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0)
 
 
 def local_processes() -> int:

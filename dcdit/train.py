@@ -43,7 +43,7 @@ from dcdit.run_state import (
     one_line,
     sole_writer,
 )
-from dcdit.runtime import lost_process, processes
+from dcdit.runtime import lost_process, processes, rank
 
 PATIENCE = 180.0
 """Seconds that a job waits for the one before it to let go of the run: a node that died holds locks for a while."""
@@ -130,11 +130,6 @@ def end_curves() -> None:
     """The next run of a sweep, in the same process, would go on with this one's curves at wandb."""
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
-
-
-def rank() -> int:
-    """Of this process, known before there is a trainer."""
-    return int(getattr(rank_zero_only, "rank", 0) or 0)
 
 
 def was_interrupted(trainer: pl.Trainer) -> bool:

@@ -9,6 +9,9 @@ from torch import Tensor
 from dcdit.network.attention import Packing
 from dcdit.network.routing import Routing
 
+_AT_ONCE = 4 * 2**20
+"""Grid elements that are smoothed at once: 16 MiB in float32."""
+
 
 def make_packing(mask: Tensor) -> Packing:
     """Lay the kept positions of ``mask`` (B, L) out one sample after the other, each in raster order.
@@ -34,12 +37,6 @@ def full_packing(batch: int, positions: int, device: torch.device) -> Packing:
 def pack(grid: Tensor, packing: Packing) -> Tensor:
     """Gather the kept positions of ``grid`` (B, L, ...) as (T, ...)."""
     return grid.flatten(0, 1).index_select(0, packing.index)
-
-
-def unpack(tokens: Tensor, packing: Packing) -> Tensor:
-    """Scatter ``tokens`` (T, ...) to their positions on the grid (B, L, ...), zeros elsewhere."""
-    shape = (len(packing.lengths) * packing.bound, *tokens.shape[1:])
-    return tokens.new_zeros(shape).index_copy(0, packing.index, tokens).unflatten(0, (-1, packing.bound))
 
 
 def nearest_kept(mask: Tensor) -> Tensor:
@@ -87,11 +84,38 @@ def blur(field: Tensor, sigma: float) -> Tensor:
     return field
 
 
+def gaussian_sums(field: Tensor, packing: Packing, grid: tuple[int, int], sigma: float) -> Tensor:
+    """For each kept token i the sum of exp(-|u_i - u_j|^2 / (2 sigma^2)) field_j over the kept tokens j of its sample.
+
+    Equals blurring the grid of all samples at once; taking a few samples at a time bounds the memory by that of a few
+    grids, forward and backward, and keeps small grids in the processor's cache.
+
+    Args:
+        field: (T, D) float32.
+        packing: where the tokens lie.
+        grid: (H, W).
+        sigma: standard deviation in grid positions.
+
+    Returns:
+        (T, D) float32.
+    """
+    positions, lengths = packing.bound, packing.lengths
+    together = max(1, _AT_ONCE // (positions * field.shape[1]))
+    groups = [lengths[first : first + together] for first in range(0, len(lengths), together)]
+    tokens = [sum(group) for group in groups]  # split, whose backward is one concatenation, not a sum of slices
+    sums = []
+    for number, (part, index) in enumerate(zip(field.split(tokens), packing.index.split(tokens), strict=True)):
+        at = index - number * together * positions
+        flat = part.new_zeros(len(groups[number]) * positions, part.shape[1]).index_copy(0, at, part)
+        sums.append(blur(flat.unflatten(0, (-1, *grid)), sigma).flatten(0, 2).index_select(0, at))
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
 def smooth(tokens: Tensor, prob: Tensor, packing: Packing, grid: tuple[int, int], sigma: float) -> Tensor:
     """Blend each kept token with the confidence-weighted Gaussian mean of the kept tokens around it.
 
     o_i = q_i h_i + (1 - q_i) sum_j W_ij h_j / (sum_j W_ij + 1e-8), W_ij = exp(-|u_i - u_j|^2 / (2 sigma^2)) q_j.
-    Both sums are blurs on the grid, so no T x T matrix is needed.
+    No T x T matrix is needed.
 
     Args:
         tokens: (T, D) float32.
@@ -104,11 +128,10 @@ def smooth(tokens: Tensor, prob: Tensor, packing: Packing, grid: tuple[int, int]
         (T, D) float32.
     """
     q = prob.clamp(1e-4, 1 - 1e-4)[:, None]
-    # Two blurs rather than one of D + 1 channels: an odd channel count costs the matrix product its speed.
-    sums, weights = (
-        pack(blur(unpack(field, packing).unflatten(1, grid), sigma).flatten(1, 2), packing) for field in (q * tokens, q)
-    )
-    return q * tokens + (1 - q) * sums / (weights + 1e-8)
+    # Two sums rather than one of D + 1 channels: an odd channel count costs the matrix product its speed.
+    own = q * tokens
+    weights = gaussian_sums(q, packing, grid, sigma) + 1e-8
+    return torch.addcmul(own, (1 - q) / weights, gaussian_sums(own, packing, grid, sigma))
 
 
 def plug_back(tokens: Tensor, packing: Packing, mask: Tensor) -> Tensor:

@@ -181,8 +181,9 @@ class DCDiT(nn.Module):
         """De-chunk ``tokens`` (T, D) and add the encoder's residual, in float32: (B, H, W, D)."""
         with torch.autocast(features.device.type, enabled=False):
             spread = dechunk(tokens, routing, packing, self.grid, self.smoothing_sigma)  # (B, L, D)
-            gated = spread * straight_through(routing.confidence)[..., None]
-            return gated.unflatten(1, self.grid) + self.residual(features.float())
+            gate = straight_through(routing.confidence)[..., None]
+            combined = torch.addcmul(self.residual(features.float()).flatten(1, 2), spread, gate)
+            return combined.unflatten(1, self.grid)
 
 
 def check_inputs(x: Tensor, t: Tensor, y: Tensor, shape: tuple[int, int, int]) -> None:

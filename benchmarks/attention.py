@@ -1,0 +1,121 @@
+"""Which form of attention is the fastest here, over samples of different lengths: what ``attention=auto`` should take.
+
+    python benchmarks/attention.py                                         DC-DiT-B, 256px, float32
+    python benchmarks/attention.py --scale xl --batch 64 --precision bf16
+
+Needs torch and timm alone. All forms take turns, times are medians: compare within a run, never across. GFLOP/s count
+the products of the forward pass, and 3.5 times as many with the backward pass, as is customary.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from step import SCALES, Clock, heading
+from torch import Tensor
+
+from dcdit.errors import UserError
+from dcdit.memory import keep_freed_memory
+from dcdit.network.attention import Packing, check_backend, packed_attention, resolve_backend
+from dcdit.network.chunking import make_packing
+
+Form = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """Every sample padded to the longest: what a form without packing pays."""
+    longest = max(packing.lengths)
+
+    def pad(x: Tensor) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(list(x.split(packing.lengths)), batch_first=True).transpose(1, 2)
+
+    at = torch.arange(longest, device=q.device)
+    mask = at < torch.tensor(packing.lengths, device=q.device)[:, None]
+    out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), attn_mask=mask[:, None, None])
+    return out.transpose(1, 2)[mask]
+
+
+def each(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """One call for each sample, in the precision of its input."""
+    with torch.autocast(q.device.type, enabled=False):
+        parts = zip(*(x.split(packing.lengths) for x in (q, k, v)), strict=True)
+        outs = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part)) for part in parts]
+    return torch.cat([out[0].transpose(0, 1) for out in outs])
+
+
+def candidates(sample: Tensor) -> dict[str, str]:
+    """Names, and why they cannot run for tensors like ``sample``; the reason is empty for those that can."""
+    found = {}
+    for name in ("sdpa", "varlen", "flash_attn"):
+        found[name] = ""
+        try:
+            check_backend(name)
+            resolve_backend(name, sample)
+        except UserError as error:
+            found[name] = str(error).partition(":")[0]
+    return found
+
+
+def main() -> None:
+    """Measure and print as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", default="b", choices=list(SCALES))
+    parser.add_argument("--grid", type=int, default=32, help="side of the latent grid: 32 for 256px, 64 for 512px")
+    parser.add_argument("--kept", type=float, default=0.25, help="mean share of the positions that is kept")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2)
+    options = parser.parse_args()
+    keep_freed_memory()
+    torch.manual_seed(0)
+    width, _, heads = SCALES[options.scale]
+    device, positions = torch.device(options.device), options.grid**2
+    # Shares between half and one and a half times the mean, as the samples of a batch differ.
+    shares = options.kept * (0.5 + torch.rand(options.batch, 1, device=device))
+    packing = make_packing(torch.rand(options.batch, positions, device=device) < shares)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    qkv = torch.randn(len(packing.index), 3 * width, dtype=dtype, device=device, requires_grad=True)
+    upstream = torch.randn(len(packing.index), heads, width // heads, dtype=dtype, device=device)
+    work = 4.0 * width * sum(length**2 for length in packing.lengths)
+
+    found = candidates(qkv)
+    chosen = resolve_backend("auto", qkv)
+    forms: dict[str, Form] = {
+        name: partial(packed_attention, backend=name) for name, reason in found.items() if not reason
+    }
+    forms |= {"a call for each sample": each, "padded": padded}
+    clock = Clock(device)
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in forms}
+    for turn in range(options.rounds + options.warmup):
+        for name, form in forms.items():
+            q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)
+            begin = clock.now()
+            out = form(q, k, v, packing)
+            middle = clock.now()
+            out.backward(upstream)
+            end = clock.now()
+            qkv.grad = None
+            if turn >= options.warmup:
+                for kept, spent in zip(times[name], (middle - begin, end - begin), strict=True):
+                    kept.append(spent)
+
+    lengths = f"{options.batch} samples of {min(packing.lengths)} to {max(packing.lengths)} tokens"
+    print(heading(options, lengths, f"{heads} heads"))
+    print("| form | forward, ms | GFLOP/s | with backward, ms | GFLOP/s |\n| --- | ---: | ---: | ---: | ---: |")
+    for name, (forward, both) in times.items():
+        one, two = statistics.median(forward), statistics.median(both)
+        label = f"{name} (auto)" if name == chosen else name
+        rates = (work / one / 1e9, 3.5 * work / two / 1e9)
+        print(f"| {label} | {1e3 * one:.2f} | {rates[0]:,.0f} | {1e3 * two:.2f} | {rates[1]:,.0f} |")
+    for name, reason in found.items():
+        if reason:
+            print(f"\n{name} does not run: {reason}.")
+
+
+if __name__ == "__main__":
+    main()
