@@ -328,7 +328,7 @@ CHECKS = [
     ("drop", "<", 1.5, "dropped tokens are paid for"),
     ("train", "<", 5.0, "the backward pass is slow"),
     ("de-chunk", "<", 0.12, "de-chunk is slow"),
-    ("memory", "<", 12.0, "de-chunk holds more than a few copies of the grid's features"),
+    ("memory", "<", 6.0, "de-chunk holds more than a few copies of the grid's features"),
     ("limit", ">", 0.3, "the forward pass is far from the matrix units' limit"),
 ]
 
