@@ -11,7 +11,7 @@ def keep_freed_memory() -> None:
     """Have glibc reuse freed memory instead of returning it to the kernel; does nothing elsewhere.
 
     Activations are otherwise mapped and unmapped at every operation, and each fresh page costs a fault: element-wise
-    operations of a small DC-DiT ran up to five times slower, and a training step of DC-DiT-B at 512px took a fifth longer.
+    operations of a small DC-DiT ran up to five times slower, a training step of DC-DiT-B at 512px a tenth longer.
     """
     name = ctypes.util.find_library("c") if sys.platform == "linux" else None
     mallopt = getattr(ctypes.CDLL(name), "mallopt", None) if name else None
