@@ -358,6 +358,12 @@ def main() -> int:
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing of the blocks")
     parser.add_argument("--check", action="store_true", help="a small network; exit status 1 if a ratio is far off")
     options = parser.parse_args()
+    if not 0 < options.kept <= 1:
+        parser.error(f"--kept {options.kept:g} is not a share: take one above 0 and up to 1")
+    if options.grid < 2 or options.grid % 2:
+        parser.error(f"--grid {options.grid} does not suit the patches of DiT/2: take an even number")
+    if min(options.batch, options.rounds) < 1:
+        parser.error(f"--batch {options.batch}, --rounds {options.rounds}: take at least 1 of each")
     if options.check:
         options.scale, options.batch, options.rounds, options.warmup = "s", 4, 5, 1
     keep_freed_memory()
