@@ -76,11 +76,15 @@ def nearest_kept(mask: Tensor) -> Tensor:
 def blur(field: Tensor, sigma: float) -> Tensor:
     """Unnormalised Gaussian sum over the grid: out_i = sum_j exp(-|u_i - u_j|^2 / (2 sigma^2)) field_j.
 
-    The Gaussian separates into rows and columns, so this is two small matrix products.
+    The Gaussian separates into rows and columns, so this is two small matrix products. Factors of 1e-15 or less, of a
+    row or a column, count as none.
 
     Args:
         field: (B, H, W, D) float32.
         sigma: standard deviation in grid positions.
+
+    Returns:
+        (B, H, W, D) float32.
     """
     for axis in (1, 2):
         at = torch.arange(field.shape[axis], dtype=torch.float32, device=field.device)
