@@ -18,9 +18,9 @@ from step import SCALES, Clock, heading
 from torch import Tensor
 
 from dcdit.errors import UserError
-from dcdit.memory import keep_freed_memory
-from dcdit.network.attention import Packing, check_backend, packed_attention, resolve_backend
-from dcdit.network.chunking import make_packing
+from dcdit.network.attention import check_backend, packed_attention, resolve_backend
+from dcdit.network.packing import Packing, make_packing
+from dcdit.runtime.memory import keep_freed_memory
 
 Form = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 

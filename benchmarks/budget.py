@@ -18,17 +18,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dcdit.cli import model_config
+from dcdit.checkpoints.load import Model
+from dcdit.compute.flops import Cost
 from dcdit.diffusion.guidance import Guidance
-from dcdit.diffusion.sampling import Sampler
-from dcdit.evaluation.flops import Cost
-from dcdit.generation import Drawn, Model, generate
-from dcdit.memory import keep_freed_memory
+from dcdit.diffusion.samplers import Sampler
 from dcdit.network import DCDiT
 from dcdit.network.blocks import execute
 from dcdit.network.routing import PredictabilityRouter
-from dcdit.registry import build_network
-from dcdit.runtime import device_words, pick_device
+from dcdit.runtime.devices import device_words, pick_device
+from dcdit.runtime.memory import keep_freed_memory
+from dcdit.sampling.generate import Drawn, generate
+from dcdit.settings.entry import model_config
+from dcdit.settings.tables import build_network
 
 KEPT = 0.25
 

@@ -25,15 +25,15 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from dcdit.data.autoencoder import load_autoencoder
-from dcdit.data.extraction import Extraction
-from dcdit.data.image_sources import FolderSource
-from dcdit.data.location import Location
 from dcdit.data.manifest import MOMENTS
 from dcdit.data.order import EpochOrder, Position, Readers
-from dcdit.data.settings import Settings
 from dcdit.data.shards import write_shards
+from dcdit.data.storage import Location
 from dcdit.data.stream import LatentStream
-from dcdit.runtime import autocast, pick_device
+from dcdit.extraction.extraction import Extraction
+from dcdit.extraction.settings import Settings
+from dcdit.extraction.sources import FolderSource
+from dcdit.runtime.devices import autocast, pick_device
 
 STORED = (8, 32, 32)  # moments of a 4 x 32 x 32 latent
 IMAGENET = [5000] * 256 + [1167]  # samples of its shards

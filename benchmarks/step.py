@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dcdit.evaluation.flops import count
-from dcdit.memory import keep_freed_memory
+from dcdit.compute.flops import count
 from dcdit.network import DCDiT, DiT, dcdit
 from dcdit.network.blocks import execute
 from dcdit.network.routing import PredictabilityRouter
+from dcdit.runtime.memory import keep_freed_memory
 
 SCALES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 DROPS = (0.2, 0.5, 0.8)

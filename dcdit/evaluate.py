@@ -21,17 +21,17 @@ from rich.progress import track
 from rich.table import Table
 
 from dcdit.checks import check_drop_fraction
-from dcdit.cli import CONFIG_DIR, entry_point
-from dcdit.config import call_checked
-from dcdit.drawing import Drawing, check_guidance, own_values, prepare
 from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.images import open_images
-from dcdit.evaluation.point import Point
+from dcdit.evaluation.measure import Point
+from dcdit.evaluation.metrics import HEADINGS, KEYS, check_metrics
 from dcdit.evaluation.reference import Reference, default_cache
-from dcdit.evaluation.statistics import HEADINGS, KEYS, check_metrics
-from dcdit.progress import Display
-from dcdit.runtime import processes
+from dcdit.runtime.processes import processes
+from dcdit.runtime.progress import Display
+from dcdit.sampling.setup import Drawing, check_guidance, own_values, prepare
+from dcdit.settings.entry import CONFIG_DIR, entry_point
+from dcdit.settings.schema import call_checked
 
 
 @dataclass(frozen=True)

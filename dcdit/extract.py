@@ -10,23 +10,24 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.filesize import decimal
 
-from dcdit.cli import CONFIG_DIR, entry_point
-from dcdit.config import call_checked
 from dcdit.data.autoencoder import load_autoencoder
-from dcdit.data.extraction import Extraction
-from dcdit.data.image_sources import FolderSource, ImageSource, TarSource
 from dcdit.data.manifest import Manifest
-from dcdit.data.settings import Settings
 from dcdit.errors import UserError
-from dcdit.progress import Display
-from dcdit.runtime import cores, local_processes, pick_device, processes
+from dcdit.extraction.extraction import Extraction
+from dcdit.extraction.settings import Settings
+from dcdit.extraction.sources import FolderSource, ImageSource, TarSource
+from dcdit.runtime.devices import cores, pick_device
+from dcdit.runtime.processes import local_processes, processes
+from dcdit.runtime.progress import Display
+from dcdit.settings.entry import CONFIG_DIR, entry_point
+from dcdit.settings.schema import call_checked
 
 _LISTED = 10  # skipped images named in the summary
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to extract, and where; what shapes the bytes is in :class:`dcdit.data.settings.Settings`.
+    """What to extract, and where; what shapes the bytes is in :class:`dcdit.extraction.settings.Settings`.
 
     Attributes:
         source: folder with a subfolder per class; or webdataset shards, as a folder or a path with braces.

@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dcdit.checks import check_compression, check_drop_fraction
-from dcdit.cli import CONFIG_DIR, entry_point
-from dcdit.config import call_checked
+from dcdit.compute.flops import RESIDUAL, Flops, count
 from dcdit.diffusion.schedule import TRAIN_STEPS
 from dcdit.errors import UserError
-from dcdit.evaluation.flops import RESIDUAL, Flops, count
 from dcdit.network import DCDiT
-from dcdit.registry import build_network
+from dcdit.settings.entry import CONFIG_DIR, entry_point
+from dcdit.settings.schema import call_checked
+from dcdit.settings.tables import build_network
 
 
 @dataclass(frozen=True)

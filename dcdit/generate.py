@@ -22,15 +22,16 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from dcdit.cli import CONFIG_DIR, entry_point
-from dcdit.config import call_checked
-from dcdit.drawing import Drawing, own_values, prepare
+from dcdit.compute.flops import Cost
 from dcdit.errors import UserError
-from dcdit.evaluation.flops import Cost
-from dcdit.ledger import ImageJob, write_json
 from dcdit.network import DCDiT
-from dcdit.progress import Display
-from dcdit.runtime import fingerprint, processes
+from dcdit.runtime.devices import fingerprint
+from dcdit.runtime.jobs import ImageJob, write_json
+from dcdit.runtime.processes import processes
+from dcdit.runtime.progress import Display
+from dcdit.sampling.setup import Drawing, own_values, prepare
+from dcdit.settings.entry import CONFIG_DIR, entry_point
+from dcdit.settings.schema import call_checked
 
 NPZ, SUMMARY = "samples.npz", "samples.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of the files within the archive: equal images give equal bytes

@@ -19,15 +19,15 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from dcdit.cli import CONFIG_DIR, entry_point
-from dcdit.config import call_checked
 from dcdit.data.autoencoder import load_decoder, network_latents
-from dcdit.data.location import Location
 from dcdit.data.manifest import MOMENTS, Manifest, Shard
 from dcdit.data.shards import DamagedSampleError, Layout, file_digest
+from dcdit.data.storage import Location
 from dcdit.errors import UserError
-from dcdit.pictures import save_grid
-from dcdit.runtime import pick_device
+from dcdit.runtime.devices import pick_device
+from dcdit.sampling.figures import save_grid
+from dcdit.settings.entry import CONFIG_DIR, entry_point
+from dcdit.settings.schema import call_checked
 
 _FOR_STATISTICS = 1000  # samples of which mean and deviation are shown
 
@@ -37,7 +37,7 @@ class Request:
     """What to look at.
 
     Attributes:
-        directory, cache, cache_gb, allow_pipe: see :class:`dcdit.data.location.Location`.
+        directory, cache, cache_gb, allow_pipe: see :class:`dcdit.data.storage.Location`.
         split: name of the split.
         verify: read every byte, not only the samples shown.
         images: samples to decode into a picture; 0 makes none.

@@ -19,11 +19,11 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from dcdit.cli import CONFIG_DIR, entry_point
-from dcdit.config import call_checked
+from dcdit.evaluation.metrics import HEADINGS, KEYS
 from dcdit.evaluation.plots import kept_share, trade_off
 from dcdit.evaluation.results import Result, Section, arrange, read_results
-from dcdit.evaluation.statistics import HEADINGS, KEYS
+from dcdit.settings.entry import CONFIG_DIR, entry_point
+from dcdit.settings.schema import call_checked
 
 LABELS = {KEYS[name]: HEADINGS[name] for name in KEYS}
 

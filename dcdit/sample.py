@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from dcdit.cli import CONFIG_DIR, entry_point
-from dcdit.config import call_checked
-from dcdit.diffusion.sampling import Step
-from dcdit.drawing import own_values, prepare
+from dcdit.compute.flops import Cost
+from dcdit.diffusion.samplers import Step
 from dcdit.errors import UserError
-from dcdit.evaluation.flops import Cost
 from dcdit.network import DCDiT
-from dcdit.pictures import Snapshots, save_boundaries, save_grid
+from dcdit.sampling.figures import Snapshots, save_boundaries, save_grid
+from dcdit.sampling.setup import own_values, prepare
+from dcdit.settings.entry import CONFIG_DIR, entry_point
+from dcdit.settings.schema import call_checked
 
 
 @dataclass(frozen=True)

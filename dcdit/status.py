@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dcdit.cli import CONFIG_DIR, entry_point
-from dcdit.config import call_checked
 from dcdit.errors import UserError
-from dcdit.run_state import Progress, progress_of, runs_below
+from dcdit.runs.progress import Progress, progress_of, runs_below
+from dcdit.settings.entry import CONFIG_DIR, entry_point
+from dcdit.settings.schema import call_checked
 
 _COLOURS = {
     "queued": "blue",

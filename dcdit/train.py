@@ -18,10 +18,17 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from dcdit.callbacks import StopOnInterrupt
-from dcdit.cli import CONFIG_DIR, entry_point, explain, show
 from dcdit.cluster import job
-from dcdit.composed import (
+from dcdit.errors import UserError
+from dcdit.network.blocks import execute
+from dcdit.runs.failure import note_failure, one_line
+from dcdit.runs.lock import sole_writer
+from dcdit.runs.resume import check_same, find_checkpoint, is_finished, leave_queue, note, started, task_overrides
+from dcdit.runs.state import FINISHED, INTERRUPTED, RunState
+from dcdit.runtime.memory import keep_freed_memory
+from dcdit.runtime.processes import lost_process, processes, rank
+from dcdit.settings.entry import CONFIG_DIR, entry_point, explain, show
+from dcdit.training.build import (
     build_data,
     build_module,
     build_trainer,
@@ -30,20 +37,8 @@ from dcdit.composed import (
     match_compute,
     world_size,
 )
-from dcdit.errors import UserError
-from dcdit.memory import keep_freed_memory
-from dcdit.module import DCDiTModule
-from dcdit.network.blocks import execute
-from dcdit.resume import check_same, find_checkpoint, is_finished, leave_queue, note, started, task_overrides
-from dcdit.run_state import (
-    FINISHED,
-    INTERRUPTED,
-    RunState,
-    note_failure,
-    one_line,
-    sole_writer,
-)
-from dcdit.runtime import lost_process, processes, rank
+from dcdit.training.callbacks import StopOnInterrupt
+from dcdit.training.module import DCDiTModule
 
 PATIENCE = 180.0
 """Seconds that a job waits for the one before it to let go of the run: a node that died holds locks for a while."""

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.svm import SVC
 
-from dcdit.data.sources import Digits
+from dcdit.checkpoints.load import load_model
+from dcdit.checkpoints.read import read_checkpoint
+from dcdit.data.builtin import Digits
 from dcdit.diffusion.schedule import Posterior, add_noise
-from dcdit.generation import load_model
-from dcdit.interop import read_checkpoint
 
 TIMESTEPS = (20, 200, 500, 800)
 INK = -0.5  # in [-1, 1]; paper white is -1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dcdit
 from dcdit.data.autoencoder import to_uint8
-from dcdit.data.sources import Digits as Source
+from dcdit.data.builtin import Digits as Source
 from dcdit.evaluation.features import Digits
 
 SIDES = (8, 10, 12, 14, 16)

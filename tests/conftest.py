@@ -1,6 +1,5 @@
 import os
 import signal
-from functools import cache
 from pathlib import Path
 
 # Before torch is loaded: threads that spin while they wait make tiny runs many times slower beside any other job.
@@ -11,54 +10,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from support.configs import TINY, compose_config
 
-from dcdit.cli import CONFIG_DIR, register_resolvers
+from dcdit.settings.entry import register_resolvers
 
 register_resolvers()
-
-TINY = (
-    "experiment=digits",
-    "model.width=32",
-    "model.depth=1",
-    "model.encoder_width=16",
-    "model.grid=8",
-    "data.batch_size=8",
-    "budget.warmup=2",
-    "trainer.log_every_n_steps=1",
-    "callbacks.progress=null",
-)
-"""Overrides for a digits run of a second or two."""
-
-
-PLAIN_DIT = (
-    *(f"~model.{key}" for key in ("encoder_width", "groups", "router", "smoothing_sigma", "init")),
-    "model.name=dit",
-    "+model.patch=2",
-    "budget=none",
-)
-"""Overrides that make a plain DiT of it."""
-
-
-def compose_config(*overrides: str, name: str = "train") -> DictConfig:
-    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
-        return compose(name, overrides=list(overrides))
-
-
-def golden_folders() -> dict[str, Path]:
-    """The reference's numbers: ``mini`` lies here, ``dev`` where DCDIT_GOLDEN points, if it does."""
-    folders = {"mini": Path(__file__).parent / "golden" / "mini"}
-    dev = Path(os.environ.get("DCDIT_GOLDEN", "")) / "dev"
-    if "DCDIT_GOLDEN" in os.environ and dev.is_dir():
-        folders["dev"] = dev
-    return folders
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 8 x 8 digits."""
-    from dcdit.data.sources import Digits
+    from dcdit.data.builtin import Digits
 
     directory = tmp_path_factory.mktemp("digits")
     Digits(grid=8).write(directory)
@@ -97,24 +59,3 @@ def tiny(digits: Path, tmp_path: Path):
         return run_dir
 
     return run
-
-
-def perturb(module: torch.nn.Module, seed: int = 0) -> None:
-    """Move every parameter off its initial value, zero-initialised ones above all."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-
-
-@cache
-def digit_features(count: int = 1000):
-    """Features of real digits, and of other ones under noise."""
-    from dcdit.data.autoencoder import to_uint8
-    from dcdit.data.sources import Digits
-    from dcdit.evaluation.features import Digits as Classifier
-
-    images, _ = Digits(grid=8).images()
-    noise = 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    network = Classifier()
-    return network(to_uint8(images[:count])), network(to_uint8((images + noise)[-count:]))

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from dcdit.runtime import processes
+from dcdit.runtime.processes import processes
 
 MARK = ".unfinished"
 QUEUED_AGAIN, FAILED_FOR_GOOD = 75, 1
@@ -24,7 +24,7 @@ def enter() -> None:
     """Say that this process belongs to a job, and take its signals over from submitit, which would queue it again."""
     global _inside
     _inside = True
-    from dcdit.cli import prepare
+    from dcdit.settings.entry import prepare
 
     prepare()
     logging.getLogger("submitit").propagate = False  # it prints by itself

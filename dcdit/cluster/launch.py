@@ -20,10 +20,13 @@ from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
 from dcdit.cluster.settings import Cluster, cluster_of, sbatch_parameters
-from dcdit.composed import build_module, match_compute
 from dcdit.errors import UserError
-from dcdit.resume import check_same, is_finished
-from dcdit.run_state import FAILED, FINISHED, QUEUED_NAME, RunState, is_held, note_failure, progress_of
+from dcdit.runs.failure import note_failure
+from dcdit.runs.lock import is_held
+from dcdit.runs.progress import progress_of
+from dcdit.runs.resume import check_same, is_finished
+from dcdit.runs.state import FAILED, FINISHED, QUEUED_NAME, RunState
+from dcdit.training.build import build_module, match_compute
 
 FOLDER = ".submitit"
 GONE = 3

@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dcdit.cluster.job import MARK
-from dcdit.composed import accumulation
-from dcdit.config import call_checked
 from dcdit.errors import UserError
+from dcdit.settings.schema import call_checked
+from dcdit.training.build import accumulation
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dcdit.data.manifest import IDENTITY, MOMENTS, Manifest
 from dcdit.errors import UserError
-from dcdit.runtime import autocast, fingerprint
+from dcdit.runtime.devices import autocast, fingerprint
 
 Decoder = Callable[[Tensor], Tensor]
 """Maps network-side latents (B, C, H, W) to images (B, 1 or 3, height, width), uint8."""

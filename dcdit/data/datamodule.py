@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader
 
 from dcdit.checks import micro_batch
 from dcdit.data.autoencoder import network_latents
-from dcdit.data.location import Location
+from dcdit.data.builtin import Source
 from dcdit.data.manifest import MANIFEST_NAME, Manifest
 from dcdit.data.order import Position, Readers
-from dcdit.data.sources import Source
+from dcdit.data.storage import Location
 from dcdit.data.stream import Batch, LatentStream, StoredBatch
 from dcdit.errors import UserError
-from dcdit.runtime import ignore_interrupts
+from dcdit.runtime.signals import ignore_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class LatentDataModule(pl.LightningDataModule):
         autoencoder: the one that the shards must name; None takes any.
         scale: the scale that the shards must have; None takes any.
         damaged_limit: unreadable samples that each rank leaves out before training stops.
-        cache, cache_gb, allow_pipe: for URLs, see :class:`dcdit.data.location.Location`.
+        cache, cache_gb, allow_pipe: for URLs, see :class:`dcdit.data.storage.Location`.
 
     Raises:
         UserError: if a value is out of range.

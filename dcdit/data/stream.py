@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dcdit.data.location import Location, ShardReader
 from dcdit.data.manifest import Manifest
 from dcdit.data.order import EpochOrder, Position, Readers
 from dcdit.data.shards import DamagedSampleError, Layout
+from dcdit.data.storage import Location, ShardReader
 from dcdit.errors import UserError
 
 Batch = tuple[Tensor, Tensor]

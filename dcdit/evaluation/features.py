@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dcdit.checkpoints.read import read_checkpoint
 from dcdit.errors import UserError
-from dcdit.interop import read_checkpoint
-from dcdit.runtime import fingerprint
+from dcdit.runtime.devices import fingerprint
 
 _DIGITS = Path(__file__).with_name("digits.safetensors")
 

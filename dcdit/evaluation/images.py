@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from dcdit.data.autoencoder import load_decoder, network_latents
-from dcdit.data.image_sources import image_files
-from dcdit.data.images import UnusableImageError, decode_image
-from dcdit.data.location import Location, ShardReader
 from dcdit.data.manifest import MANIFEST_NAME
 from dcdit.data.shards import DamagedSampleError, Layout
+from dcdit.data.storage import Location, ShardReader
 from dcdit.errors import UserError
-from dcdit.runtime import cores
+from dcdit.extraction.decode import UnusableImageError, decode_image
+from dcdit.extraction.sources import image_files
+from dcdit.runtime.devices import cores
 
 
 class ImageSet(Protocol):

@@ -13,9 +13,9 @@ import torch
 from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.images import ImageSet
-from dcdit.evaluation.statistics import Statistics
-from dcdit.ledger import ImageJob
-from dcdit.progress import Display
+from dcdit.evaluation.metrics import Statistics
+from dcdit.runtime.jobs import ImageJob
+from dcdit.runtime.progress import Display
 
 
 def default_cache() -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dcdit.errors import UserError
-from dcdit.evaluation.point import SCHEMA
-from dcdit.evaluation.statistics import KEYS
+from dcdit.evaluation.measure import SCHEMA
+from dcdit.evaluation.metrics import KEYS
 
 _SEED = re.compile(r"[-_/. ]*(seed)?[-_=. ]*$")
 
@@ -20,7 +20,7 @@ class Result:
 
     Attributes:
         path: the file it comes from.
-        values: its content, see :class:`dcdit.evaluation.point.Point`.
+        values: its content, see :class:`dcdit.evaluation.measure.Point`.
     """
 
     path: Path

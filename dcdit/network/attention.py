@@ -6,7 +6,6 @@ All backends compute the same thing. ``sdpa`` runs anywhere, in any precision, a
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
@@ -15,31 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcdit.errors import UserError
+from dcdit.network.packing import Packing
 
 Backend = Literal["auto", "sdpa", "varlen", "flash_attn"]
 
 
 _SHORT = 48
 """Longest sample that the SDPA form pads."""
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How the samples of a batch lie in a packed sequence of T tokens.
-
-    Attributes:
-        cu_seqlens: (B + 1,) int32, sample b owns tokens ``cu_seqlens[b]:cu_seqlens[b + 1]``.
-        sample: (T,) int64, the sample that owns each token.
-        index: (T,) int64, position of each token in the flattened (B * L) grid, ascending.
-        lengths: the B sample lengths on the host.
-        bound: static upper bound of a length (the number of grid positions L).
-    """
-
-    cu_seqlens: Tensor
-    sample: Tensor
-    index: Tensor
-    lengths: tuple[int, ...]
-    bound: int
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

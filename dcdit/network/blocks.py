@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dcdit.errors import UserError
-from dcdit.network.attention import Packing, packed_attention
+from dcdit.network.attention import packed_attention
 from dcdit.network.init import InitScheme, xavier_init, zero_init
+from dcdit.network.packing import Packing
 
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from dcdit.checks import check_label_dropout, check_sizes
 from dcdit.errors import UserError
-from dcdit.network.attention import Packing, check_backend
+from dcdit.network.attention import check_backend
 from dcdit.network.blocks import ConvBlock, DiTBlock, OutputLayer
-from dcdit.network.chunking import dechunk, make_packing, pack, straight_through
+from dcdit.network.dechunk import dechunk, straight_through
 from dcdit.network.embeddings import LabelEmbedding, TimestepEmbedding, position_table
 from dcdit.network.init import InitScheme, check_scheme, xavier_init, zero_init
+from dcdit.network.packing import Packing, make_packing, pack
 from dcdit.network.routing import Routing, build_router, route
 
 

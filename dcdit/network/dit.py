@@ -6,10 +6,10 @@ from dcdit.checks import check_label_dropout, check_sizes
 from dcdit.errors import UserError
 from dcdit.network.attention import check_backend
 from dcdit.network.blocks import DiTBlock, OutputLayer
-from dcdit.network.chunking import full_packing
 from dcdit.network.dcdit import Conditioning, Output, check_inputs
 from dcdit.network.embeddings import position_table
 from dcdit.network.init import xavier_init
+from dcdit.network.packing import full_packing
 
 
 class DiT(nn.Module):

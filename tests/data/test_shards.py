@@ -7,10 +7,10 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcdit.data.location import Location
+from dcdit.data.builtin import Digits, Synthetic
 from dcdit.data.manifest import Manifest, disagreement
 from dcdit.data.shards import DamagedSampleError, Layout, Sample, write_shard, write_shards
-from dcdit.data.sources import Digits, Synthetic
+from dcdit.data.storage import Location
 from dcdit.errors import UserError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numbered import damage, flat, loader, numbers, stream, write_numbers
+from support.numbered import damage, flat, loader, numbers, stream, write_numbers
 
 from dcdit.data.autoencoder import network_latents
 from dcdit.data.manifest import Manifest

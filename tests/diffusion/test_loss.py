@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import golden_folders
+from support.configs import golden_folders
 
 from dcdit.diffusion.loss import diffusion_loss
 from dcdit.diffusion.schedule import Posterior, add_noise

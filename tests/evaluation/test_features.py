@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dcdit.data.autoencoder import to_uint8
-from dcdit.data.sources import Digits as Source
+from dcdit.data.builtin import Digits as Source
 from dcdit.errors import UserError
 from dcdit.evaluation.features import Digits, Features, Inception, Own, Timm
 

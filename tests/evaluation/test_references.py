@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
+from dcdit.data.builtin import Digits
 from dcdit.data.shards import write_shards
-from dcdit.data.sources import Digits
 from dcdit.errors import UserError
 from dcdit.evaluation.features import Own
 from dcdit.evaluation.images import open_images
 from dcdit.evaluation.reference import Reference
-from dcdit.progress import Display
+from dcdit.runtime.progress import Display
 
 CPU = torch.device("cpu")
 

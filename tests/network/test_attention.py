@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcdit.errors import UserError
-from dcdit.network.attention import Packing, check_backend, packed_attention, resolve_backend
-from dcdit.network.chunking import make_packing
+from dcdit.network.attention import check_backend, packed_attention, resolve_backend
+from dcdit.network.packing import Packing, make_packing
 
 
 def packing_of(lengths: list[int], device: str = "cpu") -> Packing:

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import perturb
+from support.configs import perturb
 
 from dcdit.network import DCDiT, DiT
 from dcdit.network.blocks import execute

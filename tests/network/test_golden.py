@@ -7,16 +7,16 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import golden_folders
 from safetensors.torch import load_file
+from support.configs import golden_folders
 from torch import Tensor
 
 from dcdit import DCDiT
+from dcdit.checkpoints.reference import load_reference, rename
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.loss import diffusion_loss
 from dcdit.diffusion.schedule import Posterior, add_noise
-from dcdit.interop import load_reference, rename
-from dcdit.objective import ratio_loss
+from dcdit.training.objective import ratio_loss
 
 HEADS = 4
 

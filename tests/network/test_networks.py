@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import perturb
+from support.configs import perturb
 
 from dcdit import DCDiT, DiT
 from dcdit.errors import UserError

@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import golden_folders
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.configs import golden_folders
 
 from dcdit.errors import UserError
 from dcdit.network.routing import CosineRouter, build_router, route, tail_drop

@@ -1,0 +1,223 @@
+"""From images to latent shards, restartable at any moment, on any number of processes.
+
+Every unit of the source becomes one shard, and nothing in it depends on which process writes it or on what was written
+before. Processes share nothing but the directory.
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from rich.filesize import decimal
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dcdit.data.autoencoder import Autoencoder
+from dcdit.data.manifest import SAMPLE, Manifest, Shard, Skipped
+from dcdit.data.shards import Sample, write_shard
+from dcdit.errors import UserError
+from dcdit.extraction.decode import Decoded, ImageBatches, as_it_is
+from dcdit.extraction.journal import ShardLedger, shard_name
+from dcdit.extraction.settings import Settings
+from dcdit.extraction.sources import ImageSource
+from dcdit.runtime.devices import threads
+from dcdit.runtime.signals import ignore_interrupts
+
+
+class Watcher(Protocol):
+    """Is told how far an extraction is."""
+
+    def begin(self, units: int, done: int, images: int | None) -> None:
+        """Of ``units`` of this process ``done`` were there; ``images`` are left, if that is known."""
+
+    def advance(self, files: int) -> None:
+        """So many more files have been dealt with."""
+
+    def shard(self, name: str, samples: int) -> None:
+        """A shard is finished."""
+
+
+class Extraction:
+    """One process of an extraction.
+
+    Args:
+        directory: receives shards and manifest.
+        source: the images.
+        autoencoder: on the device that encodes.
+        settings: what else the bytes depend on.
+        rank, world_size: this process among all.
+        workers: processes that decode images.
+        strict: stop at the first image that cannot be used.
+
+    Raises:
+        UserError: if settings do not fit together.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        source: ImageSource,
+        autoencoder: Autoencoder,
+        settings: Settings,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        strict: bool = False,
+    ) -> None:
+        self.directory, self.source, self.autoencoder, self.settings = directory, source, autoencoder, settings
+        self.rank, self.world_size, self.workers, self.strict = rank, world_size, workers, strict
+        self.layout = settings.layout(autoencoder)
+        made_by = {"autoencoder": autoencoder.fingerprint or autoencoder.name}
+        self.ledger = ShardLedger(directory, {**asdict(settings), **made_by, "source": source.inventory}, source.units)
+        if strict and source.skipped:
+            raise UserError(f"strict=true: {source.skipped[0].file}: {source.skipped[0].reason}")
+
+    def run(self, watcher: Watcher) -> Manifest | None:
+        """Encode what is not done yet of this process's share.
+
+        Returns:
+            The manifest if all shards of all processes are done, else None.
+
+        Raises:
+            UserError: if the directory holds something else, the disk is too small, or, with ``strict``, for the first
+                image that cannot be used.
+        """
+        lock = FileLock(self.directory / f".extraction-{self.rank}.lock")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except OSError as error:
+            raise UserError(f"out: {self.directory} cannot be written to: {error.strerror or error}") from error
+        except Timeout:
+            raise UserError(
+                f"{self.directory}: another process {self.rank} is extracting there, wait for it or stop it"
+            ) from None
+        try:
+            with threads(self.settings.threads):
+                return self._run(watcher)
+        finally:
+            lock.release()
+
+    def _run(self, watcher: Watcher) -> Manifest | None:
+        finished = self.ledger.open()
+        if finished:
+            return finished
+        own = range(self.rank, self.source.units, self.world_size)
+        units = [unit for unit in own if not self.ledger.is_done(unit)]
+        sizes = [self.source.size(unit) for unit in units]
+        images = sum(size for size in sizes if size is not None) if None not in sizes else None
+        self._check_disk(images)
+        watcher.begin(len(own), len(own) - len(units), images)
+        stream = self._encoded(units, watcher)
+        for unit, batches in groupby(stream, key=lambda batch: batch[0].unit):
+            name = shard_name(unit)
+            skipped: list[Skipped] = []
+            shard = write_shard(self.directory / name, self._samples(batches, skipped), self.layout)
+            self.ledger.enter_shard(unit, shard, skipped)
+            watcher.shard(name, shard.samples if shard else 0)
+        return self.ledger.close(self._manifest)
+
+    def _manifest(self, shards: tuple[Shard, ...], skipped: tuple[Skipped, ...]) -> Manifest:
+        return Manifest(
+            latent_shape=(self.autoencoder.channels, *self.layout.stored_shape[1:]),  # type: ignore[arg-type]
+            dtype=self.settings.dtype,
+            representation=self.settings.representation,
+            mirrored=self.settings.mirrored,
+            autoencoder=self.autoencoder.name,
+            scale=self.autoencoder.scale,
+            shift=self.autoencoder.shift,
+            classes=self.source.classes,
+            shards=shards,
+            fingerprint=self.autoencoder.fingerprint,
+            skipped=tuple(dict.fromkeys((*self.source.skipped, *skipped))),
+            extraction=self.ledger.plan,
+        )
+
+    def _check_disk(self, images: int | None) -> None:
+        needed, free = (images or 0) * self.layout.sample_bytes, shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise UserError(
+                f"{self.directory}: {decimal(needed)} are needed for {images} images, {decimal(free)} are free"
+            )
+
+    # ---- encoding ------------------------------------------------------------------------------------------------
+
+    def _encoded(self, units: list[int], watcher: Watcher) -> Iterator[tuple[Decoded, list[NDArray[Any]]]]:
+        """Decoded batches with their moments; a GPU works on the next batch while this one is written."""
+        if not units:
+            return
+        loader = DataLoader(
+            ImageBatches(
+                self.source, units, self.settings.batch_size, self.settings.image_size, self.settings.min_side
+            ),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+            collate_fn=as_it_is,
+            worker_init_fn=ignore_interrupts,
+        )
+        waiting: tuple[Decoded, list[Tensor]] | None = None
+        for batch in loader:
+            if batch.problem or (self.strict and batch.skipped):
+                first = batch.skipped[0] if batch.skipped else None
+                raise UserError(batch.problem or f"strict=true: {first.file}: {first.reason}")  # type: ignore[union-attr]
+            ahead = batch, self._launch(batch.images, self.settings.precision)
+            if waiting:
+                yield self._collect(*waiting)
+                watcher.advance(waiting[0].files)
+            waiting = ahead
+        if waiting:
+            yield self._collect(*waiting)
+            watcher.advance(waiting[0].files)
+
+    def _launch(self, pixels: NDArray[np.uint8], precision: str) -> list[Tensor]:
+        if not len(pixels):
+            return []
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        views = [images, images.flip(-1)] if self.settings.mirrored else [images]
+        return [self.autoencoder.encode(view, precision) for view in views]
+
+    def _collect(self, batch: Decoded, moments: list[Tensor]) -> tuple[Decoded, list[NDArray[Any]]]:
+        arrays = [self._store(batch, part.cpu(), view) for view, part in enumerate(moments)]
+        if self.settings.precision != "fp32" and not all(np.isfinite(array).all() for array in arrays):
+            exact = self._launch(batch.images, "fp32")  # autocast has overflowed
+            arrays = [self._store(batch, part.cpu(), view) for view, part in enumerate(exact)]
+        return batch, arrays
+
+    def _store(self, batch: Decoded, moments: Tensor, view: int) -> NDArray[Any]:
+        """Moments (n, 2C, H, W), or a sample (n, C, H, W) of them, in the stored type."""
+        if self.settings.representation == SAMPLE:
+            mean, log_variance = moments.chunk(2, dim=1)
+            noise = [self._noise(batch.unit, place, view, mean.shape[1:]) for place in batch.places]
+            moments = mean + torch.exp(0.5 * log_variance) * torch.stack(noise)
+        with np.errstate(over="ignore"):  # seen as an infinity by whoever checks
+            return moments.numpy().astype(self.settings.dtype)
+
+    def _noise(self, unit: int, place: int, view: int, shape: torch.Size) -> Tensor:
+        seed = np.random.SeedSequence([self.settings.seed, unit, place, view]).generate_state(1, np.uint64)[0]
+        return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed >> np.uint64(1))))
+
+    def _samples(
+        self, batches: Iterable[tuple[Decoded, list[NDArray[Any]]]], skipped: list[Skipped]
+    ) -> Iterator[Sample]:
+        """Samples of one shard; what must be left out is added to ``skipped``."""
+        for batch, arrays in batches:
+            skipped += batch.skipped
+            rows = zip(batch.places, batch.labels, batch.sources, *arrays, strict=True) if arrays else ()
+            for place, label, source, *views in rows:
+                if not all(np.isfinite(array).all() for array in views):
+                    reason = f"its latent is not finite in {self.settings.dtype}"
+                    if self.strict:
+                        raise UserError(f"strict=true: {source}: {reason}, try dtype=float32")
+                    skipped.append(Skipped(source, reason))
+                    continue
+                yield Sample(
+                    f"{batch.unit:06d}-{place:06d}", label, views[0], views[1] if self.layout.mirrored else None, source
+                )

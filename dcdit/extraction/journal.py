@@ -1,0 +1,98 @@
+"""The ledger of an extraction: records become a manifest, and a manifest becomes records where shards are lost."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard, Skipped
+from dcdit.errors import UserError
+from dcdit.runtime.jobs import Ledger, write_json
+
+
+class ShardLedger(Ledger):
+    """See :class:`dcdit.runtime.jobs.Ledger`; each unit is a shard."""
+
+    def __init__(self, directory: Path, plan: Mapping[str, Any], units: int) -> None:
+        super().__init__(directory, "extraction", plan, units)
+
+    def open(self) -> Manifest | None:
+        """Begin or continue; where shards of a finished extraction are missing or cut short, they are to do again.
+
+        Returns:
+            The manifest if everything is done and there.
+
+        Raises:
+            UserError: if the directory holds anything but this extraction.
+        """
+        with self.lock():
+            if (self.directory / MANIFEST_NAME).is_file():
+                manifest = Manifest.read(self.directory / MANIFEST_NAME)
+                if not manifest.extraction:
+                    raise UserError(
+                        f"out: {self.directory} holds shards that no extraction wrote: choose another place"
+                    )
+                self.compare(manifest.extraction)
+                if all(self._is_whole(shard) for shard in manifest.shards):
+                    return manifest
+                self._reopen(manifest)
+            elif not self.work.is_dir() and any(self.directory.glob("*.tar")):
+                raise UserError(
+                    f"out: {self.directory} holds tar files without a manifest or a record of an extraction: choose"
+                    " another place, or delete them"
+                )
+            self.begin()
+        return None
+
+    def enter_shard(self, unit: int, shard: Shard | None, skipped: Sequence[Skipped]) -> None:
+        """Record a finished unit: its shard, unless all of it was skipped."""
+        self.enter(unit, {"shard": asdict(shard) if shard else None, "skipped": [asdict(image) for image in skipped]})
+
+    def close(self, manifest: Callable[[tuple[Shard, ...], tuple[Skipped, ...]], Manifest]) -> Manifest | None:
+        """Write the manifest if all units of all processes are done.
+
+        Returns:
+            The manifest, if it is there now.
+
+        Raises:
+            UserError: if no image could be used.
+        """
+
+        def write(records: list[dict[str, Any]]) -> None:
+            before = self.work / "skipped.json"
+            known = json.loads(before.read_text()) if before.is_file() else []
+            listed = [Skipped(**image) for image in [*known, *(i for record in records for i in record["skipped"])]]
+            shards = tuple(Shard(**record["shard"]) for record in records if record["shard"])
+            if shards:
+                manifest(shards, tuple(dict.fromkeys(listed))).write(self.directory)
+            else:
+                failures.append(f"no image could be used; the first: {listed[0].file}: {listed[0].reason}")
+
+        failures: list[str] = []
+        path = self.directory / MANIFEST_NAME
+        self.conclude(path, write)
+        if failures:
+            raise UserError(failures[0])
+        return Manifest.read(path) if path.is_file() else None
+
+    def _is_whole(self, shard: Shard) -> bool:
+        path = self.directory / shard.name
+        return path.is_file() and path.stat().st_size == shard.bytes
+
+    def _reopen(self, manifest: Manifest) -> None:
+        """From a manifest back to records: all units are done but those whose shards are not whole."""
+        shards = {shard.name: shard for shard in manifest.shards}
+        self.work.mkdir(exist_ok=True)
+        for unit in range(self.units):
+            shard = shards.get(shard_name(unit))
+            if shard is None or self._is_whole(shard):
+                self.enter_shard(unit, shard, [])
+        write_json(self.work / "skipped.json", [asdict(image) for image in manifest.skipped])
+        write_json(self.work / "plan.json", self.plan)
+        (self.directory / MANIFEST_NAME).unlink()
+
+
+def shard_name(unit: int) -> str:
+    """File name of the shard of a unit."""
+    return f"shard-{unit:06d}.tar"

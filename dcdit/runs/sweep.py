@@ -1,0 +1,99 @@
+"""Sweeps: directories named by what varies, and a summary at the end. Hydra calls it, see ``configs/train.yaml``."""
+
+import csv
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, open_dict
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dcdit.errors import UserError
+from dcdit.runs.state import FINISHED, INTERRUPTED
+from dcdit.runs.progress import Progress, progress_of, runs_below
+
+SUMMARY = "summary.csv"
+
+
+def constant_keys(overrides: Sequence[str]) -> list[str]:
+    """Keys of the overrides that are the same in all jobs of a sweep."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [override.get_key_element().lstrip("+~") for override in parsed if not override.is_sweep_override()]
+
+
+def single(config: DictConfig) -> bool:
+    """Whether nothing varies: one run, submitted or started as a sweep."""
+    tasks = list(config.hydra.overrides.task)
+    return len(constant_keys(tasks)) == len(tasks) and not config.hydra.sweeper.get("params")
+
+
+class SweepSummary(Callback):
+    """Names the directories of a sweep's runs by what varies, and sums them up when all have ended.
+
+    The open keywords are those of Hydra's interface, which promises to hand over more over time.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **ignored: Any) -> None:
+        """Leave what does not vary out of the names."""
+        if config.cluster.name != "local" and find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+            raise UserError(
+                f"cluster={config.cluster.name} needs hydra-submitit-launcher: pip install 'dcdit[slurm]', or take"
+                " cluster=local"
+            )
+        constant = constant_keys(config.hydra.overrides.task)
+        always = list(config.hydra.job.config.override_dirname.exclude_keys)
+        names = ",".join(f'"{key}"' for key in dict.fromkeys([*always, *constant]))
+        with open_dict(config):
+            if single(config):
+                config.hydra.overrides.hydra += [f"hydra.sweep.dir={config.run_dir}", "hydra.sweep.subdir=."]
+                config.hydra.sweep.dir, config.hydra.sweep.subdir = config.run_dir, "."
+            config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{names}]")
+
+    def on_multirun_end(self, config: DictConfig, **ignored: Any) -> None:
+        """Print and write the summary."""
+        folder = Path(config.hydra.sweep.dir)
+        runs = {path: path.name if path == folder else str(path.relative_to(folder)) for path in runs_below(folder)}
+        found = [progress_of(path, name) for path, name in runs.items()]
+        if found:
+            write_summary(found, folder / SUMMARY)
+            Console().print(summary(found))
+            for each in found:
+                if each.reason:
+                    print(f"{each.name}: {each.reason}")
+            missing = sum(each.state != FINISHED for each in found)
+            words = f", {missing} of them not finished" if missing else ""
+            print(f"{len(found)} runs{words}: {folder / SUMMARY}")
+            if missing:
+                raise SystemExit(1)
+
+
+def write_summary(found: Sequence[Progress], path: Path) -> None:
+    """One row for each run, as CSV."""
+    metrics = sorted({name for each in found for name in each.metrics})
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "state", "step", "max_steps", "reason", *metrics])
+        for each in found:
+            values = [each.metrics.get(name, "") for name in metrics]
+            writer.writerow([each.name, each.state, each.step, each.max_steps, each.reason, *values])
+
+
+def summary(found: Sequence[Progress]) -> Table:
+    """State and final validation metrics of every run, for people."""
+    known = {name for each in found for name in each.metrics}
+    # without a validation, what there is of training
+    metrics = sorted(name for name in known if name.startswith("val/")) or sorted(known & {"train/diffusion_loss"})
+    table = Table(title="Sweep", title_justify="left")
+    table.add_column("run", overflow="fold")
+    for heading in ("state", "step", *(name.removeprefix("val/") for name in metrics)):
+        table.add_column(heading, justify="right")
+    for each in found:
+        values = [f"{each.metrics[name]:.4g}" if name in each.metrics else "-" for name in metrics]
+        colour = {FINISHED: "green", INTERRUPTED: "yellow"}.get(each.state, "red")
+        table.add_row(escape(each.name), f"[{colour}]{each.state}[/]", str(each.step), *values)
+    return table

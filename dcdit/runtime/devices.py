@@ -1,0 +1,64 @@
+"""Where and how a process computes: device, precision, threads, and what tells one set of weights from another."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from dcdit.errors import UserError
+from dcdit.runtime.processes import local_rank
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to ``bf16`` or ``fp16``; nothing for ``fp32``."""
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtype=types[precision]) if precision in types else nullcontext()
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Compute with ``number`` threads on the CPU; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` takes a GPU where there is one, this process's own of several.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    if name == "auto":
+        name = f"cuda:{local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name!r} is not usable here: {str(error).splitlines()[0]}") from None
+
+
+def device_words(device: torch.device) -> str:
+    """What computes, for people who compare timings."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Digest of a module's weights, wherever they were loaded from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

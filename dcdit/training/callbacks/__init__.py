@@ -1,0 +1,9 @@
+"""Lightning callbacks: what happens around training, beside the maths."""
+
+from dcdit.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from dcdit.training.callbacks.ema import EMA
+from dcdit.training.callbacks.interrupt import StopOnInterrupt
+from dcdit.training.callbacks.progress import Progress
+from dcdit.training.callbacks.throughput import Throughput
+
+__all__ = ["EMA", "AtomicCheckpointIO", "Checkpoint", "Progress", "StopOnInterrupt", "Throughput"]

@@ -1,0 +1,60 @@
+"""A Ctrl-C, or the end of a job, that loses nothing."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from dcdit.runtime.signals import STOP_SIGNALS
+
+
+class StopOnInterrupt(Callback):
+    """On Ctrl-C, SIGTERM or SIGUSR2 finish the step, save, and say how to resume; a second Ctrl-C stops at once.
+
+    Several processes agree every few steps, for the signal need not reach all of them, nor in the same step.
+    """
+
+    TOGETHER = 5
+    """Optimiser steps between two agreements of several processes."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take over the signals, after Lightning, whose own handler of SIGTERM stops without saving."""
+        self._previous = {each: signal.signal(each, self._handle) for each in STOP_SIGNALS}
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and self.interrupted:
+            raise KeyboardInterrupt
+        if self.interrupted:
+            return  # SLURM sends several, one after the other
+        self.interrupted = True
+        again = "Press Ctrl-C again to stop at once." if signum == signal.SIGINT else ""
+        rank_zero_info(f"\n{signal.Signals(signum).name}: finishing this step and saving. {again}")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop at the border of an optimiser step; the end of the loop saves."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if trainer.world_size > 1:
+            if trainer.global_step % self.TOGETHER:
+                return
+            self.interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
+        if self.interrupted:
+            trainer.should_stop = True
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for each, handler in self._previous.items():
+            signal.signal(each, handler)
+        self._previous = {}

@@ -1,0 +1,246 @@
+"""The LightningModule: network, diffusion loss, ratio loss and the sampled drop fraction."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from diffusers.optimization import get_scheduler
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from dcdit.checks import check_compression
+from dcdit.data.manifest import disagreement
+from dcdit.data.stream import Batch
+from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss
+from dcdit.diffusion.schedule import TRAIN_STEPS, Posterior, add_noise
+from dcdit.errors import UserError
+from dcdit.network import Output
+from dcdit.settings.schema import call_checked
+from dcdit.settings.tables import build_network
+from dcdit.training.callbacks.throughput import logging_interval
+from dcdit.training.objective import Budget, Ratio, dealt_timesteps, drop_fraction_at, ratio_loss, target_compression
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW and its learning-rate schedule.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay.
+        schedule: a schedule name of ``diffusers.optimization.get_scheduler``, such as ``constant`` or ``cosine``.
+        warmup: linear warm-up steps; ``constant`` has none, ``constant_with_warmup`` does.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"lr={self.lr} is not positive")
+
+
+_ALL_RANKS = 2**32 - 1
+"""Stands for a rank in the seed of what all ranks draw alike."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training stopped because too many steps in a row had non-finite gradients."""
+
+
+class DCDiTModule(pl.LightningModule):
+    """Trains a DC-DiT, or a plain DiT, on scaled latents.
+
+    Every random number of a step (timesteps, noise, dropped labels) comes from a stream seeded by (seed, step, rank):
+    no random state needs saving for a resumed run to repeat the uninterrupted one.
+
+    Args:
+        model: plain mapping for :func:`dcdit.settings.tables.build_network`; saved with the checkpoint.
+        latents: plain mapping that tells a sampler what the latents are (autoencoder, scale, shift, classes);
+            saved with the checkpoint.
+        compression: target compression N of the router.
+        ratio, budget, optimizer: plain mappings for :class:`Ratio`, :class:`Budget` and :class:`Optimizer`.
+        max_steps: optimiser steps of the whole run, which the learning-rate schedule needs to know.
+        seed: seed of everything random.
+        nonfinite_limit: steps with non-finite gradients in a row after which training stops.
+        deal_timesteps: give each of several ranks about as many tokens.
+
+    Raises:
+        UserError: if a value is unknown, of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        latents: Mapping[str, Any],
+        compression: float,
+        ratio: Mapping[str, Any],
+        budget: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        max_steps: int,
+        seed: int,
+        nonfinite_limit: int = 10,
+        deal_timesteps: bool = True,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        check_compression(compression)
+        self.network = build_network(model)
+        self.compression = compression
+        self.ratio = call_checked(Ratio, ratio, "ratio")
+        self.budget = call_checked(Budget, budget, "budget")
+        self.optimizer = call_checked(Optimizer, optimizer, "optimizer")
+        self.max_steps = max_steps
+        self.seed = seed
+        self.nonfinite_limit = nonfinite_limit
+        self.deal_timesteps = deal_timesteps
+        self.tables = Posterior.linear()
+        self.skipped = torch.zeros(2)  # steps skipped: in all, and in a row
+
+    # ---- steps -------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Move what is no parameter or buffer to the device."""
+        self.tables = self.tables.to(self.device)
+        self.skipped = self.skipped.to(self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch."""
+        step, world = self.trainer.global_step, self.trainer.world_size
+        micro = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(self._stream(step, self.global_rank, micro))
+        drop = drop_fraction_at(step, self.seed, self.budget.fractions, self.budget.warmup)
+        dealt = None
+        if world > 1 and self.deal_timesteps:
+            seed = self._stream(step, _ALL_RANKS, micro)
+            dealt = dealt_timesteps(seed, TRAIN_STEPS, world, self.global_rank, len(batch[0])).to(self.device)
+        output, diffusion = self._diffuse(batch, drop, dealt)
+        loss = diffusion.total.mean()
+        metrics = {
+            "train/diffusion_loss": loss,
+            "train/mse": diffusion.mse.mean(),
+            "train/vlb": diffusion.vlb.mean(),
+            "train/drop_fraction": loss.new_tensor(drop),
+        }
+        if output.routing is not None:
+            target = target_compression(step, self.compression, self.ratio.start, self.ratio.warmup)
+            ratio = ratio_loss(output.routing.prob, output.routing.natural_mask, target, self.ratio.group)
+            loss = loss + self.ratio.weight * ratio
+            kept = output.routing.natural_mask.float().mean(dim=1)
+            metrics |= {
+                "train/ratio_loss": ratio,
+                "train/kept_mean": kept.mean(),
+                "train/kept_min": kept.min(),
+                "train/kept_max": kept.max(),
+                "train/kept_after_drop": output.routing.mask.float().mean(),
+            }
+            if self.trainer.world_size > 1:
+                tokens = output.routing.mask.sum().float()
+                metrics |= {"train/tokens_per_rank": tokens}
+                metrics |= {f"train/tokens_per_rank_{word}": tokens for word in ("min", "max")}
+        metrics["train/loss"] = loss
+        self.log_dict(self._over_ranks({name: value.detach() for name, value in metrics.items()}))
+        self.log_dict({"loss": loss.detach()}, prog_bar=True, logger=False)
+        # A non-finite loss poisons the gradients of every rank, whose norm then makes all of them skip the step.
+        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+    def _over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What all ranks found, in one exchange, at the steps that are logged: means, least and greatest values."""
+        trainer = self.trainer
+        if trainer.world_size == 1 or (trainer.global_step + 1) % logging_interval(trainer):
+            return metrics
+        own = torch.stack([value.float() for value in metrics.values()])
+        found = own.new_empty(trainer.world_size * len(own))
+        torch.distributed.all_gather_into_tensor(found, own)
+        found = found.view(trainer.world_size, len(own))
+        ends = {"min": found.amin(dim=0), "max": found.amax(dim=0)}
+        mean = found.mean(dim=0)
+        return {name: ends.get(name.rpartition("_")[2], mean)[i] for i, name in enumerate(metrics)}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Diffusion loss at the full budget; the same timesteps and noise at every validation."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self._stream(0, self.global_rank, batch_idx))
+            output, diffusion = self._diffuse(batch, 0.0)
+        size = len(batch[0])
+        self.log("val/diffusion_loss", diffusion.total.mean(), sync_dist=True, batch_size=size)
+        if output.routing is not None:
+            kept = output.routing.natural_mask.float().mean()
+            self.log("val/kept_mean", kept, sync_dist=True, batch_size=size)
+
+    def _stream(self, *position: int) -> int:
+        """Seed of the random stream at ``position`` (step, rank, micro-batch) of this run."""
+        return int(np.random.SeedSequence([self.seed, *position]).generate_state(1, np.uint64)[0])
+
+    def _diffuse(self, batch: Batch, drop_fraction: float, t: Tensor | None = None) -> tuple[Output, DiffusionLoss]:
+        latents, labels = batch
+        if t is None:
+            t = torch.randint(TRAIN_STEPS, (len(latents),), device=self.device)
+        noise = torch.randn_like(latents)
+        noisy = add_noise(self.tables, latents, noise, t)
+        output = self.network(noisy, t, labels, drop_fraction)
+        with torch.autocast(self.device.type, enabled=False):
+            return output, diffusion_loss(self.tables, output.prediction, latents, noisy, noise, t)
+
+    # ---- optimisation ------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Fused AdamW over all parameters, and the learning-rate schedule by optimiser step."""
+        config = self.optimizer
+        adamw = torch.optim.AdamW(self.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        try:
+            schedule = get_scheduler(
+                config.schedule, adamw, num_warmup_steps=config.warmup, num_training_steps=self.max_steps
+            )
+        except ValueError as error:
+            raise UserError(f"optimizer.schedule={config.schedule!r}: {error}") from None
+        return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by global norm; where the norm is not finite, have the optimiser skip the step, without a host sync."""
+        parameters: Sequence[Tensor] = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        bad = (~norm.isfinite()).float()
+        # The fused kernels take this flag from gradient scalers and leave weights and moments alone where it is 1.
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad])
+        self.log("train/gradient_norm", norm)
+        self.log("train/skipped_steps", self.skipped[0])
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Stop with a clear error after too many skipped steps in a row; looked at only when metrics are logged."""
+        due = max(1, min(logging_interval(self.trainer), self.nonfinite_limit))
+        if self.trainer.global_step % due == 0 and self.skipped[1] >= self.nonfinite_limit:
+            raise NonFiniteLossError(
+                f"{int(self.skipped[1])} steps in a row had non-finite gradients (limit nonfinite_limit="
+                f"{self.nonfinite_limit}, at step {self.trainer.global_step}). The weights are those of the last finite"
+                " step. Lower optimizer.lr, or use trainer.precision=32-true, and resume with ckpt_path=last"
+            )
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the count of skipped steps."""
+        checkpoint["skipped"] = self.skipped.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the count of skipped steps; UserError if the checkpoint was trained on latents of another kind."""
+        difference = disagreement(checkpoint["hyper_parameters"]["latents"], self.hparams["latents"])
+        if difference:
+            raise UserError(
+                f"the checkpoint was trained on other latents than the shards hold: {difference}. Point data.directory"
+                " at the shards it was trained on, or start another run"
+            )
+        self.skipped = checkpoint["skipped"].to(self.device)

@@ -1,0 +1,266 @@
+"""What goes to SLURM, what is refused before, and several processes without it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from support.configs import TINY, compose_config
+from support.runs import assert_same_end, load, wait_for
+
+from dcdit.errors import UserError
+from dcdit.runs.progress import progress_of
+from dcdit.runs.state import RUNNING, RunState
+from dcdit.runtime.processes import lost_process
+from dcdit.training.build import accumulation, build_trainer, world_size
+
+pytest.importorskip("submitit", reason="the extra slurm is not installed")
+from dcdit.cluster.settings import cluster_of
+
+CPU = ("trainer=cpu", "cluster=slurm", "cluster.gpus_per_node=0", "cluster.tasks_per_node=2")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def command(tmp_path: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,), **environment: str):
+    line = [*launcher, "-m", "dcdit.train", *overrides]
+    # no SLURM in sight, whatever this machine has
+    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not Path(p, "srun").exists())
+    kept = os.environ | {"PATH": path} | environment
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=kept)
+
+
+def test_the_script_is_shown_without_a_slurm(tmp_path):
+    settings = ("experiment=b_n4", "cluster=slurm_multinode", "cluster.nodes=4", "cluster.hours=12", "compression=2,4")
+    more = ("cluster.constraint=a100", "cluster.setup=[module load cuda]", "+cluster.environment.NCCL_DEBUG=a b")
+    result = command(tmp_path, *settings, *more, "cluster.dry_run=true")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    wanted = (
+        "--nodes=4",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--cpus-per-task=8",
+        "--time=720",
+        "--constraint=a100",
+        "--array=0-1%2",
+        "--signal=USR2@120",
+        "--exclusive",
+        "--requeue",
+    )
+    for option in wanted:
+        assert f"#SBATCH {option}" in lines
+    assert "module load cuda" in lines
+    assert "export NCCL_DEBUG='a b'" in lines
+    assert not any("account" in line or "partition" in line for line in lines)  # left to the environment
+    assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("trainer.devices=4",), "trainer.devices=4 disagrees with cluster.tasks_per_node=2"),
+        (("trainer.num_nodes=3",), "trainer.num_nodes=3 disagrees with cluster.nodes=1"),
+        (("cluster.gpus_per_node=2",), "cluster.gpus_per_node=2, but trainer.accelerator=cpu"),
+        (("trainer=gpu", "cluster.gpus_per_node=1"), "cluster.tasks_per_node=2 disagrees with cluster.gpus_per_node=1"),
+        (("data.batch_size=7",), "data.batch_size=7 cannot be split over 2 processes"),
+        (("+cluster.environment.WANDB_API_KEY=1",), "cluster.environment.WANDB_API_KEY: looks like a secret"),
+        (("cluster.hours=0",), "cluster.hours=0.0 is not positive"),
+        (("cluster.hours=0.01",), "cluster.signal_seconds=120: a job of hours=0.01 is over before"),
+        (("cluster.nodes=two",), "cluster.nodes='two'"),
+    ],
+)
+def test_disagreements_are_found_before_anything_is_submitted(overrides, message):
+    with pytest.raises(UserError) as caught:
+        cluster_of(compose_config("experiment=digits", *CPU, *overrides))
+    assert message in str(caught.value)
+
+
+def test_a_refused_submission_is_one_message(tmp_path):
+    result = command(tmp_path, "-m", *TINY, *CPU, "seed=0,1")
+    assert result.returncode == 2
+    assert "there is no SLURM on this machine" in result.stderr.replace("│ \n│ ", "")
+    assert "Traceback" not in result.stderr
+    mistyped = command(tmp_path, *TINY, *CPU, "cluster.environment.A=1")
+    assert "+cluster.environment.A" in mistyped.stderr
+
+
+def test_the_trainer_follows_the_cluster():
+    config = compose_config("experiment=xl_n4", "cluster=slurm_multinode", "cluster.nodes=3", "cluster.gpus_per_node=4")
+    assert (config.trainer.devices, config.trainer.num_nodes, config.ckpt_path) == (4, 3, "auto")
+    assert world_size(config) == 12
+    cluster_of(compose_config("experiment=xl_n4", "cluster=slurm", "cluster.gpus_per_node=2"))
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "most", "steps"),
+    [(256, 8, None, 1), (256, 8, 8, 4), (256, 8, 32, 1), (60, 2, 7, 5), (6, 2, 1, 3)],
+)
+def test_the_batch_stays_what_it_is(batch, world, most, steps):
+    given = f"trainer.max_micro_batch={'null' if most is None else most}"
+    config = compose_config("experiment=digits", f"data.batch_size={batch}", given)
+    assert accumulation(config, world) == steps
+    assert batch % (world * steps) == 0
+
+
+def test_impossible_splits_are_refused():
+    config = compose_config("experiment=digits", "data.batch_size=10", "trainer.max_micro_batch=2")
+    with pytest.raises(UserError, match=r"data\.batch_size=10 cannot be split over 4 processes"):
+        accumulation(config, 4)
+    both = compose_config("experiment=digits", "trainer.max_micro_batch=2", "trainer.accumulate_grad_batches=2")
+    with pytest.raises(UserError, match="two ways to say"):
+        accumulation(both, 1)
+    with pytest.raises(UserError, match=r"max_micro_batch=0 is not a positive number"):
+        accumulation(compose_config("experiment=digits", "trainer.max_micro_batch=0"), 1)
+
+
+def test_validations_are_counted_in_optimiser_steps(tiny):
+    config = compose_config(*TINY, "trainer.max_micro_batch=2", "trainer.val_check_interval=3")
+    trainer = build_trainer(config)
+    assert (trainer.accumulate_grad_batches, trainer.val_check_interval) == (4, 12)
+    run = tiny("run", "trainer.max_micro_batch=4", "trainer.max_steps=4", "trainer.val_check_interval=2")
+    assert load(run)["global_step"] == 4
+    rows = (run / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    place = rows[0].split(",").index("val/diffusion_loss")
+    assert sum(bool(row.split(",")[place]) for row in rows[1:]) == 2
+
+
+def test_sweeps_on_one_machine_are_one_process_each(tmp_path, digits):
+    settings = (*TINY, "trainer.devices=2", f"data.directory={digits}", "seed=0,1")
+    result = command(tmp_path, "-m", *settings)
+    assert result.returncode == 1
+    assert "runs of a sweep on this machine are one process each" in result.stdout
+    assert "failed" in result.stdout
+
+
+def test_torchrun_with_another_number_of_processes_is_refused(tmp_path, digits):
+    result = command(tmp_path, *TINY, f"data.directory={digits}", launcher=TORCHRUN)
+    assert result.returncode != 0
+    assert "but 2 processes were started" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def child_with(parent: int, variable: bytes) -> int:
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            of_parent = f"\nPPid:\t{parent}\n" in (place / "status").read_text()
+            if of_parent and variable in (place / "environ").read_bytes():
+                return int(place.name)
+        except OSError:
+            continue
+    raise AssertionError("there is no such process")
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_and_the_run_goes_on(tmp_path, digits):
+    settings = (*TINY, f"data.directory={digits}", "trainer.devices=2", "trainer.precision=32-true", "ckpt_path=auto")
+    more = ("optimizer.schedule=constant", "callbacks.checkpoint.every_n_steps=100000")
+    line = [*TORCHRUN, "-m", "dcdit.train", *settings, *more]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = subprocess.Popen(
+        [*line, f"run_dir={run}", "trainer.max_steps=100000"],
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        cwd=tmp_path,
+        env=one_thread,
+    )
+    wait_for(lambda: progress_of(run, "").step > 2 or process.poll() is not None)
+    os.kill(child_with(process.pid, b"\0RANK=1\0"), signal.SIGUSR2)
+    assert process.wait(120) == 0, log.read_text()
+    state = RunState.read(run)
+    assert (state.state, state.step) == ("interrupted", load(run)["global_step"])
+    assert state.step > 2
+    assert state.step % 5 == 0  # they agree every so often
+    for place in (run, tmp_path / "undisturbed"):
+        arguments = [*line, f"run_dir={place}", f"trainer.max_steps={state.step + 10}"]
+        result = subprocess.run(arguments, cwd=tmp_path, env=one_thread, capture_output=True)
+        assert result.returncode == 0, result.stderr
+    assert_same_end(run, tmp_path / "undisturbed")
+    assert RunState.read(run).id == state.id
+
+
+def test_a_run_that_died_in_place_too_often_is_given_up_by_jobs_alone(tmp_path, monkeypatch):
+    from dcdit.runs.resume import started
+
+    config = compose_config(*TINY, *CPU, "cluster.attempts=2")
+    state = started(None, tmp_path, config)
+    assert (state.state, state.starts, state.began) == (RUNNING, 1, 0)
+    state = started(state, tmp_path, config)
+    assert state.starts == 2
+    with pytest.raises(UserError, match="the run died 2 times in a row after step 0"):
+        started(state, tmp_path, config)
+    with monkeypatch.context() as patch:  # may read what the first process wrote just now
+        patch.setattr(rank_zero_only, "rank", 1)
+        started(state, tmp_path, config)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_00000020.ckpt").touch()  # further than before
+    assert started(state, tmp_path, config).starts == 1
+    local = compose_config(*TINY)
+    for _ in range(5):
+        state = started(state, tmp_path, local)
+
+
+def test_the_end_of_another_process_is_no_reason():
+    assert lost_process(RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+    assert lost_process(torch.distributed.DistNetworkError("timed out"))
+    assert not lost_process(RuntimeError("CUDA out of memory"))
+    assert not lost_process(RuntimeError("ProcessGroupGloo::allgather: invalid tensor size at index 0"))
+    assert not lost_process(UserError("data.directory=x: no gloo there"))
+
+
+def test_an_exit_while_waiting_for_the_directory(tmp_path, tiny):
+    from dcdit.runs.lock import sole_writer
+
+    run = tmp_path / "run"
+    run.mkdir()
+    with sole_writer(run, 0):
+        begin = time.monotonic()
+        with pytest.raises(UserError, match="another process is training there"), sole_writer(run, 0, patience=0.3):
+            pass
+        assert time.monotonic() - begin >= 0.3
+
+
+def test_auto_does_not_go_on_with_another_experiment(tiny):
+    run = tiny("run", "trainer.max_steps=2", "compression=4")
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    for change in ("compression=8", "seed=1", "model.init=paper", "optimizer.lr=0.5"):
+        with pytest.raises(UserError, match=rf"{change.split('=')[0]}=.*was trained with"):
+            tiny("run", "trainer.max_steps=4", change, "ckpt_path=auto")
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+    tiny("run", "trainer.max_steps=3", "compression=4", "ckpt_path=auto")
+    tiny("run", "trainer.max_steps=4", "compression=8", "ckpt_path=last")  # who says so means it
+    assert load(run)["global_step"] == 4
+
+
+def test_only_runs_that_need_a_job_get_one(tiny, tmp_path, monkeypatch, caplog):
+    from dcdit.cluster.launch import is_due, note_gone
+    from dcdit.runs.lock import sole_writer
+    from dcdit.runs.state import FAILED, QUEUED_NAME
+
+    finished = tiny("finished", "trainer.max_steps=2")
+
+    def due(run, *overrides):
+        return is_due(run, compose_config(*TINY, *CPU, "trainer.max_steps=2", *overrides), overrides)
+
+    assert not due(finished)
+    assert due(finished, "trainer.max_steps=3")
+    assert not due(finished, "trainer.max_steps=3", "compression=3")  # another experiment
+    new = tmp_path / "new"
+    assert due(new)
+    with sole_writer(finished, 0):
+        assert not due(finished, "trainer.max_steps=3")
+    assert not due(tmp_path / "wrong", "model.heads=5")
+    state = RunState.read(tmp_path / "wrong")
+    assert state.state == FAILED
+    assert "heads=5 does not divide width=32" in state.reason
+    # a job that is gone without a word
+    new.mkdir()
+    (new / QUEUED_NAME).touch()
+    assert progress_of(new, "").state == "queued"
+    note_gone(new, "1_0")
+    assert progress_of(new, "").reason.startswith("job 1_0 was cancelled")
+    note_gone(finished, "1_1")
+    assert RunState.read(finished).state == "finished"

@@ -1,0 +1,153 @@
+"""Many images in one file, as users make them."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.configs import compose_config
+from support.runs import wait_for
+
+from dcdit import generate, sample
+from dcdit.errors import UserError
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """Generate from a network of three steps; returns the folder."""
+    checkpoint = tiny("trained", "trainer.max_steps=3") / "checkpoints" / "last.ckpt"
+
+    def to(out: str, *overrides: str) -> Path:
+        places = (f"checkpoint={checkpoint}", f"out={tmp_path / out}")
+        settings = ("count=22", "part=8", "sampler.steps=3", "batch_size=4", "sampler.clip=true")
+        return generate.run(compose_config(*places, *settings, *overrides, name="generate"))
+
+    to.checkpoint = checkpoint
+    return to
+
+
+def test_what_the_file_holds(run, tmp_path):
+    folder = run("out", "png=true")
+    with np.load(folder / "samples.npz", allow_pickle=False) as stored:
+        images, labels = stored["arr_0"], stored["arr_1"]
+    assert (images.shape, images.dtype) == ((22, 8, 8, 3), np.uint8)
+    assert labels.tolist() == [number % 10 for number in range(22)]
+    assert len(np.unique(images.reshape(22, -1), axis=0)) == 22
+    with Image.open(folder / "png" / "000021.png") as picture:
+        assert np.array_equal(np.asarray(picture), images[21])
+    figures = json.loads((folder / "samples.json").read_text())
+    assert figures["plan"]["sampler"]["steps"] == 3
+    assert (figures["plan"]["weights"], figures["plan"]["step"]) == ("ema", 3)
+    assert 0 < figures["kept_share"] <= 1
+    assert figures["tflops_per_image"] > 0
+    assert {path.name for path in folder.glob("[!.]*")} == {"samples.npz", "samples.json", "png"}
+
+    # the same images as `dcdit.sample` draws: sample i of (seed, i)
+    arguments = (f"checkpoint={run.checkpoint}", f"out={tmp_path}/sampled", "sampler.steps=3", "sampler.clip=true")
+    sampled = sample.run(compose_config(*arguments, "per_class=1", "batch_size=4", name="sample"))
+    with np.load(sampled / "latents.npz") as stored:
+        expected = ((stored["latents"] + 1) * 127.5 + 0.5).clip(0, 255).astype(np.uint8)
+    assert np.array_equal(images[:10, :, :, 0], expected[:, 0])
+
+
+def test_any_number_of_processes_and_any_break_make_the_same_bytes(run, monkeypatch, capsys):
+    whole = (run("whole") / "samples.npz").read_bytes()
+    for rank in (1, 0):
+        monkeypatch.setattr(generate, "processes", lambda rank=rank: (rank, 2))
+        folder = run("two")
+        assert (folder / "samples.npz").exists() == (rank == 0)
+    monkeypatch.undo()
+    assert (folder / "samples.npz").read_bytes() == whole
+
+    decode, calls = generate.pixels, []
+
+    def full(images):
+        calls.append(1)
+        if len(calls) > 4:  # in the third part
+            raise OSError(28, "No space left on device")
+        return decode(images)
+
+    monkeypatch.setattr(generate, "pixels", full)
+    with pytest.raises(UserError, match=r"No space left on device. Finished parts are kept"):
+        run("broken")
+    monkeypatch.undo()
+    capsys.readouterr()
+    folder = run("broken")
+    assert "Continuing: 2 of 3 parts" in capsys.readouterr().err
+    assert (folder / "samples.npz").read_bytes() == whole
+    run("broken")  # complete: nothing to do
+    assert (folder / "samples.npz").read_bytes() == whole
+
+
+def test_a_kill_loses_a_part_at_most(run, tmp_path):
+    def command(out: str) -> list[str]:
+        settings = ("count=60", "part=5", "sampler.steps=20", "batch_size=5")
+        places = (f"checkpoint={run.checkpoint}", f"out={tmp_path / out}")
+        return [sys.executable, "-m", "dcdit.generate", *places, *settings]
+
+    work = tmp_path / "killed" / ".generation"
+    process = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list(work.glob("part-*.npy"))) >= 2 or process.poll() is not None)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "samples.npz").exists()
+    for out in ("killed", "whole"):
+        subprocess.run(command(out), check=True, capture_output=True)
+    assert (tmp_path / "killed" / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
+
+
+def test_other_images_are_not_mixed_in(run, tmp_path):
+    run("out")
+    for override, message in (
+        ("seed=1", r"seed=1, but the generation there was begun with 0"),
+        ("guidance.scale=2", r"guidance=.*but the generation there was begun with"),
+        ("count=23", r"count=23, but the generation there was begun with 22"),
+        ("weights=raw", r"weights=raw, but"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("out", override)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "samples.npz").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"samples.npz is there, but not what it holds"):
+        run("foreign")
+
+
+def test_mistakes(run):
+    for override, message in (
+        ("count=0", "count=0 is not a positive number"),
+        ("guidance.drop_fraction=1", r"guidance.drop_fraction=1.0 is outside"),
+        ("budget.share=2", r"budget.share=2.0 is outside"),
+        ("budget.share=0.01", r"budget.share=0.01 cannot be met"),
+        ("checkpoint=nowhere", "nowhere does not exist"),
+        ("out=???", "out is not set"),
+        ("sampler.steps=0", "sampler.steps=0"),
+        ("+cout=3", "cout=3: there is no such key, did you mean count"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("wrong", override)
+
+
+def test_a_budget_is_calibrated_once(tiny, tmp_path, capsys):
+    checkpoint = tiny("deep", "trainer.max_steps=2", "model.depth=6") / "checkpoints" / "last.ckpt"
+    stored = torch.load(checkpoint, weights_only=True)
+    stored["state_dict"]["network.router.scorer.3.bias"].zero_()  # a fresh router keeps next to nothing
+    torch.save(stored, checkpoint)
+    settings = ("count=20", "part=20", "sampler.steps=5", "budget.share=0.8")
+    arguments = (f"checkpoint={checkpoint}", f"out={tmp_path}/some", *settings)
+    folder = generate.run(compose_config(*arguments, name="generate"))
+    assert "Budget: drop fraction 0." in capsys.readouterr().out
+    figures = json.loads((folder / "samples.json").read_text())
+    found = figures["calibration"]
+    assert found["drop_fraction"] == figures["plan"]["guidance"]["drop_fraction"] > 0
+    assert figures["tflops_per_image"] == pytest.approx(0.8 * found["full_tflops"], rel=0.03)
+    store = checkpoint.with_suffix(".budgets.json")
+    before = store.read_bytes()
+    generate.run(compose_config(*arguments[:1], f"out={tmp_path}/again", *settings, name="generate"))
+    assert store.read_bytes() == before
+    with pytest.raises(UserError, match=r"budget.share=0.01 cannot be met: from .* of the full cost"):
+        generate.run(compose_config(*arguments, "budget.share=0.01", name="generate"))

@@ -1,0 +1,172 @@
+"""The page of quality against compute, also as a browser shows it."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.configs import PLAIN_DIT, compose_config
+
+from dcdit import evaluate, report
+from dcdit.errors import UserError
+from dcdit.evaluation.results import arrange, read_results
+from dcdit.settings.entry import with_paths
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SETTINGS = ("features=digits", "count=40", "batch_size=20", "sampler.steps=3", "sampler.clip=true")
+
+# what a person would notice first: pictures that did not load, a page wider than the window, errors
+LOOK = """<script>addEventListener("load", () => {
+  const images = [...document.images];
+  document.body.dataset.seen = JSON.stringify({
+    images: images.length,
+    broken: images.filter((i) => !i.complete || !i.naturalWidth).length,
+    nameless: images.filter((i) => !i.alt).length,
+    outside: images.filter((i) => i.src.slice(0, 5) !== "data:").length,
+    wide: document.documentElement.scrollWidth > innerWidth,
+    rows: document.querySelectorAll("tbody tr").length,
+  });
+});</script>"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, digits):
+    """Two seeds of a DC-DiT at two budgets, and a plain DiT, measured."""
+    from support.configs import TINY
+
+    from dcdit.train import train
+
+    root = tmp_path_factory.mktemp("runs")
+    for name, drops, overrides in (
+        ("small_sweep/seed_0", "[0,0.5]", ("seed=0",)),
+        ("small_sweep/seed_1", "[0,0.5]", ("seed=1",)),
+        ("plain <DiT>", "[0]", PLAIN_DIT),
+    ):
+        run = root / name
+        run.mkdir(parents=True)
+        train(compose_config(*TINY, f"data.directory={digits}", "trainer.max_steps=2", *overrides), run)
+        config = compose_config("checkpoint=x", f"reference={digits}/val", *SETTINGS, name="evaluate")
+        config.checkpoint, config.cache = str(run / "checkpoints" / "last.ckpt"), str(root / "cache")
+        config.drop_fractions = json.loads(drops)
+        evaluate.run(config)
+    return root
+
+
+def written(runs: Path, out: Path, *overrides: str) -> Path:
+    return report.run(compose_config(f"runs=[{runs}]", f"out={out}", *overrides, name="report"))
+
+
+def test_seeds_are_one_curve_and_baselines_points(runs):
+    (section,) = arrange(read_results([str(runs)]))
+    plain, small = sorted(section.series, key=lambda series: series.name)
+    assert (plain.name, plain.network, len(plain.points)) == ("plain <DiT>", "DiT/2", 1)
+    assert (small.name, small.network) == ("small", "DC-DiT")
+    assert [(point.drop, len(point.results)) for point in small.points] == [(0.0, 2), (0.5, 2)]
+    seeds = {result.values["training"]["seed"] for result in small.points[0].results}
+    assert seeds == {0, 1}
+
+
+def test_what_was_measured_again_counts_once(runs, tmp_path):
+    (path, *_) = (runs / "small_sweep").rglob("evaluation/*.json")
+    values = json.loads(path.read_text())
+    values["plan"]["batch_size"], values["metrics"]["fid_torch"] = 7, -1.0
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "again.json").write_text(json.dumps(values))
+    before, after = (read_results(places) for places in ([str(runs)], [str(runs), str(tmp_path)]))
+    assert len(after) == len(before)
+    assert [each.values["metrics"]["fid_torch"] for each in after].count(-1.0) == 1  # the newer one
+
+
+def test_other_settings_are_another_section(runs, tmp_path):
+    (path, *_) = (runs / "small_sweep").rglob("evaluation/*.json")
+    values = json.loads(path.read_text())
+    values["plan"]["sampler"]["steps"] = 4
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "other.json").write_text(json.dumps(values))
+    sections = arrange(read_results([str(runs), str(tmp_path)]))
+    assert [sum(len(p.results) for s in section.series for p in s.points) for section in sections] in ([5, 1], [1, 5])
+    page = written(runs, tmp_path / "report", f"runs=[{runs},{tmp_path}]")
+    plots = {file.name for file in page.parent.glob("*.png")}
+    assert {"1_kept_share.png", "2_kept_share.png"} <= plots
+    assert len([name for name in plots if "tflops" in name]) == 1  # a single point is no trade-off
+    assert page.read_text().count("<h2") == page.read_text().count('<li><a href="#s') == 2
+
+
+def test_points_as_csv_and_json(runs, tmp_path):
+    folder = written(runs, tmp_path / "report").parent
+    with (folder / "points.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5
+    results = json.loads((folder / "points.json").read_text())
+    by_run = {(row["run"], float(row["drop_fraction"])): row for row in rows}
+    for result in results:
+        row = by_run[result["run"], result["plan"]["guidance"]["drop_fraction"]]
+        assert float(row["fid_torch"]) == result["metrics"]["fid_torch"]
+        assert float(row["tflops_per_image"]) == result["tflops_per_image"]
+        assert (row["weights"], row["sampler_steps"], row["count"]) == ("ema", "3", "40")
+        assert row["features"] == "digits classifier"
+    for name in ("tflops", "milliseconds", "kept_share"):
+        with Image.open(folder / f"{name}.png") as image:
+            assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_the_page_is_one_file_and_names_are_escaped(runs, tmp_path):
+    text = written(runs, tmp_path / "report").read_text()
+    assert "plain &lt;DiT&gt;" in text
+    assert "<DiT>" not in text
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", text)
+    assert "http" not in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [1200, 420])
+def test_the_page_in_a_browser(runs, tmp_path, width):
+    page = written(runs, tmp_path / "report")
+    looked = page.with_name("looked.html")
+    looked.write_text(page.read_text().replace("</body>", f"{LOOK}</body>"))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    command += ["--virtual-time-budget=10000", f"--window-size={width},900", "--dump-dom", looked.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    seen = json.loads(re.search(r'data-seen="([^"]*)"', shown)[1].replace("&quot;", '"'))
+    assert seen == {"images": 6, "broken": 0, "nameless": 0, "outside": 0, "wide": False, "rows": 3}
+
+
+def test_the_command_takes_bare_paths(runs, tmp_path):
+    command = [sys.executable, "-m", "dcdit.report"]
+    places = [str(runs / "small_sweep"), str(runs / "plain <DiT>")]
+    result = subprocess.run(
+        [*command, *places, f"out={tmp_path}/page"], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert "5 points of 3 runs" in result.stdout
+    assert (tmp_path / "page" / "report.html").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"page"}
+    wrong = subprocess.run([*command, "nowhere"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "runs=nowhere does not exist" in wrong.stderr
+
+
+def test_mistakes(tmp_path):
+    assert with_paths(["a b", "out=x", "c"]) == ["out=x", 'runs=["a b","c"]']
+    assert with_paths(["--help"]) == ["--help"]
+    with pytest.raises(UserError, match="two ways to say the same"):
+        with_paths(["a", "runs=[b]"])
+    with pytest.raises(UserError, match=r"no results there, python -m dcdit\.evaluate writes them"):
+        written(tmp_path, tmp_path / "report")
+    with pytest.raises(UserError, match="runs is not set"):
+        report.run(compose_config(name="report"))
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    for content, message in (("{", "is no result"), ('{"schema": 0}', "another release"), ("{}", "is no result")):
+        (tmp_path / "evaluation" / "x.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_results([str(tmp_path)])

@@ -1,0 +1,93 @@
+"""Operations against those that the reference and the paper report (SPEC section 5)."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from support.configs import compose_config
+
+from dcdit.compute.flops import RESIDUAL, count
+from dcdit.errors import UserError
+from dcdit.settings.tables import build_network
+
+
+def build(model: str):
+    with torch.device("meta"):
+        return build_network(OmegaConf.to_container(compose_config(f"model={model}").model, resolve=True))
+
+
+LENGTHS = {"s": (267, 266, 236, 255), "b": (266, 250, 272, 236)}
+
+
+def dropped(lengths, fraction):
+    return [length - int(fraction * length) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("scale", "fraction", "total"),
+    [("s", 0, 15.127), ("s", 0.2, 12.502), ("s", 0.5, 8.743), ("b", 0, 57.935), ("b", 0.2, 48.352), ("b", 0.5, 34.268)],
+)
+def test_totals_of_the_reference(scale, fraction, total):
+    flops = count(build(f"dcdit_{scale}"), dropped(LENGTHS[scale], fraction))
+    # the reference pads its de-chunk to the longest sample
+    longest = max(dropped(LENGTHS[scale], fraction))
+    width = {"s": 384, "b": 768}[scale]
+    padded = flops.published - flops.components["de-chunk"] + 2 * width * longest**2
+    assert padded / 1e9 == pytest.approx(total, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scale", "backbone", "encoder", "router", "residual"),
+    [("s", 12.118, 1.265, 0.415, 0.302), ("b", 46.023, 5.059, 1.661, 1.208)],
+)
+def test_components_of_the_reference(scale, backbone, encoder, router, residual):
+    parts = count(build(f"dcdit_{scale}"), LENGTHS[scale]).components
+    expected = {"backbone": backbone, "encoder": encoder, "decoder": encoder, "router": router, RESIDUAL: residual}
+    for name, value in expected.items():
+        assert parts[name] / 1e9 == pytest.approx(value, abs=6e-4), name
+
+
+def test_the_largest_scale():
+    """Its lengths are not given, their mean is: a quarter of 1024; equal lengths differ a little in the squares."""
+    flops = count(build("dcdit_xl"), [256])
+    assert flops.published / 1e9 == pytest.approx(264.000, rel=2e-3)
+    assert flops.components[RESIDUAL] / 1e9 == pytest.approx(2.718, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "tflops"), [("dit_s_2", 3.02), ("dit_b_2", 11.46), ("dit_l_2", 40.21), ("dit_xl_2", 59.00)]
+)
+def test_plain_transformers_as_the_paper_counts(model, tflops):
+    assert count(build(model)).total * 250 / 1e12 == pytest.approx(tflops, rel=1e-2)
+
+
+def test_dropping_tokens_costs_less_and_linearly_at_most():
+    network = build("dcdit_b")
+    totals = [count(network, [length]).total for length in (64, 128, 256)]
+    assert totals[0] < totals[1] < totals[2]
+    assert totals[2] - totals[1] > 2 * (totals[1] - totals[0])  # attention grows with the square
+
+
+def test_what_cannot_be_counted():
+    with pytest.raises(UserError, match="depends on the tokens that it keeps"):
+        count(build("dcdit_s"))
+    with pytest.raises(UserError, match="Linear is no network"):
+        count(torch.nn.Linear(2, 2))
+
+
+def test_the_table_as_users_print_it(capsys):
+    from dcdit import flops
+
+    flops.run(compose_config("model=dcdit_s", "guided=true", "uncond_drop_fraction=0.9", name="flops"))
+    printed = capsys.readouterr().out
+    for words in ("residual Linear r", "0.302", "without r, as published", "TFLOPs per image, 250 steps, guided"):
+        assert words in printed
+    flops.run(compose_config("model=dit_xl_2", name="flops"))
+    assert "59.33" in capsys.readouterr().out
+    for override, message in (
+        ("compression=1", "compression=1.0 must be greater than 1"),
+        ("drop_fractions=[1.0]", r"drop_fractions=1.0 is outside"),
+        ("steps=0", "steps=0 is outside 1..1000"),
+        ("drop_fractions=[]", "asks for nothing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            flops.run(compose_config(override, name="flops"))

@@ -1,0 +1,190 @@
+"""Sweeps, the state of runs on disk, and what two commands in one directory do."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from support.configs import TINY, compose_config
+from support.runs import load, start, wait_for
+
+from dcdit import status
+from dcdit.errors import UserError
+from dcdit.runs.lock import is_held, sole_writer
+from dcdit.runs.progress import progress_of, runs_below
+from dcdit.runs.state import RUNNING, RunState
+from dcdit.runs.sweep import constant_keys
+from dcdit.train import train
+
+
+def sweep(tmp_path, digits, *overrides):
+    settings = [word for word in TINY if word != "callbacks.progress=null"]
+    line = [sys.executable, "-m", "dcdit.train", "-m", *settings, "callbacks.progress=null", f"data.directory={digits}"]
+    return subprocess.run([*line, *overrides], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+
+
+def test_a_failed_run_leaves_the_others_unharmed_and_has_its_reason(tmp_path, digits):
+    varied = ("trainer.max_steps=4", "trainer.val_check_interval=2", "compression=4,0.5", "seed=0,1")
+    result = sweep(tmp_path, digits, *varied, "budget.warmup=0")
+    assert result.returncode == 1, result.stderr
+    folder = tmp_path / "runs" / "digits_sweep"
+    runs = {path.name for path in folder.iterdir() if path.is_dir()}
+    # named by what varies, and by nothing else
+    assert runs == {f"compression_{n}__seed_{seed}" for n in ("4", "0.5") for seed in (0, 1)}
+    with (folder / "summary.csv").open() as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert set(rows) == runs
+    for name, row in rows.items():
+        if "0.5" in name:
+            assert (row["state"], row["step"]) == ("failed", "0")
+            assert "compression=0.5 must be greater than 1" in row["reason"]
+            assert not (folder / name / "checkpoints").exists()
+        else:
+            assert (row["state"], row["step"], row["reason"]) == ("finished", "4", "")
+            assert float(row["val/diffusion_loss"]) > 0
+            assert load(folder / name)["global_step"] == 4
+    assert "4 runs, 2 of them not finished" in result.stdout
+    # the same again: what is finished stays as it is, directories are the same
+    before = {path: path.read_bytes() for path in folder.rglob("last.ckpt")}
+    again = sweep(tmp_path, digits, *varied[:2], "compression=4", "seed=0,1", "budget.warmup=0", "ckpt_path=auto")
+    assert again.returncode == 1  # the failed ones are still there
+    assert (folder / "seed_0").is_dir()  # another sweep: compression does not vary in it
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_varies():
+    words = ["experiment=b_n4", "compression=2,4", "model.depth=choice(2,3)", "~callbacks.ema", "data.x=[1,2]"]
+    assert constant_keys(words) == ["experiment", "callbacks.ema", "data.x"]
+
+
+def test_a_finished_run_says_so(tiny, capsys, caplog):
+    run = tiny("run", "trainer.max_steps=3")
+    before = (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    tiny("run", "trainer.max_steps=3", "ckpt_path=auto")
+    assert "is finished, at step 3: train on with a larger trainer.max_steps" in caplog.text
+    assert (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+    tiny("run", "trainer.max_steps=5", "ckpt_path=auto")
+    assert load(run)["global_step"] == 5
+
+
+def test_two_commands_cannot_write_one_run(tiny, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with sole_writer(run, 0):
+        assert is_held(run)
+        with pytest.raises(UserError, match="another process is training there"):
+            tiny("run", "trainer.max_steps=2")
+        with sole_writer(run, 1):  # the other processes of the same run
+            pass
+    assert not is_held(run)
+    tiny("run", "trainer.max_steps=2")
+
+
+def test_the_state_of_runs(tiny, tmp_path, capsys):
+    finished = tiny("finished", "trainer.max_steps=3")
+    tiny("died", "trainer.max_steps=3")
+    state = RunState.read(tmp_path / "died")
+    replace(state, state=RUNNING, max_steps=1000).write(tmp_path / "died")
+    found = {
+        each.name.rsplit("/", 1)[-1]: each for each in status.run(compose_config(f"runs=[{tmp_path}]", name="status"))
+    }
+    assert (found["finished"].state, found["finished"].step, found["finished"].max_steps) == ("finished", 3, 3)
+    assert found["finished"].loss > 0
+    assert found["finished"].seconds_left is None
+    assert found["died"].state == "died"
+    with sole_writer(tmp_path / "died", 0):
+        running = progress_of(tmp_path / "died", "died")
+    assert running.state == "running"
+    assert running.seconds_left == pytest.approx((1000 - 3) * 8 / running.rate)
+    shown = capsys.readouterr().out
+    assert "finished" in shown
+    assert runs_below(tmp_path) == [tmp_path / "died", finished]
+    with pytest.raises(UserError, match="no runs there"):
+        status.run(compose_config(f"runs=[{tmp_path}/finished/checkpoints]", name="status"))
+    with pytest.raises(UserError, match="is no directory"):
+        status.run(compose_config("runs=[nowhere]", name="status"))
+
+
+def test_sigterm_saves_and_the_run_goes_on(tmp_path, digits):
+    run = tmp_path / "run"
+    settings = ("trainer.max_steps=2000", "callbacks.checkpoint.every_n_steps=1000")
+    process = start(run, digits, *settings, log=tmp_path / "log")
+    wait_for(lambda: progress_of(run, "").step > 5 or process.poll() is not None)
+    assert progress_of(run, "").state == "running"
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    text = (tmp_path / "log").read_text()
+    assert "SIGTERM: finishing this step and saving" in text
+    assert "Resume: the same command with ckpt_path=last" in text
+    state = RunState.read(run)
+    assert (state.state, state.step) == ("interrupted", load(run)["global_step"])
+    assert 5 < state.step < 2000
+    (tmp_path / "again").mkdir()
+    overrides = (
+        f"data.directory={digits}",
+        f"ckpt_path={run}/checkpoints/last.ckpt",
+        f"trainer.max_steps={state.step + 2}",
+    )
+    train(compose_config(*TINY, *overrides), tmp_path / "again")
+    assert load(tmp_path / "again")["global_step"] == state.step + 2
+
+
+def test_a_signal_in_the_last_step_interrupts_nothing(tiny, monkeypatch):
+    from dcdit.training.callbacks import StopOnInterrupt
+
+    handle = StopOnInterrupt.on_train_batch_end
+
+    def signalled(self, trainer, *arguments):
+        self.interrupted = trainer.global_step == 3
+        handle(self, trainer, *arguments)
+
+    monkeypatch.setattr(StopOnInterrupt, "on_train_batch_end", signalled)
+    assert RunState.read(tiny("last", "trainer.max_steps=3")).state == "finished"
+    assert RunState.read(tiny("before", "trainer.max_steps=4")).state == "interrupted"
+
+
+def test_old_checkpoints_go_and_milestones_stay(tiny):
+    settings = ("callbacks.checkpoint.every_n_steps=2", "callbacks.checkpoint.keep=2")
+    run = tiny("run", "trainer.max_steps=13", *settings, "callbacks.checkpoint.milestone_every=4")
+    steps = sorted(int(path.stem[5:]) for path in (run / "checkpoints").glob("step_*.ckpt"))
+    assert steps == [4, 8, 12, 13]
+    assert load(run)["global_step"] == 13
+    with pytest.raises(Exception, match="keep=0 is not a positive number"):
+        tiny("wrong", "callbacks.checkpoint.keep=0")
+
+
+def test_a_refused_command_leaves_nothing(tmp_path, digits):
+    line = [sys.executable, "-m", "dcdit.train", *TINY, "run_name=wrong", "compression=0.5"]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert result.returncode == 2
+    assert not (tmp_path / "runs" / "wrong").exists()
+
+
+def test_a_stopped_run_is_marked(tiny, tmp_path):
+    from dcdit.runs.failure import note_failure
+
+    run = tiny("run", "trainer.max_steps=2")
+    note_failure(RuntimeError("no"), run, (), sweeping=True)
+    assert RunState.read(run).state == "finished"  # not touched by the command that failed
+    RunState(RUNNING, max_steps=5, time=time.time()).write(run)
+    note_failure(RuntimeError("out of memory\nmore"), run, (), sweeping=False)
+    state = RunState.read(run)
+    assert (state.state, state.reason) == ("failed", "RuntimeError: out of memory")
+    assert torch.isfinite(torch.tensor(state.time))
+
+
+def test_a_resumed_run_keeps_its_curves_at_wandb(tiny, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tiny("run", "logger=wandb", "trainer.max_steps=2")
+    tiny("run", "logger=wandb", "trainer.max_steps=4", "ckpt_path=last")
+    other = tiny("other", "logger=wandb", "trainer.max_steps=2")
+    ids = [path.name.rpartition("-")[2] for path in sorted((run / "wandb").glob("offline-run-*"))]
+    assert set(ids) == {RunState.read(run).id}  # starts within one second share a directory
+    assert {path.name.rpartition("-")[2] for path in (other / "wandb").glob("offline-run-*")} == {
+        RunState.read(other).id
+    }
+    assert RunState.read(other).id != ids[0]  # of the same name, in another directory

@@ -1,0 +1,152 @@
+"""Drawing images: independence of batches and processes, budgets, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.configs import perturb
+
+from dcdit.checkpoints.load import Model
+from dcdit.compute.flops import Cost, count
+from dcdit.data.autoencoder import to_uint8
+from dcdit.diffusion.guidance import Guidance
+from dcdit.diffusion.samplers import Sampler
+from dcdit.errors import UserError
+from dcdit.network import DCDiT, DiT
+from dcdit.sampling.budget import Target, calibrate, remembered
+from dcdit.sampling.generate import generate
+from dcdit.sampling.setup import check_guidance
+
+LATENTS = {"shape": [1, 8, 8], "autoencoder": "identity", "scale": 1.0, "shift": 0.0, "classes": list("abcde")}
+SAMPLER = Sampler("ddpm", 6, clip=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """An untrained network whose router keeps about half of the positions, and whose backbone is most of the cost."""
+    torch.manual_seed(0)
+    net = DCDiT(grid=8, channels=1, num_classes=5, width=64, depth=6, heads=2, encoder_width=16, groups=4)
+    perturb(net)
+    with torch.no_grad():
+        net.router.scorer[-1].bias.fill_(0.0)
+    return Model(net.eval(), LATENTS, 0)
+
+
+def guidance(model, **values):
+    return Guidance(model.network, len(model.classes), **values)
+
+
+def draw(model, indices, batch_size, seed=0, on_step=None, **guided):
+    labels = torch.arange(64) % 5
+    drawn = generate(
+        model, guidance(model, **guided), SAMPLER, labels, indices, seed=seed, batch_size=batch_size, on_step=on_step
+    )
+    return list(drawn)
+
+
+def images(drawn):
+    return {i: to_uint8(x) for batch in drawn for i, x in zip(batch.indices, batch.latents, strict=True)}
+
+
+@pytest.mark.parametrize("guided", [{}, {"scale": 2.0, "drop_fraction": 0.2, "uncond_drop_fraction": 0.6}])
+def test_the_same_images_for_any_batch_size_and_number_of_processes(model, guided):
+    whole = images(draw(model, range(16), 16, **guided))
+    assert len({image.numpy().tobytes() for image in whole.values()}) == 16
+    for parts in ([(range(16), 1)], [(range(16), 3)], [(range(0, 16, 2), 5), (range(1, 16, 2), 5)]):
+        found = {}
+        for indices, batch_size in parts:
+            found |= images(draw(model, indices, batch_size, **guided))
+        assert all(torch.equal(found[i], whole[i]) for i in range(16))
+    assert not torch.equal(images(draw(model, [3], 1, seed=1, **guided))[3], whole[3])
+
+
+def test_operations_are_those_of_the_tokens_that_were_kept(model):
+    lengths = []
+
+    def note(numbers, step):
+        lengths.append(step.output.routing.mask.sum(1))
+
+    (drawn,) = draw(model, range(4), 4, on_step=note, scale=2.0, drop_fraction=0.3, uncond_drop_fraction=0.6)
+    cost = Cost.of_network(model.network)
+    by_hand = [
+        sum(count(model.network, [int(step[half * 4 + i])]).total for step in lengths for half in (0, 1))
+        for i in range(4)
+    ]
+    assert drawn.flops(cost).tolist() == pytest.approx(by_hand)
+
+
+def test_a_plain_transformer_costs_the_same_always():
+    net = DiT(grid=8, channels=1, num_classes=5, width=32, depth=1, heads=2).eval()
+    model = Model(net, LATENTS, 0)
+    (drawn,) = draw(model, range(3), 3, scale=2.0)
+    expected = 2 * 6 * count(net).total
+    assert drawn.flops(Cost.of_network(net)).tolist() == pytest.approx([expected] * 3)
+    with pytest.raises(UserError, match="a plain DiT has one fixed cost"):
+        calibrate(model, guidance(model), SAMPLER, Target(share=0.5), 16, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("target", "guided"),
+    [
+        (Target(share=0.7), {}),
+        (Target(share=0.7), {"scale": 2.0}),
+        (Target(share=0.6), {"scale": 2.0, "uncond_drop_fraction": 0.9}),
+        (Target(share=1.0), {}),
+    ],
+)
+def test_a_budget_is_met_by_other_images_too(model, target, guided):
+    found = calibrate(model, guidance(model, **guided), SAMPLER, target, 16, "fp32")
+    cost = Cost.of_network(model.network)
+
+    def spent(**changes):
+        drawn = draw(model, range(64), 32, seed=9, **{**guided, **changes})
+        return torch.cat([batch.flops(cost) for batch in drawn]).mean().item() / 1e12
+
+    full = spent(drop_fraction=0.0, uncond_drop_fraction=None)
+    assert spent(drop_fraction=found.drop_fraction) == pytest.approx(target.share * full, rel=0.02)
+    assert found.full_tflops == pytest.approx(full, rel=0.02)
+    in_tflops = calibrate(
+        model, guidance(model, **guided), SAMPLER, Target(tflops=target.share * found.full_tflops), 16, "fp32"
+    )
+    assert in_tflops.drop_fraction == pytest.approx(found.drop_fraction, abs=0.02)
+
+
+def test_budgets_that_cannot_be(model):
+    for values, message in (
+        ({"share": 0.0}, r"share=0.0 is outside \(0, 1\]"),
+        ({"tflops": -1.0}, "tflops=-1.0 is not positive"),
+        ({"tflops": 1.0, "share": 0.5}, "two budgets"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Target(**values)
+    plain = guidance(model)
+    for target, message in ((Target(share=0.01), "cannot be met: from .* to"), (Target(tflops=5.0), "cannot be met")):
+        with pytest.raises(UserError, match=message):
+            calibrate(model, plain, SAMPLER, target, 16, "fp32")
+    with pytest.raises(UserError, match="are what it replaces"):
+        calibrate(model, replace(plain, drop_fraction=0.1), SAMPLER, Target(share=0.8), 16, "fp32")
+
+
+def test_what_was_calibrated_is_remembered(model, tmp_path):
+    calls = []
+
+    def find():
+        calls.append(1)
+        return calibrate(model, guidance(model), SAMPLER, Target(share=0.8), 16, "fp32")
+
+    path = tmp_path / "last.ckpt"
+    first = remembered(path, {"step": 1, "share": 0.8}, find)
+    assert remembered(path, {"step": 1, "share": 0.8}, find) == first
+    assert len(calls) == 1
+    remembered(path, {"step": 2, "share": 0.8}, find)
+    assert len(calls) == 2
+
+
+def test_guidance_needs_a_null_class():
+    net = DCDiT(
+        grid=8, channels=1, num_classes=5, width=32, depth=1, heads=2, encoder_width=16, groups=4, label_dropout=0
+    )
+    model = Model(net, LATENTS, 0)
+    check_guidance(model, guidance(model))
+    with pytest.raises(UserError, match=r"guidance.scale=2.0: .* model.label_dropout=0"):
+        check_guidance(model, guidance(model, scale=2.0))

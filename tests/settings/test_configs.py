@@ -1,0 +1,102 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.configs import TINY, compose_config
+
+from dcdit.errors import UserError
+from dcdit.settings.entry import CONFIG_DIR, cpu_precision
+from dcdit.training.build import build_module, match_compute
+
+EXPERIMENTS = sorted(path.stem for path in Path(CONFIG_DIR, "experiment").glob("*.yaml"))
+NAMED = {"digits", "s_n4", "b_n4", "l_n4", "xl_n4", "b_n16", "b_n4_512", "xl_n4_512", "dit_s_2", "dit_b_2", "dit_xl_2"}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_builds(experiment):
+    config = compose_config(f"experiment={experiment}")
+    with torch.device("meta"):
+        module = build_module(config, latents={})
+    assert next(module.network.parameters()).device.type == "meta"
+    assert config.run_name == experiment
+    opening = Path(CONFIG_DIR, "experiment", f"{experiment}.yaml").read_text().splitlines()
+    assert opening[0] == "# @package _global_"
+    assert any(f"python -m dcdit.train experiment={experiment}" in line for line in opening[:4])
+
+
+def test_the_named_experiments_are_there():
+    assert set(EXPERIMENTS) >= NAMED
+
+
+@pytest.mark.parametrize("group", ["model", "trainer", "budget", "logger", "data", "debug"])
+def test_every_choice_of_every_group_composes(group):
+    for path in Path(CONFIG_DIR, group).glob("*.yaml"):
+        assert compose_config(f"{group}={path.stem}") is not None
+
+
+def test_matched_lengths_and_resolutions():
+    assert compose_config("experiment=b_n4").trainer.max_steps == 408_071
+    big = compose_config("experiment=xl_n4_512")
+    assert (big.model.grid, big.model.smoothing_sigma) == (64, 2.0)
+
+
+def test_a_run_as_long_as_its_baseline_costs(tmp_path):
+    config = compose_config("experiment=b_n4", "trainer.match_compute_of=dit_b_2")
+    match_compute(config)
+    assert config.trainer.max_steps == pytest.approx(408_071, rel=0.01)
+    small = compose_config(*TINY, "trainer.match_compute_of=dit_s_2", "trainer.match_steps=2", "budget.warmup=0")
+    match_compute(small)  # a far larger network, on the same small grid
+    assert small.trainer.max_steps > 100
+    with pytest.raises(UserError, match=r"budget.warmup=90000000 .* take fewer than"):
+        match_compute(compose_config("experiment=b_n4", "trainer.match_compute_of=dit_b_2", "budget.warmup=90000000"))
+
+
+def test_cpu_precision_follows_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": False}, raising=False)
+    assert compose_config("trainer=cpu").trainer.precision == "32-true"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert cpu_precision() == "bf16-mixed"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=300)
+
+
+def test_the_config_of_a_job_is_readable():
+    result = run("dcdit.train", "experiment=b_n4", "--cfg", "job")
+    assert result.returncode == 0
+    for line in ("compression: 4.0", "  width: 768", "  max_steps: 408071", "  - 0.6"):
+        assert line in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.widht=3", ["model.widht=3", "did you mean width?"]),
+        ("experiment=b_n5", ["b_n5", "b_n4"]),
+        ("compression=0.5", ["compression=0.5", "greater than 1"]),
+        ("compression=four", ["compression", "four"]),
+        ("budget.fractions=[0.0,1.5]", ["1.5", "[0, 1)"]),
+        ("trainer.precision=fp12", ["trainer.precision", "fp12"]),
+        ("callbacks.ema.decay=2", ["decay=2", "[0, 1)"]),
+    ],
+)
+def test_mistakes_end_in_one_screen(tmp_path, override, words):
+    places = (f"run_dir={tmp_path}/run", f"data.directory={tmp_path}/data")
+    result = run("dcdit.train", "experiment=digits", *places, override)
+    text = " ".join((result.stdout + result.stderr).replace("│", " ").split())
+    assert result.returncode == 2, text
+    for word in words:
+        assert word in text, text
+    assert "Traceback" not in text
+    assert len(result.stderr.splitlines()) < 40
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_debug_run_of_a_full_size_experiment(tmp_path):
+    result = run("dcdit.train", "experiment=b_n4", "debug=tiny", f"run_dir={tmp_path}/run")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Finished at step 2" in result.stdout + result.stderr

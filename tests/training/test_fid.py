@@ -1,0 +1,170 @@
+"""FID during training."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from support.configs import PLAIN_DIT, TINY, compose_config
+from support.runs import assert_same_end
+
+from dcdit import evaluate
+from dcdit.errors import UserError
+from dcdit.train import train
+from dcdit.training.callbacks.fid import Quality
+
+FID = (
+    "callbacks=fid",
+    "features@callbacks.fid.features=digits",
+    "callbacks.fid.count=40",
+    "callbacks.fid.batch_size=8",
+    "callbacks.fid.drop_fractions=[0,0.5]",
+    "callbacks.fid.sampler.steps=3",
+    "callbacks.fid.sampler.clip=true",
+    "callbacks.fid.max_share=1",
+    "trainer.val_check_interval=4",
+    "trainer.precision=32-true",
+)
+
+
+@pytest.fixture
+def trained(tiny, tmp_path):
+    """Train with the callback; the statistics of references are kept in one place."""
+    return lambda name, *overrides: tiny(name, *FID, f"callbacks.fid.cache={tmp_path}/cache", *overrides)
+
+
+def validations(run: Path) -> list[dict[str, float]]:
+    with (run / "logs" / "version_0" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("val/diffusion_loss")]
+    return [{key: float(value) for key, value in row.items() if value and key.startswith("val/")} for row in rows]
+
+
+def test_it_measures_the_averaged_weights_as_the_evaluation_does(trained, tmp_path, digits):
+    # last in the order of the callbacks or not: Lightning swaps the average in for its own hooks alone
+    run = trained("run", "trainer.max_steps=8", "callbacks.checkpoint.every_n_steps=4")
+    logged = validations(run)
+    assert len(logged) == 2
+    places = (f"checkpoint={run}/checkpoints/last.ckpt", f"reference={digits}/val", f"cache={tmp_path}/cache")
+    settings = ("features=digits", "count=40", "batch_size=8", "drop_fractions=[0,0.5]", "metrics=[fid]")
+    sampler = ("sampler.name=ddim", "sampler.steps=3", "sampler.clip=true", "precision=fp32")
+    found = {}
+    for weights in ("ema", "raw"):
+        config = compose_config(*places, *settings, *sampler, f"weights={weights}", name="evaluate")
+        for path in evaluate.run(config):
+            result = json.loads(path.read_text())
+            found[weights, result["plan"]["guidance"]["drop_fraction"]] = result
+    for drop in (0.0, 0.5):
+        ema, raw = found["ema", drop], found["raw", drop]
+        assert logged[-1][f"val/fid@{drop:g}"] == pytest.approx(ema["metrics"]["fid_torch"], rel=1e-4)
+        assert logged[-1][f"val/fid@{drop:g}"] != pytest.approx(raw["metrics"]["fid_torch"], rel=1e-4)
+        assert logged[-1][f"val/kept@{drop:g}"] == pytest.approx(ema["kept"]["share"], rel=1e-5)
+        assert logged[-1][f"val/tflops@{drop:g}"] == pytest.approx(ema["tflops_per_image"], rel=1e-5)
+    for step in (4, 8):
+        for picture in ("samples", "boundaries"):
+            with Image.open(run / "validation" / f"step_{step:08d}_{picture}.png") as image:
+                assert min(image.size) > 100
+
+
+def test_the_order_of_callbacks_does_not_matter(trained, monkeypatch):
+    first = validations(trained("first", "trainer.max_steps=4"))
+    from dcdit import train as module
+
+    build = module.build_trainer
+
+    def reordered(config):
+        trainer = build(config)
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Quality))
+        assert isinstance(trainer.callbacks[0], Quality)
+        return trainer
+
+    monkeypatch.setattr(module, "build_trainer", reordered)
+    assert validations(trained("second", "trainer.max_steps=4")) == first
+
+
+def test_training_is_the_same_with_and_without(trained, tiny):
+    with_it = trained("with", "trainer.max_steps=8")
+    without = tiny("without", "trainer.max_steps=8", "trainer.val_check_interval=4", "trainer.precision=32-true")
+    assert_same_end(with_it, without)
+
+
+def test_its_share_of_the_time_is_bounded(trained, capsys, caplog):
+    run = trained("run", "trainer.max_steps=12", "callbacks.fid.max_share=0.0001")
+    # the first, and the one at the last step
+    assert ["val/fid@0" in row for row in validations(run)] == [True, False, True]
+    assert "FID left out, it would take more than max_share=0.0001 of the time" in caplog.text
+    run = trained("seldom", "trainer.max_steps=12", "callbacks.fid.every=2")
+    assert ["val/fid@0" in row for row in validations(run)] == [True, False, True]
+
+
+def test_pictures_reach_the_loggers(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = trained("run", "trainer.max_steps=4", "logger=tensorboard")
+    events = EventAccumulator(str(run / "tensorboard" / "version_0"))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"val/samples", "val/boundaries"}
+    assert "val/fid@0.5" in events.Tags()["scalars"]
+
+
+def test_mistakes_end_before_the_first_step(trained, tiny, tmp_path):
+    for override, message in (
+        ("callbacks.fid.count=20", "20 images are too few for FID"),
+        ("callbacks.fid.reference=nowhere", "reference=nowhere does not exist"),
+        ("callbacks.fid.every=0", r"callbacks.fid.every=0 is below 1"),
+        ("callbacks.fid.max_share=2", r"callbacks.fid.max_share=2 is outside"),
+        ("callbacks.fid.drop_fractions=[1.0]", r"callbacks.fid.drop_fractions=1.0 is outside"),
+        ("callbacks.fid.sampler.steps=0", r"callbacks.fid.sampler.steps=0"),
+        ("callbacks.fid.guidance.scale=-1", r"callbacks.fid.guidance.scale=-1.0"),
+        ("callbacks.fid.autoencoder=/nowhere/vae", "cannot be loaded"),
+    ):
+        with pytest.raises(Exception, match=message) as caught:
+            trained("wrong", "trainer.max_steps=2", override)
+        assert isinstance(caught.value, UserError) or isinstance(caught.value.__cause__, UserError)
+    with pytest.raises(UserError, match="a plain DiT drops no tokens"):
+        trained("dit", "trainer.max_steps=2", *PLAIN_DIT)
+
+
+def test_it_needs_a_validation_split(tmp_path, digits):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train").symlink_to(digits / "train")
+    config = compose_config(*TINY, *FID, f"data.directory={data}", "data.source=null", "trainer.max_steps=2")
+    config.callbacks.fid.reference = str(data / "train")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="has no split `val`"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(trained, tmp_path, digits):
+    places = (f"data.directory={digits}", f"run_dir={tmp_path}/two", f"callbacks.fid.cache={tmp_path}/cache")
+    settings = (*TINY, *FID, "trainer.max_steps=4", "trainer.devices=2", "trainer.strategy=ddp")
+    command = [sys.executable, "-m", "dcdit.train", *places, *settings]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    one, two = validations(trained("one", "trainer.max_steps=4"))[-1], validations(tmp_path / "two")[-1]
+    for drop in ("0", "0.5"):
+        # not the same weights bit for bit: two processes average the gradients of half batches
+        assert two[f"val/fid@{drop}"] == pytest.approx(one[f"val/fid@{drop}"], rel=0.3)
+        assert 0 < two[f"val/kept@{drop}"] <= 1
+
+
+def test_the_sum_over_processes_is_the_whole(digits):
+    """The reference counts once, however many processes bring their sums together."""
+    from support.configs import digit_features
+
+    from dcdit.evaluation.metrics import Statistics, frechet
+
+    real, generated = digit_features()
+    statistics = Statistics.of([real.features], len(real.features))
+    whole, parts = frechet(statistics), [frechet(statistics, real=rank == 0) for rank in range(3)]
+    whole.update(generated.features, real=False)
+    for part, features in zip(parts, generated.features.chunk(3), strict=True):
+        part.update(features, real=False)
+    for state in (f"{side}_features_{kind}" for side in ("real", "fake") for kind in ("sum", "cov_sum", "num_samples")):
+        setattr(parts[0], state, torch.stack([getattr(part, state) for part in parts]).sum(0))
+    assert float(parts[0].compute()) == pytest.approx(float(whole.compute()), rel=1e-6)

@@ -1,0 +1,126 @@
+import copy
+
+import pytest
+import torch
+from support.configs import TINY, compose_config, perturb
+
+from dcdit.errors import UserError
+from dcdit.training.build import build_module
+
+
+class Trainer:
+    """What the module asks of its trainer."""
+
+    global_step = 0
+    world_size = 1
+    accumulate_grad_batches = 1
+    log_every_n_steps = 1
+
+
+@pytest.fixture
+def module(monkeypatch):
+    config = compose_config(*TINY, "optimizer.warmup=0")
+    module = build_module(config, latents={})
+    monkeypatch.setattr(type(module), "trainer", Trainer())
+    monkeypatch.setattr(type(module), "global_rank", 0, raising=False)
+    module.logged = {}
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: module.logged.update(values))
+    monkeypatch.setattr(module, "log", lambda name, value, **_: module.logged.update({name: value}))
+    perturb(module.network)
+    return module
+
+
+def batch():
+    return torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 10
+
+
+def step(module, optimizer, data):
+    optimizer.zero_grad()
+    module.training_step(data, 0).backward()
+    module.configure_gradient_clipping(optimizer, 1.0)
+    optimizer.step()
+
+
+def test_a_step_is_a_function_of_seed_and_step(module):
+    first = module.training_step(batch(), 0)
+    torch.rand(7)  # the global random state does not matter
+    assert torch.equal(module.training_step(batch(), 0), first)
+    module.trainer.global_step = 1
+    try:
+        assert not torch.equal(module.training_step(batch(), 0), first)
+    finally:
+        Trainer.global_step = module.trainer.global_step = 0
+
+
+def test_what_is_logged(module):
+    step(module, module.configure_optimizers()["optimizer"], batch())
+    names = "diffusion_loss mse vlb ratio_loss kept_mean kept_min kept_max kept_after_drop gradient_norm skipped_steps"
+    assert {f"train/{name}" for name in names.split()} <= set(module.logged)
+    logged = {name: float(value) for name, value in module.logged.items()}
+    assert logged["train/kept_min"] <= logged["train/kept_mean"] <= logged["train/kept_max"]
+    total = logged["train/diffusion_loss"] + 0.03 * logged["train/ratio_loss"]
+    assert logged["train/loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_non_finite_step_changes_nothing_and_is_counted(module):
+    optimizer = module.configure_optimizers()["optimizer"]
+    step(module, optimizer, batch())
+    before = copy.deepcopy((module.network.state_dict(), optimizer.state_dict()["state"]))
+    latents, labels = batch()
+    latents[0, 0, 0, 0] = float("inf")
+    step(module, optimizer, (latents, labels))
+    after = (module.network.state_dict(), optimizer.state_dict()["state"])
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert module.skipped.tolist() == [1, 1]
+    step(module, optimizer, batch())
+    assert module.skipped.tolist() == [1, 0]
+    assert not torch.equal(module.network.embed.weight, before[0]["embed.weight"])
+
+
+def test_too_many_in_a_row_stop_training(tiny, monkeypatch):
+    from dcdit.data.datamodule import LatentDataModule
+    from dcdit.training.module import NonFiniteLossError
+
+    original = LatentDataModule.on_after_batch_transfer
+
+    def broken(self, *args):
+        latents, labels = original(self, *args)
+        return latents * float("nan"), labels
+
+    monkeypatch.setattr(LatentDataModule, "on_after_batch_transfer", broken)
+    with pytest.raises(NonFiniteLossError, match=r"4 steps in a row.*nonfinite_limit=4.*ckpt_path=last"):
+        tiny("nan", "nonfinite_limit=4", "trainer.max_steps=50")
+
+
+def test_validation_leaves_the_random_state_alone(module):
+    module.validation_step(batch(), 0)
+    first = module.logged["val/diffusion_loss"]
+    state = torch.get_rng_state()
+    module.validation_step(batch(), 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(module.logged["val/diffusion_loss"], first)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compression=1", r"compression=1\.0 must be greater than 1"),
+        ("budget.fractions=[0,1.0]", r"budget\.fractions=1\.0 is outside \[0, 1\)"),
+        ("model.heads=7", r"model\.heads=7 does not divide width=32"),
+        ("model.width=wide", r"model.width='wide': .*Integer"),
+        ("+model.widht=3", r"model.widht=3: there is no such key, did you mean width\?"),
+        ("model.name=dcdti", "model.name='dcdti' is not one of dcdit, dit"),
+        ("optimizer.lr=-1", r"optimizer\.lr=-1\.0 is not positive"),
+        ("trainer.max_steps=many", r"trainer\.max_steps='many' is not a whole number"),
+        ("trainer.max_steps=1.5", r"trainer\.max_steps=1\.5 is not a whole number"),
+        ("ratio.group=0", r"ratio\.group=0"),
+    ],
+)
+def test_wrong_values(override, message):
+    with pytest.raises(UserError, match=message):
+        build_module(compose_config(*TINY, override), latents={})
+
+
+def test_an_unknown_schedule_is_named(module):
+    with pytest.raises(UserError, match=r"optimizer.schedule='cosien'"):
+        build_module(compose_config(*TINY, "optimizer.schedule=cosien"), latents={}).configure_optimizers()
