@@ -1,0 +1,69 @@
+"""One writer for each run's directory."""
+
+import csv
+import json
+import math
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from dcdit.errors import UserError
+from dcdit.runtime.jobs import write_json
+from dcdit.runs.state import RunState
+LOCK = ".running.lock"
+
+
+@contextmanager
+def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]:
+    """Hold a run's directory; the kernel gives it back however the process ends.
+
+    Args:
+        run_dir: the directory.
+        rank: of this process; the first holds it for all.
+        patience: seconds to wait for one that is about to end.
+
+    Raises:
+        UserError: if another run does.
+    """
+    if rank:
+        yield
+        return
+    lock = FileLock(run_dir / LOCK)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        holder = RunState.read(run_dir)
+        where = f" on {holder.host}" if holder and holder.host != socket.gethostname() else ""
+        raise UserError(
+            f"run_dir={os.path.relpath(run_dir)}: another process{where} is training there; wait for it, or start this"
+            " one with another run_name=..."
+        ) from None
+    except NotImplementedError:
+        pass  # a file system without locks, where nobody can tell; to release below does nothing then
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether a process trains in ``run_dir`` right now."""
+    path = run_dir / LOCK
+    if not path.is_file():
+        return False
+    try:
+        with FileLock(path, blocking=False):
+            return False
+    except Timeout:
+        return True
+    except NotImplementedError:
+        return False
