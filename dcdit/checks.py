@@ -1,46 +1,225 @@
-"""Ranges of values that several parts check: each raises :class:`dcdit.errors.UserError` naming value and remedy."""
+"""What a value may be: one mechanism for configurations, constructors and library calls.
 
-from collections.abc import Mapping
+A range is part of the annotation, ``steps: Annotated[int, Bounds(low=1)]``, and :func:`checked` lets a class check its
+arguments against its annotations. Every failure is a :class:`dcdit.errors.UserError` that names value and remedy.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, wraps
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dcdit.errors import UserError
 
-
-def check_drop_fraction(drop_fraction: float, name: str = "drop_fraction") -> None:
-    """Raise :class:`UserError` unless ``drop_fraction`` lies in [0, 1)."""
-    if not 0 <= drop_fraction < 1:
-        raise UserError(
-            f"{name}={drop_fraction} is outside [0, 1): it is the share of kept tokens to drop, 0 keeps all of them,"
-            " 0.9 a tenth"
-        )
+Class = TypeVar("Class", bound=type)
 
 
-def check_compression(compression: float, name: str = "compression") -> None:
-    """Raise :class:`UserError` unless the target compression N exceeds 1."""
-    if not compression > 1:
-        raise UserError(
-            f"{name}={compression} must be greater than 1: N = 4 asks the router to keep a quarter of the tokens"
-        )
+@dataclass(frozen=True)
+class Bounds:
+    """A range of numbers.
+
+    Attributes:
+        low, high: its ends; None where there is none.
+        open_low, open_high: whether the end itself is left out.
+        hint: what the number means, or what to take instead.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+    hint: str = ""
+
+    def check(self, name: str, value: float) -> None:
+        """Raise :class:`UserError` unless ``value`` lies in the range."""
+        above = self.low is None or value > self.low or (value == self.low and not self.open_low)
+        below = self.high is None or value < self.high or (value == self.high and not self.open_high)
+        if not (above and below):
+            raise UserError(f"{name}={shown(value)} {self._fault()}" + (f": {self.hint}" if self.hint else ""))
+
+    def _fault(self) -> str:
+        if self.low is not None and self.high is not None:
+            brackets = "(["[not self.open_low], ")]"[not self.open_high]
+            return f"is outside {brackets[0]}{shown(self.low)}, {shown(self.high)}{brackets[1]}"
+        if self.low is None:
+            return f"exceeds {shown(self.high)}"
+        if self.low == 0:
+            return "is not positive" if self.open_low else "is negative"
+        return f"must be greater than {shown(self.low)}" if self.open_low else f"is below {shown(self.low)}"
 
 
-def micro_batch(batch_size: int, processes: int, accumulate: int) -> int:
-    """Samples of a process at once; :class:`UserError` unless ``batch_size`` can be split so."""
-    size, rest = divmod(batch_size, processes * accumulate)
-    if rest or not size:
-        raise UserError(
-            f"data.batch_size={batch_size} cannot be split over {processes} processes x"
-            f" trainer.accumulate_grad_batches={accumulate}: take a multiple of {processes * accumulate}"
-        )
-    return size
+@dataclass(frozen=True)
+class NotEmpty:
+    """A list that asks for something.
+
+    Attributes:
+        hint: what to give.
+    """
+
+    hint: str
+
+    def check(self, name: str, value: Sequence[Any]) -> None:
+        """Raise :class:`UserError` if ``value`` has no elements."""
+        if not len(value):
+            raise UserError(f"{name}=[] asks for nothing: {self.hint}")
 
 
-def check_sizes(sizes: Mapping[str, int]) -> None:
-    """Raise :class:`UserError` naming the first of ``sizes`` that is not positive."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{name}={size} is not a positive number")
+Count = Annotated[int, Bounds(low=1)]
+Natural = Annotated[int, Bounds(low=0)]
+Seed = Annotated[int, Bounds(low=0, high=2**63 - 1)]
+Positive = Annotated[float, Bounds(low=0, open_low=True)]
+NonNegative = Annotated[float, Bounds(low=0)]
+DropFraction = Annotated[
+    float,
+    Bounds(0, 1, open_high=True, hint="it is the share of kept tokens to drop, 0 keeps all of them, 0.9 a tenth"),
+]
+Compression = Annotated[float, Bounds(1, open_low=True, hint="N = 4 asks the router to keep a quarter of the tokens")]
+LabelDropout = Annotated[float, Bounds(0, 1, open_high=True, hint="it is a probability, 0.1 as published")]
+TimeFraction = Annotated[float, Bounds(0, 1, open_low=True, hint="0.1 is a tenth of the time")]
 
 
-def check_label_dropout(label_dropout: float) -> None:
-    """Raise :class:`UserError` unless ``label_dropout`` is a probability below 1."""
-    if not 0 <= label_dropout < 1:
-        raise UserError(f"label_dropout={label_dropout} is outside [0, 1): it is a probability, 0.1 as published")
+def shown(value: Any) -> str:
+    """A value as a user would write it: numbers plainly, text in quotes."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e16:
+        return str(int(value))
+    return "null" if value is None else repr(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def conform(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as an instance of the annotation ``hint``: type, choices and ranges.
+
+    Whole numbers are taken where numbers are wanted, and text that reads as a number (from environment variables);
+    nothing else is converted.
+
+    Args:
+        name: of the value, for messages.
+        value: plain, or an object where the annotation is a class.
+        hint: an annotation: plain types, unions, lists, tuples, mappings, ``Literal``, ``Annotated`` with
+            :class:`Bounds` or :class:`NotEmpty`, classes.
+
+    Raises:
+        UserError: naming value and remedy.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin is Annotated:
+        value = conform(name, value, arguments[0])
+        for constraint in arguments[1:]:
+            if value is not None:
+                constraint.check(name, value)
+        return value
+    if origin in (Union, UnionType):
+        return _one_of(name, value, arguments)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            raise UserError(f"{name}={shown(value)} is not one of {', '.join(map(str, arguments))}")
+        return value
+    if origin in (list, tuple, Sequence):
+        return _sequence(name, value, origin, arguments)
+    if (origin or hint) in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name}={shown(value)} is no section: set its keys, such as {name}.key=value")
+        return dict(value)
+    if hint in _PLAIN:
+        return _PLAIN[hint](name, value)
+    kind = origin or hint
+    if isinstance(kind, type) and not getattr(kind, "_is_protocol", False) and not isinstance(value, kind):
+        raise UserError(f"{name}={shown(value)} is no {kind.__name__}")
+    return value
+
+
+def _one_of(name: str, value: Any, hints: Sequence[Any]) -> Any:
+    if value is None and NoneType in hints:
+        return None
+    others = [hint for hint in hints if hint is not NoneType]
+    for number, hint in enumerate(others, 1):
+        try:
+            return conform(name, value, hint)
+        except UserError:
+            if number == len(others):
+                raise
+    raise AssertionError("a union has members")
+
+
+def _sequence(name: str, value: Any, origin: Any, hints: tuple[Any, ...]) -> Any:
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+        raise UserError(f"{name}={shown(value)}: a list is needed, such as {name}=[{value}]")
+    element = hints[0] if hints else Any
+    fixed = origin is tuple and len(hints) > 1 and hints[1] is not Ellipsis
+    if fixed and len(value) != len(hints):
+        raise UserError(f"{name}={list(value)} has {len(value)} elements, {len(hints)} are needed")
+    kinds = hints if fixed else [element] * len(value)
+    found = [conform(name, each, kind) for each, kind in zip(value, kinds, strict=True)]
+    return tuple(found) if origin is tuple else found
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={shown(value)} is neither true nor false")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{name}={shown(value)} is not a number") from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise UserError(f"{name}={shown(value)} is not a finite number")
+    return number
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        number = _number(name, value)
+    except UserError:
+        number = math.nan
+    if not number.is_integer():
+        raise UserError(f"{name}={shown(value)} is not a whole number")
+    return int(number)
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise UserError(f"{name}={shown(value)} is not a text")
+
+
+_PLAIN: dict[Any, Callable[[str, Any], Any]] = {bool: _flag, int: _whole, float: _number, str: _text}
+
+
+@cache
+def annotations(target: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of the parameters of a function, or of a class's constructor, by name."""
+    constructor = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
+    hints = get_type_hints(constructor, include_extras=True)
+    names = [name for name in inspect.signature(constructor).parameters if name != "self"]
+    return {name: hints.get(name, Any) for name in names}
+
+
+def checked(cls: Class) -> Class:
+    """Class decorator: the constructor's arguments are checked against their annotations, see :func:`conform`."""
+    constructor: Callable[..., None] = cls.__init__  # type: ignore[misc]
+    signature = inspect.signature(constructor)
+
+    @wraps(constructor)
+    def check_then_construct(self: Any, *arguments: Any, **named: Any) -> None:
+        bound = signature.bind(self, *arguments, **named)
+        hints = annotations(constructor)
+        for name, value in bound.arguments.items():
+            if name in hints:
+                bound.arguments[name] = conform(name, value, hints[name])
+        constructor(*bound.args, **bound.kwargs)
+
+    cls.__init__ = check_then_construct  # type: ignore[misc]
+    return cls

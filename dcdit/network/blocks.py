@@ -5,8 +5,6 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
-from timm.layers.activations import GELUTanh
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -83,10 +81,30 @@ class Attention(nn.Module):
         self.qkv = xavier_init(nn.Linear(width, 3 * width))
         self.out = xavier_init(nn.Linear(width, width))
 
-    def mix(self, qkv: Tensor, packing: Packing) -> Tensor:
+    def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
         """Attend within each sample: queries, keys and values (T, 3 D) to (T, D)."""
         q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
         return packed_attention(q, k, v, packing, self.backend).flatten(1)
+
+
+class MLP(nn.Module):
+    """Linear, tanh-approximated GELU, Linear.
+
+    Args:
+        width: input and output width D.
+        hidden: width between.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        # Both are drawn by PyTorch's default first: the order of random numbers is part of what a seed means.
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        xavier_init(self.fc1)
+        xavier_init(self.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., D) to (..., D)."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class DiTBlock(nn.Module):
@@ -101,20 +119,19 @@ class DiTBlock(nn.Module):
 
     Attributes:
         compiled: run what lies before and after the attention through torch.compile, once for all blocks.
-        recomputed: keep nothing for the backward pass but the input (activation checkpointing).
+        checkpointed: keep nothing for the backward pass but the input (activation checkpointing).
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, init: InitScheme, attention: str) -> None:
         super().__init__()
-        self.compiled, self.recomputed = False, False
+        self.compiled, self.checkpointed = False, False
         self.attention = Attention(width, heads, attention)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=GELUTanh)
-        self.mlp.fc1, self.mlp.fc2 = xavier_init(self.mlp.fc1), xavier_init(self.mlp.fc2)
+        self.mlp = MLP(width, int(width * mlp_ratio))
         self.modulation = {"paper": zero_init, "released": xavier_init}[init](nn.Linear(width, 6 * width))
 
     def forward(self, tokens: Tensor, c: Tensor, packing: Packing) -> Tensor:
         """Map ``tokens`` (T, D), conditioned per sample on ``c`` (B, D), to (T, D)."""
-        if self.recomputed and torch.is_grad_enabled():
+        if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(self._forward, tokens, c, packing, use_reentrant=False, preserve_rng_state=False)
         return self._forward(tokens, c, packing)
 
@@ -125,20 +142,20 @@ class DiTBlock(nn.Module):
             torch._dynamo.mark_dynamic(packing.sample, 0)
             before, after = fused(before), fused(after)
         per_sample = self.modulation(F.silu(c))  # (B, 6 D): the Linear runs once per sample
-        mixed = self.attention.mix(before(self, tokens, per_sample, packing.sample), packing)
+        attended = self.attention.attend(before(self, tokens, per_sample, packing.sample), packing)
         if self.compiled:
-            torch._dynamo.mark_dynamic(mixed, 0)
-        return after(self, tokens, mixed, per_sample, packing.sample)
+            torch._dynamo.mark_dynamic(attended, 0)
+        return after(self, tokens, attended, per_sample, packing.sample)
 
     def _before(self, tokens: Tensor, per_sample: Tensor, sample: Tensor) -> Tensor:
         """Modulated norm, then queries, keys and values: (T, 3 D)."""
-        shift, scale = spread(per_sample, sample, 0, 2)
+        shift, scale = broadcast_to_tokens(per_sample, sample, 0, 2)
         return self.attention.qkv(modulate(layer_norm(tokens), shift, scale))
 
-    def _after(self, tokens: Tensor, mixed: Tensor, per_sample: Tensor, sample: Tensor) -> Tensor:
+    def _after(self, tokens: Tensor, attended: Tensor, per_sample: Tensor, sample: Tensor) -> Tensor:
         """What follows the attention: its projection, its gate, and the MLP."""
-        gate1, shift, scale, gate2 = spread(per_sample, sample, 2, 6)
-        tokens = tokens + gate1 * self.attention.out(mixed)
+        gate1, shift, scale, gate2 = broadcast_to_tokens(per_sample, sample, 2, 6)
+        tokens = tokens + gate1 * self.attention.out(attended)
         return tokens + gate2 * self.mlp(modulate(layer_norm(tokens), shift, scale))
 
 
@@ -148,23 +165,23 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function)
 
 
-def spread(per_sample: Tensor, sample: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+def broadcast_to_tokens(per_sample: Tensor, sample: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
     """Vectors ``first`` to ``last`` of the six in ``per_sample`` (B, 6 D), each given to the tokens of its sample."""
     width = per_sample.shape[1] // 6
     chosen = per_sample[:, first * width : last * width].index_select(0, sample)
     return chosen.chunk(last - first, dim=1)
 
 
-def execute(network: nn.Module, compiled: bool = False, recomputed: bool = False) -> None:
+def set_execution(network: nn.Module, compiled: bool = False, checkpointed: bool = False) -> None:
     """Say how the transformer blocks of ``network`` run; what they compute stays the same.
 
     Args:
         network: with :class:`DiTBlock` inside.
-        compiled, recomputed: see there.
+        compiled, checkpointed: see there.
     """
     for block in network.modules():
         if isinstance(block, DiTBlock):
-            block.compiled, block.recomputed = compiled, recomputed
+            block.compiled, block.checkpointed = compiled, checkpointed
 
 
 def layer_norm(x: Tensor) -> Tensor:

@@ -1,46 +1,22 @@
 """DC-DiT: a diffusion transformer over a learned selection of grid positions (arXiv 2603.06351)."""
 
-from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dcdit.checks import check_label_dropout, check_sizes
+from dcdit.checks import Bounds, Count, LabelDropout, Positive, checked
 from dcdit.errors import UserError
-from dcdit.network.attention import check_backend
+from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import ConvBlock, DiTBlock, OutputLayer
 from dcdit.network.dechunk import dechunk, straight_through
-from dcdit.network.embeddings import LabelEmbedding, TimestepEmbedding, position_table
-from dcdit.network.init import InitScheme, check_scheme, xavier_init, zero_init
+from dcdit.network.embeddings import Conditioning, position_table
+from dcdit.network.init import InitScheme, xavier_init, zero_init
+from dcdit.network.interface import Component, Network, Output
 from dcdit.network.packing import Packing, make_packing, pack
-from dcdit.network.routing import Routing, build_router, route
+from dcdit.network.routing import ROUTERS, RouterName, Routing, route
 
-
-@dataclass(frozen=True)
-class Output:
-    """What a network returns.
-
-    Attributes:
-        prediction: (B, 2C, H, W); the first C channels are the noise, the last C the variance value in [-1, 1] of
-            learned range variance.
-        routing: the router's decision; None for a network without one.
-    """
-
-    prediction: Tensor
-    routing: Routing | None
-
-
-class Conditioning(nn.Module):
-    """c = time(t) + label(y), a vector of width D per sample."""
-
-    def __init__(self, width: int, num_classes: int, label_dropout: float) -> None:
-        super().__init__()
-        self.time = TimestepEmbedding(width)
-        self.label = LabelEmbedding(num_classes, width, label_dropout)
-
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        """(B,) timesteps and (B,) labels to (B, D)."""
-        return self.time(t) + self.label(y)
+SmoothingSigma = Annotated[float, Bounds(0, open_low=True, hint="take 1 or 2, or null for no smoothing")]
 
 
 class ConvStack(nn.Module):
@@ -74,7 +50,8 @@ class Backbone(nn.Module):
         return self.norm(tokens)
 
 
-class DCDiT(nn.Module):
+@checked
+class DCDiT(Network):
     """Dynamic Chunking Diffusion Transformer.
 
     Args:
@@ -87,49 +64,42 @@ class DCDiT(nn.Module):
         encoder_width: encoder and decoder width E; None takes D / 4.
         groups: GroupNorm groups of the convolution blocks; must leave two channels or more per group.
         mlp_ratio: hidden width of the MLPs over D.
-        router: ``predictability`` or ``cosine`` (ablation).
+        router: one of :data:`dcdit.network.routing.ROUTERS`: ``predictability``, or ``cosine`` (ablation).
         smoothing_sigma: width of the de-chunk smoothing in grid positions (1 at 256px, 2 at 512px); None turns
             smoothing off (ablation).
         label_dropout: probability of the null class in training mode.
-        init: ``released`` (what the published numbers came from) or ``paper`` (adaLN-Zero, zero residual).
+        init: ``released`` (what the published numbers came from) or ``paper`` (adaLN-Zero, zero residual projection).
         attention: ``auto``, ``sdpa``, ``varlen`` or ``flash_attn``.
 
     Raises:
         UserError: if the sizes do not fit each other or a name is unknown.
     """
 
+    routes: ClassVar[bool] = True
+    title = "DC-DiT"
     pos_embed: Tensor
 
     def __init__(
         self,
-        grid: int = 32,
-        channels: int = 4,
-        num_classes: int = 1000,
-        width: int = 384,
-        depth: int = 12,
-        heads: int = 6,
-        encoder_width: int | None = None,
-        groups: int = 32,
-        mlp_ratio: float = 4.0,
-        router: str = "predictability",
-        smoothing_sigma: float | None = 1.0,
-        label_dropout: float = 0.1,
+        grid: Count,
+        channels: Count,
+        num_classes: Count,
+        width: Count,
+        depth: Count,
+        heads: Count,
+        encoder_width: Count | None = None,
+        groups: Count = 32,
+        mlp_ratio: Positive = 4.0,
+        router: RouterName = "predictability",
+        smoothing_sigma: SmoothingSigma | None = 1.0,
+        label_dropout: LabelDropout = 0.1,
         init: InitScheme = "released",
-        attention: str = "auto",
+        attention: Backend = "auto",
     ) -> None:
-        super().__init__()
-        sizes = {"grid": grid, "channels": channels, "num_classes": num_classes}
-        check_sizes({**sizes, "width": width, "depth": depth, "heads": heads})
-        check_scheme(init)
-        check_backend(attention)
-        check_label_dropout(label_dropout)
+        super().__init__(grid, channels, num_classes, label_dropout)
+        check_installed(attention)
         if width % 4:
             raise UserError(f"width={width} is not divisible by 4, which the 2-D position table needs")
-        if smoothing_sigma is not None and smoothing_sigma <= 0:
-            raise UserError(f"smoothing_sigma={smoothing_sigma} is not positive: take 1 or 2, or null for no smoothing")
-        self.grid = (grid, grid)
-        self.channels = channels
-        self.num_classes = num_classes
         self.smoothing_sigma = smoothing_sigma
         inner = encoder_width or width // 4
 
@@ -139,7 +109,7 @@ class DCDiT(nn.Module):
             [ConvBlock(inner, inner, width, groups), ConvBlock(inner, width, width, groups)], width
         )
         self.residual = {"paper": zero_init, "released": xavier_init}[init](nn.Linear(width, width))
-        self.router = build_router(router, width)
+        self.router = ROUTERS[router](width)
         self.register_buffer("pos_embed", position_table(grid, grid, width), persistent=False)
         blocks = [DiTBlock(width, heads, mlp_ratio, init, attention) for _ in range(depth)]
         self.backbone = Backbone(blocks, width)
@@ -149,18 +119,8 @@ class DCDiT(nn.Module):
         self.output = OutputLayer(inner, width, 2 * channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Output:
-        """Predict the noise and the variance of ``x`` (paper, figure 2).
-
-        Args:
-            x: (B, C, H, W) noisy latents.
-            t: (B,) timesteps in 0..999.
-            y: (B,) class labels in 0..num_classes.
-            drop_fraction: share of kept tokens to drop, in [0, 1), one number or one per sample (B,).
-
-        Raises:
-            UserError: if the shapes do not fit the network or the drop fraction is outside [0, 1).
-        """
-        check_inputs(x, t, y, (self.channels, *self.grid))
+        """Predict the noise and the variance of ``x``, as in figure 2 of the paper; see :class:`Network`."""
+        self.check_inputs(x, t, y)
         c = self.condition(t, y)  # (B, D)
         features = self.encoder(self.embed(x), c)  # (B, H, W, D)
         routing = self.route(features, drop_fraction)
@@ -181,17 +141,22 @@ class DCDiT(nn.Module):
     def combine(self, tokens: Tensor, features: Tensor, routing: Routing, packing: Packing) -> Tensor:
         """De-chunk ``tokens`` (T, D) and add the encoder's residual, in float32: (B, H, W, D)."""
         with torch.autocast(features.device.type, enabled=False):
-            spread = dechunk(tokens, routing, packing, self.grid, self.smoothing_sigma)  # (B, L, D)
+            broadcast = dechunk(tokens, routing, packing, self.grid, self.smoothing_sigma)  # (B, L, D)
             gate = straight_through(routing.confidence)[..., None]
-            combined = torch.addcmul(self.residual(features.float()).flatten(1, 2), spread, gate)
+            combined = torch.addcmul(self.residual(features.float()).flatten(1, 2), broadcast, gate)
             return combined.unflatten(1, self.grid)
 
-
-def check_inputs(x: Tensor, t: Tensor, y: Tensor, shape: tuple[int, int, int]) -> None:
-    """Raise :class:`UserError` unless ``x`` is (B, *shape) and ``t`` and ``y`` are (B,)."""
-    batch = x.shape[0]
-    if x.shape[1:] != shape or t.shape != (batch,) or y.shape != (batch,):
-        raise UserError(
-            f"expected x (B, {', '.join(map(str, shape))}), t (B,) and y (B,);"
-            f" got x {tuple(x.shape)}, t {tuple(t.shape)} and y {tuple(y.shape)}"
-        )
+    def components(self) -> list[Component]:
+        """See :class:`Network`. De-chunking counts as the published dense form, 2 D M^2, though it costs less here."""
+        pairs = float(self.residual.in_features) if self.smoothing_sigma is not None else 0.0
+        return [
+            Component("embedding", [self.embed], self.positions),
+            Component("conditioning", [self.condition]),
+            Component("encoder", [self.encoder], self.positions),
+            Component("residual projection", [self.residual], self.positions, counted_by_paper=False),
+            Component("router", [self.router], self.positions),
+            Component("backbone", [self.backbone], None),
+            Component("de-chunk", runs=None, pairs=pairs),
+            Component("decoder", [self.decoder], self.positions),
+            Component("output", [self.output], self.positions),
+        ]

@@ -2,17 +2,18 @@
 
 from torch import Tensor, nn
 
-from dcdit.checks import check_label_dropout, check_sizes
+from dcdit.checks import Count, LabelDropout, Positive, checked
 from dcdit.errors import UserError
-from dcdit.network.attention import check_backend
+from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import DiTBlock, OutputLayer
-from dcdit.network.dcdit import Conditioning, Output, check_inputs
-from dcdit.network.embeddings import position_table
+from dcdit.network.embeddings import Conditioning, position_table
 from dcdit.network.init import xavier_init
+from dcdit.network.interface import Component, Network, Output
 from dcdit.network.packing import full_packing
 
 
-class DiT(nn.Module):
+@checked
+class DiT(Network):
     """Diffusion Transformer with fixed patches and adaLN-Zero (DiT, arXiv 2212.09748).
 
     Args:
@@ -30,27 +31,21 @@ class DiT(nn.Module):
 
     def __init__(
         self,
-        grid: int = 32,
-        channels: int = 4,
-        num_classes: int = 1000,
-        patch: int = 2,
-        width: int = 384,
-        depth: int = 12,
-        heads: int = 6,
-        mlp_ratio: float = 4.0,
-        label_dropout: float = 0.1,
-        attention: str = "auto",
+        grid: Count,
+        channels: Count,
+        num_classes: Count,
+        width: Count,
+        depth: Count,
+        heads: Count,
+        patch: Count = 2,
+        mlp_ratio: Positive = 4.0,
+        label_dropout: LabelDropout = 0.1,
+        attention: Backend = "auto",
     ) -> None:
-        super().__init__()
-        sizes = {"grid": grid, "channels": channels, "num_classes": num_classes, "patch": patch}
-        check_sizes({**sizes, "width": width, "depth": depth, "heads": heads})
-        check_backend(attention)
-        check_label_dropout(label_dropout)
+        super().__init__(grid, channels, num_classes, label_dropout)
+        check_installed(attention)
         if grid % patch:
             raise UserError(f"patch={patch} does not divide grid={grid}: take a patch side that does, such as 2")
-        self.grid = (grid, grid)
-        self.channels = channels
-        self.num_classes = num_classes
         self.patch = patch
         side = grid // patch
 
@@ -61,20 +56,9 @@ class DiT(nn.Module):
         self.output = OutputLayer(width, width, patch * patch * 2 * channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Output:
-        """Predict the noise and the variance of ``x``.
-
-        Args:
-            x: (B, C, H, W) noisy latents.
-            t: (B,) timesteps in 0..999.
-            y: (B,) class labels in 0..num_classes.
-            drop_fraction: must be 0: there is no router to drop tokens.
-
-        Raises:
-            UserError: if the shapes do not fit the network or a drop fraction is given.
-        """
-        check_inputs(x, t, y, (self.channels, *self.grid))
-        if isinstance(drop_fraction, Tensor) or drop_fraction != 0:
-            raise UserError(f"drop_fraction={drop_fraction}: a plain DiT has a fixed budget; take 0, or a dcdit model")
+        """Predict the noise and the variance of ``x``; see :class:`Network`."""
+        self.check_inputs(x, t, y)
+        self.refuse_drop(drop_fraction)
         c = self.condition(t, y)  # (B, D)
         patches = self.embed(x).flatten(2).transpose(1, 2)  # (B, L / patch^2, D)
         packing = full_packing(len(x), patches.shape[1], x.device)
@@ -89,3 +73,18 @@ class DiT(nn.Module):
         side = self.grid[0] // self.patch
         tiles = out.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (side, side))  # (B, h, w, p, q, 2C)
         return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    @property
+    def title(self) -> str:
+        """See :class:`Network`."""
+        return f"DiT/{self.patch}"
+
+    def components(self) -> list[Component]:
+        """See :class:`Network`."""
+        tokens = self.positions // self.patch**2
+        return [
+            Component("embedding", [self.embed], tokens),
+            Component("conditioning", [self.condition]),
+            Component("backbone", [self.blocks], tokens),
+            Component("output", [self.output], tokens),
+        ]

@@ -90,3 +90,16 @@ class LabelEmbedding(nn.Module):
             dropped = torch.rand(label.shape, device=label.device) < self.dropout
             label = label.masked_fill(dropped, self.num_classes)
         return self.table(label)
+
+
+class Conditioning(nn.Module):
+    """c = time(t) + label(y), a vector of width D per sample."""
+
+    def __init__(self, width: int, num_classes: int, label_dropout: float) -> None:
+        super().__init__()
+        self.time = TimestepEmbedding(width)
+        self.label = LabelEmbedding(num_classes, width, label_dropout)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """(B,) timesteps and (B,) labels to (B, D)."""
+        return self.time(t) + self.label(y)

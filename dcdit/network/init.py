@@ -1,10 +1,8 @@
 """Initialisers applied where a layer is constructed: ``self.fc = zero_init(nn.Linear(4, 4))``."""
 
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 from torch import nn
-
-from dcdit.errors import UserError
 
 InitScheme = Literal["released", "paper"]
 """``released``: what the published numbers came from. ``paper``: what the paper intends (adaLN-Zero, zero residual)."""
@@ -42,9 +40,3 @@ def constant_init(layer: nn.Conv2d, bias: float) -> nn.Conv2d:
     assert layer.bias is not None
     nn.init.constant_(layer.bias, bias)
     return layer
-
-
-def check_scheme(scheme: str) -> None:
-    """Raise :class:`UserError` unless ``scheme`` is a known initialisation scheme."""
-    if scheme not in get_args(InitScheme):
-        raise UserError(f"init={scheme!r} is not one of {', '.join(get_args(InitScheme))}")

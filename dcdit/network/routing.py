@@ -1,5 +1,6 @@
 """Which grid positions become backbone tokens: the routers and the tail drop."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcdit.checks import check_drop_fraction
+from dcdit.checks import DropFraction, conform
 from dcdit.errors import UserError
 from dcdit.network.init import constant_init
-
-RouterName = Literal["predictability", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def tail_drop(prob: Tensor, natural_mask: Tensor, drop_fraction: float | Tensor)
         UserError: if a fraction given as a number lies outside [0, 1).
     """
     if not isinstance(drop_fraction, Tensor):
-        check_drop_fraction(drop_fraction)
+        drop_fraction = conform("drop_fraction", drop_fraction, DropFraction)
         if drop_fraction == 0:
             return natural_mask
         drop_fraction = torch.full((len(prob),), drop_fraction, dtype=torch.float32, device=prob.device)
@@ -148,10 +147,11 @@ def _inside(shift: int, size: int) -> slice:
     return slice(max(0, -shift), size - max(0, shift))
 
 
-def build_router(name: str, channels: int) -> nn.Module:
-    """The router called ``name`` for features of ``channels`` channels; :class:`UserError` if there is none."""
-    if name == "predictability":
-        return PredictabilityRouter(channels)
-    if name == "cosine":
-        return CosineRouter(channels)
-    raise UserError(f"router={name!r} is not one of predictability, cosine")
+RouterName = Literal["predictability", "cosine"]
+
+ROUTERS: dict[RouterName, Callable[[int], nn.Module]] = {
+    "predictability": PredictabilityRouter,
+    "cosine": CosineRouter,
+}
+"""What ``model.router`` may say: from feature channels D to a module that maps features (B, D, H, W) to (B, L) float32
+probabilities of a boundary."""

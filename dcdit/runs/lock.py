@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from dcdit.errors import UserError
 from dcdit.runtime.jobs import write_json
 from dcdit.runs.state import RunState
+
 LOCK = ".running.lock"
 
 

@@ -3,34 +3,16 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field, make_dataclass
-from functools import cache
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from dcdit.checks import annotations, conform, shown
 from dcdit.errors import UserError
 
 T = TypeVar("T")
 
-
-@cache
-def _schema(target: Callable[..., Any], without: frozenset[str]) -> type:
-    """A dataclass with the parameters of ``target``, for OmegaConf to check types against."""
-    # A class is described by its constructor; dataclasses and plain classes alike.
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    columns = []
-    for name, parameter in inspect.signature(target).parameters.items():
-        if name in without:
-            continue
-        hint = hints.get(name, Any)
-        if get_origin(hint) is Literal:
-            hint = str  # the constructor itself checks the choices
-        default = "???" if parameter.default is parameter.empty else parameter.default  # OmegaConf's missing marker
-        columns.append((name, hint, field(default=default)))
-    return make_dataclass("Schema", columns)
+MISSING = "???"
+"""Hydra's mark of a value that must be given."""
 
 
 def suggestion(key: str, known: Iterable[str]) -> str:
@@ -41,38 +23,55 @@ def suggestion(key: str, known: Iterable[str]) -> str:
 
 
 def call_checked(
-    target: Callable[..., T], values: Mapping[str, Any], prefix: str, built: Mapping[str, Any] = MappingProxyType({})
+    target: Callable[..., T], values: Any, prefix: str, built: Mapping[str, Any] = MappingProxyType({})
 ) -> T:
-    """Call ``target`` with ``values`` after checking names and types against its signature.
+    """Call ``target`` with ``values`` after checking names, types and ranges against its signature.
 
     Args:
-        target: a class or function whose parameters are annotated with types that OmegaConf knows.
-        values: its keyword arguments.
+        target: a class or function whose parameters are annotated, see :func:`dcdit.checks.conform`.
+        values: its keyword arguments, as plain values.
         prefix: the section's place in the configuration, for the messages; empty for the top level.
-        built: further arguments that are objects already, passed on unchecked.
+        built: further arguments that are objects already.
 
     Raises:
         UserError: naming the key, the value and the remedy.
     """
-    schema = OmegaConf.structured(_schema(target, frozenset(built)))
     place = f"{prefix}." if prefix else ""
+    hints = {name: hint for name, hint in annotations(target).items() if name not in built}
+    parameters = inspect.signature(target).parameters
+    if not isinstance(values, Mapping):
+        some = ", ".join(f"{place}{name}=..." for name in list(hints)[:3])
+        raise UserError(f"{prefix}={shown(values)}: {prefix} is a section, set its keys: {some}")
+    given = {}
     for key, value in values.items():
-        if key not in schema.keys():  # noqa: SIM118  (a key without a value yet is "in" its keys only)
-            names = [str(name) for name in schema]
-            raise UserError(f"{place}{key}={value!r}: there is no such key, {suggestion(key, names)}")
-        try:
-            schema[key] = value
-        except OmegaConfBaseException as error:
-            expected = str(error).splitlines()[0]
-            if "is not a ListConfig" in expected:
-                expected = f"a list is needed, such as {place}{key}=[{value}]"
-            raise UserError(f"{place}{key}={value!r}: {expected}") from None
-    missing = sorted(OmegaConf.missing_keys(schema))
-    if missing:
-        raise UserError(f"{place}{missing[0]} is not set: give {place}{missing[0]}=...")
-    plain = OmegaConf.to_container(schema, resolve=True)
-    assert isinstance(plain, dict)
+        if key not in hints:
+            raise UserError(f"{place}{key}={shown(value)}: there is no such key, {suggestion(str(key), hints)}")
+        if not (isinstance(value, str) and value == MISSING):
+            given[str(key)] = conform(f"{place}{key}", value, hints[key])
+    for name in hints:
+        if name not in given and parameters[name].default is inspect.Parameter.empty:
+            raise UserError(f"{place}{name} is not set: give {place}{name}=...")
     try:
-        return target(**{str(key): value for key, value in plain.items()}, **built)
+        return target(**given, **built)
     except UserError as error:
         raise UserError(f"{place}{error}") from None  # constructors begin their messages with the argument's name
+
+
+def build_named(table: Mapping[str, Callable[..., T]], values: Any, prefix: str) -> T:
+    """Construct what ``values`` describes: ``name``, one of ``table``, and the arguments of what stands there.
+
+    Args:
+        table: the allowed names; nothing else is ever constructed from a configuration or a checkpoint.
+        values: plain values.
+        prefix: the section's place in the configuration, for the messages.
+
+    Raises:
+        UserError: if the name is not in the table, or an argument is unknown, of the wrong type or out of range.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{prefix}={shown(values)}: {prefix} is a section, set its keys, such as {prefix}.name=...")
+    arguments = dict(values)
+    name = arguments.pop("name", None)
+    if not isinstance(name, str) or name not in table:
+        raise UserError(f"{prefix}.name={shown(name)} is not one of {', '.join(table)}")
+    return call_checked(table[name], arguments, prefix)

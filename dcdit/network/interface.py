@@ -1,0 +1,120 @@
+"""What everything else asks of a network: training, sampling, FLOPs, calibration, evaluation and the report."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from dcdit.errors import UserError
+from dcdit.network.routing import Routing
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a network returns.
+
+    Attributes:
+        prediction: (B, 2C, H, W); the first C channels are the noise, the last C the variance value in [-1, 1] of
+            learned range variance.
+        routing: the router's decision; None for a network without one.
+    """
+
+    prediction: Tensor
+    routing: Routing | None
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a forward pass, for whoever counts FLOPs from outside.
+
+    Attributes:
+        name: for people.
+        modules: their Linears and convolutions run ``runs`` times in the forward pass of one sample.
+        runs: so often; None for once for every token that is kept.
+        pairs: multiply-adds for every pair of these, beside those of attention.
+        counted_by_paper: whether the published figures hold it.
+    """
+
+    name: str
+    modules: Sequence[nn.Module] = ()
+    runs: int | None = 1
+    pairs: float = 0.0
+    counted_by_paper: bool = True
+
+
+class Network(nn.Module, ABC):
+    """A denoiser: noisy latents, timesteps and labels to noise and variance.
+
+    Everything that is registered in :data:`dcdit.network.NETWORKS` is one, and nothing outside this package asks which.
+    A constructor takes at least ``grid``, ``channels`` and ``num_classes``, which must fit the latents.
+
+    Args:
+        grid: side of the square latent grid.
+        channels: latent channels C.
+        num_classes: real classes; label ``num_classes`` is the null class.
+        label_dropout: probability of the null class in training mode; guidance needs it above 0.
+
+    Attributes:
+        routes: whether a router chooses tokens, so that a drop fraction means something and cost varies.
+        grid: (H, W).
+        channels, num_classes, label_dropout: as given.
+    """
+
+    routes: ClassVar[bool] = False
+
+    def __init__(self, grid: int, channels: int, num_classes: int, label_dropout: float) -> None:
+        super().__init__()
+        self.grid = (grid, grid)
+        self.channels = channels
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Output:
+        """Predict the noise and the variance of ``x``.
+
+        Args:
+            x: (B, C, H, W) noisy latents.
+            t: (B,) timesteps in 0..999.
+            y: (B,) class labels in 0..num_classes.
+            drop_fraction: share of kept tokens to drop, in [0, 1), one number or one per sample (B,); 0 for a network
+                that does not route.
+
+        Raises:
+            UserError: if the shapes do not fit the network or the drop fraction cannot be had.
+        """
+
+    def refuse_drop(self, drop_fraction: float | Tensor) -> None:
+        """For networks that do not route: :class:`UserError` unless ``drop_fraction`` is the number 0."""
+        if isinstance(drop_fraction, Tensor) or drop_fraction != 0:
+            raise UserError(f"drop_fraction={drop_fraction}: {self.title} drops no tokens, take 0, or a dcdit model")
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The kind of network as tables and plots call it, such as ``DiT/2``."""
+
+    @abstractmethod
+    def components(self) -> list[Component]:
+        """The parts of a forward pass, in its order."""
+
+    @property
+    def positions(self) -> int:
+        """Grid positions L = H * W."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no class."""
+        return self.num_classes
+
+    def check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        """Raise :class:`UserError` unless ``x`` is (B, C, H, W) and ``t`` and ``y`` are (B,)."""
+        batch, shape = x.shape[0], (self.channels, *self.grid)
+        if x.shape[1:] != shape or t.shape != (batch,) or y.shape != (batch,):
+            raise UserError(
+                f"expected x (B, {', '.join(map(str, shape))}), t (B,) and y (B,);"
+                f" got x {tuple(x.shape)}, t {tuple(t.shape)} and y {tuple(y.shape)}"
+            )
