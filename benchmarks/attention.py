@@ -14,13 +14,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from step import SCALES, Clock, heading
+from step import Clock, heading
 from torch import Tensor
 
 from dcdit.errors import UserError
-from dcdit.network.attention import check_backend, packed_attention, resolve_backend
+from dcdit.network.attention import check_installed, packed_attention, resolve_backend
 from dcdit.network.packing import Packing, make_packing
 from dcdit.runtime.memory import keep_freed_memory
+from dcdit.settings.published import SCALES, published_scales
 
 Form = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 
@@ -52,7 +53,7 @@ def candidates(sample: Tensor) -> dict[str, str]:
     for name in ("sdpa", "varlen", "flash_attn"):
         found[name] = ""
         try:
-            check_backend(name)
+            check_installed(name)
             resolve_backend(name, sample)
         except UserError as error:
             found[name] = str(error).partition(":")[0]
@@ -73,7 +74,8 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
-    width, _, heads = SCALES[options.scale]
+    scale = published_scales()[options.scale]
+    width, heads = scale["width"], scale["heads"]
     device, positions = torch.device(options.device), options.grid**2
     # Shares between half and one and a half times the mean, as the samples of a batch differ.
     shares = options.kept * (0.5 + torch.rand(options.batch, 1, device=device))

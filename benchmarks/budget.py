@@ -20,16 +20,17 @@ from rich.table import Table
 
 from dcdit.checkpoints.load import Model
 from dcdit.compute.flops import Cost
+from dcdit.data.latents import IDENTITY, LatentSpec
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
-from dcdit.network import DCDiT
-from dcdit.network.blocks import execute
+from dcdit.diffusion.settings import DDIM, GuidanceSettings
+from dcdit.network import DCDiT, build_network
+from dcdit.network.blocks import set_execution
 from dcdit.network.routing import PredictabilityRouter
 from dcdit.runtime.devices import device_words, pick_device
 from dcdit.runtime.memory import keep_freed_memory
-from dcdit.sampling.generate import Drawn, generate
+from dcdit.sampling.generate import SampleBatch, generate
 from dcdit.settings.entry import model_config
-from dcdit.settings.tables import build_network
 
 KEPT = 0.25
 
@@ -68,43 +69,43 @@ def network_keeping(kept: float, name: str, device: torch.device) -> DCDiT:
     return network
 
 
-def draw(network: DCDiT, budget: Budget, options: argparse.Namespace) -> tuple[float, Drawn]:
-    """Seconds, and what was drawn."""
-    latents = {"shape": [network.channels, *network.grid], "classes": list(range(network.num_classes))}
-    model = Model(network, latents, 0)
-    guidance = Guidance(network, network.num_classes, budget.scale, budget.drop, budget.uncond_drop, 3)
+def sample(network: DCDiT, budget: Budget, options: argparse.Namespace) -> tuple[float, SampleBatch]:
+    """Seconds, and the samples."""
+    classes = tuple(str(label) for label in range(network.num_classes))
+    model = Model(network, LatentSpec((network.channels, *network.grid), IDENTITY, 1.0, 0.0, classes), 0)
+    settings = GuidanceSettings(budget.scale, 3, budget.drop, budget.uncond_drop)
+    guidance = Guidance(network, network.null_class, settings)
     labels, numbers = torch.arange(options.batch) % network.num_classes, range(options.batch)
-    sampler = Sampler("ddim", options.steps)
+    sampler = Sampler(DDIM(options.steps))
     begin = time.perf_counter()
-    (drawn,) = generate(
+    (batch,) = generate(
         model, guidance, sampler, labels, numbers, seed=0, batch_size=options.batch, precision=options.precision
     )
-    return time.perf_counter() - begin, drawn
+    return time.perf_counter() - begin, batch
 
 
 def rows(network: DCDiT, options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     """Lines of the table."""
     cost = Cost.of_network(network)
-    positions = network.grid[0] * network.grid[1]
     seconds: dict[str, list[float]] = {}
-    operations: dict[str, float] = {}
+    flops: dict[str, float] = {}
     kept: dict[str, float] = {}
     for turn in track(range(options.rounds + 1), "measuring", console=Console(stderr=True), transient=True):
         for budget in (*BUDGETS, *GUIDED):
-            spent, drawn = draw(network, budget, options)
-            operations[budget.name] = drawn.flops(cost).mean().item()
-            kept[budget.name] = torch.cat(drawn.lengths).double().mean().item() / positions
+            spent, batch = sample(network, budget, options)
+            flops[budget.name] = batch.flops(cost).mean().item()
+            kept[budget.name] = torch.cat(batch.lengths).double().mean().item() / network.positions
             if turn:  # the first round warms up
                 seconds.setdefault(budget.name, []).append(spent)
     for group in (BUDGETS, GUIDED):
         times = [statistics.median(seconds[budget.name]) for budget in group]
         for budget, median in zip(group, times, strict=True):
-            work = operations[budget.name]
+            work = flops[budget.name]
             yield (
                 budget.name,
                 f"{kept[budget.name]:.1%}",
                 f"{work / options.steps / 1e9:.2f}",
-                f"{work / operations[group[0].name]:.2f}",
+                f"{work / flops[group[0].name]:.2f}",
                 f"{median / times[0]:.2f}",
                 f"{1000 * median / options.batch / options.steps:.1f}",
             )
@@ -125,12 +126,12 @@ def main() -> None:
     device = pick_device(options.device)
     with torch.no_grad():
         network = network_keeping(KEPT, options.model, device)
-    execute(network, options.compile)
+    set_execution(network, options.compile)
     title = f"{options.model}, {options.precision}, {device_words(device)}, batches of {options.batch}"
     if options.compile:
         title += ", compiled blocks"
     table = Table(title=title, title_justify="left")
-    for heading in ("budget", "kept", "GFLOPs/step", "of the work", "of the time", "ms/image"):
+    for heading in ("budget", "keep ratio", "GFLOPs/step", "of the work", "of the time", "ms/image"):
         table.add_column(heading, justify="left" if heading == "budget" else "right")
     for row in rows(network, options):
         table.add_row(*row)

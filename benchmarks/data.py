@@ -31,7 +31,7 @@ from dcdit.data.shards import write_shards
 from dcdit.data.storage import Location
 from dcdit.data.stream import LatentStream
 from dcdit.extraction.extraction import Extraction
-from dcdit.extraction.settings import Settings
+from dcdit.extraction.settings import ExtractionSettings
 from dcdit.extraction.sources import FolderSource
 from dcdit.runtime.devices import autocast, pick_device
 
@@ -176,13 +176,13 @@ def entering() -> Table:
 class Silent:
     """Watches nothing."""
 
-    def begin(self, units: int, done: int, images: int | None) -> None:
+    def begin(self, tasks: int, done: int, images: int | None) -> None:
         """Ignore."""
 
     def advance(self, files: int) -> None:
         """Ignore."""
 
-    def shard(self, name: str, samples: int) -> None:
+    def finish(self, name: str, samples: int) -> None:
         """Ignore."""
 
 
@@ -221,7 +221,7 @@ def photographs(folder: Path, count: int) -> Path:
 def encoding(arguments: argparse.Namespace) -> Table:
     """The extractor, from JPEG files to shards, against the forward pass of its autoencoder alone."""
     device = pick_device(arguments.device)
-    precision = "fp16" if device.type == "cuda" else "fp32"
+    precision: Any = "fp16" if device.type == "cuda" else "fp32"
     count, size = arguments.images, arguments.encode_batch
     rates: dict[str, list[float]] = {"bare forward": [], "extractor": []}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
@@ -237,7 +237,9 @@ def encoding(arguments: argparse.Namespace) -> Table:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             bare = count / (time.perf_counter() - begin)
-            settings = Settings(256, MOMENTS, False, "float16", precision, size, max(size, count // 4), 0, 1)
+            settings = ExtractionSettings(
+                256, "moments", False, "float16", precision, size, max(size, count // 4), 0, 1, None
+            )
             begin = time.perf_counter()
             images = FolderSource(source, settings.samples_per_shard, 0)
             Extraction(folder / f"out-{number}", images, autoencoder, settings, workers=arguments.workers).run(Silent())

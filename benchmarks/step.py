@@ -4,7 +4,7 @@
     python benchmarks/step.py --scale xl --batch 64 --precision bf16 --device cuda --compile
     python benchmarks/step.py --check                                      fails where an optimisation is lost
 
-Needs torch and timm alone. An untrained network, its router set so that it keeps a given share of the very input that
+Needs torch alone. An untrained network, its router set so that it keeps a given share of the very input that
 is measured. All variants take turns, and times are medians over the rounds: compare ratios within a run, never across.
 """
 
@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_leaves
 
 from dcdit.compute.flops import count
 from dcdit.network import DCDiT, DiT, dcdit
-from dcdit.network.blocks import execute
+from dcdit.network.blocks import set_execution
 from dcdit.network.routing import PredictabilityRouter
 from dcdit.runtime.memory import keep_freed_memory
+from dcdit.settings.published import SCALES, published_scales
 
-SCALES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 DROPS = (0.2, 0.5, 0.8)
 MIB = 2.0**20
 
@@ -97,7 +97,7 @@ def instrumented(network: DCDiT, clock: Clock) -> Iterator[None]:
         (dcdit, "pack", "chunk"),
         (network.backbone, "forward", "backbone"),
         (dcdit, "dechunk", "de-chunk"),
-        (network.residual, "forward", "r's Linear"),
+        (network.residual, "forward", "the residual projection"),
         (network.decoder, "forward", "encoder and decoder"),
         (network.output, "forward", "output"),
     ]
@@ -122,9 +122,9 @@ class Bench:
         self.device = torch.device(options.device)
         self.clock = Clock(self.device)
         torch.manual_seed(0)
-        width, depth, heads = SCALES[options.scale]
         sigma = 2.0 if options.grid > 32 else 1.0
-        size: dict[str, Any] = {"grid": options.grid, "width": width, "depth": depth, "heads": heads}
+        size: dict[str, Any] = {"grid": options.grid, "channels": 4, "num_classes": 1000}
+        size |= published_scales()[options.scale]
         with self.device:
             self.network, self.plain = DCDiT(**size, smoothing_sigma=sigma), DiT(**size)
             batch = options.batch
@@ -138,7 +138,7 @@ class Bench:
                 parameter.add_(0.02 * torch.randn_like(parameter))  # zero-initialised parts make all positions alike
         self.lengths = self.keep(options.kept)
         for each in (self.network, self.plain):
-            execute(each, options.compile, options.recompute)
+            set_execution(each, options.compile, options.checkpointing)
 
     def keep(self, share: float) -> tuple[int, ...]:
         """Set the router so that it keeps ``share`` of the input; returns the tokens kept of each sample."""
@@ -177,13 +177,13 @@ class Bench:
         optimizer.step()
         optimizer.zero_grad()
 
-    def limit(self) -> Function:
-        """A product as large as the widest of the backbone: the time that its operations take at best."""
+    def peak_matmul(self) -> Function:
+        """A product as large as the widest of the backbone: the time that its FLOPs take at best."""
         width = self.network.residual.in_features
         dtype = torch.bfloat16 if self.options.precision == "bf16" else torch.float32
         a = torch.randn(sum(self.lengths), width, dtype=dtype, device=self.device)
         b = torch.randn(4 * width, width, dtype=dtype, device=self.device)
-        self.limit_flops = 2.0 * a.numel() * 4 * width
+        self.matmul_flops = 2.0 * a.numel() * 4 * width
         return lambda: nn.functional.linear(a, b)
 
     def dechunk_bytes(self) -> tuple[float, float]:
@@ -206,10 +206,10 @@ class Bench:
 
     def measure(self) -> tuple[dict[str, float], dict[str, float]]:
         """Medians in seconds: of whole steps, and of the parts of a forward pass."""
-        limit = self.limit()
+        matmul = self.peak_matmul()
         optimizers = [torch.optim.AdamW(each.parameters(), lr=0.0, fused=True) for each in (self.network, self.plain)]
         whole: dict[str, Function] = {
-            "limit": lambda: [limit() for _ in range(8)],
+            "matmul": lambda: [matmul() for _ in range(8)],
             "forward": lambda: self.forward(self.network),
             **{f"drop {drop}": lambda drop=drop: self.forward(self.network, drop) for drop in DROPS},
             "plain forward": lambda: self.forward(self.plain),
@@ -231,7 +231,7 @@ class Bench:
                 if counted:
                     parts.setdefault(name, []).append(spent)
         median = {name: statistics.median(found) for name, found in times.items()}
-        median["limit"] /= 8
+        median["matmul"] /= 8
         return median, {name: statistics.median(found) for name, found in parts.items()}
 
 
@@ -241,8 +241,8 @@ def dropped(lengths: tuple[int, ...], drop: float) -> list[int]:
 
 
 def grouped(components: dict[str, float]) -> dict[str, float]:
-    """Counted operations under the names that times have."""
-    names = {"residual Linear r": "r's Linear"}
+    """Counted FLOPs under the names that times have."""
+    names = {"residual Linear r": "the residual projection"}
     names |= dict.fromkeys(("embedding", "encoder", "decoder"), "encoder and decoder")
     found: dict[str, float] = {}
     for name, value in components.items():
@@ -256,18 +256,18 @@ def report(bench: Bench) -> dict[str, float]:
     times, parts = bench.measure()
     flops = count(network, bench.lengths)
     per_component = grouped(dict(flops.components))
-    rate = bench.limit_flops / times["limit"]
+    rate = bench.matmul_flops / times["matmul"]
     memory = bench.dechunk_bytes()
-    how = [name for name in ("compile", "recompute") if getattr(options, name)]
+    how = [name for name in ("compile", "checkpointing") if getattr(options, name)]
     print(heading(options, f"batches of {batch}", *how))
     print(f"Kept {sum(bench.lengths) / batch / options.grid**2:.1%}; a product of {sum(bench.lengths)} tokens with the")
-    print(f"MLP's first matrix runs at {rate / 1e9:,.0f} GFLOP/s, which is the limit here.\n")
+    print(f"MLP's first matrix runs at {rate / 1e9:,.0f} GFLOP/s, the peak matmul throughput here.\n")
 
     def line(*cells: str) -> None:
         print(f"| {' | '.join(cells)} |")
 
     total = sum(parts.values())
-    line("part of a forward pass", "ms/image", "of the time", "GFLOP/image", "of the limit")
+    line("part of a forward pass", "ms/image", "of the time", "GFLOP/image", "of peak matmul")
     line("---", "---:", "---:", "---:", "---:")
     for name, spent in parts.items():
         work = per_component.get(name, 0.0)
@@ -278,20 +278,20 @@ def report(bench: Bench) -> dict[str, float]:
         "whole, not taken apart", f"{1e3 * whole / batch:.2f}", "", f"{work / 1e9:.2f}", share(work, batch, whole, rate)
     )
     print()
-    line("step", "ms/image", "against forward", "its operations", "of the limit")
+    line("step", "ms/image", "against forward", "its FLOPs", "of peak matmul")
     line("---", "---:", "---:", "---:", "---:")
     plain = count(bench.plain).total
     rows = {"forward": work, **{f"drop {d}": count(network, dropped(bench.lengths, d)).total for d in DROPS}}
     rows |= {"train": 3 * work, "plain forward": plain, "plain train": 3 * plain}
-    for name, operations in rows.items():
+    for name, counted in rows.items():
         spent = times[name]
-        cells = (f"{1e3 * spent / batch:.2f}", f"{spent / whole:.2f}", f"{operations / work:.2f}")
-        line(name.replace("plain", "DiT/2"), *cells, share(operations, batch, spent, rate))
+        cells = (f"{1e3 * spent / batch:.2f}", f"{spent / whole:.2f}", f"{counted / work:.2f}")
+        line(name.replace("plain", "DiT/2"), *cells, share(counted, batch, spent, rate))
     print(f"\nDe-chunk holds {memory[0] / MIB:.0f} MiB at once, {memory[1] / MIB:.0f} MiB with its backward pass.")
     if bench.device.type == "cuda":
         print(f"Most memory of all: {torch.cuda.max_memory_allocated() / MIB:,.0f} MiB.")
     return {
-        "limit": work * batch / whole / rate,
+        "peak matmul": work * batch / whole / rate,
         "drop": times["drop 0.5"] / whole / (rows["drop 0.5"] / work),
         "train": times["train"] / whole,
         "de-chunk": parts["de-chunk"] / total,
@@ -299,9 +299,9 @@ def report(bench: Bench) -> dict[str, float]:
     }
 
 
-def share(operations: float, batch: int, seconds: float, rate: float) -> str:
-    """Of the limit."""
-    return f"{operations * batch / seconds / rate:.0%}"
+def share(flops: float, batch: int, seconds: float, rate: float) -> str:
+    """Of the peak matmul throughput."""
+    return f"{flops * batch / seconds / rate:.0%}"
 
 
 def heading(options: argparse.Namespace, *words: str) -> str:
@@ -312,7 +312,7 @@ def heading(options: argparse.Namespace, *words: str) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """Name of the GPU, or of the processor and how many threads it runs."""
+    """Name of the GPU, or of the CPU and how many threads it runs."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -329,7 +329,7 @@ CHECKS = [
     ("train", "<", 5.0, "the backward pass is slow"),
     ("de-chunk", "<", 0.12, "de-chunk is slow"),
     ("memory", "<", 6.0, "de-chunk holds more than a few copies of the grid's features"),
-    ("limit", ">", 0.3, "the forward pass is far from the matrix units' limit"),
+    ("peak matmul", ">", 0.3, "the forward pass is far from the peak matmul throughput"),
 ]
 
 
@@ -355,7 +355,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="fuse the blocks' element-wise operations")
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing of the blocks")
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of the blocks")
     parser.add_argument("--check", action="store_true", help="a small network; exit status 1 if a ratio is far off")
     options = parser.parse_args()
     if not 0 < options.kept <= 1:

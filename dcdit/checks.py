@@ -48,6 +48,8 @@ class Bounds:
             return f"exceeds {shown(self.high)}"
         if self.low == 0:
             return "is not positive" if self.open_low else "is negative"
+        if self.low == 1 and not self.open_low:
+            return "is not a positive number"
         return f"must be greater than {shown(self.low)}" if self.open_low else f"is below {shown(self.low)}"
 
 

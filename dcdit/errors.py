@@ -1,4 +1,4 @@
-"""The one error class for mistakes a user can mend."""
+"""The two error classes that end a command in one message instead of a traceback."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message names the offending key, its value and the remedy (that of a constructor begins ``argument=value``); the
     command-line entry points print it alone, without a traceback, and exit with status 2.
     """
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, through no mistake of anyone; the message says what is saved and what to try."""

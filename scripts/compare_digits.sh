@@ -22,7 +22,7 @@ checkpoints() { # of these networks, separated by commas
     done | sed 's/,$//'
 }
 measure="$python -m dcdit.evaluate -m reference=data/digits8/train features=digits count=500
-    sampler.name=ddim sampler.steps=25 sampler.clip=true"
+    sampler=ddim sampler.steps=25 sampler.clip=true"
 # One after the other, for the times to be comparable
 $measure drop_fractions=[0] checkpoint="$(checkpoints dit_2 dit_4)"
 $measure drop_fractions=[0,0.2,0.4,0.6] checkpoint="$(checkpoints dcdit full_budget cosine unsmoothed)"

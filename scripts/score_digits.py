@@ -3,7 +3,7 @@
 Reads the newest checkpoint and the samples that ``dcdit.sample`` wrote beside it, and reports
 
 * the share of samples that a classifier trained on the real digits assigns to the requested class,
-* the kept share against 1 / compression,
+* the keep ratio against 1 / compression,
 * how often the router keeps positions on or next to ink and on empty background, by timestep.
 """
 
@@ -81,7 +81,7 @@ def main() -> None:
         "router": router_statistics(str(checkpoint), images[:512], labels[:512]),
     }
     (run / "score.json").write_text(json.dumps(score, indent=1) + "\n")
-    table = Table(title=f"router, kept share (asked for {1 / settings['compression']:.2f} on average)")
+    table = Table(title=f"router, keep ratio (asked for {1 / settings['compression']:.2f} on average)")
     for heading in ("t", "all positions", "on or next to ink", "background"):
         table.add_column(heading, justify="right")
     for row in score["router"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 import dcdit
 from dcdit.data.autoencoder import to_uint8
 from dcdit.data.builtin import Digits as Source
-from dcdit.evaluation.features import Digits
+from dcdit.evaluation.features import DigitsClassifier
 
 SIDES = (8, 10, 12, 14, 16)
 STEPS, BATCH = 3000, 128
@@ -41,7 +41,7 @@ def main() -> None:
     unseen, seen = order[: source.validation], order[source.validation :]
     digits = {side: to_uint8(Source(grid=side).images()[0]) for side in SIDES}
     labels = source.images()[1]
-    network = Digits(trained=False)
+    network = DigitsClassifier(trained=False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for step in range(STEPS):

@@ -50,7 +50,7 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(digits: Path, tmp_path: Path):
     """Run a tiny digits training in a directory; returns the run directory."""
-    from dcdit.train import train
+    from dcdit.training.run import train
 
     def run(name: str, *overrides: str) -> Path:
         run_dir = tmp_path / name

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from dcdit.checkpoints.read import read_checkpoint
+from dcdit.data.latents import LatentSpec
 from dcdit.errors import UserError
-from dcdit.settings.tables import build_network
+from dcdit.network import Network, build_network
 
 _PREFIX = "network."
 
@@ -20,20 +20,15 @@ class Model:
 
     Attributes:
         network: in evaluation mode.
-        latents: summary of the manifest: shape, autoencoder, scale, shift and class names.
+        latents: what it was trained on.
         step: optimiser steps trained.
         training: how it was trained: the other hyper-parameters of its checkpoint.
     """
 
-    network: nn.Module
-    latents: dict[str, Any]
+    network: Network
+    latents: LatentSpec
     step: int
     training: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names."""
-        return [str(name) for name in self.latents["classes"]]
 
     @property
     def device(self) -> torch.device:
@@ -55,15 +50,15 @@ def load_model(path: str, weights: str = "ema", device: torch.device | str = "cp
     checkpoint = read_checkpoint(path)
     try:
         settings = checkpoint["hyper_parameters"]
-        # Without averaging, state_dict holds the raw weights and there is no second set.
+        # Without EMA, state_dict holds the raw weights and there is no second set.
         state = checkpoint.get("current_model_state") if weights == "raw" else None
         state = state or checkpoint["state_dict"]
-        network = build_network(settings["model"])
-        latents, step = settings["latents"], checkpoint["global_step"]
+        spec, latents, step = settings["model"], settings["latents"], checkpoint["global_step"]
     except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint={path} was not written by dcdit.train: it lacks {error}") from None
+    network = build_network(spec)
     network.load_state_dict({k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)})
     training = {key: value for key, value in settings.items() if key != "latents"}
     network.to(device).eval()
-    network.to(memory_format=torch.channels_last)  # which convolutions on processors and on tensor cores prefer
-    return Model(network, latents, step, training)
+    network.to(memory_format=torch.channels_last)  # which convolutions on CPUs and on tensor cores prefer
+    return Model(network, LatentSpec.from_plain(latents, f"checkpoint={path}: latents"), step, training)

@@ -35,7 +35,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"checkpoint {path} is a directory: give the file, such as its checkpoints/last.ckpt") from None
-    except Exception as error:  # whatever a damaged or hostile file provokes
+    except Exception as error:  # whatever a corrupt or hostile file provokes
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks to run {blocked[1]}, do not trust it" if blocked else str(error).splitlines()[0]
         raise UserError(f"checkpoint {path} cannot be read safely: {reason}") from error

@@ -9,6 +9,7 @@ from torch import Tensor
 from dcdit.checkpoints.read import read_checkpoint
 from dcdit.errors import UserError
 from dcdit.network import DCDiT
+from dcdit.settings.published import published_scales
 
 _RENAMES = [
     (r"x_embedder\.proj\.", "embed."),
@@ -31,7 +32,6 @@ _RENAMES = [
     (r"final_layer\.linear\.", "output.linear."),
     (r"final_layer\.adaLN_modulation\.1\.", "output.modulation."),
 ]
-_PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 
 def rename(name: str) -> str:
@@ -92,7 +92,8 @@ def _build(weights: Mapping[str, Tensor], positions: Tensor, heads: int | None, 
         rows = weights["condition.label.table.weight"].shape[0]
     except KeyError as error:
         raise UserError(f"the checkpoint lacks the parameter {error.args[0]!r}") from None
-    heads = heads or _PUBLISHED_HEADS.get(width)
+    published = {scale["width"]: scale["heads"] for scale in published_scales().values()}
+    heads = heads or published.get(width)
     if heads is None:
         raise UserError(f"width {width} is no published scale, and no shape tells the heads: pass heads=")
     grid = round(positions.shape[1] ** 0.5)

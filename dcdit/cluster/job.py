@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from dcdit.runs.state import State
 from dcdit.runtime.processes import processes
+from dcdit.settings.entry import prepare
 
 MARK = ".unfinished"
 QUEUED_AGAIN, FAILED_FOR_GOOD = 75, 1
@@ -24,8 +26,6 @@ def enter() -> None:
     """Say that this process belongs to a job, and take its signals over from submitit, which would queue it again."""
     global _inside
     _inside = True
-    from dcdit.settings.entry import prepare
-
     prepare()
     logging.getLogger("submitit").propagate = False  # it prints by itself
     # Until training takes them over there is nothing to save.
@@ -56,20 +56,15 @@ def begin(run_dir: Path) -> None:
     link.symlink_to(os.path.relpath(paths.stdout, run_dir.resolve()))
 
 
-def end(goes_on: bool, failed: bool) -> None:
-    """Leave the job as its run ended; returns if it finished, or if there is no job.
-
-    Args:
-        goes_on: the run is to be queued again.
-        failed: for reasons of its own.
-    """
+def end(state: State) -> None:
+    """Leave the job as its run ended; returns if it finished, or if there is no job."""
     if not _inside:
         return
     sys.stdout.flush()
-    if goes_on:
+    if state.goes_on:
         sys.exit(QUEUED_AGAIN)
     _mark().unlink(missing_ok=True)
-    if failed:
+    if state is State.FAILED:
         sys.exit(FAILED_FOR_GOOD)
 
 

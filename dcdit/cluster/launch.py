@@ -1,6 +1,5 @@
 """Submit the runs of a sweep as a job array of SLURM, and wait for them by their directories."""
 
-import copy
 import math
 import os
 import shutil
@@ -10,23 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
-from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
-from dcdit.cluster.settings import Cluster, cluster_of, sbatch_parameters
+from dcdit.cluster.settings import ClusterSettings, cluster_of, sbatch_parameters
 from dcdit.errors import UserError
 from dcdit.runs.failure import note_failure
 from dcdit.runs.lock import is_held
 from dcdit.runs.progress import progress_of
 from dcdit.runs.resume import check_same, is_finished
-from dcdit.runs.state import FAILED, FINISHED, QUEUED_NAME, RunState
-from dcdit.training.build import build_module, match_compute
+from dcdit.runs.state import QUEUED_NAME, RunState, State
+from dcdit.runtime.processes import say
+from dcdit.settings.entry import plain
+from dcdit.training.build import check_network, match_compute
+from dcdit.training.settings import TrainPlan
 
 FOLDER = ".submitit"
 GONE = 3
@@ -71,7 +71,7 @@ def launch(
     """
     place = Path(configs[0].hydra.sweep.dir)
     try:
-        clusters = [cluster_of(config) for config in configs]
+        clusters = [cluster_of(plan) for plan in plans_of(configs)]
         if any(each != clusters[0] for each in clusters):
             raise UserError("cluster.*: all runs of a sweep are one job array and need the same; submit them apart")
     except UserError:
@@ -91,37 +91,48 @@ def launch(
         names = submit(job, arguments, folder, parameters, [runs[n] for n in due])
         jobs = {name: runs[n] for name, n in zip(names, due, strict=True)}
         array = names[0].split("_")[0]
-        rank_zero_info(f"Submitted {', '.join(jobs)}. Follow: python -m dcdit.status {place}   End: scancel {array}")
+        say(f"Submitted {', '.join(jobs)}. Follow: python -m dcdit.status {place}   End: scancel {array}")
         if not cluster.wait:
             raise SystemExit(0)
         wait(jobs, cluster, place.absolute())
     return [returned(run, words, config) for run, words, config in zip(runs, overrides, configs, strict=True)]
 
 
+def plans_of(configs: Sequence[DictConfig]) -> list[TrainPlan]:
+    """The plans of all configurations that have one; UserError if none has. :func:`is_due` tells of the others."""
+    found, failures = [], []
+    for config in configs:
+        try:
+            found.append(TrainPlan.of(plain(config, without="hydra")))
+        except UserError as error:
+            failures.append(error)
+    if not found:
+        raise failures[0]
+    return found
+
+
 def is_due(run: Path, config: DictConfig, overrides: Sequence[str]) -> bool:
     """Whether a run needs a job; says why where it does not, and writes down what is wrong with it."""
     name = os.path.relpath(run)
     if is_held(run):
-        rank_zero_info(f"{name} is being trained right now: left alone")
+        say(f"{name} is being trained right now: left alone")
         return False
-    config = copy.deepcopy(config)
     try:
-        match_compute(config)
-        with torch.device("meta"):
-            build_module(config, latents={})
+        plan = match_compute(TrainPlan.of(plain(config, without="hydra")))
+        check_network(plan)
         if (run / "checkpoints" / "last.ckpt").exists():
-            check_same(config, run)
+            check_same(plan.values, run)
+        before = RunState.read(run)
     except UserError as error:
         run.mkdir(parents=True, exist_ok=True)
         note_failure(error, run, tuple(overrides), sweeping=True)
-        rank_zero_info(f"{name}: {error}")
+        say(f"{name}: {error}")
         return False
-    before = RunState.read(run)
-    if is_finished(before, config):
-        rank_zero_info(f"{name} is finished: left alone")
+    if is_finished(before, plan.trainer.max_steps):
+        say(f"{name} is finished: left alone")
         return False
     if (run / QUEUED_NAME).exists():
-        rank_zero_info(f"{name} was submitted before and has not begun; of two jobs the second finds it taken")
+        say(f"{name} was submitted before and has not begun; of two jobs the second finds it taken")
     return True
 
 
@@ -174,7 +185,7 @@ def submit(
         ) from None
 
 
-def wait(jobs: Mapping[str, Path], cluster: Cluster, place: Path) -> None:
+def wait(jobs: Mapping[str, Path], cluster: ClusterSettings, place: Path) -> None:
     """Until every run has finished or failed, or its job is gone.
 
     Args:
@@ -187,7 +198,7 @@ def wait(jobs: Mapping[str, Path], cluster: Cluster, place: Path) -> None:
         try:
             time.sleep(cluster.poll_seconds)
         except KeyboardInterrupt:
-            rank_zero_info(f"\nThe jobs go on. Follow: python -m dcdit.status {os.path.relpath(place)}")
+            say(f"\nThe jobs go on. Follow: python -m dcdit.status {os.path.relpath(place)}")
             raise
         queued = in_queue(next(iter(jobs)).split("_")[0])
         for name, run in list(left.items()):
@@ -199,13 +210,13 @@ def wait(jobs: Mapping[str, Path], cluster: Cluster, place: Path) -> None:
             del left[name]
             progress = progress_of(run, "")
             what = str(run.relative_to(place)) if run != place else run.name
-            rank_zero_info(f"{what}: {progress.state} at step {progress.step} ({len(left)} of {len(jobs)} runs left)")
+            say(f"{what}: {progress.state.value} at step {progress.step} ({len(left)} of {len(jobs)} runs left)")
 
 
 def has_ended(run: Path) -> bool:
     """Whether the run has said its last word since it was submitted."""
     state = RunState.read(run)
-    return state is not None and state.state in (FINISHED, FAILED) and not (run / QUEUED_NAME).exists()
+    return state is not None and state.state in (State.FINISHED, State.FAILED) and not (run / QUEUED_NAME).exists()
 
 
 def in_queue(job: str) -> set[str] | None:
@@ -222,12 +233,12 @@ def note_gone(run: Path, name: str) -> None:
     (run / QUEUED_NAME).unlink(missing_ok=True)
     if RunState.read(run) is None:
         reason = f"job {name} was cancelled, or ended before the run began: look into {FOLDER} beside the runs"
-        RunState(FAILED, reason=reason).write(run)
+        RunState(State.FAILED, reason=reason).write(run)
 
 
 def returned(run: Path, overrides: Sequence[str], config: DictConfig) -> JobReturn:
     """What the sweeper learns of a run: its validation loss, NaN if it failed."""
     state = RunState.read(run)
-    finished = state is not None and state.state == FINISHED
+    finished = state is not None and state.state is State.FINISHED
     value = state.metrics.get("val/diffusion_loss") if finished and state else math.nan
     return JobReturn(overrides=list(overrides), cfg=config, status=JobStatus.COMPLETED, _return_value=value)

@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
+from dcdit.checks import Count, Natural, Positive, checked
 from dcdit.cluster.job import MARK
 from dcdit.errors import UserError
 from dcdit.settings.schema import call_checked
-from dcdit.training.build import accumulation
+from dcdit.training.batching import accumulation
+from dcdit.training.settings import TrainPlan
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
+@checked
 @dataclass(frozen=True)
-class Cluster:
+class ClusterSettings:
     """``configs/cluster/slurm.yaml`` says what each of them is."""
 
     name: str
@@ -25,49 +26,45 @@ class Cluster:
     account: str | None
     qos: str | None
     constraint: str | None
-    hours: float
-    nodes: int
-    gpus_per_node: int
-    tasks_per_node: int
-    cpus_per_task: int | None
-    memory_gb: float | None
+    timeout_min: Count
+    nodes: Count
+    gpus_per_node: Natural
+    tasks_per_node: Count
+    cpus_per_task: Count | None
+    mem_gb: Positive | None
     setup: list[str]
-    environment: dict[str, Any]
-    sbatch: dict[str, Any]
-    parallel: int
-    signal_seconds: int
-    attempts: int
+    env: dict[str, Any]
+    additional_parameters: dict[str, Any]
+    array_parallelism: Count
+    signal_delay_s: Count
+    max_restarts: Natural
     wait: bool
-    poll_seconds: float
+    poll_seconds: Positive
     dry_run: bool
 
     def __post_init__(self) -> None:
-        for name in ("hours", "nodes", "tasks_per_node", "parallel", "signal_seconds", "attempts", "poll_seconds"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}={getattr(self, name)} is not positive")
-        if self.hours * 3600 <= self.signal_seconds:
+        if self.timeout_min * 60 <= self.signal_delay_s:
             raise UserError(
-                f"signal_seconds={self.signal_seconds}: a job of hours={self.hours} is over before it is told to save"
+                f"signal_delay_s={self.signal_delay_s}: a job of timeout_min={self.timeout_min} is over before it is"
+                " told to save"
             )
-        for name, value in self.environment.items():
+        for name, value in self.env.items():
             if _SECRET.search(name):
                 raise UserError(
-                    f"environment.{name}: looks like a secret, which would be saved with the run. Set it in the shell"
-                    " that submits (export ...): SLURM hands the shell's environment on to the job"
+                    f"env.{name}: looks like a secret, which would be saved with the run. Set it in the shell that"
+                    " submits (export ...): SLURM hands the shell's environment on to the job"
                 )
             if not re.fullmatch(r"[A-Za-z_]\w*", name) or isinstance(value, dict | list):
-                raise UserError(f"environment.{name}={value!r} is no variable of a shell")
+                raise UserError(f"env.{name}={value!r} is no variable of a shell")
 
 
-def cluster_of(config: DictConfig) -> Cluster:
-    """The checked ``cluster`` of a composed configuration that runs on SLURM.
+def cluster_of(plan: TrainPlan) -> ClusterSettings:
+    """The checked ``cluster`` of a plan that runs on SLURM.
 
     Raises:
         UserError: if a value is wrong, or the trainer would use other processes than the job has.
     """
-    plain: Any = OmegaConf.to_container(config.cluster, resolve=True)
-    cluster = call_checked(Cluster, plain, "cluster")
-    trainer = config.trainer
+    cluster, trainer = call_checked(ClusterSettings, plan.values.get("cluster"), "cluster"), plan.trainer
     for key, value, name in (
         ("devices", trainer.devices, "tasks_per_node"),
         ("num_nodes", trainer.num_nodes, "nodes"),
@@ -77,8 +74,7 @@ def cluster_of(config: DictConfig) -> Cluster:
                 f"trainer.{key}={value} disagrees with cluster.{name}={getattr(cluster, name)}: leave trainer.{key}"
                 f" out, it follows cluster.{name}"
             )
-    on_gpu = trainer.accelerator in ("gpu", "cuda")
-    if on_gpu and cluster.gpus_per_node != cluster.tasks_per_node:
+    if trainer.on_gpu and cluster.gpus_per_node != cluster.tasks_per_node:
         raise UserError(
             f"cluster.tasks_per_node={cluster.tasks_per_node} disagrees with cluster.gpus_per_node="
             f"{cluster.gpus_per_node}: trainer.accelerator={trainer.accelerator} takes one process for each GPU"
@@ -88,11 +84,11 @@ def cluster_of(config: DictConfig) -> Cluster:
             f"cluster.gpus_per_node={cluster.gpus_per_node}, but trainer.accelerator=cpu would leave them idle: set"
             " cluster.gpus_per_node=0 and cluster.tasks_per_node to the processes of a node, or take trainer=gpu"
         )
-    accumulation(config, cluster.nodes * cluster.tasks_per_node)
+    accumulation(plan, cluster.nodes * cluster.tasks_per_node)
     return cluster
 
 
-def sbatch_parameters(cluster: Cluster, name: str, folder: Path) -> dict[str, Any]:
+def sbatch_parameters(cluster: ClusterSettings, name: str, folder: Path) -> dict[str, Any]:
     """What submitit's SLURM executor shall write into the job's script.
 
     Args:
@@ -100,7 +96,7 @@ def sbatch_parameters(cluster: Cluster, name: str, folder: Path) -> dict[str, An
         name: of the job.
         folder: where the job's files are.
     """
-    variables = [f"export {key}={shlex.quote(str(value))}" for key, value in cluster.environment.items()]
+    variables = [f"export {key}={shlex.quote(str(value))}" for key, value in cluster.env.items()]
     # SLURM since 22.05 does not hand the cores of a task on from sbatch to srun.
     cores = [] if cluster.cpus_per_task is None else [f"--cpus-per-task={cluster.cpus_per_task}"]
     values = {
@@ -109,20 +105,22 @@ def sbatch_parameters(cluster: Cluster, name: str, folder: Path) -> dict[str, An
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
-        "time": round(cluster.hours * 60) or 1,
+        "time": cluster.timeout_min,
         "nodes": cluster.nodes,
         "ntasks_per_node": cluster.tasks_per_node,
-        "gpus_per_node": cluster.gpus_per_node if cluster.gpus_per_node and "gres" not in cluster.sbatch else None,
+        "gpus_per_node": cluster.gpus_per_node
+        if cluster.gpus_per_node and "gres" not in cluster.additional_parameters
+        else None,
         "cpus_per_task": cluster.cpus_per_task,
-        "mem": None if cluster.memory_gb is None else f"{round(cluster.memory_gb * 1024)}M",
-        "signal_delay_s": cluster.signal_seconds,
-        "array_parallelism": cluster.parallel,
+        "mem": None if cluster.mem_gb is None else f"{round(cluster.mem_gb * 1024)}M",
+        "signal_delay_s": cluster.signal_delay_s,
+        "array_parallelism": cluster.array_parallelism,
         "stderr_to_stdout": True,
         "setup": [*variables, *cluster.setup] or None,
         "teardown": again(folder),
         # A process that dies takes the others with it, which would wait for it in vain.
         "srun_args": ["--kill-on-bad-exit=1", *cores],
-        "additional_parameters": {"requeue": True, **cluster.sbatch},
+        "additional_parameters": {"requeue": True, **cluster.additional_parameters},
     }
     # submitit's own default of the accounting key is a name that nobody here knows
     return {key: value for key, value in values.items() if value is not None} | {"wckey": None}

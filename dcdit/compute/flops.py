@@ -8,6 +8,7 @@ projection is counted, which the reference implementation's counter leaves out: 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -77,7 +78,7 @@ def cost_of(component: Component) -> Cost:
         inner = list(module.modules())
         each += _weights(inner)
         # The conditioning of a block runs once per sample, whatever it is broadcast to.
-        conditions = [block.condition for block in inner if isinstance(block, ConvBlock)]
+        conditions: list[Any] = [block.condition for block in inner if isinstance(block, ConvBlock)]
         conditions += [block.modulation for block in inner if hasattr(block, "modulation")]
         apart = sum(_weights(condition.modules()) for condition in conditions)
         each, once = each - apart, once + apart

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcdit.data.manifest import IDENTITY, MOMENTS, Manifest
+from dcdit.data.latents import IDENTITY, LatentSpec
+from dcdit.data.manifest import MOMENTS, Manifest
 from dcdit.errors import UserError
 from dcdit.runtime.devices import autocast, fingerprint
 
@@ -182,27 +183,32 @@ class LatentDecoder:
         """Images (B, 1 or 3, height, width) uint8 of network-side latents (B, C, H, W)."""
         return self.autoencoder.decode(latents / self.scale + self.shift)
 
+    def size(self, latents: LatentSpec, device: torch.device) -> tuple[int, int]:
+        """Height and width in pixels of decoded ``latents``."""
+        height, width = self(torch.zeros(1, *latents.shape, device=device)).shape[2:]
+        return height, width
 
-def load_decoder(latents: dict[str, Any], device: torch.device, instead: str | None = None) -> LatentDecoder:
-    """The decoder for the latents that a manifest's or a checkpoint's summary describes.
+
+def load_decoder(latents: LatentSpec, device: torch.device, instead: str | None = None) -> LatentDecoder:
+    """The decoder for ``latents``.
 
     Args:
-        latents: see :meth:`dcdit.data.manifest.Manifest.summary`.
+        latents: what they are.
         device: where to decode.
         instead: another autoencoder than the one named there, such as the same one in another place.
 
     Raises:
         UserError: if the autoencoder cannot be loaded, or its weights are not those that made the latents.
     """
-    autoencoder = load_autoencoder(instead or latents["autoencoder"], device)
-    wanted = latents.get("fingerprint")
+    autoencoder = load_autoencoder(instead or latents.autoencoder, device)
+    wanted = latents.fingerprint
     if not instead and wanted is not None and autoencoder.fingerprint != wanted:
         raise UserError(
             f"autoencoder={autoencoder.name!r} has weights {autoencoder.fingerprint}, the latents were made with"
             f" {wanted}: give the autoencoder they were made with, or this one deliberately, with autoencoder=..."
         )
-    if autoencoder.name != IDENTITY and autoencoder.channels != latents["shape"][0]:
+    if autoencoder.name != IDENTITY and autoencoder.channels != latents.shape[0]:
         raise UserError(
-            f"autoencoder={autoencoder.name!r} has {autoencoder.channels} channels, the latents {latents['shape'][0]}"
+            f"autoencoder={autoencoder.name!r} has {autoencoder.channels} channels, the latents {latents.shape[0]}"
         )
-    return LatentDecoder(autoencoder, latents["scale"], latents["shift"])
+    return LatentDecoder(autoencoder, latents.scale, latents.shift)

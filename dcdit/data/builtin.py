@@ -1,16 +1,19 @@
 """Small data sets that write their own shards: real handwritten digits, and synthetic latents for dry runs."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dcdit.data.manifest import IDENTITY
+from dcdit.checks import Count, checked
+from dcdit.data.latents import IDENTITY
 from dcdit.data.shards import write_shards
 from dcdit.errors import UserError
+from dcdit.settings.schema import build_named
 
 
 class Source(Protocol):
@@ -20,6 +23,7 @@ class Source(Protocol):
         """Write all splits; called once, by one process, where the training split has no manifest yet."""
 
 
+@checked
 @dataclass(frozen=True)
 class Digits:
     """The 1,797 handwritten digits bundled with scikit-learn, enlarged, as one-channel latents in [-1, 1].
@@ -30,9 +34,9 @@ class Digits:
         samples_per_shard: samples per tar file.
     """
 
-    grid: int = 16
-    validation: int = 180
-    samples_per_shard: int = 45
+    grid: Count = 16
+    validation: Count = 180
+    samples_per_shard: Count = 45
 
     def images(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All images (N, 1, grid, grid) in [-1, 1] and labels (N,), in the order of the data set."""
@@ -62,6 +66,7 @@ class Digits:
             )
 
 
+@checked
 @dataclass(frozen=True)
 class Synthetic:
     """Gaussian noise in the shape of real latents, for dry runs of a full-size experiment on any machine.
@@ -73,11 +78,11 @@ class Synthetic:
         samples_per_shard: samples per tar file.
     """
 
-    channels: int = 4
-    grid: int = 32
-    num_classes: int = 1000
-    samples: int = 64
-    samples_per_shard: int = 16
+    channels: Count = 4
+    grid: Count = 32
+    num_classes: Count = 1000
+    samples: Count = 64
+    samples_per_shard: Count = 16
 
     def write(self, directory: Path) -> None:
         """Write the ``train`` split as float16 shards."""
@@ -92,3 +97,16 @@ class Synthetic:
             shift=0.0,
             samples_per_shard=self.samples_per_shard,
         )
+
+
+SOURCES: dict[str, Callable[..., Source]] = {"digits": Digits, "synthetic": Synthetic}
+"""What ``data.source.name`` may say."""
+
+
+def build_source(spec: Mapping[str, Any]) -> Source:
+    """Construct the data source that ``spec`` describes: ``name`` and the constructor's arguments.
+
+    Raises:
+        UserError: if the name is not on the list, or an argument is unknown, of the wrong type or out of range.
+    """
+    return build_named(SOURCES, spec, "data.source")

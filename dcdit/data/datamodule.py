@@ -1,27 +1,29 @@
 """The LightningDataModule over latent shards."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from filelock import FileLock
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from dcdit.checks import micro_batch
+from dcdit.checks import Count, Natural, Positive, Seed, checked
 from dcdit.data.autoencoder import network_latents
-from dcdit.data.builtin import Source
+from dcdit.data.builtin import build_source
 from dcdit.data.manifest import MANIFEST_NAME, Manifest
-from dcdit.data.order import Position, Readers
+from dcdit.data.order import Position, Readers, micro_batch
 from dcdit.data.storage import Location
 from dcdit.data.stream import Batch, LatentStream, StoredBatch
 from dcdit.errors import UserError
+from dcdit.runtime.processes import say
 from dcdit.runtime.signals import ignore_interrupts
 
 log = logging.getLogger(__name__)
 
 
+@checked
 class LatentDataModule(pl.LightningDataModule):
     """Streams latent shards to any number of ranks, endlessly, in an order fixed by the seed.
 
@@ -36,10 +38,11 @@ class LatentDataModule(pl.LightningDataModule):
         num_workers: reading processes per rank; 0 reads in the training process. Does not change the order.
         shuffle_buffer: samples shuffled together; 0 shuffles shards only.
         seed: order of shards and samples.
-        source: writes the shards if the training split has none yet; None expects them to be there.
+        source: plain mapping for :func:`dcdit.data.builtin.build_source`, which writes the shards if the training
+            split has none yet; None expects them to be there.
         autoencoder: the one that the shards must name; None takes any.
         scale: the scale that the shards must have; None takes any.
-        damaged_limit: unreadable samples that each rank leaves out before training stops.
+        corrupt_limit: unreadable samples that each rank leaves out before training stops.
         cache, cache_gb, allow_pipe: for URLs, see :class:`dcdit.data.storage.Location`.
 
     Raises:
@@ -49,37 +52,29 @@ class LatentDataModule(pl.LightningDataModule):
     def __init__(
         self,
         directory: str,
-        batch_size: int = 256,
-        num_workers: int = 4,
-        shuffle_buffer: int = 10_000,
-        seed: int = 0,
-        source: Source | None = None,
+        batch_size: Count,
+        num_workers: Natural,
+        shuffle_buffer: Natural,
+        seed: Seed,
+        source: Mapping[str, Any] | None = None,
         autoencoder: str | None = None,
-        scale: float | None = None,
-        damaged_limit: int = 100,
+        scale: Positive | None = None,
+        corrupt_limit: Natural = 100,
         cache: str | None = None,
-        cache_gb: float = 20.0,
+        cache_gb: Positive = 20.0,
         allow_pipe: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("shuffle_buffer", shuffle_buffer, 0),
-            ("damaged_limit", damaged_limit, 0),
-        ):
-            if value < least:
-                raise UserError(f"{name}={value} is below {least}")
         self.location = Location(directory, cache, cache_gb, allow_pipe)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
-        self.source = source
+        self.source = build_source(source) if source else None
         self.autoencoder = autoencoder
         self.scale = scale
-        self.damaged_limit = damaged_limit
-        self.damaged: set[tuple[str, int]] = set()
+        self.corrupt_limit = corrupt_limit
+        self.corrupt: set[tuple[str, int]] = set()
         self._reported: set[tuple[str, str]] = set()
         self._manifests: dict[str, Manifest] = {}
         self._begin, self._begin_step = Position(), 0
@@ -95,7 +90,7 @@ class LatentDataModule(pl.LightningDataModule):
         # Several processes may start at once; one writes, the others wait and then find the shards.
         with FileLock(directory / ".lock"):
             if not (directory / "train" / MANIFEST_NAME).is_file():
-                rank_zero_info(f"Writing shards to {directory}")
+                say(f"Writing shards to {directory}")
                 self.source.write(directory)
 
     def manifest(self, split: str = "train") -> Manifest:
@@ -122,7 +117,7 @@ class LatentDataModule(pl.LightningDataModule):
         manifest, readers = self.manifest(), self._readers()
         before = self._begin.done[-1][0] if self._begin.done else readers
         if before != readers:
-            rank_zero_info(
+            say(
                 f"Resuming with {_words(readers)} instead of {_words(before)}: epoch {self._begin.epoch} goes on after"
                 f" {self._begin.samples} of its {manifest.samples} samples, none of which is seen again; the order of"
                 " the others is new."
@@ -157,17 +152,17 @@ class LatentDataModule(pl.LightningDataModule):
         """Turn stored latents or moments into scaled latents, on the device, and report what could not be read.
 
         Raises:
-            UserError: if more than ``damaged_limit`` samples could not be read, or nothing can be any more.
+            UserError: if more than ``corrupt_limit`` samples could not be read, or nothing can be any more.
         """
-        for shard, place, reason in batch.damaged:
+        for shard, place, reason in batch.corrupt:
             if (shard, reason) not in self._reported:  # a whole shard, gone or cut short, is one message
                 self._reported.add((shard, reason))
-                log.warning("left out: %s, sample %d: %s (%d so far)", shard, place, reason, len(self.damaged) + 1)
-            self.damaged.add((shard, place))
-        if len(self.damaged) > self.damaged_limit or not len(batch.labels):
+                log.warning("left out: %s, sample %d: %s (%d so far)", shard, place, reason, len(self.corrupt) + 1)
+            self.corrupt.add((shard, place))
+        if len(self.corrupt) > self.corrupt_limit or not len(batch.labels):
             raise UserError(
-                f"{len(self.damaged)} samples in {self.location.place} could not be read (data.damaged_limit="
-                f"{self.damaged_limit}); the last: {shard}, sample {place}: {reason}. Restore the shards (python -m"
+                f"{len(self.corrupt)} samples in {self.location.place} could not be read (data.corrupt_limit="
+                f"{self.corrupt_limit}); the last: {shard}, sample {place}: {reason}. Restore the shards (python -m"
                 " dcdit.inspect_latents lists what is wrong), or raise the limit, and resume with ckpt_path=last"
             )
         generator = torch.Generator(batch.stored.device).manual_seed(batch.seed)

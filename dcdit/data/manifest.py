@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from dcdit.data.latents import LatentSpec
 from dcdit.errors import UserError
+from dcdit.runtime.files import write_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
-IDENTITY = "identity"
-"""Autoencoder id of shards whose latents are the images themselves, in [-1, 1]."""
 SAMPLE, MOMENTS = "sample", "moments"
 """Representations: one latent (C, H, W) per image, or mean and log-variance of its posterior (2C, H, W)."""
 DTYPES = ("float16", "float32")
@@ -45,7 +45,7 @@ class Manifest:
         latent_shape: (C, H, W) of one latent as the network sees it.
         dtype: numpy name of the stored type, ``float16`` or ``float32``.
         representation: ``sample`` or ``moments``.
-        mirrored: each sample also holds the latent of the image mirrored left to right.
+        hflip: each sample also holds the latent of the image hflip left to right.
         autoencoder: ``identity``, or what ``AutoencoderKL.from_pretrained`` takes.
         scale, shift: the network sees (latent - shift) * scale.
         classes: class names; a label is an index into them.
@@ -58,7 +58,7 @@ class Manifest:
     latent_shape: tuple[int, int, int]
     dtype: str
     representation: str
-    mirrored: bool
+    hflip: bool
     autoencoder: str
     scale: float
     shift: float
@@ -79,23 +79,15 @@ class Manifest:
         channels, height, width = self.latent_shape
         return channels * (2 if self.representation == MOMENTS else 1), height, width
 
-    def summary(self) -> dict[str, Any]:
-        """What a sampler must know of the latents, as plain values for a checkpoint."""
-        return {
-            "shape": list(self.latent_shape),
-            "autoencoder": self.autoencoder,
-            "fingerprint": self.fingerprint,
-            "scale": self.scale,
-            "shift": self.shift,
-            "classes": list(self.classes),
-        }
+    @property
+    def spec(self) -> LatentSpec:
+        """What the latents are."""
+        return LatentSpec(self.latent_shape, self.autoencoder, self.scale, self.shift, self.classes, self.fingerprint)
 
     def write(self, directory: Path) -> None:
         """Write ``manifest.json`` into ``directory``, replacing it at once or not at all."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        draft = directory / f"{MANIFEST_NAME}.part"
-        draft.write_text(json.dumps(content, indent=1) + "\n")
-        draft.replace(directory / MANIFEST_NAME)
+        write_json(directory / MANIFEST_NAME, content)
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -148,22 +140,3 @@ def _why_missing(split: Path) -> str:
         "no shards have been written there. The directory to name is the one that holds train/manifest.json;"
         " python -m dcdit.extract writes it"
     )
-
-
-def disagreement(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """The first difference between two :meth:`Manifest.summary`, in words; None if the latents are of one kind.
-
-    The autoencoder's name may differ, such as after moving it, where the fingerprints of its weights are equal.
-    """
-    same_weights = wanted.get("fingerprint") is not None and wanted.get("fingerprint") == found.get("fingerprint")
-    for key in ("shape", "autoencoder", "fingerprint", "scale", "shift"):
-        one, other = wanted.get(key), found.get(key)
-        if one != other and not (key == "autoencoder" and same_weights) and None not in (one, other):
-            return f"{key} is {one} there and {other} here"
-    mine, theirs = list(wanted.get("classes", [])), list(found.get("classes", []))
-    if len(mine) != len(theirs):
-        return f"there are {len(mine)} classes there and {len(theirs)} here"
-    for label, (one, other) in enumerate(zip(mine, theirs, strict=True)):
-        if one != other:
-            return f"class {label} is {one!r} there and {other!r} here"
-    return None

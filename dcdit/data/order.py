@@ -16,7 +16,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dcdit.errors import UserError
+
 Places = NDArray[np.int64]
+
+
+def micro_batch(batch_size: int, processes: int, accumulate: int) -> int:
+    """Samples of a process at once; :class:`UserError` unless ``batch_size`` can be split so."""
+    size, rest = divmod(batch_size, processes * accumulate)
+    if rest or not size:
+        raise UserError(
+            f"data.batch_size={batch_size} cannot be split over {processes} processes x"
+            f" trainer.accumulate_grad_batches={accumulate}: take a multiple of {processes * accumulate}"
+        )
+    return size
 
 
 @dataclass(frozen=True)

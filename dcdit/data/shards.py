@@ -1,8 +1,8 @@
 """Latent shards: webdataset tar files whose samples all take the same number of bytes.
 
-A sample is ``<key>.json`` with label, checksums and the image's name, ``<key>.latent.npy``, and ``<key>.mirrored.npy``
-where the mirrored image was encoded too. Any webdataset reader takes the files. Since sample i of a shard begins at
-i times the sample's size, this one reads any sample with one call, without an index.
+A sample is ``<key>.json`` with label, checksums and the image's name, ``<key>.latent.npy``, and
+``<key>.latent_hflip.npy`` where the flipped image was encoded too. Any webdataset reader takes the files. Since sample
+i of a shard begins at i times the sample's size, this one reads any sample with one call, without an index.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _LONGEST_NOTE = BLOCKSIZE  # the JSON of a sample fills one block of the tar fil
 _SIZE_FIELD = slice(124, 135)  # of a tar header, octal
 
 
-class DamagedSampleError(Exception):
+class CorruptSampleError(Exception):
     """A sample that cannot be read: says which and why."""
 
 
@@ -39,14 +39,14 @@ class Sample:
         key: unique name within all shards.
         label: class label.
         latent: (C, H, W), or (2C, H, W) for moments.
-        mirrored: the same of the mirrored image; None if the shards hold none.
+        hflip: the same of the hflip image; None if the shards hold none.
         source: name of the image, for messages.
     """
 
     key: str
     label: int
     latent: NDArray[Any]
-    mirrored: NDArray[Any] | None = None
+    hflip: NDArray[Any] | None = None
     source: str = ""
 
 
@@ -76,17 +76,17 @@ class Layout:
     Attributes:
         stored_shape: of an array.
         dtype: numpy name of its type.
-        mirrored: whether a second array follows the first.
+        hflip: whether a second array follows the first.
     """
 
     stored_shape: tuple[int, ...]
     dtype: str
-    mirrored: bool
+    hflip: bool
 
     @classmethod
     def of(cls, manifest: Manifest) -> "Layout":
         """The layout of the shards that ``manifest`` describes."""
-        return cls(manifest.stored_shape, manifest.dtype, manifest.mirrored)
+        return cls(manifest.stored_shape, manifest.dtype, manifest.hflip)
 
     @cached_property
     def npy_header(self) -> bytes:
@@ -112,42 +112,42 @@ class Layout:
     @property
     def sample_bytes(self) -> int:
         """Bytes of a sample: the distance between two of them."""
-        return self.note_bytes + self.member_bytes * (2 if self.mirrored else 1)
+        return self.note_bytes + self.member_bytes * (2 if self.hflip else 1)
 
-    def read(self, descriptor: int, index: int, mirrored: bool, out: NDArray[np.uint8]) -> int:
+    def read(self, descriptor: int, index: int, hflip: bool, out: NDArray[np.uint8]) -> int:
         """Read sample ``index`` of an open shard.
 
         Args:
             descriptor: of the file.
             index: place within the shard.
-            mirrored: which of the two arrays.
+            hflip: which of the two arrays.
             out: (array_bytes,) uint8, receives the array.
 
         Returns:
             The label.
 
         Raises:
-            DamagedSampleError: with the key if it can be read, and the reason.
+            CorruptSampleError: with the key if it can be read, and the reason.
         """
         start = index * self.sample_bytes
         note, member = bytearray(self.note_bytes), bytearray(self.member_bytes)
         got = os.preadv(descriptor, [note], start)
-        got += os.preadv(descriptor, [member], start + self.note_bytes + (self.member_bytes if mirrored else 0))
+        got += os.preadv(descriptor, [member], start + self.note_bytes + (self.member_bytes if hflip else 0))
         if got < len(note) + len(member):
-            raise DamagedSampleError("the file ends before it")
+            raise CorruptSampleError("the file ends before it")
         where = f"key {bytes(note[:100]).split(b'.json')[0].decode('ascii', 'replace')}"
         try:
             length = int(bytes(note[_SIZE_FIELD]), 8)
             values = json.loads(bytes(note[BLOCKSIZE : BLOCKSIZE + length]))
-            label, expected = int(values["label"]), int(values["crc32"][int(mirrored)])
+            label, expected = int(values["label"]), int(values["crc32"][int(hflip)])
         except (ValueError, KeyError, IndexError, TypeError):
-            raise DamagedSampleError(f"{where}: label and checksum are unreadable") from None
+            raise CorruptSampleError(f"{where}: label and checksum are unreadable") from None
         payload = BLOCKSIZE + len(self.npy_header)
         if member[BLOCKSIZE:payload] != self.npy_header:
-            raise DamagedSampleError(f"{where}: no {self.dtype} array of shape {self.stored_shape} follows")
+            raise CorruptSampleError(f"{where}: no {self.dtype} array of shape {self.stored_shape} follows")
         array = memoryview(member)[payload : payload + self.array_bytes]
         if zlib.crc32(array) != expected:
-            raise DamagedSampleError(f"{where}: the checksum of its latent differs")
+            raise CorruptSampleError(f"{where}: the checksum of its latent differs")
         out[:] = np.frombuffer(array, np.uint8)
         return label
 
@@ -164,14 +164,14 @@ def write_shard(path: Path, samples: Iterable[Sample], layout: Layout) -> Shard 
         # File names as strings would go through webdataset's URL opener.
         with draft.open("wb") as file, wds.TarWriter(file, mtime=0, user="", group="") as writer:
             for sample in samples:
-                arrays = [sample.latent] if sample.mirrored is None else [sample.latent, sample.mirrored]
+                arrays = [sample.latent] if sample.hflip is None else [sample.latent, sample.hflip]
                 for array in arrays:
                     assert (array.shape, str(array.dtype)) == (layout.stored_shape, layout.dtype)
-                assert len(arrays) == 1 + layout.mirrored
+                assert len(arrays) == 1 + layout.hflip
                 checksums = [zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data) for array in arrays]
                 members = {"json": _note(sample.label, checksums, sample.source)}
                 # webdataset writes the members in alphabetical order, on which the layout relies
-                members |= dict(zip(("latent.npy", "mirrored.npy"), map(_npy, arrays), strict=False))
+                members |= dict(zip(("latent.npy", "latent_hflip.npy"), map(_npy, arrays), strict=False))
                 writer.write({"__key__": sample.key, **members})
                 count += 1
         # The rename must not reach the disk before the content does.
@@ -219,7 +219,7 @@ def write_shards(
     """
     directory.mkdir(parents=True, exist_ok=True)
     stored, height, width = (int(size) for size in latents.shape[1:])
-    layout = Layout((stored, height, width), str(latents.dtype), mirrored=False)
+    layout = Layout((stored, height, width), str(latents.dtype), hflip=False)
     shards = []
     for number, start in enumerate(range(0, len(latents), samples_per_shard)):
         rows = range(start, min(start + samples_per_shard, len(latents)))
@@ -231,7 +231,7 @@ def write_shards(
         latent_shape=(stored if representation == SAMPLE else stored // 2, height, width),
         dtype=layout.dtype,
         representation=representation,
-        mirrored=False,
+        hflip=False,
         autoencoder=autoencoder,
         scale=scale,
         shift=shift,

@@ -15,18 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
-from lightning.pytorch.utilities import rank_zero_info
 from webdataset import gopen
 
+from dcdit.checks import Positive, checked
 from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard
 from dcdit.data.shards import file_digest
 from dcdit.errors import UserError
+from dcdit.runtime.processes import say
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
 _PAUSES = (0.5, 2.0)  # seconds before a download is tried again
 _RETRY_AFTER = 600.0  # seconds until a shard that failed all the same is asked for anew
 
 
+@checked
 @dataclass(frozen=True)
 class Location:
     """A directory with a manifest and its shards.
@@ -40,12 +42,10 @@ class Location:
 
     place: str
     cache: str | None = None
-    cache_gb: float = 20.0
+    cache_gb: Positive = 20.0
     allow_pipe: bool = False
 
     def __post_init__(self) -> None:
-        if not self.cache_gb > 0:
-            raise UserError(f"cache_gb={self.cache_gb} is not positive")
         if self.place.startswith("pipe:") and not self.allow_pipe:
             raise UserError(
                 f"directory={self.place!r} runs a shell command: set data.allow_pipe=true if you trust it with that"
@@ -77,7 +77,7 @@ class Location:
                 self._fetch(MANIFEST_NAME, self.directory / MANIFEST_NAME)
             except OSError as error:
                 if "no such file" not in str(error):
-                    rank_zero_info(f"Going on without {self.place}: {error}")
+                    say(f"Going on without {self.place}: {error}")
                 return False
         return (self.directory / MANIFEST_NAME).is_file()
 

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dcdit.data.manifest import Manifest
 from dcdit.data.order import EpochOrder, Position, Readers
-from dcdit.data.shards import DamagedSampleError, Layout
+from dcdit.data.shards import CorruptSampleError, Layout
 from dcdit.data.storage import Location, ShardReader
 from dcdit.errors import UserError
 
@@ -19,7 +19,7 @@ Batch = tuple[Tensor, Tensor]
 """What the network trains on: latents (B, C, H, W) float32, scaled and shifted, and labels (B,) int64."""
 
 
-class Damage(NamedTuple):
+class Corruption(NamedTuple):
     """A sample that could not be read: its shard, its place there, and the reason."""
 
     shard: str
@@ -34,13 +34,13 @@ class StoredBatch(NamedTuple):
         stored: (B, C, H, W) latents or (B, 2C, H, W) moments, in the stored type.
         labels: (B,) int64.
         seed: for what is random about the batch; a pure function of its place in the order.
-        damaged: samples that could not be read and are missing here.
+        corrupt: samples that could not be read and are missing here.
     """
 
     stored: Tensor
     labels: Tensor
     seed: int
-    damaged: list[Damage]
+    corrupt: list[Corruption]
 
 
 class LatentStream(IterableDataset[StoredBatch]):
@@ -110,7 +110,7 @@ class LatentStream(IterableDataset[StoredBatch]):
             position = Position(epoch + 1).join(self.readers)
 
     def _read(self, reader: ShardReader, order: EpochOrder, number: int) -> StoredBatch:
-        damaged: list[Damage] = []
+        corrupt: list[Corruption] = []
         # The seed says where in the order the batch stands; the order itself draws from other streams.
         place = [self.seed, order.epoch, self.rank, number, order.part, 1]
         seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
@@ -118,33 +118,33 @@ class LatentStream(IterableDataset[StoredBatch]):
         shards, indices = order.batch(self.rank, number)
         arrays = np.empty((len(shards), self._layout.array_bytes), np.uint8)
         labels: list[int] = []
-        for shard, index, mirrored in zip(shards.tolist(), indices.tolist(), mirror.tolist(), strict=True):
-            self._read_sample(reader, shard, index, mirrored, arrays, labels, damaged)
+        for shard, index, hflip in zip(shards.tolist(), indices.tolist(), mirror.tolist(), strict=True):
+            self._read_sample(reader, shard, index, hflip, arrays, labels, corrupt)
         following = number + 1
         while not labels and following < order.batches:
             for shard, index in zip(*(places.tolist() for places in order.batch(self.rank, following)), strict=True):
                 if not labels:
-                    self._read_sample(reader, shard, index, False, arrays, labels, damaged)
+                    self._read_sample(reader, shard, index, False, arrays, labels, corrupt)
             following += 1
         stored = arrays[: len(labels)].view(self._layout.dtype).reshape(-1, *self._layout.stored_shape)
-        return StoredBatch(torch.from_numpy(stored), torch.tensor(labels), seed, damaged)
+        return StoredBatch(torch.from_numpy(stored), torch.tensor(labels), seed, corrupt)
 
     def _read_sample(
         self,
         reader: ShardReader,
         shard: int,
         index: int,
-        mirrored: bool,
+        hflip: bool,
         arrays: np.ndarray,
         labels: list[int],
-        damaged: list[Damage],
+        corrupt: list[Corruption],
     ) -> None:
-        """Put a sample into the next free row, or its complaint into ``damaged``."""
+        """Put a sample into the next free row, or its complaint into ``corrupt``."""
         try:
             row = arrays[len(labels)]
-            label = self._layout.read(reader.descriptor(shard), index, mirrored and self.manifest.mirrored, row)
+            label = self._layout.read(reader.descriptor(shard), index, hflip and self.manifest.hflip, row)
             if not 0 <= label < len(self.manifest.classes):
-                raise DamagedSampleError(f"label {label} is none of {len(self.manifest.classes)} classes")
+                raise CorruptSampleError(f"label {label} is none of {len(self.manifest.classes)} classes")
             labels.append(label)
-        except (DamagedSampleError, OSError) as error:
-            damaged.append(Damage(self.manifest.shards[shard].name, index, str(error)))
+        except (CorruptSampleError, OSError) as error:
+            corrupt.append(Corruption(self.manifest.shards[shard].name, index, str(error)))

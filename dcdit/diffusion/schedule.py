@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TRAIN_STEPS = 1000
+from dcdit.diffusion.settings import TRAIN_STEPS
+
 BETA_START, BETA_END = 1e-4, 2e-2
 
 

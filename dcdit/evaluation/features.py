@@ -98,7 +98,7 @@ def _load(module: nn.Module, path: str) -> None:
         raise UserError(f"features.weights={path} do not fit {type(module).__name__}: {first}") from error
 
 
-class Inception(FeatureNetwork):
+class InceptionFeatures(FeatureNetwork):
     """Inception-v3 of the published FID, as torch-fidelity converted it from TensorFlow, its resizing included.
 
     Args:
@@ -146,7 +146,7 @@ class Inception(FeatureNetwork):
         return Features(*self.network(images))
 
 
-class Timm(FeatureNetwork):
+class TimmFeatures(FeatureNetwork):
     """Any image model of timm: what its classifier sees, and the classifier's logits.
 
     Images are resized (bicubic, antialiased) to the model's size, not cropped.
@@ -197,7 +197,7 @@ class Timm(FeatureNetwork):
         return Features(seen, network.get_classifier()(seen) if self.num_logits else None)
 
 
-class Own(FeatureNetwork):
+class OwnFeatures(FeatureNetwork):
     """A network of your own.
 
     Args:
@@ -242,7 +242,7 @@ class Own(FeatureNetwork):
         return Features(*found) if isinstance(found, tuple) else Features(found, None)
 
 
-class Digits(FeatureNetwork):
+class DigitsClassifier(FeatureNetwork):
     """A small classifier of handwritten digits; ``scripts/train_digit_features.py`` made its weights.
 
     Args:

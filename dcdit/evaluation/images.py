@@ -14,12 +14,12 @@ from torch import Tensor
 
 from dcdit.data.autoencoder import load_decoder, network_latents
 from dcdit.data.manifest import MANIFEST_NAME
-from dcdit.data.shards import DamagedSampleError, Layout
+from dcdit.data.shards import CorruptSampleError, Layout
 from dcdit.data.storage import Location, ShardReader
 from dcdit.errors import UserError
 from dcdit.extraction.decode import UnusableImageError, decode_image
 from dcdit.extraction.sources import image_files
-from dcdit.runtime.devices import cores
+from dcdit.runtime.processes import cores
 
 
 class ImageSet(Protocol):
@@ -58,7 +58,7 @@ class LatentImages:
         self.location, self.place = location, location.place
         self.manifest = location.manifest()
         self.count = self.manifest.samples
-        self._decode = load_decoder(self.manifest.summary(), device, autoencoder)
+        self._decode = load_decoder(self.manifest.spec, device, autoencoder)
         self._reader = ShardReader(location, self.manifest.shards)
         self._layout = Layout.of(self.manifest)
         self._ends = np.cumsum([shard.samples for shard in self.manifest.shards])
@@ -74,7 +74,7 @@ class LatentImages:
             index = number - (int(self._ends[shard - 1]) if shard else 0)
             try:
                 self._layout.read(self._reader.descriptor(shard), index, False, row)
-            except (DamagedSampleError, OSError) as error:
+            except (CorruptSampleError, OSError) as error:
                 raise UserError(
                     f"reference: {self.manifest.shards[shard].name}, sample {index} of {self.location.place}: {error};"
                     " restore the shard"

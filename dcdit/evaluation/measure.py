@@ -1,4 +1,4 @@
-"""One point of the quality-compute curve: images of one checkpoint at one budget, measured."""
+"""One measurement: images of one checkpoint at one budget, and the figures of them."""
 
 import json
 import time
@@ -13,77 +13,71 @@ from torch import Tensor
 
 from dcdit.compute.flops import Cost
 from dcdit.evaluation.features import FeatureNetwork, Features
-from dcdit.evaluation.metrics import Statistics, compare
+from dcdit.evaluation.metrics import compare
 from dcdit.evaluation.reference import FeatureJob, Reference, digest_of
-from dcdit.network import DCDiT
+from dcdit.evaluation.results import SCHEMA
+from dcdit.evaluation.settings import EvaluateSettings
+from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime.devices import device_words, fingerprint
-from dcdit.runtime.jobs import write_json
+from dcdit.runtime.files import write_json
 from dcdit.runtime.progress import Display
 from dcdit.sampling.figures import save_grid
-from dcdit.sampling.generate import Drawn
-from dcdit.sampling.setup import Drawing
-
-SCHEMA = 1
+from dcdit.sampling.setup import Sampling
 
 
-class Point:
-    """Draws images at one budget and measures them; the result is ``<name>.json`` and a strip of the first as PNG.
+class Measurement:
+    """Samples images at one budget and measures them; the result is ``<name>.json`` and a preview of the first as PNG.
 
     Args:
-        drawing: what draws, its budget set.
+        sampling: what samples, its budget set.
         reference: what the images are compared with.
         network: by whose features.
-        metrics: names, see :data:`dcdit.evaluation.metrics.METRICS`.
-        count: images.
-        part: images of a unit of work.
-        shown: images of the strip.
+        settings: metrics, number of images, and how they are divided into tasks.
         out: folder of the results.
     """
 
     def __init__(
         self,
-        drawing: Drawing,
+        sampling: Sampling,
         reference: Reference,
         network: FeatureNetwork,
-        metrics: Sequence[str],
-        count: int,
-        part: int,
-        shown: int,
+        settings: EvaluateSettings,
         out: Path,
     ) -> None:
-        self.drawing, self.reference, self.network = drawing, reference, network
-        self.metrics, self.shown, self.out = list(metrics), min(shown, part, count), out
-        self.labels = torch.arange(count) % len(drawing.model.classes)
+        self.sampling, self.reference, self.network = sampling, reference, network
+        count, chunk_size = settings.count, settings.chunk_size
+        self.metrics, self.shown, self.out = settings.metrics, min(settings.shown, chunk_size, count), out
+        self.labels = torch.arange(count) % sampling.model.network.num_classes
         self.plan = {
-            **drawing.described(),
-            "checkpoint": fingerprint(drawing.model.network),
+            **sampling.described(),
+            "checkpoint": fingerprint(sampling.model.network),
             "count": count,
-            "batch_size": drawing.common.batch_size,
+            "batch_size": sampling.batch_size,
             "features": network.described(),
             "reference": reference.plan,
             "metrics": self.metrics,
         }
-        guidance, sampler = drawing.guidance, drawing.sampler
-        self.name = f"step{drawing.model.step}_{sampler.name}{sampler.steps}_cfg{guidance.scale:g}"
+        guidance, sampler = sampling.guidance.settings, sampling.sampler.settings
+        self.name = f"step{sampling.model.step}_{sampler.name}{sampler.steps}_cfg{guidance.scale:g}"
         self.name += f"_drop{guidance.drop_fraction:g}_{digest_of(self.plan)}"
         self.path = out / f"{self.name}.json"
-        self._job = FeatureJob(self.path, "evaluation", {**self.plan, "part": part}, count, part)
-        self._cost = Cost.of_network(drawing.model.network)
+        self._job = FeatureJob(self.path, "evaluation", {**self.plan, "chunk_size": chunk_size}, count, chunk_size)
+        self._cost = Cost.of_network(sampling.model.network)
 
     @property
     def title(self) -> str:
         """For people."""
-        return f"drop fraction {self.drawing.guidance.drop_fraction:g}"
+        return f"drop fraction {self.sampling.guidance.settings.drop_fraction:g}"
 
     @property
-    def concluded(self) -> bool:
+    def finalized(self) -> bool:
         """Whether it was this process that wrote the result."""
-        return self._job.concluded
+        return self._job.finalized
 
     @property
     def _batch(self) -> int:
-        """Images drawn at once."""
-        return min(self.drawing.common.batch_size, self._job.part, self._job.count)
+        """Images sampled at once."""
+        return min(self.sampling.batch_size, self._job.chunk_size, self._job.count)
 
     @property
     def timed(self) -> bool:
@@ -97,7 +91,7 @@ class Point:
     def time_batch(self) -> float:
         """Seconds that one batch takes, decoding apart."""
         begin = time.perf_counter()
-        for _ in self.drawing.generate(self.labels, range(self._batch)):
+        for _ in self.sampling.generate(self.labels, range(self._batch)):
             pass
         return time.perf_counter() - begin
 
@@ -110,49 +104,50 @@ class Point:
 
     def work(self, rank: int, world_size: int, display: Display) -> None:
         """This process's share of the images, unless the result is there."""
-        self._job.share(rank, world_size, lambda unit: self._draw(unit, display), display)
+        self._job.share(rank, world_size, lambda task: self._sample(task, display), display)
 
-    def _draw(self, unit: int, display: Display) -> None:
+    def _sample(self, task: int, display: Display) -> None:
         seen: list[Features] = []
         first: list[Tensor] = []
         seconds, flops, images = 0.0, 0.0, 0
-        kept = torch.zeros(2, self.drawing.sampler.steps, dtype=torch.int64)  # by half and step
-        batches = self.drawing.generate(self.labels, self._job.numbers(unit))
+        kept = torch.zeros(2, self.sampling.sampler.settings.steps, dtype=torch.int64)  # by half and step
+        batches = self.sampling.generate(self.labels, self._job.numbers(task))
         begin = time.perf_counter()
-        while (drawn := next(batches, None)) is not None:
+        while (batch := next(batches, None)) is not None:
             seconds += time.perf_counter() - begin
-            pixels = self.drawing.decode(drawn.latents)
-            if unit == 0 and images < self.shown:
+            pixels = self.sampling.decode(batch.latents)
+            if task == 0 and images < self.shown:
                 first.append(pixels)
             seen.append(self.network(pixels))
-            flops += drawn.flops(self._cost).sum().item()
-            images += len(drawn.indices)
-            kept += _kept(drawn)
-            display.advance(len(drawn.indices))
+            flops += batch.flops(self._cost).sum().item()
+            images += len(batch.indices)
+            kept += batch.tokens()
+            display.advance(len(batch.indices))
             begin = time.perf_counter()
         if first:
             save_grid(torch.cat(first)[: self.shown], self.shown, self.path.with_suffix(".png"))
         logits = [each.logits for each in seen if each.logits is not None]
         found = Features(torch.cat([each.features for each in seen]), torch.cat(logits) if logits else None)
         record = {"seconds": seconds, "flops": flops, "kept": kept.tolist()}
-        self._job.keep(unit, found, record)
+        self._job.keep(task, found, record)
 
-    def conclude(self) -> bool:
+    def finalize(self) -> bool:
         """Compute and write the result if all images and the reference are there; whether it is written."""
         if self.path.is_file():
             return True
-        reference = self.reference.conclude()
+        reference = self.reference.finalize()
         if reference is not None:
-            self._job.conclude(self.path, lambda records: self._write(reference, records))
+            self._job.finalize(self.path, lambda records: self._write(reference, records))
         return self.path.is_file()
 
     def _write(self, reference: Statistics, records: list[dict[str, Any]]) -> None:
-        count, model = self._job.count, self.drawing.model
-        checkpoint = Path(self.drawing.common.checkpoint)
+        count, model = self._job.count, self.sampling.model
+        checkpoint = Path(self.sampling.plan.settings.checkpoint)
         result: dict[str, Any] = {
             "schema": SCHEMA,
             "run": run_name(checkpoint),
             "checkpoint": str(checkpoint),
+            "network": {"title": model.network.title, "routes": model.network.routes},
             "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
             "training": dict(model.training),
             "plan": self.plan,
@@ -164,35 +159,29 @@ class Point:
             "reference": self.reference.images.place,
             "device": device_words(model.device),
         }
-        if isinstance(model.network, DCDiT):
-            result["kept"] = self._kept_shares([record["kept"] for record in records])
+        if model.network.routes:
+            result["keep_ratio"] = self._keep_ratios([record["kept"] for record in records])
         write_json(self.path, result)
 
-    def _kept_shares(self, sums: Sequence[Sequence[Sequence[int]]]) -> Mapping[str, Any]:
-        """Kept share of the positions at every step, by half."""
-        drawing = self.drawing
-        height, width = drawing.model.latents["shape"][1:]
-        shares = torch.tensor(sums, dtype=torch.float64).sum(dim=0) / (self._job.count * height * width)
-        timesteps = drawing.sampler.scheduler().timesteps.tolist()
-        guided = torch.tensor([drawing.guidance.is_guided(timestep) for timestep in timesteps])
-        both = torch.cat([shares[0], shares[1][guided]])
+    def _keep_ratios(self, sums: Sequence[Sequence[Sequence[int]]]) -> Mapping[str, Any]:
+        """Keep ratio at every step, by half."""
+        sampling = self.sampling
+        ratios = torch.tensor(sums, dtype=torch.float64).sum(dim=0) / (
+            self._job.count * sampling.model.latents.positions
+        )
+        timesteps = sampling.sampler.timesteps
+        guided = torch.tensor([sampling.guidance.settings.is_guided(timestep) for timestep in timesteps])
+        both = torch.cat([ratios[0], ratios[1][guided]])
         return {
-            "share": both.mean().item(),
+            "mean": both.mean().item(),
             "timesteps": timesteps,
-            "conditional": shares[0].tolist(),
-            "unconditional": [share if ran else None for share, ran in zip(shares[1].tolist(), guided, strict=True)],
+            "conditional": ratios[0].tolist(),
+            "unconditional": [ratio if ran else None for ratio, ran in zip(ratios[1].tolist(), guided, strict=True)],
         }
 
 
-def _kept(drawn: Drawn) -> Tensor:
-    """Tokens kept in a batch, (2, steps) int64: by half and step."""
-    size = len(drawn.indices)
-    sums = [[lengths[:size].sum(), lengths[size:].sum()] for lengths in drawn.lengths]
-    return torch.tensor(sums, dtype=torch.int64).T
-
-
 def run_name(checkpoint: Path) -> str:
-    """Name of the run that ``checkpoint`` belongs to; with that of its sweep, if it is part of one."""
+    """Name of the run that ``checkpoint`` belongs to; with that of its sweep, if it is chunk of one."""
     run = checkpoint.resolve().parent.parent
     sweep = run.parent.name
     return f"{sweep.removesuffix('_sweep')}/{run.name}" if sweep.endswith("_sweep") else run.name

@@ -1,11 +1,9 @@
-"""What is kept of the features of a set of images, and the metrics between two sets, computed by torchmetrics."""
+"""Metrics between two sets of images, computed by torchmetrics from features that are known already."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -14,61 +12,10 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork, Features
+from dcdit.evaluation.settings import METRICS
+from dcdit.evaluation.statistics import Statistics
 
-METRICS = ("fid", "kid", "is")
-KEYS = {"fid": "fid_torch", "kid": "kid", "is": "inception_score"}
-"""Where :func:`compare` puts the metric itself."""
-HEADINGS = {"fid": "FID", "kid": "KID", "is": "IS"}
-_KEPT = 10_000  # features kept of a reference, from which KID draws its subsets
 _SUBSET, _SPLITS = 1000, 10  # of KID and of the Inception Score, torchmetrics' and the field's defaults
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Features of a set of images, summed up.
-
-    Attributes:
-        count: number of images N.
-        total: (F,) float64, sum of the features.
-        outer: (F, F) float64, sum of their outer products.
-        features: (n, F) float32, those of up to 10,000 of the images, evenly spaced.
-    """
-
-    count: int
-    total: Tensor
-    outer: Tensor
-    features: Tensor
-
-    @classmethod
-    def of(cls, parts: Iterable[Tensor], count: int) -> "Statistics":
-        """Statistics of ``parts``, each (n, F) float32, ``count`` rows in all."""
-        kept = torch.from_numpy(np.linspace(0, count - 1, min(count, _KEPT)).round().astype(np.int64))
-        total, outer, chosen, seen = torch.zeros(1), torch.zeros(1, 1), [], 0
-        for part in parts:
-            wide = part.double()
-            total, outer = total + wide.sum(dim=0), outer + wide.T @ wide
-            chosen.append(part[kept[(kept >= seen) & (kept < seen + len(part))] - seen])
-            seen += len(part)
-        assert seen == count
-        return cls(count, total, outer, torch.cat(chosen))
-
-    def save(self, path: Path) -> None:
-        """Write ``path``, whole or not at all."""
-        draft = path.with_name(f"{path.name}.part")
-        with draft.open("wb") as file:
-            arrays = {key: getattr(self, key).numpy() for key in ("total", "outer", "features")}
-            np.savez(file, count=self.count, **arrays)
-        draft.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> "Statistics":
-        """Read what :meth:`save` wrote; UserError if it is damaged."""
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                total, outer, features = (torch.from_numpy(stored[key]) for key in ("total", "outer", "features"))
-                return cls(int(stored["count"]), total, outer, features)
-        except Exception as error:  # numpy and zipfile raise whatever a damaged file provokes
-            raise UserError(f"{path} cannot be read ({error}): delete it, it is computed again") from error
 
 
 class _Given(nn.Module):
@@ -98,36 +45,85 @@ def frechet(reference: Statistics, real: bool = True) -> FrechetInceptionDistanc
     return metric
 
 
+Chunks = Callable[[], Iterator[Features]]
+"""Yields the features of the generated images, in pieces, anew at every call."""
+
+
+def _fid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
+    fid = frechet(reference)
+    for chunk in chunks():
+        fid.update(chunk.features, real=False)
+    return {METRICS["fid"].key: float(fid.compute())}
+
+
+def _kid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
+    generated = torch.cat([chunk.features for chunk in chunks()])
+    subset = min(_SUBSET, len(generated), len(reference.features))
+    kid = KernelInceptionDistance(_Given(len(reference.total)), subset_size=subset)
+    kid.update(reference.features, real=True)
+    kid.update(generated, real=False)
+    mean, deviation = kid.compute()
+    found = {METRICS["kid"].key: float(mean), "kid_subset": subset}
+    if subset < max(len(generated), len(reference.features)):  # else all subsets are the same
+        found["kid_std"] = float(deviation)
+    return found
+
+
+def _inception_score(reference: Statistics, chunks: Chunks) -> dict[str, float]:
+    score = InceptionScore(_Given(len(reference.total)), splits=_SPLITS)
+    for chunk in chunks():
+        assert chunk.logits is not None
+        score.update(chunk.logits)
+    mean, deviation = score.compute()
+    key = METRICS["is"].key
+    return {key: float(mean), f"{key}_std": float(deviation)}
+
+
+class Metric(NamedTuple):
+    """What computes a metric.
+
+    Attributes:
+        compute: from the statistics of the real images and the features of the generated ones to figures by key.
+        logits: whether the feature network must give class logits.
+        covariance: whether there must be more images than features.
+    """
+
+    compute: Callable[[Statistics, Chunks], dict[str, float]]
+    logits: bool = False
+    covariance: bool = False
+
+
+COMPUTE = {"fid": Metric(_fid, covariance=True), "kid": Metric(_kid), "is": Metric(_inception_score, logits=True)}
+"""What computes each of :data:`dcdit.evaluation.settings.METRICS`."""
+
+
 def check_metrics(wanted: Sequence[str], network: FeatureNetwork, count: int, reference: int) -> None:
     """Raise :class:`UserError` unless these metrics can be had from so many images and this network."""
-    if not wanted:
-        raise UserError(f"metrics=[] asks for nothing: take some of {', '.join(METRICS)}")
-    for name in wanted:
-        if name not in METRICS:
-            raise UserError(f"metrics: {name!r} is not one of {', '.join(METRICS)}")
     for key, number in (("count", count), ("reference", reference)):
-        if "fid" in wanted and number <= network.num_features:
-            raise UserError(
-                f"{key}: {number} images are too few for FID, a covariance of the {network.num_features} features of"
-                f" {network.name} needs more than {network.num_features}: take more, fewer features, or metrics=[kid]"
-            )
         if number < 2:
             raise UserError(f"{key}: {number} image is too few for any metric")
-    if "is" in wanted and not network.num_logits:
-        raise UserError(
-            f"metrics: the Inception Score needs class logits, which {network.name} has not: take metrics=[fid,kid]"
-        )
+    for name in wanted:
+        metric, heading = COMPUTE[name], METRICS[name].heading
+        for key, number in (("count", count), ("reference", reference)):
+            if metric.covariance and number <= network.num_features:
+                raise UserError(
+                    f"{key}: {number} images are too few for {heading}, a covariance of the {network.num_features}"
+                    f" features of {network.name} needs more than {network.num_features}: take more, fewer features,"
+                    " or metrics=[kid]"
+                )
+        if metric.logits and not network.num_logits:
+            raise UserError(
+                f"metrics: {heading} needs class logits, which {network.name} has not: take metrics=[fid,kid]"
+            )
 
 
-def compare(
-    reference: Statistics, parts: Callable[[], Iterator[Features]], wanted: Sequence[str], seed: int = 0
-) -> dict[str, float]:
+def compare(reference: Statistics, chunks: Chunks, wanted: Sequence[str], seed: int = 0) -> dict[str, float]:
     """Metrics of generated images against a reference.
 
     Args:
         reference: of the real images.
-        parts: yields the features of the generated ones, in pieces; called once for each metric.
-        wanted: some of :data:`METRICS`.
+        chunks: the features of the generated ones.
+        wanted: some of :data:`COMPUTE`.
         seed: of the subsets of KID and the splits of the Inception Score.
 
     Returns:
@@ -137,28 +133,8 @@ def compare(
     found: dict[str, float] = {}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
-        if "fid" in wanted:
-            fid = frechet(reference)
-            for part in parts():
-                fid.update(part.features, real=False)
-            found["fid_torch"] = float(fid.compute())
-        if "kid" in wanted:
-            generated = torch.cat([part.features for part in parts()])
-            subset = min(_SUBSET, len(generated), len(reference.features))
-            kid = KernelInceptionDistance(_Given(len(reference.total)), subset_size=subset)
-            torch.manual_seed(seed)
-            kid.update(reference.features, real=True)
-            kid.update(generated, real=False)
-            mean, deviation = kid.compute()
-            found |= {"kid": float(mean), "kid_subset": subset}
-            if subset < max(len(generated), len(reference.features)):  # else all subsets are the same
-                found["kid_std"] = float(deviation)
-        if "is" in wanted:
-            score = InceptionScore(_Given(len(reference.total)), splits=_SPLITS)
-            torch.manual_seed(seed)
-            for part in parts():
-                assert part.logits is not None
-                score.update(part.logits)
-            mean, deviation = score.compute()
-            found |= {"inception_score": float(mean), "inception_score_std": float(deviation)}
+        for name in COMPUTE:
+            if name in wanted:
+                torch.manual_seed(seed)
+                found |= COMPUTE[name].compute(reference, chunks)
     return found

@@ -79,9 +79,9 @@ def trade_off(section: Section, metric: str, cost: str, ylabel: str, xlabel: str
     return _finish(figure, axes)
 
 
-def kept_share(section: Section) -> Figure | None:
-    """Share of tokens kept over the timesteps, at the least and the greatest drop; None without any router."""
-    routed = [series for series in section.series if "kept" in series.first.values]
+def keep_ratio(section: Section) -> Figure | None:
+    """Keep ratio over the timesteps, at the least and the greatest drop; None without any router."""
+    routed = [series for series in section.series if "keep_ratio" in series.first.values]
     if not routed:
         return None
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
@@ -92,13 +92,13 @@ def kept_share(section: Section) -> Figure | None:
             style = "-" if ends is None else ends.get(point.drop)
             if style is None:
                 continue
-            shares = np.mean([result.values["kept"]["conditional"] for result in point.results], axis=0)
-            timesteps = point.results[0].values["kept"]["timesteps"]
+            shares = np.mean([result.values["keep_ratio"]["conditional"] for result in point.results], axis=0)
+            timesteps = point.results[0].values["keep_ratio"]["timesteps"]
             axes.plot(
                 timesteps, 100 * shares, style, color=colours[series.name], label=f"{series.name}, ρ {point.drop:g}"
             )
     axes.invert_xaxis()  # sampling runs from noise on the left to the image on the right
     axes.set_ylim(bottom=0)
     axes.set_xlabel("timestep (999 is pure noise)")
-    axes.set_ylabel("tokens kept, % of all positions")
+    axes.set_ylabel("keep ratio, % of all positions")
     return _finish(figure, axes)

@@ -1,4 +1,4 @@
-"""Features of many images, in parts that are kept as files: any process can go on with them, any number shares them."""
+"""Features of many images, in chunks that are kept as files, and statistics of references made of them."""
 
 import hashlib
 import json
@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.images import ImageSet
-from dcdit.evaluation.metrics import Statistics
+from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime.jobs import ImageJob
 from dcdit.runtime.progress import Display
 
@@ -29,42 +28,42 @@ def digest_of(plan: Mapping[str, Any]) -> str:
 
 
 class FeatureJob(ImageJob):
-    """A job whose units leave features behind.
+    """A job whose tasks leave features behind.
 
     Args:
         result: file in which it ends.
-        job, plan, count, part: see :class:`ImageJob`.
+        name, plan, count, chunk_size: see :class:`ImageJob`.
     """
 
-    def __init__(self, result: Path, job: str, plan: Mapping[str, Any], count: int, part: int) -> None:
-        super().__init__(result.parent, f"{job}-{digest_of(plan)}", plan, count, part)
+    def __init__(self, result: Path, name: str, plan: Mapping[str, Any], count: int, chunk_size: int) -> None:
+        super().__init__(result.parent, f"{name}-{digest_of(plan)}", plan, count, chunk_size)
         self.result = result
 
-    def share(self, rank: int, world_size: int, unit: Callable[[int], None], display: Display) -> None:
-        """Do this process's share, unless the result is there; ``unit`` ends with :meth:`keep`."""
+    def share(self, rank: int, world_size: int, work: Callable[[int], None], display: Display) -> None:
+        """Do this process's share, unless the result is there; ``work`` ends with :meth:`keep`."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with self.lock():
             if self.result.is_file():
                 return
             self.begin()
-        self.do(rank, world_size, unit, display)
+        self.do(rank, world_size, work, display)
 
-    def _file(self, unit: int) -> Path:
-        return self.work / f"part-{unit:06d}.npz"
+    def _file(self, task: int) -> Path:
+        return self.work / f"chunk-{task:06d}.npz"
 
-    def keep(self, unit: int, found: Features, record: Mapping[str, Any]) -> None:
-        """A unit is finished: keep its features, and plain values."""
+    def keep(self, task: int, found: Features, record: Mapping[str, Any]) -> None:
+        """A task is finished: keep its features, and plain values."""
         logits = np.empty((0, 0), np.float32) if found.logits is None else found.logits.numpy()
-        draft = self._file(unit).with_suffix(".part")
+        draft = self._file(task).with_suffix(".part")
         with draft.open("wb") as file:
             np.savez(file, features=found.features.numpy(), logits=logits)
-        draft.replace(self._file(unit))
-        self.enter(unit, record)
+        draft.replace(self._file(task))
+        self.record(task, record)
 
     def features(self) -> Iterator[Features]:
-        """Of all units, one after the other."""
-        for unit in range(self.units):
-            with np.load(self._file(unit), allow_pickle=False) as stored:
+        """Of all tasks, one after the other."""
+        for task in range(self.tasks):
+            with np.load(self._file(task), allow_pickle=False) as stored:
                 logits = torch.from_numpy(stored["logits"])
                 yield Features(torch.from_numpy(stored["features"]), logits if logits.numel() else None)
 
@@ -77,40 +76,44 @@ class Reference:
         network: whose features.
         cache: directory in which statistics are kept, by a name that includes all they depend on.
         limit: take so many of the images, evenly spaced; None takes all.
-        part: images of a unit of work.
+        chunk_size: images of a task.
         batch_size: images seen at once.
     """
 
     def __init__(
-        self, images: ImageSet, network: FeatureNetwork, cache: Path, limit: int | None, part: int, batch_size: int
+        self,
+        images: ImageSet,
+        network: FeatureNetwork,
+        cache: Path,
+        limit: int | None,
+        chunk_size: int,
+        batch_size: int,
     ) -> None:
-        if limit is not None and limit < 1:
-            raise UserError(f"reference_count={limit} is not a positive number")
         self.images, self.network, self.batch_size = images, network, batch_size
         self.count = min(images.count, limit or images.count)
         self.plan = {"images": images.described(), "features": network.described(), "count": self.count}
         self.path = cache / f"reference-{digest_of(self.plan)}.npz"
-        self._job = FeatureJob(self.path, "reference", {**self.plan, "part": part}, self.count, part)
+        self._job = FeatureJob(self.path, "reference", {**self.plan, "chunk_size": chunk_size}, self.count, chunk_size)
         self._numbers = np.linspace(0, images.count - 1, self.count).round().astype(int)
 
     def work(self, rank: int, world_size: int, display: Display) -> None:
         """This process's share, unless the statistics are there."""
-        self._job.share(rank, world_size, lambda unit: self._see(unit, display), display)
-        self.conclude()
+        self._job.share(rank, world_size, lambda task: self._see(task, display), display)
+        self.finalize()
 
-    def _see(self, unit: int, display: Display) -> None:
-        numbers, found = self._numbers[list(self._job.numbers(unit))].tolist(), []
+    def _see(self, task: int, display: Display) -> None:
+        numbers, found = self._numbers[list(self._job.numbers(task))].tolist(), []
         for start in range(0, len(numbers), self.batch_size):
             batch = numbers[start : start + self.batch_size]
             found.append(self.network(self.images.read(batch)))
             display.advance(len(batch))
-        self._job.keep(unit, Features(torch.cat([each.features for each in found]), None), {})
+        self._job.keep(task, Features(torch.cat([each.features for each in found]), None), {})
 
-    def conclude(self) -> Statistics | None:
-        """The statistics, computed from the parts if need be; None while other processes are at work on these."""
+    def finalize(self) -> Statistics | None:
+        """The statistics, computed from the chunks if need be; None while other processes are at work on these."""
 
         def write(ignored: list[dict[str, Any]]) -> None:
-            Statistics.of((part.features for part in self._job.features()), self.count).save(self.path)
+            Statistics.of((chunk.features for chunk in self._job.features()), self.count).save(self.path)
 
-        self._job.conclude(self.path, write)
+        self._job.finalize(self.path, write)
         return Statistics.load(self.path) if self.path.is_file() else None

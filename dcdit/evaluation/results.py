@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from dcdit.errors import UserError
-from dcdit.evaluation.measure import SCHEMA
-from dcdit.evaluation.metrics import KEYS
+from dcdit.evaluation.settings import METRICS
+
+SCHEMA = 2
+"""Of the files that :class:`dcdit.evaluation.measure.Measurement` writes."""
 
 _SEED = re.compile(r"[-_/. ]*(seed)?[-_=. ]*$")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One measured point.
+    """One measurement.
 
     Attributes:
         path: the file it comes from.
-        values: its content, see :class:`dcdit.evaluation.measure.Point`.
+        values: its content, see :class:`dcdit.evaluation.measure.Measurement`.
     """
 
     path: Path
@@ -53,17 +55,16 @@ class Result:
     @property
     def network(self) -> str:
         """The network, for people."""
-        model = self.values["training"]["model"]
-        return "DC-DiT" if model["name"] == "dcdit" else f"DiT/{model['patch']}"
+        return str(self.values["network"]["title"])
 
     @property
-    def strip(self) -> Path | None:
+    def preview(self) -> Path | None:
         """Picture of the first images, if it is there."""
         path = self.path.with_suffix(".png")
         return path if path.is_file() else None
 
     def row(self) -> dict[str, Any]:
-        """The point as one flat row."""
+        """The measurement as one flat row."""
         plan, values = self.plan, self.values
         return {
             "run": values["run"],
@@ -72,7 +73,7 @@ class Result:
             **values["metrics"],
             "tflops_per_image": values["tflops_per_image"],
             "milliseconds_per_image": values["milliseconds_per_image"],
-            "kept_share": values["kept"]["share"] if "kept" in values else None,
+            "keep_ratio": values["keep_ratio"]["mean"] if "keep_ratio" in values else None,
             "parameters": values["parameters"],
             "step": plan["step"],
             "training_seed": values["training"].get("seed"),
@@ -93,7 +94,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """Results at one drop fraction, one for each training seed."""
 
     drop: float
@@ -122,7 +123,7 @@ class Series:
 
     name: str
     network: str
-    points: tuple[Point, ...]
+    points: tuple[CurvePoint, ...]
 
     @property
     def first(self) -> Result:
@@ -139,7 +140,7 @@ class Section:
     @property
     def metrics(self) -> list[str]:
         """Keys of what was measured."""
-        return [KEYS[name] for name in self.series[0].first.plan["metrics"]]
+        return [METRICS[name].key for name in self.series[0].first.plan["metrics"]]
 
     def described(self) -> str:
         """The shared setting in words."""
@@ -172,18 +173,31 @@ def read_results(places: Sequence[str]) -> list[Result]:
             files += [*place.rglob("evaluation/*.json"), *(place.glob("*.json") if place.name == "evaluation" else [])]
     results: dict[str, Result] = {}
     for file in sorted(set(files), key=lambda path: (path.stat().st_mtime, path)):
-        try:
-            values = json.loads(file.read_text())
-            if values["schema"] != SCHEMA:
-                raise UserError(f"{file} was written by another release (schema {values['schema']}): evaluate again")
-            result = Result(file, values)
-            result.row()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is no result of dcdit.evaluate ({error!r}): remove it") from error
+        result = _read(file)
+        values = result.values
         results[json.dumps([values["run"], result.setting, result.kind, result.drop], sort_keys=True)] = result
     if not results:
         raise UserError(f"runs={', '.join(places)}: no results there, python -m dcdit.evaluate writes them")
     return sorted(results.values(), key=lambda result: result.path)
+
+
+def _read(file: Path) -> Result:
+    """One result; :class:`UserError` if it is none, or of another release."""
+    try:
+        values = json.loads(file.read_text())
+        schema = values["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no result of dcdit.evaluate ({error!r}): remove it") from error
+    if schema != SCHEMA:
+        raise UserError(
+            f"{file} was written by another release (schema {schema}, this one reads {SCHEMA}): evaluate again"
+        )
+    try:
+        result = Result(file, values)
+        result.row()
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is a corrupt result of dcdit.evaluate ({error!r}): evaluate again") from error
+    return result
 
 
 def _together(results: Iterable[Result], key: str) -> list[list[Result]]:
@@ -220,6 +234,6 @@ def _series(results: Sequence[Result]) -> tuple[Series, ...]:
             name, number = f"{base} ({number})", number + 1
         taken.add(name)
         drops = sorted({result.drop for result in group})
-        points = tuple(Point(drop, tuple(result for result in group if result.drop == drop)) for drop in drops)
+        points = tuple(CurvePoint(drop, tuple(result for result in group if result.drop == drop)) for drop in drops)
         found.append(Series(name, group[0].network, points))
     return tuple(found)

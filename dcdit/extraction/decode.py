@@ -56,7 +56,7 @@ def decode_image(content: bytes, size: int, min_side: int = 1) -> NDArray[np.uin
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever a broken file provokes
-        raise UnusableImageError(f"damaged image: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise UnusableImageError(f"corrupt image: {str(error).splitlines()[0] if str(error) else error!r}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -103,16 +103,16 @@ class Decoded(NamedTuple):
     """A batch of images from a worker.
 
     Attributes:
-        unit: number of the unit.
+        task: number of the task.
         images: (n, size, size, 3) uint8; an array, for tensors would travel as open files, which interrupts break.
-        places: number of each image within its unit.
+        places: number of each image within its task.
         labels, sources: of each image.
         skipped: what could not be used.
         files: how many files this batch stands for.
         problem: what must stop the extraction; None if all is well.
     """
 
-    unit: int
+    task: int
     images: NDArray[np.uint8]
     places: list[int]
     labels: list[int]
@@ -128,38 +128,38 @@ def as_it_is(batch: Any) -> Any:
 
 
 class ImageBatches(IterableDataset[Decoded]):
-    """Decoded images of ``units`` in order; the workers of a loader take batches in turn.
+    """Decoded images of ``tasks`` in order; the workers of a loader take batches in turn.
 
     Args:
         source: the images.
-        units: which of its units.
+        tasks: which of its tasks.
         batch_size: files of a batch.
         image_size, min_side: see :func:`decode_image`.
     """
 
-    def __init__(self, source: ImageSource, units: list[int], batch_size: int, image_size: int, min_side: int) -> None:
+    def __init__(self, source: ImageSource, tasks: list[int], batch_size: int, image_size: int, min_side: int) -> None:
         super().__init__()
-        self.source, self.units = source, units
+        self.source, self.tasks = source, tasks
         self.batch_size, self.image_size, self.min_side = batch_size, image_size, min_side
 
     def __iter__(self) -> Iterator[Decoded]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         turn, size = 0, self.batch_size
-        for unit in self.units:
+        for task in self.tasks:
             try:
-                items, skipped = self.source.items(unit)
+                items, skipped = self.source.items(task)
             except UserError as error:
                 # Every worker meets it; the loader hears it from the one whose turn it is.
                 if turn == worker:
-                    yield Decoded(unit, np.empty(0, np.uint8), [], [], [], [], 0, str(error))
+                    yield Decoded(task, np.empty(0, np.uint8), [], [], [], [], 0, str(error))
                 return
             for start in range(0, max(1, len(items)), size):
                 if turn == worker:
-                    yield self._decode(unit, items, start, skipped if start == 0 else [])
+                    yield self._decode(task, items, start, skipped if start == 0 else [])
                 turn = (turn + 1) % workers
 
-    def _decode(self, unit: int, items: list[Item], start: int, skipped: list[Skipped]) -> Decoded:
+    def _decode(self, task: int, items: list[Item], start: int, skipped: list[Skipped]) -> Decoded:
         pixels: list[NDArray[np.uint8]] = []
         places, labels, sources, skipped = [], [], [], list(skipped)
         batch = items[start : start + self.batch_size]
@@ -174,4 +174,4 @@ class ImageBatches(IterableDataset[Decoded]):
             sources.append(item.source)
         side = self.image_size
         images = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
-        return Decoded(unit, images, places, labels, sources, skipped, len(batch))
+        return Decoded(task, images, places, labels, sources, skipped, len(batch))

@@ -1,6 +1,6 @@
 """From images to latent shards, restartable at any moment, on any number of processes.
 
-Every unit of the source becomes one shard, and nothing in it depends on which process writes it or on what was written
+Every task of the source becomes one shard, and nothing in it depends on which process writes it or on what was written
 before. Processes share nothing but the directory.
 """
 
@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dcdit.data.autoencoder import Autoencoder
-from dcdit.data.manifest import SAMPLE, Manifest, Shard, Skipped
-from dcdit.data.shards import Sample, write_shard
+from dcdit.data.manifest import MOMENTS, SAMPLE, Manifest, Shard, Skipped
+from dcdit.data.shards import Layout, Sample, write_shard
 from dcdit.errors import UserError
 from dcdit.extraction.decode import Decoded, ImageBatches, as_it_is
-from dcdit.extraction.journal import ShardLedger, shard_name
-from dcdit.extraction.settings import Settings
+from dcdit.extraction.journal import ExtractionJob, shard_name
+from dcdit.extraction.settings import ExtractionSettings
 from dcdit.extraction.sources import ImageSource
 from dcdit.runtime.devices import threads
 from dcdit.runtime.signals import ignore_interrupts
@@ -34,14 +34,26 @@ from dcdit.runtime.signals import ignore_interrupts
 class Watcher(Protocol):
     """Is told how far an extraction is."""
 
-    def begin(self, units: int, done: int, images: int | None) -> None:
-        """Of ``units`` of this process ``done`` were there; ``images`` are left, if that is known."""
+    def begin(self, tasks: int, done: int, images: int | None) -> None:
+        """Of ``tasks`` of this process ``done`` were there; ``images`` are left, if that is known."""
 
     def advance(self, files: int) -> None:
         """So many more files have been dealt with."""
 
-    def shard(self, name: str, samples: int) -> None:
+    def finish(self, name: str, samples: int) -> None:
         """A shard is finished."""
+
+
+def layout_of(settings: ExtractionSettings, autoencoder: Autoencoder) -> Layout:
+    """Layout of the shards; UserError if images of this size cannot be encoded."""
+    side, rest = divmod(settings.image_size, autoencoder.factor)
+    if rest:
+        raise UserError(
+            f"image_size={settings.image_size} is no multiple of {autoencoder.factor}, which"
+            f" autoencoder={autoencoder.name!r} needs"
+        )
+    channels = autoencoder.channels * (2 if settings.representation == MOMENTS else 1)
+    return Layout((channels, side, side), settings.dtype, settings.hflip)
 
 
 class Extraction:
@@ -65,7 +77,7 @@ class Extraction:
         directory: Path,
         source: ImageSource,
         autoencoder: Autoencoder,
-        settings: Settings,
+        settings: ExtractionSettings,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
@@ -73,9 +85,9 @@ class Extraction:
     ) -> None:
         self.directory, self.source, self.autoencoder, self.settings = directory, source, autoencoder, settings
         self.rank, self.world_size, self.workers, self.strict = rank, world_size, workers, strict
-        self.layout = settings.layout(autoencoder)
+        self.layout = layout_of(settings, autoencoder)
         made_by = {"autoencoder": autoencoder.fingerprint or autoencoder.name}
-        self.ledger = ShardLedger(directory, {**asdict(settings), **made_by, "source": source.inventory}, source.units)
+        self.job = ExtractionJob(directory, {**asdict(settings), **made_by, "source": source.inventory}, source.tasks)
         if strict and source.skipped:
             raise UserError(f"strict=true: {source.skipped[0].file}: {source.skipped[0].reason}")
 
@@ -106,30 +118,30 @@ class Extraction:
             lock.release()
 
     def _run(self, watcher: Watcher) -> Manifest | None:
-        finished = self.ledger.open()
+        finished = self.job.open()
         if finished:
             return finished
-        own = range(self.rank, self.source.units, self.world_size)
-        units = [unit for unit in own if not self.ledger.is_done(unit)]
-        sizes = [self.source.size(unit) for unit in units]
+        own = range(self.rank, self.source.tasks, self.world_size)
+        tasks = [task for task in own if not self.job.is_done(task)]
+        sizes = [self.source.size(task) for task in tasks]
         images = sum(size for size in sizes if size is not None) if None not in sizes else None
         self._check_disk(images)
-        watcher.begin(len(own), len(own) - len(units), images)
-        stream = self._encoded(units, watcher)
-        for unit, batches in groupby(stream, key=lambda batch: batch[0].unit):
-            name = shard_name(unit)
+        watcher.begin(len(own), len(own) - len(tasks), images)
+        stream = self._encoded(tasks, watcher)
+        for task, batches in groupby(stream, key=lambda batch: batch[0].task):
+            name = shard_name(task)
             skipped: list[Skipped] = []
             shard = write_shard(self.directory / name, self._samples(batches, skipped), self.layout)
-            self.ledger.enter_shard(unit, shard, skipped)
-            watcher.shard(name, shard.samples if shard else 0)
-        return self.ledger.close(self._manifest)
+            self.job.record_shard(task, shard, skipped)
+            watcher.finish(name, shard.samples if shard else 0)
+        return self.job.close(self._manifest)
 
     def _manifest(self, shards: tuple[Shard, ...], skipped: tuple[Skipped, ...]) -> Manifest:
         return Manifest(
             latent_shape=(self.autoencoder.channels, *self.layout.stored_shape[1:]),  # type: ignore[arg-type]
             dtype=self.settings.dtype,
             representation=self.settings.representation,
-            mirrored=self.settings.mirrored,
+            hflip=self.settings.hflip,
             autoencoder=self.autoencoder.name,
             scale=self.autoencoder.scale,
             shift=self.autoencoder.shift,
@@ -137,7 +149,7 @@ class Extraction:
             shards=shards,
             fingerprint=self.autoencoder.fingerprint,
             skipped=tuple(dict.fromkeys((*self.source.skipped, *skipped))),
-            extraction=self.ledger.plan,
+            extraction=self.job.plan,
         )
 
     def _check_disk(self, images: int | None) -> None:
@@ -149,13 +161,13 @@ class Extraction:
 
     # ---- encoding ------------------------------------------------------------------------------------------------
 
-    def _encoded(self, units: list[int], watcher: Watcher) -> Iterator[tuple[Decoded, list[NDArray[Any]]]]:
+    def _encoded(self, tasks: list[int], watcher: Watcher) -> Iterator[tuple[Decoded, list[NDArray[Any]]]]:
         """Decoded batches with their moments; a GPU works on the next batch while this one is written."""
-        if not units:
+        if not tasks:
             return
         loader = DataLoader(
             ImageBatches(
-                self.source, units, self.settings.batch_size, self.settings.image_size, self.settings.min_side
+                self.source, tasks, self.settings.batch_size, self.settings.image_size, self.settings.min_side
             ),
             batch_size=None,
             num_workers=self.workers,
@@ -181,7 +193,7 @@ class Extraction:
         if not len(pixels):
             return []
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        views = [images, images.flip(-1)] if self.settings.mirrored else [images]
+        views = [images, images.flip(-1)] if self.settings.hflip else [images]
         return [self.autoencoder.encode(view, precision) for view in views]
 
     def _collect(self, batch: Decoded, moments: list[Tensor]) -> tuple[Decoded, list[NDArray[Any]]]:
@@ -195,13 +207,13 @@ class Extraction:
         """Moments (n, 2C, H, W), or a sample (n, C, H, W) of them, in the stored type."""
         if self.settings.representation == SAMPLE:
             mean, log_variance = moments.chunk(2, dim=1)
-            noise = [self._noise(batch.unit, place, view, mean.shape[1:]) for place in batch.places]
+            noise = [self._noise(batch.task, place, view, mean.shape[1:]) for place in batch.places]
             moments = mean + torch.exp(0.5 * log_variance) * torch.stack(noise)
         with np.errstate(over="ignore"):  # seen as an infinity by whoever checks
             return moments.numpy().astype(self.settings.dtype)
 
-    def _noise(self, unit: int, place: int, view: int, shape: torch.Size) -> Tensor:
-        seed = np.random.SeedSequence([self.settings.seed, unit, place, view]).generate_state(1, np.uint64)[0]
+    def _noise(self, task: int, place: int, view: int, shape: torch.Size) -> Tensor:
+        seed = np.random.SeedSequence([self.settings.seed, task, place, view]).generate_state(1, np.uint64)[0]
         return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed >> np.uint64(1))))
 
     def _samples(
@@ -219,5 +231,5 @@ class Extraction:
                     skipped.append(Skipped(source, reason))
                     continue
                 yield Sample(
-                    f"{batch.unit:06d}-{place:06d}", label, views[0], views[1] if self.layout.mirrored else None, source
+                    f"{batch.task:06d}-{place:06d}", label, views[0], views[1] if self.layout.hflip else None, source
                 )

@@ -8,14 +8,14 @@ from typing import Any
 
 from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard, Skipped
 from dcdit.errors import UserError
-from dcdit.runtime.jobs import Ledger, write_json
+from dcdit.runtime.jobs import ResumableJob, write_json
 
 
-class ShardLedger(Ledger):
-    """See :class:`dcdit.runtime.jobs.Ledger`; each unit is a shard."""
+class ExtractionJob(ResumableJob):
+    """See :class:`dcdit.runtime.jobs.ResumableJob`; each task is a shard."""
 
-    def __init__(self, directory: Path, plan: Mapping[str, Any], units: int) -> None:
-        super().__init__(directory, "extraction", plan, units)
+    def __init__(self, directory: Path, plan: Mapping[str, Any], tasks: int) -> None:
+        super().__init__(directory, "extraction", plan, tasks)
 
     def open(self) -> Manifest | None:
         """Begin or continue; where shards of a finished extraction are missing or cut short, they are to do again.
@@ -45,12 +45,12 @@ class ShardLedger(Ledger):
             self.begin()
         return None
 
-    def enter_shard(self, unit: int, shard: Shard | None, skipped: Sequence[Skipped]) -> None:
-        """Record a finished unit: its shard, unless all of it was skipped."""
-        self.enter(unit, {"shard": asdict(shard) if shard else None, "skipped": [asdict(image) for image in skipped]})
+    def record_shard(self, task: int, shard: Shard | None, skipped: Sequence[Skipped]) -> None:
+        """Record a finished task: its shard, unless all of it was skipped."""
+        self.record(task, {"shard": asdict(shard) if shard else None, "skipped": [asdict(image) for image in skipped]})
 
     def close(self, manifest: Callable[[tuple[Shard, ...], tuple[Skipped, ...]], Manifest]) -> Manifest | None:
-        """Write the manifest if all units of all processes are done.
+        """Write the manifest if all tasks of all processes are done.
 
         Returns:
             The manifest, if it is there now.
@@ -71,7 +71,7 @@ class ShardLedger(Ledger):
 
         failures: list[str] = []
         path = self.directory / MANIFEST_NAME
-        self.conclude(path, write)
+        self.finalize(path, write)
         if failures:
             raise UserError(failures[0])
         return Manifest.read(path) if path.is_file() else None
@@ -81,18 +81,18 @@ class ShardLedger(Ledger):
         return path.is_file() and path.stat().st_size == shard.bytes
 
     def _reopen(self, manifest: Manifest) -> None:
-        """From a manifest back to records: all units are done but those whose shards are not whole."""
+        """From a manifest back to records: all tasks are done but those whose shards are not whole."""
         shards = {shard.name: shard for shard in manifest.shards}
         self.work.mkdir(exist_ok=True)
-        for unit in range(self.units):
-            shard = shards.get(shard_name(unit))
+        for task in range(self.tasks):
+            shard = shards.get(shard_name(task))
             if shard is None or self._is_whole(shard):
-                self.enter_shard(unit, shard, [])
+                self.record_shard(task, shard, [])
         write_json(self.work / "skipped.json", [asdict(image) for image in manifest.skipped])
         write_json(self.work / "plan.json", self.plan)
         (self.directory / MANIFEST_NAME).unlink()
 
 
-def shard_name(unit: int) -> str:
-    """File name of the shard of a unit."""
-    return f"shard-{unit:06d}.tar"
+def shard_name(task: int) -> str:
+    """File name of the shard of a task."""
+    return f"shard-{task:06d}.tar"

@@ -47,27 +47,27 @@ class Item:
 
 
 class ImageSource(Protocol):
-    """Images in units, each of which becomes a shard.
+    """Images in tasks, each of which becomes a shard.
 
     Attributes:
         classes: class names.
-        units: number of units.
+        tasks: number of tasks.
         inventory: what there is, by folder or file: a change between two runs shows here.
         skipped: files that belong to no class.
         remarks: what a person should know.
     """
 
     classes: tuple[str, ...]
-    units: int
+    tasks: int
     inventory: dict[str, str]
     skipped: tuple[Skipped, ...]
     remarks: tuple[str, ...]
 
-    def size(self, unit: int) -> int | None:
-        """Number of files in a unit; None if only reading would tell."""
+    def size(self, task: int) -> int | None:
+        """Number of files in a task; None if only reading would tell."""
 
-    def items(self, unit: int) -> tuple[list[Item], list[Skipped]]:
-        """The images of a unit, and what in it is none; UserError for a label that is no class."""
+    def items(self, task: int) -> tuple[list[Item], list[Skipped]]:
+        """The images of a task, and what in it is none; UserError for a label that is no class."""
 
 
 class FolderSource:
@@ -75,16 +75,16 @@ class FolderSource:
 
     Args:
         root: the folder.
-        per_unit: images of a unit.
+        per_task: images of a task.
         seed: of the shuffle.
 
     Raises:
         UserError: if a folder cannot be read, or holds no class.
     """
 
-    def __init__(self, root: Path, per_unit: int, seed: int) -> None:
+    def __init__(self, root: Path, per_task: int, seed: int) -> None:
         self._root = root
-        self._per_unit = per_unit
+        self._per_task = per_task
         stray, folders = [], []
         for entry in _scan(root):
             if entry.is_dir() and not entry.name.startswith("."):
@@ -114,17 +114,17 @@ class FolderSource:
         # Arrays, not lists: reference counts would copy them into every worker process.
         self._paths = np.array(paths)[order]
         self._labels = np.array(labels)[order]
-        self.units = -(-len(paths) // per_unit)
+        self.tasks = -(-len(paths) // per_task)
         self.skipped = tuple(stray)
         self.remarks = tuple(remarks)
 
-    def size(self, unit: int) -> int | None:
+    def size(self, task: int) -> int | None:
         """See :class:`ImageSource`."""
-        return min(self._per_unit, len(self._labels) - unit * self._per_unit)
+        return min(self._per_task, len(self._labels) - task * self._per_task)
 
-    def items(self, unit: int) -> tuple[list[Item], list[Skipped]]:
+    def items(self, task: int) -> tuple[list[Item], list[Skipped]]:
         """See :class:`ImageSource`."""
-        rows = slice(unit * self._per_unit, (unit + 1) * self._per_unit)
+        rows = slice(task * self._per_task, (task + 1) * self._per_task)
         root = os.fsencode(self._root)
         return [
             Item(int(label), os.fsdecode(path), os.path.join(root, path))
@@ -133,7 +133,7 @@ class FolderSource:
 
 
 class TarSource:
-    """Webdataset shards of images, one unit each: samples of an image and a ``.cls``, or a ``.json`` with a label.
+    """Webdataset shards of images, one task each: samples of an image and a ``.cls``, or a ``.json`` with a label.
 
     Args:
         pattern: a folder of tar files, or their paths with braces, such as ``train-{000..146}.tar``.
@@ -150,20 +150,20 @@ class TarSource:
             if not os.path.isfile(path):
                 raise UserError(f"source={pattern}: there is no file {path}; image shards must lie on a local disk")
         self.classes = classes
-        self.units = len(self._paths)
+        self.tasks = len(self._paths)
         self.inventory = {os.path.basename(path): f"{os.path.getsize(path)} bytes" for path in self._paths}
         self.skipped: tuple[Skipped, ...] = ()
         self.remarks: tuple[str, ...] = ()
         if len(self.inventory) < len(self._paths):
             raise UserError(f"source={pattern}: two tar files have the same name")
 
-    def size(self, unit: int) -> int | None:
+    def size(self, task: int) -> int | None:
         """See :class:`ImageSource`."""
         return None
 
-    def items(self, unit: int) -> tuple[list[Item], list[Skipped]]:
+    def items(self, task: int) -> tuple[list[Item], list[Skipped]]:
         """See :class:`ImageSource`."""
-        path = self._paths[unit]
+        path = self._paths[task]
         shard = os.path.basename(path)
         items: list[Item] = []
         skipped: list[Skipped] = []
@@ -233,7 +233,7 @@ def _samples(path: str, skipped: list[Skipped]) -> Iterator[tuple[str, dict[str,
                 else:
                     members[extension] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError, EOFError) as error:
-        skipped.append(Skipped(shard, f"the tar file is damaged after {current or 'its beginning'}: {error}"))
+        skipped.append(Skipped(shard, f"the tar file is corrupt after {current or 'its beginning'}: {error}"))
     if members:
         yield current, members
 

@@ -15,7 +15,7 @@ _AT_ONCE = 4 * 2**20
 
 _NEGLIGIBLE = 1e-15
 """Gaussian weights up to here count as none. Beside a token's own weight, at least 1e-4, they are far below float32's
-resolution, and their products, down to subnormal numbers, slow the matrix products of some processors tenfold."""
+resolution, and their products, down to subnormal numbers, slow the matrix products of some CPUs tenfold."""
 
 
 def nearest_kept(mask: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def gaussian_sums(field: Tensor, packing: Packing, grid: tuple[int, int], sigma:
     """For each kept token i the sum of exp(-|u_i - u_j|^2 / (2 sigma^2)) field_j over the kept tokens j of its sample.
 
     Equals blurring the grid of all samples at once; taking a few samples at a time bounds the memory by that of a few
-    grids, forward and backward, and keeps small grids in the processor's cache.
+    grids, forward and backward, and keeps small grids in the CPU's cache.
 
     Args:
         field: (T, D) float32.

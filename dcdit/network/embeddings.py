@@ -18,7 +18,7 @@ def frequencies(dim: int, *, dtype: torch.dtype, max_period: float = 10_000.0) -
     """
     half = dim // 2
     # Rounding the exponent in float32 is part of what is published (at t = 999 it moves an angle by 6e-5); the
-    # exponential itself is taken in float64, because processors differ in the last bit of the float32 one.
+    # exponential itself is taken in float64, because CPUs differ in the last bit of the float32 one.
     exponent = -math.log(max_period) * torch.arange(half, dtype=dtype, device="cpu") / half
     return exponent.double().exp().to(dtype)
 

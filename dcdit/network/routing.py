@@ -65,10 +65,10 @@ def tail_drop(prob: Tensor, natural_mask: Tensor, drop_fraction: float | Tensor)
         UserError: if a fraction given as a number lies outside [0, 1).
     """
     if not isinstance(drop_fraction, Tensor):
-        drop_fraction = conform("drop_fraction", drop_fraction, DropFraction)
-        if drop_fraction == 0:
+        number = float(conform("drop_fraction", drop_fraction, DropFraction))
+        if number == 0:
             return natural_mask
-        drop_fraction = torch.full((len(prob),), drop_fraction, dtype=torch.float32, device=prob.device)
+        drop_fraction = torch.full((len(prob),), number, dtype=torch.float32, device=prob.device)
     kept = natural_mask.sum(dim=1)
     dropped = (kept.float() * drop_fraction.float()).floor().long()
     remaining = (kept - dropped).clamp(min=1)

@@ -1,31 +1,14 @@
 """Why a run failed, in one line of its directory."""
 
-import csv
-import json
-import math
-import os
-import secrets
 import shutil
-import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
-
 from dcdit.errors import UserError
-from dcdit.runtime.jobs import write_json
-from dcdit.runs.state import FAILED
-from dcdit.runs.state import FINISHED
-from dcdit.runs.state import INTERRUPTED
-from dcdit.runs.lock import LOCK
-from dcdit.runs.state import QUEUED_NAME
-from dcdit.runs.state import RunState
-from dcdit.runs.lock import is_held
+from dcdit.runs.lock import LOCK, is_held
 from dcdit.runs.progress import progress_of
+from dcdit.runs.state import QUEUED_NAME, RunState, State
 
 
 def one_line(error: BaseException) -> str:
@@ -48,14 +31,17 @@ def note_failure(
         sweeping: whether the run is part of a sweep, whose summary shall have it.
         together: whether this is one of several processes, another of which may still hold the directory for all.
     """
-    before = RunState.read(run_dir)
+    try:
+        before = RunState.read(run_dir)
+    except UserError:
+        return  # the corrupt file is the reason, and is left for whoever mends it
     (run_dir / QUEUED_NAME).unlink(missing_ok=True)
-    untouched = (FINISHED,) if sweeping else (FINISHED, INTERRUPTED)
+    untouched = (State.FINISHED,) if sweeping else (State.FINISHED, State.INTERRUPTED)
     if (is_held(run_dir) and not together) or (before and before.state in untouched):
         return  # another's, or an earlier one that this command has not touched
     if before or sweeping:
-        state = before or RunState(FAILED, overrides=overrides)
+        state = before or RunState(State.FAILED, overrides=overrides)
         step = progress_of(run_dir, "").step
-        replace(state, state=FAILED, step=step, reason=one_line(error), time=time.time()).write(run_dir)
+        replace(state, state=State.FAILED, step=step, reason=one_line(error), time=time.time()).write(run_dir)
     elif {path.name for path in run_dir.iterdir()} <= {".hydra", LOCK}:
         shutil.rmtree(run_dir)

@@ -1,23 +1,14 @@
 """One writer for each run's directory."""
 
-import csv
-import json
-import math
 import os
-import secrets
-import shutil
 import socket
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
 
 from dcdit.errors import UserError
-from dcdit.runtime.jobs import write_json
 from dcdit.runs.state import RunState
 
 LOCK = ".running.lock"
@@ -42,7 +33,10 @@ def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]
     try:
         lock.acquire(timeout=patience)
     except Timeout:
-        holder = RunState.read(run_dir)
+        try:
+            holder = RunState.read(run_dir)
+        except UserError:
+            holder = None
         where = f" on {holder.host}" if holder and holder.host != socket.gethostname() else ""
         raise UserError(
             f"run_dir={os.path.relpath(run_dir)}: another process{where} is training there; wait for it, or start this"

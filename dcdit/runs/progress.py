@@ -1,39 +1,27 @@
 """How far a run is, from its directory alone."""
 
 import csv
-import json
-import math
-import os
-import secrets
-import shutil
-import socket
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from rich.markup import escape
+from rich.table import Table
 
 from dcdit.errors import UserError
-from dcdit.runtime.jobs import write_json
-from dcdit.runs.state import QUEUED
-from dcdit.runs.state import QUEUED_NAME
-from dcdit.runs.state import RUNNING
-from dcdit.runs.state import RunState
-from dcdit.runs.state import _NAME
 from dcdit.runs.lock import is_held
+from dcdit.runs.state import QUEUED_NAME, STATE_NAME, RunState, State
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """How far a run is, from its directory alone.
 
     Attributes:
         name: of the run, below the folder that was asked about.
-        state: as of :class:`RunState`; ``queued`` if a job waits for its turn, ``died`` if it says running and no
-            process is, ``waiting`` if it has not begun.
+        state: queued if a job waits for its turn, lost if it says running and no process is, waiting if it has not
+            begun, corrupt if its file cannot be read.
         step, max_steps: optimiser steps.
         loss: the last logged diffusion loss of training.
         rate: images per second, the last logged.
@@ -43,7 +31,7 @@ class Progress:
     """
 
     name: str
-    state: str
+    state: State
     step: int
     max_steps: int
     loss: float | None
@@ -53,24 +41,26 @@ class Progress:
     metrics: Mapping[str, float]
 
 
-def progress_of(run_dir: Path, name: str) -> Progress:
+def progress_of(run_dir: Path, name: str) -> RunProgress:
     """Look at a run."""
-    known = RunState.read(run_dir)
+    try:
+        known = RunState.read(run_dir)
+    except UserError as error:
+        known = RunState(State.CORRUPT, reason=str(error))
     last = _last_logged(run_dir)
-    state = known.state if known else "waiting"
-    held = is_held(run_dir)
+    state, held = known.state if known else State.WAITING, is_held(run_dir)
     if not held and (run_dir / QUEUED_NAME).exists():
-        state = QUEUED
-    elif state == RUNNING and not held:
-        state = "died"
+        state = State.QUEUED
+    elif state is State.RUNNING and not held:
+        state = State.LOST
     step = max(known.step if known else 0, int(last.get("step", -1)) + 1)
-    if known and known.state != RUNNING:
+    if known and known.state not in (State.RUNNING, State.CORRUPT):
         step = known.step
     max_steps = known.max_steps if known else 0
     rate, batch = last.get("train/images_per_s"), _batch_size(run_dir)
-    left = (max_steps - step) * batch / rate if rate and batch and state == RUNNING else None
+    left = (max_steps - step) * batch / rate if rate and batch and state is State.RUNNING else None
     metrics = {key: value for key, value in last.items() if key.startswith("val/")}
-    return Progress(
+    return RunProgress(
         name,
         state,
         step,
@@ -107,5 +97,28 @@ def _last_logged(run_dir: Path) -> dict[str, float]:
 
 def runs_below(folder: Path) -> list[Path]:
     """Directories of runs in and below ``folder``, by name."""
-    marks = {path.parent for name in (_NAME, "config.yaml", QUEUED_NAME) for path in folder.rglob(name)}
+    marks = {path.parent for name in (STATE_NAME, "config.yaml", QUEUED_NAME) for path in folder.rglob(name)}
     return sorted(path for path in marks if path.name != ".hydra")
+
+
+def duration(seconds: float | None) -> str:
+    """Hours and minutes, or minutes and seconds."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+def progress_table(found: Sequence[RunProgress]) -> Table:
+    """One line for each run."""
+    shown = Table(show_lines=False)
+    shown.add_column("run", overflow="fold")
+    for heading in ("state", "step", "loss", "images/s", "left"):
+        shown.add_column(heading, justify="right")
+    for each in found:
+        state = f"[{each.state.colour}]{each.state.value}[/]"
+        steps = f"{each.step:,} of {each.max_steps:,}" if each.max_steps else f"{each.step:,}"
+        loss = "-" if each.loss is None else f"{each.loss:.4g}"
+        rate = "-" if each.rate is None else f"{each.rate:,.0f}"
+        shown.add_row(escape(each.name), state, steps, loss, rate, duration(each.seconds_left))
+    return shown

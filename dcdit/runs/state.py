@@ -1,28 +1,61 @@
 """What a run says of itself, kept in its directory for whoever resumes it, sums up a sweep, or asks how far it is."""
 
-import csv
 import json
 import math
-import os
 import secrets
-import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
-
 from dcdit.errors import UserError
-from dcdit.runtime.jobs import write_json
+from dcdit.runtime.files import write_json
+from dcdit.settings.schema import call_checked
 
-RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
-QUEUED = "queued"
-"""Said by a file of its own, so that neither a job nor whoever queues it writes over what the other says."""
-_NAME, QUEUED_NAME = "state.json", ".queued"
+STATE_NAME, QUEUED_NAME = "state.json", ".queued"
+"""The second stands for a job that waits for its turn: a file of its own, so that neither a job nor whoever queues it
+writes over what the other says."""
+
+
+class State(str, Enum):
+    """What a run is doing, or how it ended; the last four are outcomes."""
+
+    WAITING = "waiting"
+    QUEUED = "queued"
+    RUNNING = "running"
+    CORRUPT = "corrupt"
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+    LOST = "lost"
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run is to be started again: a signal ended it and it was saved, or a process of it is gone."""
+        return self in (State.INTERRUPTED, State.LOST)
+
+    @property
+    def colour(self) -> str:
+        """For tables."""
+        colours = {State.QUEUED: "blue", State.RUNNING: "cyan", State.FINISHED: "green", State.INTERRUPTED: "yellow"}
+        return colours.get(self, "white" if self is State.WAITING else "red")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended.
+
+    Attributes:
+        state: finished, interrupted, failed or lost.
+        step: optimiser steps done.
+        metrics: the last value of each.
+    """
+
+    state: State
+    step: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -30,7 +63,7 @@ class RunState:
     """The content of ``state.json``.
 
     Attributes:
-        state: ``running``, ``finished``, ``interrupted`` (resume goes on) or ``failed``.
+        state: running, finished, interrupted (resume goes on) or failed.
         step, max_steps: optimiser steps done, and of the whole run.
         reason: of a failure, one line.
         metrics: the last value of each.
@@ -42,7 +75,7 @@ class RunState:
         starts: how often in a row it was started there.
     """
 
-    state: str
+    state: State
     step: int = 0
     max_steps: int = 0
     reason: str = ""
@@ -57,16 +90,27 @@ class RunState:
     def write(self, run_dir: Path) -> None:
         """Replace what ``run_dir`` says."""
         values = asdict(self)
+        values["state"] = self.state.value
         values["metrics"] = {key: value if math.isfinite(value) else None for key, value in self.metrics.items()}
-        write_json(run_dir / _NAME, values)
+        write_json(run_dir / STATE_NAME, values)
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunState | None":
-        """What ``run_dir`` says; None if it says nothing that can be read."""
+        """What ``run_dir`` says; None if there was no run.
+
+        Raises:
+            UserError: if the file is corrupt: it holds the run's id and how often it was started in vain.
+        """
+        path = run_dir / STATE_NAME
         try:
-            values = json.loads((run_dir / _NAME).read_text())
-            values["overrides"] = tuple(values["overrides"])
+            values = json.loads(path.read_text())
+            values["state"] = State(values["state"])
             values["metrics"] = {key: math.nan if value is None else value for key, value in values["metrics"].items()}
-            return cls(**values)
-        except (OSError, ValueError, TypeError, KeyError):
+            return call_checked(cls, values, "")
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{path} is corrupt ({error}): restore it, or delete it, which gives the run a new id and leaves its"
+                " checkpoints as they are"
+            ) from error

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dcdit.errors import UserError
-from dcdit.runs.state import FINISHED, INTERRUPTED
-from dcdit.runs.progress import Progress, progress_of, runs_below
+from dcdit.runs.progress import RunProgress, progress_of, runs_below
+from dcdit.runs.state import State
 
 SUMMARY = "summary.csv"
 
@@ -65,14 +65,14 @@ class SweepSummary(Callback):
             for each in found:
                 if each.reason:
                     print(f"{each.name}: {each.reason}")
-            missing = sum(each.state != FINISHED for each in found)
+            missing = sum(each.state is not State.FINISHED for each in found)
             words = f", {missing} of them not finished" if missing else ""
             print(f"{len(found)} runs{words}: {folder / SUMMARY}")
             if missing:
                 raise SystemExit(1)
 
 
-def write_summary(found: Sequence[Progress], path: Path) -> None:
+def write_summary(found: Sequence[RunProgress], path: Path) -> None:
     """One row for each run, as CSV."""
     metrics = sorted({name for each in found for name in each.metrics})
     with path.open("w", newline="") as file:
@@ -80,10 +80,10 @@ def write_summary(found: Sequence[Progress], path: Path) -> None:
         writer.writerow(["run", "state", "step", "max_steps", "reason", *metrics])
         for each in found:
             values = [each.metrics.get(name, "") for name in metrics]
-            writer.writerow([each.name, each.state, each.step, each.max_steps, each.reason, *values])
+            writer.writerow([each.name, each.state.value, each.step, each.max_steps, each.reason, *values])
 
 
-def summary(found: Sequence[Progress]) -> Table:
+def summary(found: Sequence[RunProgress]) -> Table:
     """State and final validation metrics of every run, for people."""
     known = {name for each in found for name in each.metrics}
     # without a validation, what there is of training
@@ -94,6 +94,6 @@ def summary(found: Sequence[Progress]) -> Table:
         table.add_column(heading, justify="right")
     for each in found:
         values = [f"{each.metrics[name]:.4g}" if name in each.metrics else "-" for name in metrics]
-        colour = {FINISHED: "green", INTERRUPTED: "yellow"}.get(each.state, "red")
-        table.add_row(escape(each.name), f"[{colour}]{each.state}[/]", str(each.step), *values)
+        state = f"[{each.state.colour}]{each.state.value}[/]"
+        table.add_row(escape(each.name), state, str(each.step), *values)
     return table

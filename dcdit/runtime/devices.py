@@ -1,7 +1,6 @@
 """Where and how a process computes: device, precision, threads, and what tells one set of weights from another."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -59,6 +58,6 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def without_memory() -> torch.device:
+    """A context in which networks are built at any scale at no cost: their parameters have shapes alone."""
+    return torch.device("meta")

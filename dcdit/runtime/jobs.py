@@ -1,39 +1,44 @@
-"""What of a long job is done: kept as files beside the results, so that any process can see it at any moment."""
+"""Resumable jobs: long work in tasks whose records are files, so that any process can see at any moment what is done.
+
+A killed job goes on where it was, any number of processes shares it, and whichever finds all tasks done writes the
+result. Extraction, generation, evaluation and the statistics of references are such jobs.
+"""
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from dcdit.errors import UserError
+from dcdit.runtime.files import write_json
 from dcdit.runtime.progress import Display
 
 
-class Ledger:
-    """The plan of a job in units and a record of every finished unit, until the job is concluded.
+class ResumableJob:
+    """The plan of a job in tasks and a record of every finished task, until the job is finalized.
 
-    Processes share nothing else; whichever finds all units done concludes.
+    Processes share nothing else.
 
     Args:
         directory: of the results, which exists.
-        job: what the job is called in messages, and in the name of its folder of records.
+        name: what the job is called in messages, and in the name of its folder of records.
         plan: plain values that must be the same whenever the job is continued; ``source``, if there is one, maps names
             to states.
-        units: how many units there are.
+        tasks: how many tasks there are.
     """
 
-    def __init__(self, directory: Path, job: str, plan: Mapping[str, Any], units: int) -> None:
-        self.directory, self.job, self.plan, self.units = directory, job, plan, units
-        self.work = directory / f".{job}"
-        self.concluded = False
-        """Whether this process concluded the job."""
+    def __init__(self, directory: Path, name: str, plan: Mapping[str, Any], tasks: int) -> None:
+        self.directory, self.name, self.plan, self.tasks = directory, name, plan, tasks
+        self.work = directory / f".{name}"
+        self.finalized = False
+        """Whether this process finalized the job."""
 
     def lock(self) -> FileLock:
         """Held while looking at the whole."""
-        return FileLock(self.directory / f".{self.job.partition('-')[0]}.lock")
+        return FileLock(self.directory / f".{self.name.partition('-')[0]}.lock")
 
     def begin(self) -> None:
         """Write the plan, or compare it with the one that is there; call under the lock.
@@ -48,26 +53,26 @@ class Ledger:
             self.work.mkdir(exist_ok=True)
             write_json(path, self.plan)
 
-    def record(self, unit: int) -> Path:
-        """File of a unit's record."""
-        return self.work / f"unit-{unit:06d}.json"
+    def record_path(self, task: int) -> Path:
+        """File of a task's record."""
+        return self.work / f"task-{task:06d}.json"
 
-    def is_done(self, unit: int) -> bool:
-        """Whether a unit is finished."""
-        return self.record(unit).is_file()
+    def is_done(self, task: int) -> bool:
+        """Whether a task is finished."""
+        return self.record_path(task).is_file()
 
-    def enter(self, unit: int, values: Mapping[str, Any]) -> None:
-        """Record a finished unit with plain values."""
-        write_json(self.record(unit), values)
+    def record(self, task: int, values: Mapping[str, Any]) -> None:
+        """Record a finished task with plain values."""
+        write_json(self.record_path(task), values)
 
-    def conclude(self, result: Path, write: Callable[[list[dict[str, Any]]], None]) -> None:
-        """If all units are done and ``result`` is not there yet, write it from the records and forget them."""
+    def finalize(self, result: Path, write: Callable[[list[dict[str, Any]]], None]) -> None:
+        """If all tasks are done and ``result`` is not there yet, write it from the records and forget them."""
         with self.lock():
-            if result.is_file() or not all(self.is_done(unit) for unit in range(self.units)):
+            if result.is_file() or not all(self.is_done(task) for task in range(self.tasks)):
                 return
-            write([json.loads(self.record(unit).read_text()) for unit in range(self.units)])
+            write([json.loads(self.record_path(task).read_text()) for task in range(self.tasks)])
             shutil.rmtree(self.work)
-            self.concluded = True
+            self.finalized = True
 
     def compare(self, before: Mapping[str, Any]) -> None:
         """Raise :class:`UserError` at the first difference between the plan and what was planned before."""
@@ -77,43 +82,36 @@ class Ledger:
             if had.get(name) != has.get(name):
                 change = "is new" if name not in had else "is gone" if name not in has else "has changed"
                 raise UserError(
-                    f"source: {name!r} {change} since this {self.job} began"
+                    f"source: {name!r} {change} since this {self.name} began"
                     f" ({had.get(name, 'not there')} before, {has.get(name, 'not there')} now): {remedy}"
                 )
         for key, value in self.plan.items():
             if before.get(key) != value:
-                raise UserError(f"{key}={value}, but the {self.job} there was begun with {before.get(key)}: {remedy}")
+                raise UserError(f"{key}={value}, but the {self.name} there was begun with {before.get(key)}: {remedy}")
 
 
-class ImageJob(Ledger):
-    """A job over numbered images, a unit of which is so many of them in a row.
+class ImageJob(ResumableJob):
+    """A job over numbered images, a task of which is a chunk of so many of them in a row.
 
     Args:
-        directory, job, plan: see :class:`Ledger`.
+        directory, name, plan: see :class:`ResumableJob`.
         count: number of images.
-        part: images of a unit; the last may have fewer.
+        chunk_size: images of a task; the last may have fewer.
     """
 
-    def __init__(self, directory: Path, job: str, plan: Mapping[str, Any], count: int, part: int) -> None:
-        super().__init__(directory, job, plan, -(-count // part))
-        self.count, self.part = count, part
+    def __init__(self, directory: Path, name: str, plan: Mapping[str, Any], count: int, chunk_size: int) -> None:
+        super().__init__(directory, name, plan, -(-count // chunk_size))
+        self.count, self.chunk_size = count, chunk_size
 
-    def numbers(self, unit: int) -> range:
-        """The images of a unit."""
-        return range(unit * self.part, min((unit + 1) * self.part, self.count))
+    def numbers(self, task: int) -> range:
+        """The images of a task."""
+        return range(task * self.chunk_size, min((task + 1) * self.chunk_size, self.count))
 
-    def do(self, rank: int, world_size: int, unit: Callable[[int], None], display: Display) -> None:
-        """Call ``unit`` for those of this process's units that are not done; it must :meth:`enter` each."""
-        own = range(rank, self.units, world_size)
+    def do(self, rank: int, world_size: int, work: Callable[[int], None], display: Display) -> None:
+        """Call ``work`` for those of this process's tasks that are not done; it must :meth:`record` each."""
+        own = range(rank, self.tasks, world_size)
         left = [number for number in own if not self.is_done(number)]
         display.begin(len(own), len(own) - len(left), sum(len(self.numbers(number)) for number in left))
         for number in left:
-            unit(number)
-            display.shard(f"{display.verb}, part {number}", len(self.numbers(number)))
-
-
-def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write plain values, all at once or not at all."""
-    draft = path.with_name(f"{path.name}.part")
-    draft.write_text(json.dumps(values, indent=1) + "\n")
-    draft.replace(path)
+            work(number)
+            display.finish(f"{display.verb}, chunk {number}", len(self.numbers(number)))

@@ -2,23 +2,28 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dcdit.errors import UserError
+
 
 class Display:
-    """A progress bar where there is a terminal, else a line for every unit of work.
+    """A progress bar where there is a terminal, else a line for every task.
 
     Args:
         rank: of this process; only the first has a bar.
         verb: what is being done to images.
-        unit: what the job is divided into.
+        noun: what a task of the job makes.
     """
 
-    def __init__(self, rank: int, verb: str, unit: str) -> None:
+    def __init__(self, rank: int, verb: str, noun: str) -> None:
         console = Console(stderr=True)
-        self._rank, self.verb, self._unit = rank, verb, unit
+        self._rank, self.verb, self._noun = rank, verb, noun
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -40,11 +45,11 @@ class Display:
     def __exit__(self, *ignored: object) -> None:
         self._bar.stop()
 
-    def begin(self, units: int, done: int, images: int | None) -> None:
-        """Of ``units`` of this process ``done`` were there; ``images`` are left, if that is known."""
+    def begin(self, tasks: int, done: int, images: int | None) -> None:
+        """Of ``tasks`` of this process ``done`` were there; ``images`` are left, if that is known."""
         if done:
-            print(f"Continuing: {done} of {units} {self._unit}s of process {self._rank} are done", file=sys.stderr)
-        self.began, self._left, self._since = True, units - done, time.monotonic()
+            print(f"Continuing: {done} of {tasks} {self._noun}s of process {self._rank} are done", file=sys.stderr)
+        self.began, self._left, self._since = True, tasks - done, time.monotonic()
         self._task = self._bar.add_task(self.verb, total=images, rate="")
 
     def advance(self, files: int) -> None:
@@ -52,8 +57,8 @@ class Display:
         self._images += files
         self._bar.update(self._task, advance=files, rate=f"images, {self._rate:.1f}/s")
 
-    def shard(self, name: str, samples: int) -> None:
-        """A unit is finished."""
+    def finish(self, name: str, samples: int) -> None:
+        """A task is finished: ``name`` holds so many samples."""
         self._left, self._written = self._left - 1, self._written + 1
         if self._bar.disable:
             minutes = self._left * (time.monotonic() - self._since) / self._written / 60
@@ -67,3 +72,25 @@ class Display:
     @property
     def _rate(self) -> float:
         return self._images / max(1e-9, time.monotonic() - self._since)
+
+
+@contextmanager
+def resumable(rank: int, verb: str, noun: str, out: Path) -> Iterator[Display]:
+    """Show how far a resumable job is; whatever ends it early, say that the same command goes on.
+
+    Args:
+        rank, verb, noun: see :class:`Display`.
+        out: folder of the results, for messages.
+
+    Raises:
+        UserError: for whatever the disk does not take.
+    """
+    kept = f"Finished {noun}s are kept; the same command goes on from there"
+    with Display(rank, verb, noun) as display:
+        try:
+            yield display
+        except OSError as error:
+            raise UserError(f"{error.filename or out}: {error.strerror or error}. {kept}") from error
+        except KeyboardInterrupt:
+            print(f"{kept}.", file=sys.stderr)
+            raise

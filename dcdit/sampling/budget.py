@@ -1,4 +1,4 @@
-"""From a budget in TFLOPs, or as a share of the full cost, to the drop fraction that meets it."""
+"""From a budget in TFLOPs, or as a fraction of the full cost, to the drop fraction that meets it."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -14,39 +14,13 @@ from dcdit.checkpoints.load import Model
 from dcdit.compute.flops import Cost
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler, Step
+from dcdit.diffusion.settings import BudgetSettings
 from dcdit.errors import UserError
-from dcdit.network import DCDiT
-from dcdit.runtime.jobs import write_json
+from dcdit.runtime.files import write_json
 from dcdit.sampling.generate import generate
 
 TOLERANCE = 0.01  # of the cost measured on the calibration's own images; half of what is promised for others
 _IMAGES, _ROUNDS, _LARGEST = 16, 4, 0.99
-
-
-@dataclass(frozen=True)
-class Target:
-    """A budget as a person thinks of it; at most one of the two.
-
-    Attributes:
-        tflops: TFLOPs per image, all steps and halves, r's Linear included.
-        share: share of what an image costs without any drop.
-    """
-
-    tflops: float | None = None
-    share: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.tflops is not None and self.share is not None:
-            raise UserError(f"tflops={self.tflops} and share={self.share} are two budgets: give one of them")
-        if self.tflops is not None and not self.tflops > 0:
-            raise UserError(f"tflops={self.tflops} is not positive")
-        if self.share is not None and not 0 < self.share <= 1:
-            raise UserError(f"share={self.share} is outside (0, 1]: 0.6 asks for 60% of the full cost")
-
-    @property
-    def given(self) -> bool:
-        """Whether there is a budget to meet."""
-        return self.tflops is not None or self.share is not None
 
 
 @dataclass(frozen=True)
@@ -65,7 +39,7 @@ class Calibration:
 
 
 class _Meter:
-    """Draws the same few images at any drop fraction, and counts what their tokens cost.
+    """Samples the same few images at any drop fraction, and counts what their tokens cost.
 
     Args:
         As of :func:`calibrate`.
@@ -87,23 +61,24 @@ class _Meter:
             lengths = step.output.routing.natural_mask.sum(dim=1)
             self.natural.append((lengths, len(lengths) // len(numbers)))
 
-        drawn = generate(
+        settings = replace(self.guidance.settings, drop_fraction=drop)
+        batches = generate(
             self.model,
-            replace(self.guidance, drop_fraction=drop),
+            replace(self.guidance, settings=settings),
             self.sampler,
-            torch.arange(_IMAGES) * len(self.model.classes) // _IMAGES,
+            torch.arange(_IMAGES) * self.model.network.num_classes // _IMAGES,
             range(_IMAGES),
             seed=0,
             batch_size=self.batch_size,
             precision=self.precision,
             on_step=note,
         )
-        spent = torch.cat([batch.flops(self.cost) for batch in drawn]).mean().item() / 1e12
+        spent = torch.cat([batch.flops(self.cost) for batch in batches]).mean().item() / 1e12
         self.natural = [(lengths.cpu(), halves) for lengths, halves in self.natural]
         return spent
 
     def predict(self, drop: float, uncond_drop: float | None) -> float:
-        """TFLOPs per image if the last images had been drawn with these drop fractions, None the same for both."""
+        """TFLOPs per image if the last images had had these drop fractions, None the same for both."""
         fractions = (drop, drop if uncond_drop is None else uncond_drop)
         total = 0.0
         for lengths, halves in self.natural:
@@ -114,30 +89,29 @@ class _Meter:
 
 
 def calibrate(
-    model: Model, guidance: Guidance, sampler: Sampler, target: Target, batch_size: int, precision: str
+    model: Model, guidance: Guidance, sampler: Sampler, budget: BudgetSettings, batch_size: int, precision: str
 ) -> Calibration:
-    """Find the drop fraction by drawing a few images and counting what their tokens cost.
+    """Find the drop fraction by sampling a few images and counting what their tokens cost.
 
     Args:
-        model, sampler, batch_size, precision: as images will be drawn.
+        model, sampler, batch_size, precision: as images will be sampled.
         guidance: the same; its ``drop_fraction`` is what is looked for, an ``uncond_drop_fraction`` stays as it is.
-        target: the budget.
+        budget: what to meet.
 
     Raises:
         UserError: if the network drops nothing, or no drop fraction meets the budget.
     """
-    if not isinstance(model.network, DCDiT):
-        raise UserError("budget: a plain DiT has one fixed cost, leave the budget out")
-    if guidance.drop_schedule is not None or guidance.drop_fraction:
-        raise UserError("budget: guidance.drop_fraction and drop_schedule are what it replaces, leave them out")
-    meter, fixed = _Meter(model, guidance, sampler, batch_size, precision), guidance.uncond_drop_fraction
+    if not model.network.routes:
+        raise UserError(f"budget: {model.network.title} has one fixed cost, leave the budget out")
+    fixed = guidance.settings.uncond_drop_fraction
+    meter = _Meter(model, guidance, sampler, batch_size, precision)
     drop, spent = 0.0, meter.measure(0.0)
     full = meter.predict(0.0, 0.0)  # no drop in either half
-    wanted = target.tflops if target.tflops is not None else full * (target.share or 1.0)
+    wanted = budget.tflops if budget.tflops is not None else full * (budget.fraction or 1.0)
     least = meter.predict(_LARGEST, fixed)
     if not least <= wanted <= spent * (1 + TOLERANCE):
-        asked = f"share={target.share:g}" if target.share is not None else f"tflops={target.tflops:.4g}"
-        unit, scale = ("of the full cost", 1 / full) if target.share is not None else ("TFLOPs per image", 1.0)
+        asked = f"fraction={budget.fraction:g}" if budget.fraction is not None else f"tflops={budget.tflops:.4g}"
+        unit, scale = ("of the full cost", 1 / full) if budget.fraction is not None else ("TFLOPs per image", 1.0)
         raise UserError(
             f"budget.{asked} cannot be met: from {least * scale:.4g} (drop fraction {_LARGEST}) to {spent * scale:.4g}"
             f" (none) {unit} is possible with this sampler and guidance, ask for something in between"

@@ -19,7 +19,7 @@ from matplotlib.collections import LineCollection
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Frame:
     """One sample at one timestep.
 
     Attributes:
@@ -35,7 +35,7 @@ class Snapshot:
     mask: Tensor
 
 
-class Snapshots:
+class Frames:
     """Pictures of some samples on their way, taken while they are drawn.
 
     Args:
@@ -46,7 +46,7 @@ class Snapshots:
     """
 
     def __init__(self, shown: list[int], wanted: int, steps: int, decode: Decoder) -> None:
-        self.rows: dict[int, list[Snapshot]] = {number: [] for number in shown}
+        self.rows: dict[int, list[Frame]] = {number: [] for number in shown}
         self._at = set(np.linspace(0, steps - 1, wanted).round().astype(int).tolist())
         self._decode = decode
 
@@ -59,7 +59,7 @@ class Snapshots:
             if number in self.rows:
                 image = self._decode(step.x[place : place + 1])[0].permute(1, 2, 0).cpu()
                 prob, mask = (x[place].view(step.x.shape[2:]).cpu() for x in (routing.prob, routing.mask))
-                self.rows[number].append(Snapshot(step.timestep, image, prob, mask))
+                self.rows[number].append(Frame(step.timestep, image, prob, mask))
 
 
 def save_grid(images: Tensor, columns: int, path: Path, least_side: int = 64) -> None:
@@ -79,11 +79,11 @@ def _outline(axes: Axes, mask: Tensor) -> None:
     axes.add_collection(LineCollection(lines, colors="white", linewidths=0.6))
 
 
-def save_boundaries(rows: Sequence[Sequence[Snapshot]], titles: Sequence[str], path: Path) -> None:
-    """Save x_t above its boundary probability, one column per timestep, the kept share under each (paper, figure 3).
+def save_boundaries(rows: Sequence[Sequence[Frame]], titles: Sequence[str], path: Path) -> None:
+    """Save x_t above its boundary probability, one column per timestep, the keep ratio under each (paper, figure 3).
 
     Args:
-        rows: for each sample its snapshots, all at the same timesteps.
+        rows: for each sample its frames, all at the same timesteps.
         titles: one per sample.
         path: PNG to write.
     """
@@ -92,15 +92,15 @@ def save_boundaries(rows: Sequence[Sequence[Snapshot]], titles: Sequence[str], p
         height, width, figsize=(1.15 * width + 1, 1.22 * height), squeeze=False, layout="constrained"
     )
     for number, (row, title) in enumerate(zip(rows, titles, strict=True)):
-        for column, snapshot in enumerate(row):
+        for column, frame in enumerate(row):
             top, bottom = axes[2 * number][column], axes[2 * number + 1][column]
-            image = snapshot.image.numpy()
+            image = frame.image.numpy()
             top.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
-            shades = bottom.imshow(snapshot.prob.numpy(), cmap="magma", vmin=0, vmax=1)
-            _outline(bottom, snapshot.mask)
-            bottom.set_xlabel(f"kept {snapshot.mask.float().mean():.0%}", fontsize=8)
+            shades = bottom.imshow(frame.prob.numpy(), cmap="magma", vmin=0, vmax=1)
+            _outline(bottom, frame.mask)
+            bottom.set_xlabel(f"kept {frame.mask.float().mean():.0%}", fontsize=8)
             if number == 0:
-                top.set_title(f"t = {snapshot.timestep}", fontsize=9)
+                top.set_title(f"t = {frame.timestep}", fontsize=9)
         axes[2 * number][0].set_ylabel(title, fontsize=9)
         axes[2 * number + 1][0].set_ylabel("boundary p", fontsize=8)
     for axis in axes.flat:

@@ -14,7 +14,7 @@ from dcdit.runtime.devices import autocast
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampleBatch:
     """Finished samples.
 
     Attributes:
@@ -29,9 +29,15 @@ class Drawn:
     lengths: list[Tensor]
 
     def flops(self, cost: Cost) -> Tensor:
-        """Operations of each sample over all steps and halves, (n,) float64."""
+        """FLOPs of each sample over all steps and halves, (n,) float64."""
         halves = [cost.of(lengths).view(-1, len(self.indices)).sum(dim=0) for lengths in self.lengths]
         return torch.stack(halves).sum(dim=0)
+
+    def tokens(self) -> Tensor:
+        """Tokens kept by half and step, summed over the samples, (2, steps) int64; 0 where a half did not run."""
+        size = len(self.indices)
+        sums = [[lengths[:size].sum(), lengths[size:].sum()] for lengths in self.lengths]
+        return torch.tensor(sums, dtype=torch.int64).T
 
 
 OnStep = Callable[[list[int], Step], None]
@@ -50,19 +56,18 @@ def generate(
     batch_size: int,
     precision: str = "fp32",
     on_step: OnStep | None = None,
-) -> Iterator[Drawn]:
-    """Draw samples in batches; sample i depends on (seed, i) and its label only, up to rounding.
+) -> Iterator[SampleBatch]:
+    """Sample in batches; sample i depends on (seed, i) and its label only, up to rounding.
 
     Args:
         model, guidance, sampler: what computes.
         labels: (N,) labels of all samples; sample i takes ``labels[i]``.
-        indices: the samples to draw, such as the share of one process.
+        indices: the samples wanted, such as the share of one process.
         seed: of all noise.
         batch_size: samples per forward pass.
         precision: ``fp32`` or ``bf16``.
         on_step: told of every step.
     """
-    channels, height, width = model.latents["shape"]
     for start in range(0, len(indices), batch_size):
         numbers = [int(number) for number in indices[start : start + batch_size]]
         streams = [sample_generator(seed, number) for number in numbers]
@@ -70,16 +75,16 @@ def generate(
         lengths: list[Tensor] = []
         x = torch.empty(0)
         with autocast(precision, model.device):
-            for step in sampler.trajectory(guidance, (channels, height, width), wanted, streams):
+            for step in sampler.trajectory(guidance, model.latents.shape, wanted, streams):
                 x = step.next
                 lengths.append(_lengths(guidance, step))
                 if on_step:
                     on_step(numbers, step)
-        yield Drawn(numbers, x.float().cpu(), [each.cpu() for each in lengths])
+        yield SampleBatch(numbers, x.float().cpu(), [each.cpu() for each in lengths])
 
 
 def _lengths(guidance: Guidance, step: Step) -> Tensor:
     if step.output.routing is not None:
         return step.output.routing.mask.sum(dim=1)
-    halves = 2 if guidance.is_guided(step.timestep) else 1
+    halves = 2 if guidance.settings.is_guided(step.timestep) else 1
     return torch.zeros(halves * len(step.x), dtype=torch.long)

@@ -1,7 +1,7 @@
-"""What all commands that draw images from a checkpoint share: settings, checks, and the budget."""
+"""From what a user says about sampling to what samples: network, guidance, sampler, decoder, and the budget."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,64 +11,30 @@ from dcdit.checkpoints.load import Model, load_model
 from dcdit.data.autoencoder import LatentDecoder, load_decoder
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
-from dcdit.diffusion.schedule import TRAIN_STEPS
+from dcdit.diffusion.settings import GuidanceSettings
 from dcdit.errors import UserError
-from dcdit.network import DCDiT
-from dcdit.network.blocks import execute
+from dcdit.network import Network
+from dcdit.network.blocks import set_execution
 from dcdit.runtime.devices import fingerprint, pick_device
 from dcdit.runtime.memory import keep_freed_memory
-from dcdit.sampling.budget import Calibration, Target, calibrate, remembered
-from dcdit.sampling.generate import Drawn, OnStep, generate
-from dcdit.settings.schema import call_checked
+from dcdit.sampling.budget import Calibration, calibrate, remembered
+from dcdit.sampling.generate import OnStep, SampleBatch, generate
+from dcdit.sampling.settings import SamplingPlan, described
 
 
 @dataclass(frozen=True)
-class Common:
-    """Settings of every such command.
+class Sampling:
+    """Everything that is needed to sample images.
 
     Attributes:
-        checkpoint: a checkpoint that ``dcdit.train`` wrote.
-        weights: ``ema`` or ``raw``.
-        seed: with a sample's number, the only source of randomness.
-        batch_size: samples per forward pass; changes the speed, and the images by no more than rounding.
-        device: ``auto`` or a torch device.
-        precision: ``fp32``, ``bf16``, or ``auto``: bf16 on a GPU, fp32 elsewhere.
-        autoencoder: decode with this one; None takes the one that the checkpoint names.
-        compile: fuse the element-wise operations of the blocks.
-    """
-
-    checkpoint: str
-    weights: str = "ema"
-    seed: int = 0
-    batch_size: int = 64
-    device: str = "auto"
-    precision: str = "auto"
-    autoencoder: str | None = None
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        for name, choices in (("weights", ("ema", "raw")), ("precision", ("auto", "fp32", "bf16"))):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} is below 1")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} is negative")
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """Everything that is needed to draw images.
-
-    Attributes:
-        common: settings.
+        plan: what was asked for.
         model, guidance, sampler: what computes.
         decode: latents to images.
         precision: ``fp32`` or ``bf16``.
         calibration: how the drop fraction was found; None if it was given.
     """
 
-    common: Common
+    plan: SamplingPlan
     model: Model
     guidance: Guidance
     sampler: Sampler
@@ -76,90 +42,98 @@ class Drawing:
     precision: str
     calibration: Calibration | None
 
-    def generate(self, labels: Tensor, indices: Sequence[int], on_step: OnStep | None = None) -> Iterator[Drawn]:
-        """Draw the samples ``indices`` of those that ``labels`` (N,) lists."""
+    @property
+    def batch_size(self) -> int:
+        """Samples per forward pass."""
+        return self.plan.settings.batch_size
+
+    def generate(self, labels: Tensor, indices: Sequence[int], on_step: OnStep | None = None) -> Iterator[SampleBatch]:
+        """Sample ``indices`` of those that ``labels`` (N,) lists; see :func:`dcdit.sampling.generate.generate`."""
         return generate(
             self.model,
             self.guidance,
             self.sampler,
             labels,
             indices,
-            seed=self.common.seed,
-            batch_size=self.common.batch_size,
+            seed=self.plan.settings.seed,
+            batch_size=self.batch_size,
             precision=self.precision,
             on_step=on_step,
         )
 
+    def at_drop(self, drop_fraction: float) -> "Sampling":
+        """The same at another drop fraction of the conditional half.
+
+        Raises:
+            UserError: if the network cannot drop so much.
+        """
+        settings = replace(self.guidance.settings, drop_fraction=drop_fraction)
+        check_guidance(self.model.network, settings)
+        return replace(self, guidance=replace(self.guidance, settings=settings))
+
     def described(self) -> dict[str, Any]:
         """What figures must stand beside, as plain values."""
-        guidance = {key: value for key, value in asdict_of(self.guidance).items() if key != "null_class"}
         return {
             "step": self.model.step,
-            "weights": self.common.weights,
-            "seed": self.common.seed,
+            "weights": self.plan.settings.weights,
+            "seed": self.plan.settings.seed,
             "precision": self.precision,
-            "sampler": asdict(self.sampler),
-            "guidance": guidance,
+            "sampler": described(self.sampler.settings),
+            "guidance": asdict(self.guidance.settings),
             "autoencoder": self.decode.identity,
         }
 
 
-def asdict_of(guidance: Guidance) -> dict[str, Any]:
-    """The plain values of a guidance, without the network that it wraps."""
-    return {column.name: getattr(guidance, column.name) for column in fields(guidance) if column.name != "denoiser"}
-
-
-def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What in a composed configuration is not about drawing, but the command's own."""
-    shared = {"sampler", "guidance", "budget", *(column.name for column in fields(Common))}
-    return {key: value for key, value in values.items() if key not in shared}
-
-
-def prepare(values: Mapping[str, Any]) -> Drawing:
-    """Check and load what a composed configuration says about drawing.
+def set_up(plan: SamplingPlan) -> Sampling:
+    """Load what ``plan`` names, and meet its budget.
 
     Raises:
         UserError: naming key, value and remedy.
     """
-    sampler = call_checked(Sampler, values["sampler"], "sampler")
-    target = call_checked(Target, values["budget"], "budget")
-    own = own_values(values)
-    settings = {key: values[key] for key in values if key not in {"sampler", "guidance", "budget", *own}}
-    common = call_checked(Common, settings, "")
+    settings = plan.settings
     keep_freed_memory()
-    model = load_model(common.checkpoint, common.weights, pick_device(common.device))
-    execute(model.network, compiled=common.compile)
-    built = {"denoiser": model.network, "null_class": len(model.classes)}
-    guidance = call_checked(Guidance, values["guidance"], "guidance", built)
-    check_guidance(model, guidance)
-    precision = common.precision
+    model = load_model(settings.checkpoint, settings.weights, pick_device(settings.device))
+    set_execution(model.network, compiled=settings.compile)
+    check_guidance(model.network, plan.guidance)
+    precision = settings.precision
     if precision == "auto":
         precision = "bf16" if model.device.type == "cuda" else "fp32"
-    decode = load_decoder(model.latents, model.device, common.autoencoder)
-    calibration = None
-    if target.given:
-        question = {**asdict(target), **asdict(sampler), **asdict_of(guidance)}
-        question |= {"network": fingerprint(model.network), "precision": precision}
-        calibration = remembered(
-            Path(common.checkpoint),
-            question,
-            lambda: calibrate(model, guidance, sampler, target, common.batch_size, precision),
-        )
-        guidance = replace(guidance, drop_fraction=calibration.drop_fraction)
-        print(
-            f"Budget: drop fraction {calibration.drop_fraction} costs {calibration.tflops:.4g} TFLOPs per image,"
-            f" {calibration.tflops / calibration.full_tflops:.1%} of {calibration.full_tflops:.4g}"
-        )
-    return Drawing(common, model, guidance, sampler, decode, precision, calibration)
+    decode = load_decoder(model.latents, model.device, settings.autoencoder)
+    guidance = Guidance(model.network, model.network.null_class, plan.guidance)
+    sampling = Sampling(plan, model, guidance, Sampler(plan.sampler), decode, precision, None)
+    return meet_budget(sampling) if plan.budget.given else sampling
 
 
-def check_guidance(model: Model, guidance: Guidance) -> None:
-    """Raise :class:`UserError` where the network cannot do what ``guidance`` asks of it."""
-    if guidance.scale != 1 and model.network.condition.label.dropout == 0:  # type: ignore[union-attr]
+def meet_budget(sampling: Sampling) -> Sampling:
+    """``sampling`` at the drop fraction that its budget asks for, calibrated unless that is known."""
+    plan, model = sampling.plan, sampling.model
+    question = {
+        "budget": asdict(plan.budget),
+        "sampler": described(plan.sampler),
+        "guidance": asdict(plan.guidance),
+        "network": fingerprint(model.network),
+        "precision": sampling.precision,
+    }
+    found = remembered(
+        Path(plan.settings.checkpoint),
+        question,
+        lambda: calibrate(
+            model, sampling.guidance, sampling.sampler, plan.budget, sampling.batch_size, sampling.precision
+        ),
+    )
+    print(
+        f"Budget: drop fraction {found.drop_fraction} costs {found.tflops:.4g} TFLOPs per image,"
+        f" {found.tflops / found.full_tflops:.1%} of {found.full_tflops:.4g}"
+    )
+    return replace(sampling.at_drop(found.drop_fraction), calibration=found)
+
+
+def check_guidance(network: Network, guidance: GuidanceSettings) -> None:
+    """Raise :class:`UserError` where ``network`` cannot do what ``guidance`` asks of it."""
+    if guidance.scale != 1 and network.label_dropout == 0:
         raise UserError(
             f"guidance.scale={guidance.scale}: this network was trained with model.label_dropout=0, so its null class"
             " means nothing; take scale 1, or train with 0.1"
         )
-    drops = [drop for timestep in (0, TRAIN_STEPS - 1) for drop in guidance.drop_at(timestep)]
-    if not isinstance(model.network, DCDiT) and any(drops):
-        raise UserError(f"drop fraction {max(drops):g}: a plain DiT drops no tokens, take 0, or a dcdit model")
+    if not network.routes and any(guidance.drops):
+        raise UserError(f"drop fraction {max(guidance.drops):g}: {network.title} drops no tokens, take 0")

@@ -1,15 +1,15 @@
-"""What all command-line entry points share: where the configuration lies, resolvers, and how errors are told."""
+"""What all commands share: composing their configuration, resolvers, help, and how errors are told."""
 
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
@@ -18,26 +18,23 @@ from hydra.errors import (
     InstantiationException,
     MissingConfigException,
 )
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
-from dcdit.errors import UserError
+from dcdit.errors import TrainingError, UserError
+from dcdit.settings.help import show_help
+from dcdit.settings.published import CONFIG_DIR
 from dcdit.settings.schema import suggestion
-from dcdit.training.module import NonFiniteLossError
-
-_PACKAGE = Path(__file__).parents[1]
-CONFIG_DIR = str(_PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs")
-"""The configuration tree: inside an installed package, or at the top of the repository."""
 
 USER_ERROR_STATUS = 2
 
+T = TypeVar("T")
+
 
 def cpu_precision() -> str:
-    """``bf16-mixed`` where the processor multiplies bfloat16 natively (AMX, AVX512-BF16), else ``32-true``."""
+    """``bf16-mixed`` where the CPU multiplies bfloat16 natively (AMX, AVX512-BF16), else ``32-true``."""
+    import torch
+
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     native = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
     return "bf16-mixed" if native else "32-true"
@@ -49,12 +46,27 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("relpath", os.path.relpath, replace=True)
 
 
+def plain(config: DictConfig, without: str = "") -> dict[str, Any]:
+    """The plain values of a composed configuration, interpolations resolved; UserError where that cannot be.
+
+    Args:
+        config: the configuration.
+        without: a section to leave out, such as one that cannot be resolved here.
+    """
+    try:
+        if without in config:
+            config = OmegaConf.masked_copy(config, [str(key) for key in config if key != without])
+        values: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    return {str(key): value for key, value in values.items()}
+
+
 def model_config(name: str) -> dict[str, Any]:
     """The plain values of ``configs/model/<name>.yaml``; raises Hydra's error, with the choices, if there is none."""
 
     def values() -> dict[str, Any]:
-        composed: Any = OmegaConf.to_container(compose("flops", overrides=[f"model={name}"]).model, resolve=True)
-        return composed
+        return plain(compose("flops", overrides=[f"model={name}"]).model)
 
     if GlobalHydra.instance().is_initialized():  # inside a command
         return values()
@@ -75,19 +87,46 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
     return [*others, f"runs=[{','.join(json.dumps(path) for path in paths)}]"] if paths else others
 
 
-def entry_point(main: Callable[[], None], paths: bool = False) -> None:
-    """Run a Hydra main function; a user's mistake ends in one message on stderr and exit status 2.
+def entry_point(main: Callable[[], Any], paths: bool = False) -> None:
+    """Run a command's Hydra function; a user's mistake ends in one message on stderr and exit status 2.
 
     Args:
-        main: the function.
+        main: the function; the documentation of its module is what ``--help`` begins with.
         paths: words of the command line that are no overrides are ``runs``.
     """
-    prepare()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of Hydra's own printout
-    try:
+
+    def run() -> None:
+        prepare()
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            show_help(main.__module__)
+            return
         if paths:
             sys.argv[1:] = with_paths(sys.argv[1:])
+        _held.clear()
         main()
+        if _held:
+            raise _held[0]
+
+    answer(run)
+
+
+_held: list[BaseException] = []
+
+
+def hold(run: Callable[..., T], *arguments: Any) -> T | None:
+    """Call ``run`` within Hydra; an error is kept for :func:`entry_point`, for Hydra would announce it as well."""
+    try:
+        return run(*arguments)
+    except Exception as error:
+        _held.append(error)
+        return None
+
+
+def answer(run: Callable[[], Any]) -> None:
+    """Call ``run``; what a user did wrong becomes one message on stderr and exit status 2."""
+    try:
+        run()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -102,8 +141,12 @@ def entry_point(main: Callable[[], None], paths: bool = False) -> None:
 
 
 def prepare() -> None:
-    """What holds in every process that runs a command or a part of one: known resolvers, no idle warnings."""
+    """What holds in every process that runs a command or a part of one: known resolvers, plain messages."""
     register_resolvers()
+    log = logging.getLogger("dcdit")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.propagate = False
     # Lightning finds a missing validation split and a resumed run strange, uses what torch deprecates, and advertises.
     noises = (
         "Total length of `list` across ranks is zero",
@@ -113,27 +156,47 @@ def prepare() -> None:
     )
     for noise in noises:
         warnings.filterwarnings("ignore", message=noise)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
 
-def explain(error: Exception) -> str | None:
+def explain(error: BaseException) -> str | None:
     """What to tell a user about ``error``; None if it is no mistake of theirs, and whoever mends it wants the trace."""
     if isinstance(error, ConfigCompositionException | MissingConfigException):
         return _explain_override(error)
-    if isinstance(error, InstantiationException):
-        return f"{error.__cause__ or error}"
-    if type(error).__module__.startswith("wandb."):
-        return f"logger=wandb: {error} Or set WANDB_API_KEY, or WANDB_MODE=offline, in the environment"
-    known = UserError | MisconfigurationException | NonFiniteLossError | HydraException | OmegaConfBaseException
-    if isinstance(error, known):
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        place = re.search(r"^full_key: (\S+)", str(error), flags=re.MULTILINE)
+        return f"{place[1]}: {error.__cause__}" if place else str(error.__cause__)
+    if isinstance(error, UserError | TrainingError | HydraException | OmegaConfBaseException):
         return str(error)
+    origin = type(error).__module__
+    if origin.startswith("lightning.") and type(error).__name__ == "MisconfigurationException":
+        return str(error)
+    if origin.startswith("wandb."):
+        key = " Or set WANDB_API_KEY, or WANDB_MODE=offline, in the environment" if "api" in str(error).lower() else ""
+        return f"logger=wandb: {error}{key}"
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        where = error.filename if isinstance(error.filename, str) else _origin(error)
+        return f"{where}: {error.strerror or error}"
     return None
+
+
+def _origin(error: BaseException) -> str:
+    """The module and line of this package that an error came through last."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__", "")
+        if str(name).startswith("dcdit"):
+            found = f"{name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found or type(error).__name__
 
 
 def show(message: str) -> None:
     """Print ``message`` in a red box on stderr."""
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
     Console(stderr=True).print(Panel(Text(message.strip()), title="dcdit", border_style="red"))
 
 

@@ -1,172 +1,155 @@
-"""From a composed configuration to what trains: module, data, trainer; every mistake is found here."""
+"""From a checked plan to what trains: module, data, trainer."""
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import hydra
 import lightning.pytorch as pl
-import torch
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_info
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from hydra.errors import InstantiationException
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from omegaconf import DictConfig
 
-from dcdit.checks import micro_batch
 from dcdit.compute.matching import steps_matching
 from dcdit.data.datamodule import LatentDataModule
-from dcdit.data.manifest import Manifest
+from dcdit.data.latents import LatentSpec
 from dcdit.errors import UserError
-from dcdit.runtime.processes import launcher, processes
+from dcdit.network import build_network
+from dcdit.runtime.devices import without_memory
+from dcdit.runtime.processes import launched, say
 from dcdit.settings.entry import model_config
-from dcdit.settings.schema import call_checked
-from dcdit.settings.tables import build_network, build_source
-from dcdit.training.callbacks import AtomicCheckpointIO
+from dcdit.settings.schema import call_checked, suggestion
+from dcdit.training.batching import accumulation, world_size
+from dcdit.training.callbacks.checkpoint import AtomicCheckpointIO
+from dcdit.training.callbacks.interrupt import StopOnInterrupt
 from dcdit.training.module import DCDiTModule
-from dcdit.training.objective import Budget
+from dcdit.training.settings import TrainPlan
 
 
-def check_fit(manifest: Manifest, model: dict[str, Any]) -> None:
-    """Raise :class:`UserError` unless the network that ``model`` describes takes the latents of ``manifest``."""
-    channels, height, width = manifest.latent_shape
-    pairs = [
-        ("grid", model["grid"], height if height == width else (height, width)),
-        ("channels", model["channels"], channels),
-        ("num_classes", model["num_classes"], len(manifest.classes)),
-    ]
-    for name, wanted, found in pairs:
-        if wanted != found:
-            raise UserError(
-                f"model.{name}={wanted} does not fit the shards, which have {found}"
-                f" (latents {channels} x {height} x {width}, {len(manifest.classes)} classes):"
-                f" set model.{name}={found}, or point data.directory at other shards"
-            )
-
-
-@dataclass(frozen=True)
-class Run:
-    """The keys at the top of ``configs/train.yaml``."""
-
-    compression: float
-    seed: int
-    run_name: str
-    run_dir: str
-    ckpt_path: str | None
-    run_id: str | None
-    nonfinite_limit: int
-    deal_timesteps: bool
-
-
-def match_compute(config: DictConfig) -> None:
-    """Where ``trainer.match_compute_of`` names a model, set ``trainer.max_steps`` to match its training compute.
+def match_compute(plan: TrainPlan) -> TrainPlan:
+    """``plan`` with as many steps as cost what its baseline does, where it names one.
 
     Raises:
         UserError: if the lengths cannot be matched.
     """
-    name, steps = config.trainer.match_compute_of, config.trainer.match_steps
-    if name is None:
-        return
-    spec: Any = OmegaConf.to_container(config.model, resolve=True)
+    baseline, steps = plan.match_compute.baseline, plan.match_compute.steps
+    if baseline is None:
+        return plan
+    spec = plan.values["model"]
     # The baseline sees the same latents, whatever its file says.
-    baseline = model_config(name) | {key: spec[key] for key in ("grid", "channels", "num_classes")}
-    budget = call_checked(Budget, OmegaConf.to_container(config.budget, resolve=True), "budget")  # type: ignore[arg-type]
-    with torch.device("meta"):
-        networks = build_network(spec), build_network(baseline)
-    config.trainer.max_steps = steps_matching(*networks, steps, config.compression, budget.fractions, budget.warmup)
-    rank_zero_info(f"{config.trainer.max_steps} steps cost as much as {steps} of {name}")
+    other = model_config(baseline) | {key: spec[key] for key in ("grid", "channels", "num_classes")}
+    with without_memory():
+        networks = build_network(spec), build_network(other)
+    budgets = plan.multi_budget
+    found = steps_matching(*networks, steps, plan.run.compression, budgets.fractions, budgets.full_budget_steps)
+    say(f"{found} steps cost as much as {steps} of {baseline}")
+    return replace(plan, trainer=replace(plan.trainer, max_steps=found))
 
 
-def build_module(config: DictConfig, latents: dict[str, Any]) -> DCDiTModule:
-    """The LightningModule of a composed configuration; UserError if a value is wrong."""
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    run = call_checked(Run, {name: value for name, value in plain.items() if not isinstance(value, dict)}, "")
-    max_steps = plain["trainer"]["max_steps"]
-    if not isinstance(max_steps, int) or max_steps < 1:
-        raise UserError(
-            f"trainer.max_steps={max_steps!r} is not a whole number of at least 1: give the steps of the run"
-        )
-    fractions = plain["budget"].get("fractions")
-    if plain["model"]["name"] == "dit" and fractions:
-        raise UserError(f"budget.fractions={fractions}: a plain DiT drops no tokens, set budget=none")
+def build_module(plan: TrainPlan, latents: LatentSpec | None) -> DCDiTModule:
+    """The LightningModule; UserError if a value is wrong.
+
+    Args:
+        plan: what is trained.
+        latents: what it is trained on; None while that is not known yet.
+    """
     return DCDiTModule(
-        model=plain["model"],
-        latents=latents,
-        compression=run.compression,
-        ratio=plain["ratio"],
-        budget=plain["budget"],
-        optimizer=plain["optimizer"],
-        max_steps=max_steps,
-        seed=run.seed,
-        nonfinite_limit=run.nonfinite_limit,
-        deal_timesteps=run.deal_timesteps,
+        model=plan.values["model"],
+        latents=latents.to_plain() if latents else {},
+        compression=plan.run.compression,
+        ratio=asdict(plan.ratio),
+        multi_budget=asdict(plan.multi_budget),
+        optimizer=asdict(plan.optimizer),
+        max_steps=plan.trainer.max_steps,
+        seed=plan.run.seed,
+        nonfinite_limit=plan.run.nonfinite_limit,
+        balance_timesteps=plan.run.balance_timesteps,
     )
 
 
-def build_data(config: DictConfig) -> LatentDataModule:
-    """The LightningDataModule of a composed configuration."""
-    values: Any = OmegaConf.to_container(config.data, resolve=True)
-    spec = values.pop("source")
-    return call_checked(LatentDataModule, values, "data", {"source": build_source(spec) if spec else None})
+def check_network(plan: TrainPlan) -> None:
+    """Build everything that takes neither data nor memory; UserError if a value is wrong. Cheap at any scale."""
+    with without_memory():
+        build_module(plan, None)
 
 
-def world_size(config: DictConfig) -> int:
-    """Processes that the trainer will use."""
-    devices, on_gpu = config.trainer.devices, config.trainer.accelerator in ("gpu", "cuda")
-    if isinstance(devices, ListConfig):
-        number = len(devices)
-    elif isinstance(devices, int) and devices > 0:
-        number = devices
-    else:  # -1 and "auto"
-        number = max(1, torch.cuda.device_count()) if on_gpu else 1
-    return number * config.trainer.num_nodes
+def build_data(plan: TrainPlan) -> LatentDataModule:
+    """The LightningDataModule; UserError if a value is wrong."""
+    return call_checked(LatentDataModule, plan.values.get("data"), "data")
 
 
-def accumulation(config: DictConfig, world: int) -> int:
-    """Micro-batches of an optimiser step on each of ``world`` processes, which keep ``data.batch_size`` what it says.
+def build_each(nodes: Any, section: str) -> list[Any]:
+    """What a section of objects describes, such as callbacks; nodes that are null are left out.
 
     Raises:
-        UserError: if the batch cannot be split so.
+        UserError: if one cannot be built, naming its place.
     """
-    batch, most, steps = config.data.batch_size, config.trainer.max_micro_batch, config.trainer.accumulate_grad_batches
-    if most is not None and steps != 1:
-        raise UserError(
-            f"trainer.max_micro_batch={most} and trainer.accumulate_grad_batches={steps} are two ways to say how a"
-            " batch is split, take one"
-        )
-    micro_batch(batch, world, steps)
-    if most is None:
-        return steps
-    if most < 1:
-        raise UserError(f"trainer.max_micro_batch={most} is not a positive number")
-    own = batch // world
-    return next(steps for steps in range(-(-own // most), own + 1) if own % steps == 0)
+    if nodes is not None and not isinstance(nodes, DictConfig):
+        raise UserError(f"{section}={nodes!r}: {section} is a group and a section, choose one or set its keys")
+    found = []
+    for name, node in (nodes or {}).items():
+        if node is None:
+            continue
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise UserError(f"{section}.{name!s}={node}: it is a section with keys of its own, or null to leave it out")
+        where = f"{section}.{name!s}"
+        try:
+            found.append(hydra.utils.instantiate(node))
+        except InstantiationException as error:
+            cause = error.__cause__
+            if isinstance(cause, UserError):
+                raise UserError(f"{where}.{cause}") from cause
+            if isinstance(cause, TypeError | ValueError) or cause is None:
+                raise UserError(f"{where}: {cause or str(error).splitlines()[0]}") from error
+            raise cause from error
+    return found
 
 
-def check_devices(config: DictConfig) -> None:
-    """Raise :class:`UserError` if the trainer asks for a GPU that is not there, or not for the processes that are."""
-    started, wanted = processes()[1], world_size(config)
-    if started not in (1, wanted):
-        raise UserError(
-            f"trainer.devices={config.trainer.devices} x trainer.num_nodes={config.trainer.num_nodes}, but"
-            f" {started} processes were started: set trainer.devices to those of each node"
-        )
-    if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"trainer.accelerator={config.trainer.accelerator}: this machine has no usable CUDA device; train on the"
-            " CPU with trainer=cpu, or try the run out with debug=tiny"
-        )
+def build_trainer(plan: TrainPlan, config: DictConfig, interrupt: StopOnInterrupt) -> pl.Trainer:
+    """The Trainer with its callbacks and loggers.
 
+    Args:
+        plan: what is trained.
+        config: whose callbacks and loggers are built.
+        interrupt: stops at a signal.
 
-def build_trainer(config: DictConfig) -> pl.Trainer:
-    """The Trainer with its callbacks and loggers."""
-    callbacks = [hydra.utils.instantiate(node) for node in (config.callbacks or {}).values() if node]
-    loggers = [hydra.utils.instantiate(node) for node in (config.logger or {}).values() if node]
-    own = ("match_compute_of", "match_steps", "max_micro_batch", "compile", "recompute_activations")
-    arguments = {key: value for key, value in config.trainer.items() if key not in own}
-    arguments["accumulate_grad_batches"] = accumulate = accumulation(config, world_size(config))
+    Raises:
+        UserError: if a value is wrong.
+    """
+    callbacks = [*build_each(config.callbacks, "callbacks"), interrupt]
+    loggers = build_each(config.logger, "logger")
+    arguments: dict[str, Any] = {**plan.values["trainer"], **asdict(plan.trainer)}
+    known = inspect.signature(pl.Trainer).parameters
+    for key in arguments:
+        if key not in known:
+            raise UserError(
+                f"trainer.{key}={arguments[key]}: Lightning's Trainer has no such key, {suggestion(key, known)}"
+            )
+    arguments["accumulate_grad_batches"] = accumulate = accumulation(plan, world_size(plan))
     if isinstance(arguments["val_check_interval"], int):
         arguments["val_check_interval"] *= accumulate  # Lightning counts micro-batches
-    environment = launcher()
-    if environment is None and SLURMEnvironment.detect():  # inside an allocation, but not by srun
-        environment = LightningEnvironment()
-    plugins = [AtomicCheckpointIO(), *([environment] if environment else [])]
     arguments["enable_progress_bar"] = (config.callbacks or {}).get("progress") is not None
-    return hydra.utils.instantiate(arguments, callbacks=callbacks, logger=loggers or False, plugins=plugins)
+    environment = cluster_environment()
+    plugins = [AtomicCheckpointIO(), *([environment] if environment else [])]
+    return _trainer({**arguments, "callbacks": callbacks, "logger": loggers or False, "plugins": plugins})
+
+
+def _trainer(arguments: Mapping[str, Any]) -> pl.Trainer:
+    try:
+        return pl.Trainer(**arguments)
+    except (TypeError, ValueError) as error:  # its own checks
+        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+
+
+def cluster_environment() -> ClusterEnvironment | None:
+    """Whoever started this process as one of several, for Lightning. Queueing again is not its business."""
+    launch = launched()
+    if launch is not None:
+        return TorchElasticEnvironment() if launch.by == "torchrun" else SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment() if SLURMEnvironment.detect() else None  # inside an allocation, but not by srun

@@ -1,56 +1,29 @@
 """The LightningModule: network, diffusion loss, ratio loss and the sampled drop fraction."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from diffusers.optimization import get_scheduler
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from dcdit.checks import check_compression
-from dcdit.data.manifest import disagreement
+from dcdit.data.latents import LatentSpec
 from dcdit.data.stream import Batch
 from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss
-from dcdit.diffusion.schedule import TRAIN_STEPS, Posterior, add_noise
-from dcdit.errors import UserError
-from dcdit.network import Output
+from dcdit.diffusion.schedule import Posterior, add_noise
+from dcdit.diffusion.settings import TRAIN_STEPS
+from dcdit.errors import TrainingError, UserError
+from dcdit.network import Output, build_network
 from dcdit.settings.schema import call_checked
-from dcdit.settings.tables import build_network
 from dcdit.training.callbacks.throughput import logging_interval
-from dcdit.training.objective import Budget, Ratio, dealt_timesteps, drop_fraction_at, ratio_loss, target_compression
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """AdamW and its learning-rate schedule.
-
-    Attributes:
-        lr: peak learning rate.
-        weight_decay: decoupled weight decay.
-        schedule: a schedule name of ``diffusers.optimization.get_scheduler``, such as ``constant`` or ``cosine``.
-        warmup: linear warm-up steps; ``constant`` has none, ``constant_with_warmup`` does.
-    """
-
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UserError(f"lr={self.lr} is not positive")
-
+from dcdit.training.metrics import over_ranks, routing_metrics, step_metrics
+from dcdit.training.objective import balanced_timesteps, drop_fraction_at, ratio_loss, target_compression
+from dcdit.training.settings import MultiBudgetSettings, OptimizerSettings, RatioSettings
 
 _ALL_RANKS = 2**32 - 1
-"""Stands for a rank in the seed of what all ranks draw alike."""
-
-
-class NonFiniteLossError(RuntimeError):
-    """Training stopped because too many steps in a row had non-finite gradients."""
+"""Stands for a rank in the seed of what all ranks sample alike."""
 
 
 class DCDiTModule(pl.LightningModule):
@@ -60,15 +33,16 @@ class DCDiTModule(pl.LightningModule):
     no random state needs saving for a resumed run to repeat the uninterrupted one.
 
     Args:
-        model: plain mapping for :func:`dcdit.settings.tables.build_network`; saved with the checkpoint.
-        latents: plain mapping that tells a sampler what the latents are (autoencoder, scale, shift, classes);
-            saved with the checkpoint.
+        model: plain mapping for :func:`dcdit.network.build_network`; saved with the checkpoint.
+        latents: plain values of the :class:`dcdit.data.latents.LatentSpec` that is trained on; saved with the
+            checkpoint.
         compression: target compression N of the router.
-        ratio, budget, optimizer: plain mappings for :class:`Ratio`, :class:`Budget` and :class:`Optimizer`.
+        ratio, multi_budget, optimizer: plain mappings for :class:`RatioSettings`, :class:`MultiBudgetSettings` and
+            :class:`OptimizerSettings`.
         max_steps: optimiser steps of the whole run, which the learning-rate schedule needs to know.
         seed: seed of everything random.
         nonfinite_limit: steps with non-finite gradients in a row after which training stops.
-        deal_timesteps: give each of several ranks about as many tokens.
+        balance_timesteps: give each of several ranks about as many tokens.
 
     Raises:
         UserError: if a value is unknown, of the wrong type or out of range.
@@ -80,25 +54,29 @@ class DCDiTModule(pl.LightningModule):
         latents: Mapping[str, Any],
         compression: float,
         ratio: Mapping[str, Any],
-        budget: Mapping[str, Any],
+        multi_budget: Mapping[str, Any],
         optimizer: Mapping[str, Any],
         max_steps: int,
         seed: int,
-        nonfinite_limit: int = 10,
-        deal_timesteps: bool = True,
+        nonfinite_limit: int,
+        balance_timesteps: bool,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        check_compression(compression)
         self.network = build_network(model)
         self.compression = compression
-        self.ratio = call_checked(Ratio, ratio, "ratio")
-        self.budget = call_checked(Budget, budget, "budget")
-        self.optimizer = call_checked(Optimizer, optimizer, "optimizer")
+        self.ratio = call_checked(RatioSettings, ratio, "ratio")
+        self.multi_budget = call_checked(MultiBudgetSettings, multi_budget, "multi_budget")
+        self.optimizer = call_checked(OptimizerSettings, optimizer, "optimizer")
+        if self.multi_budget.fractions and not self.network.routes:
+            raise UserError(
+                f"multi_budget.fractions={self.multi_budget.fractions}: {self.network.title} drops no tokens, set"
+                " multi_budget=none"
+            )
         self.max_steps = max_steps
         self.seed = seed
         self.nonfinite_limit = nonfinite_limit
-        self.deal_timesteps = deal_timesteps
+        self.balance_timesteps = balance_timesteps
         self.tables = Posterior.linear()
         self.skipped = torch.zeros(2)  # steps skipped: in all, and in a row
 
@@ -114,53 +92,32 @@ class DCDiTModule(pl.LightningModule):
         step, world = self.trainer.global_step, self.trainer.world_size
         micro = batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(self._stream(step, self.global_rank, micro))
-        drop = drop_fraction_at(step, self.seed, self.budget.fractions, self.budget.warmup)
-        dealt = None
-        if world > 1 and self.deal_timesteps:
+        budgets = self.multi_budget
+        drop = drop_fraction_at(step, self.seed, budgets.fractions, budgets.full_budget_steps)
+        balanced = None
+        if world > 1 and self.balance_timesteps:
             seed = self._stream(step, _ALL_RANKS, micro)
-            dealt = dealt_timesteps(seed, TRAIN_STEPS, world, self.global_rank, len(batch[0])).to(self.device)
-        output, diffusion = self._diffuse(batch, drop, dealt)
-        loss = diffusion.total.mean()
-        metrics = {
-            "train/diffusion_loss": loss,
-            "train/mse": diffusion.mse.mean(),
-            "train/vlb": diffusion.vlb.mean(),
-            "train/drop_fraction": loss.new_tensor(drop),
-        }
+            balanced = balanced_timesteps(seed, TRAIN_STEPS, world, self.global_rank, len(batch[0])).to(self.device)
+        output, diffusion = self._diffuse(batch, drop, balanced)
+        loss, metrics = diffusion.total.mean(), step_metrics(diffusion, drop)
         if output.routing is not None:
-            target = target_compression(step, self.compression, self.ratio.start, self.ratio.warmup)
+            curriculum = self.ratio.curriculum_start, self.ratio.curriculum_steps
+            target = target_compression(step, self.compression, *curriculum)
             ratio = ratio_loss(output.routing.prob, output.routing.natural_mask, target, self.ratio.group)
             loss = loss + self.ratio.weight * ratio
-            kept = output.routing.natural_mask.float().mean(dim=1)
-            metrics |= {
-                "train/ratio_loss": ratio,
-                "train/kept_mean": kept.mean(),
-                "train/kept_min": kept.min(),
-                "train/kept_max": kept.max(),
-                "train/kept_after_drop": output.routing.mask.float().mean(),
-            }
-            if self.trainer.world_size > 1:
-                tokens = output.routing.mask.sum().float()
-                metrics |= {"train/tokens_per_rank": tokens}
-                metrics |= {f"train/tokens_per_rank_{word}": tokens for word in ("min", "max")}
-        metrics["train/loss"] = loss
-        self.log_dict(self._over_ranks({name: value.detach() for name, value in metrics.items()}))
-        self.log_dict({"loss": loss.detach()}, prog_bar=True, logger=False)
+            metrics |= {"train/ratio_loss": ratio, **routing_metrics(output.routing, world)}
+        self._log({**metrics, "train/loss": loss})
         # A non-finite loss poisons the gradients of every rank, whose norm then makes all of them skip the step.
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
-    def _over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What all ranks found, in one exchange, at the steps that are logged: means, least and greatest values."""
+    def _log(self, metrics: dict[str, Tensor]) -> None:
+        """Log what all ranks found, at the steps that are logged."""
+        metrics = {name: value.detach() for name, value in metrics.items()}
+        self.log_dict({"loss": metrics["train/loss"]}, prog_bar=True, logger=False)
         trainer = self.trainer
-        if trainer.world_size == 1 or (trainer.global_step + 1) % logging_interval(trainer):
-            return metrics
-        own = torch.stack([value.float() for value in metrics.values()])
-        found = own.new_empty(trainer.world_size * len(own))
-        torch.distributed.all_gather_into_tensor(found, own)
-        found = found.view(trainer.world_size, len(own))
-        ends = {"min": found.amin(dim=0), "max": found.amax(dim=0)}
-        mean = found.mean(dim=0)
-        return {name: ends.get(name.rpartition("_")[2], mean)[i] for i, name in enumerate(metrics)}
+        if trainer.world_size > 1 and not (trainer.global_step + 1) % logging_interval(trainer):
+            metrics = over_ranks(metrics, trainer.world_size)
+        self.log_dict(metrics)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Diffusion loss at the full budget; the same timesteps and noise at every validation."""
@@ -171,7 +128,7 @@ class DCDiTModule(pl.LightningModule):
         self.log("val/diffusion_loss", diffusion.total.mean(), sync_dist=True, batch_size=size)
         if output.routing is not None:
             kept = output.routing.natural_mask.float().mean()
-            self.log("val/kept_mean", kept, sync_dist=True, batch_size=size)
+            self.log("val/keep_ratio", kept, sync_dist=True, batch_size=size)
 
     def _stream(self, *position: int) -> int:
         """Seed of the random stream at ``position`` (step, rank, micro-batch) of this run."""
@@ -191,14 +148,13 @@ class DCDiTModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Fused AdamW over all parameters, and the learning-rate schedule by optimiser step."""
+        from diffusers.optimization import get_scheduler
+
         config = self.optimizer
         adamw = torch.optim.AdamW(self.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        try:
-            schedule = get_scheduler(
-                config.schedule, adamw, num_warmup_steps=config.warmup, num_training_steps=self.max_steps
-            )
-        except ValueError as error:
-            raise UserError(f"optimizer.schedule={config.schedule!r}: {error}") from None
+        schedule = get_scheduler(
+            config.schedule, adamw, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.max_steps
+        )
         return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -223,7 +179,7 @@ class DCDiTModule(pl.LightningModule):
         """Stop with a clear error after too many skipped steps in a row; looked at only when metrics are logged."""
         due = max(1, min(logging_interval(self.trainer), self.nonfinite_limit))
         if self.trainer.global_step % due == 0 and self.skipped[1] >= self.nonfinite_limit:
-            raise NonFiniteLossError(
+            raise TrainingError(
                 f"{int(self.skipped[1])} steps in a row had non-finite gradients (limit nonfinite_limit="
                 f"{self.nonfinite_limit}, at step {self.trainer.global_step}). The weights are those of the last finite"
                 " step. Lower optimizer.lr, or use trainer.precision=32-true, and resume with ckpt_path=last"
@@ -237,7 +193,9 @@ class DCDiTModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the count of skipped steps; UserError if the checkpoint was trained on latents of another kind."""
-        difference = disagreement(checkpoint["hyper_parameters"]["latents"], self.hparams["latents"])
+        stored = checkpoint["hyper_parameters"]["latents"]
+        found = LatentSpec.from_plain(self.hparams["latents"], "latents")
+        difference = LatentSpec.from_plain(stored, "the checkpoint's latents").difference(found)
         if difference:
             raise UserError(
                 f"the checkpoint was trained on other latents than the shards hold: {difference}. Point data.directory"

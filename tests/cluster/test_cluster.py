@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.utilities import rank_zero_only
-from support.configs import TINY, compose_config
+from support.configs import TINY, compose_config, plan_of
 from support.runs import assert_same_end, load, wait_for
 
 from dcdit.errors import UserError
 from dcdit.runs.progress import progress_of
-from dcdit.runs.state import RUNNING, RunState
+from dcdit.runs.state import RunState, State
 from dcdit.runtime.processes import lost_process
-from dcdit.training.build import accumulation, build_trainer, world_size
+from dcdit.settings.entry import plain
+from dcdit.training.batching import accumulation, world_size
+from dcdit.training.build import build_trainer
+from dcdit.training.callbacks.interrupt import StopOnInterrupt
+from dcdit.training.settings import TrainPlan
 
 pytest.importorskip("submitit", reason="the extra slurm is not installed")
 from dcdit.cluster.settings import cluster_of
@@ -35,8 +38,14 @@ def command(tmp_path: Path, *overrides: str, launcher: tuple[str, ...] = (sys.ex
 
 
 def test_the_script_is_shown_without_a_slurm(tmp_path):
-    settings = ("experiment=b_n4", "cluster=slurm_multinode", "cluster.nodes=4", "cluster.hours=12", "compression=2,4")
-    more = ("cluster.constraint=a100", "cluster.setup=[module load cuda]", "+cluster.environment.NCCL_DEBUG=a b")
+    settings = (
+        "experiment=b_n4",
+        "cluster=slurm_multinode",
+        "cluster.nodes=4",
+        "cluster.timeout_min=720",
+        "compression=2,4",
+    )
+    more = ("cluster.constraint=a100", "cluster.setup=[module load cuda]", "+cluster.env.NCCL_DEBUG=a b")
     result = command(tmp_path, *settings, *more, "cluster.dry_run=true")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -68,15 +77,15 @@ def test_the_script_is_shown_without_a_slurm(tmp_path):
         (("cluster.gpus_per_node=2",), "cluster.gpus_per_node=2, but trainer.accelerator=cpu"),
         (("trainer=gpu", "cluster.gpus_per_node=1"), "cluster.tasks_per_node=2 disagrees with cluster.gpus_per_node=1"),
         (("data.batch_size=7",), "data.batch_size=7 cannot be split over 2 processes"),
-        (("+cluster.environment.WANDB_API_KEY=1",), "cluster.environment.WANDB_API_KEY: looks like a secret"),
-        (("cluster.hours=0",), "cluster.hours=0.0 is not positive"),
-        (("cluster.hours=0.01",), "cluster.signal_seconds=120: a job of hours=0.01 is over before"),
-        (("cluster.nodes=two",), "cluster.nodes='two'"),
+        (("+cluster.env.WANDB_API_KEY=1",), "cluster.env.WANDB_API_KEY: looks like a secret"),
+        (("cluster.timeout_min=0",), "cluster.timeout_min=0 is not a positive number"),
+        (("cluster.timeout_min=2",), "cluster.signal_delay_s=120: a job of timeout_min=2 is over before"),
+        (("cluster.nodes=two",), "nodes='two' is not a whole number"),
     ],
 )
 def test_disagreements_are_found_before_anything_is_submitted(overrides, message):
     with pytest.raises(UserError) as caught:
-        cluster_of(compose_config("experiment=digits", *CPU, *overrides))
+        cluster_of(plan_of("experiment=digits", *CPU, *overrides))
     assert message in str(caught.value)
 
 
@@ -85,15 +94,15 @@ def test_a_refused_submission_is_one_message(tmp_path):
     assert result.returncode == 2
     assert "there is no SLURM on this machine" in result.stderr.replace("│ \n│ ", "")
     assert "Traceback" not in result.stderr
-    mistyped = command(tmp_path, *TINY, *CPU, "cluster.environment.A=1")
-    assert "+cluster.environment.A" in mistyped.stderr
+    mistyped = command(tmp_path, *TINY, *CPU, "cluster.env.A=1")
+    assert "+cluster.env.A" in mistyped.stderr
 
 
 def test_the_trainer_follows_the_cluster():
     config = compose_config("experiment=xl_n4", "cluster=slurm_multinode", "cluster.nodes=3", "cluster.gpus_per_node=4")
     assert (config.trainer.devices, config.trainer.num_nodes, config.ckpt_path) == (4, 3, "auto")
-    assert world_size(config) == 12
-    cluster_of(compose_config("experiment=xl_n4", "cluster=slurm", "cluster.gpus_per_node=2"))
+    assert world_size(TrainPlan.of(plain(config))) == 12
+    cluster_of(plan_of("experiment=xl_n4", "cluster=slurm", "cluster.gpus_per_node=2"))
 
 
 @pytest.mark.parametrize(
@@ -101,28 +110,28 @@ def test_the_trainer_follows_the_cluster():
     [(256, 8, None, 1), (256, 8, 8, 4), (256, 8, 32, 1), (60, 2, 7, 5), (6, 2, 1, 3)],
 )
 def test_the_batch_stays_what_it_is(batch, world, most, steps):
-    given = f"trainer.max_micro_batch={'null' if most is None else most}"
-    config = compose_config("experiment=digits", f"data.batch_size={batch}", given)
-    assert accumulation(config, world) == steps
+    given = f"execution.max_micro_batch={'null' if most is None else most}"
+    plan = plan_of("experiment=digits", f"data.batch_size={batch}", given)
+    assert accumulation(plan, world) == steps
     assert batch % (world * steps) == 0
 
 
 def test_impossible_splits_are_refused():
-    config = compose_config("experiment=digits", "data.batch_size=10", "trainer.max_micro_batch=2")
+    plan = plan_of("experiment=digits", "data.batch_size=10", "execution.max_micro_batch=2")
     with pytest.raises(UserError, match=r"data\.batch_size=10 cannot be split over 4 processes"):
-        accumulation(config, 4)
-    both = compose_config("experiment=digits", "trainer.max_micro_batch=2", "trainer.accumulate_grad_batches=2")
+        accumulation(plan, 4)
+    both = plan_of("experiment=digits", "execution.max_micro_batch=2", "trainer.accumulate_grad_batches=2")
     with pytest.raises(UserError, match="two ways to say"):
         accumulation(both, 1)
     with pytest.raises(UserError, match=r"max_micro_batch=0 is not a positive number"):
-        accumulation(compose_config("experiment=digits", "trainer.max_micro_batch=0"), 1)
+        plan_of("experiment=digits", "execution.max_micro_batch=0")
 
 
 def test_validations_are_counted_in_optimiser_steps(tiny):
-    config = compose_config(*TINY, "trainer.max_micro_batch=2", "trainer.val_check_interval=3")
-    trainer = build_trainer(config)
+    config = compose_config(*TINY, "execution.max_micro_batch=2", "trainer.val_check_interval=3")
+    trainer = build_trainer(TrainPlan.of(plain(config)), config, StopOnInterrupt())
     assert (trainer.accumulate_grad_batches, trainer.val_check_interval) == (4, 12)
-    run = tiny("run", "trainer.max_micro_batch=4", "trainer.max_steps=4", "trainer.val_check_interval=2")
+    run = tiny("run", "execution.max_micro_batch=4", "trainer.max_steps=4", "trainer.val_check_interval=2")
     assert load(run)["global_step"] == 4
     rows = (run / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
     place = rows[0].split(",").index("val/diffusion_loss")
@@ -185,22 +194,20 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_the_run_goes_on(tmp_pat
 def test_a_run_that_died_in_place_too_often_is_given_up_by_jobs_alone(tmp_path, monkeypatch):
     from dcdit.runs.resume import started
 
-    config = compose_config(*TINY, *CPU, "cluster.attempts=2")
-    state = started(None, tmp_path, config)
-    assert (state.state, state.starts, state.began) == (RUNNING, 1, 0)
-    state = started(state, tmp_path, config)
+    state = started(None, tmp_path, 10, max_restarts=1)
+    assert (state.state, state.starts, state.began) == (State.RUNNING, 1, 0)
+    state = started(state, tmp_path, 10, max_restarts=1)
     assert state.starts == 2
-    with pytest.raises(UserError, match="the run died 2 times in a row after step 0"):
-        started(state, tmp_path, config)
+    with pytest.raises(UserError, match=r"cluster\.max_restarts=1: the run died 2 times in a row after step 0"):
+        started(state, tmp_path, 10, max_restarts=1)
     with monkeypatch.context() as patch:  # may read what the first process wrote just now
-        patch.setattr(rank_zero_only, "rank", 1)
-        started(state, tmp_path, config)
+        patch.setenv("LOCAL_RANK", "1")
+        started(state, tmp_path, 10, max_restarts=1)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step_00000020.ckpt").touch()  # further than before
-    assert started(state, tmp_path, config).starts == 1
-    local = compose_config(*TINY)
+    assert started(state, tmp_path, 10, max_restarts=1).starts == 1
     for _ in range(5):
-        state = started(state, tmp_path, local)
+        state = started(state, tmp_path, 10)
 
 
 def test_the_end_of_another_process_is_no_reason():
@@ -238,7 +245,7 @@ def test_auto_does_not_go_on_with_another_experiment(tiny):
 def test_only_runs_that_need_a_job_get_one(tiny, tmp_path, monkeypatch, caplog):
     from dcdit.cluster.launch import is_due, note_gone
     from dcdit.runs.lock import sole_writer
-    from dcdit.runs.state import FAILED, QUEUED_NAME
+    from dcdit.runs.state import QUEUED_NAME
 
     finished = tiny("finished", "trainer.max_steps=2")
 
@@ -254,7 +261,7 @@ def test_only_runs_that_need_a_job_get_one(tiny, tmp_path, monkeypatch, caplog):
         assert not due(finished, "trainer.max_steps=3")
     assert not due(tmp_path / "wrong", "model.heads=5")
     state = RunState.read(tmp_path / "wrong")
-    assert state.state == FAILED
+    assert state.state is State.FAILED
     assert "heads=5 does not divide width=32" in state.reason
     # a job that is gone without a word
     new.mkdir()

@@ -37,8 +37,8 @@ SETTINGS = (
     "cluster.tasks_per_node=2",
     "cluster.cpus_per_task=1",
     "cluster.poll_seconds=2",
-    "+cluster.environment.OMP_NUM_THREADS=1",
-    "+cluster.environment.OMP_WAIT_POLICY=passive",
+    "+cluster.env.OMP_NUM_THREADS=1",
+    "+cluster.env.OMP_WAIT_POLICY=passive",
 )
 
 
@@ -111,10 +111,10 @@ def test_a_sweep_is_one_job_array_and_is_summed_up(tmp_path, digits, slurm):
 
 
 def test_disturbed_jobs_end_as_the_undisturbed_and_a_broken_one_fails_once(tmp_path, digits, slurm):
-    settings = ("trainer.max_steps=300", "callbacks.checkpoint.every_n_steps=20", "budget.warmup=20")
+    settings = ("trainer.max_steps=300", "callbacks.checkpoint.every_n_steps=20", "multi_budget.full_budget_steps=20")
     names = {"undisturbed": 100, "requeued": 101, "preempted": 102, "killed": 103, "broken": -1}
     # a value that changes nothing tells the runs apart
-    varied = f"data.damaged_limit={','.join(map(str, names.values()))}"
+    varied = f"data.corrupt_limit={','.join(map(str, names.values()))}"
     process = submit(tmp_path, digits, slurm, *settings, varied, "run_name=disturbed")
     folder = tmp_path / "runs" / "disturbed_sweep"
     runs = {name: folder / f"data.damaged_limit_{value}" for name, value in names.items()}
@@ -144,7 +144,7 @@ def test_disturbed_jobs_end_as_the_undisturbed_and_a_broken_one_fails_once(tmp_p
     wait_for(over, 400)
     rows = {name: summary(folder)[run.name] for name, run in runs.items()}
     broken = rows.pop("broken")
-    assert (broken["state"], broken["reason"][:32]) == ("failed", "data.damaged_limit=-1 is below 0")
+    assert (broken["state"], broken["reason"][:32]) == ("failed", "data.corrupt_limit=-1 is below 0")
     assert starts(runs["broken"]) == 1
     assert process.returncode == 1  # for the broken one
     for name, row in rows.items():
@@ -175,7 +175,7 @@ def starts(run: Path) -> int:
 def test_a_run_that_dies_again_and_again_is_given_up(tmp_path, digits, slurm):
     # every start is killed before its first checkpoint
     endless = ("trainer.max_steps=1000000", "callbacks.checkpoint.every_n_steps=1000000")
-    process = submit(tmp_path, digits, slurm, *endless, "cluster.attempts=1", "run_name=dying")
+    process = submit(tmp_path, digits, slurm, *endless, "cluster.max_restarts=1", "run_name=dying")
     run = tmp_path / "runs" / "dying"
 
     def next_step() -> bool:
@@ -193,5 +193,5 @@ def test_a_run_that_dies_again_and_again_is_given_up(tmp_path, digits, slurm):
     assert starts(run) == 2
     state = RunState.read(run)
     assert state.state == "failed"
-    assert "cluster.attempts=1: the run died 1 times in a row after step 0" in state.reason
+    assert "cluster.max_restarts=1: the run died 1 times in a row after step 0" in state.reason
     wait_for(lambda: ask(slurm, "squeue", "--noheader") == "")

@@ -14,10 +14,11 @@ from support.runs import wait_for
 
 from dcdit import evaluate, generate
 from dcdit.errors import UserError
-from dcdit.evaluation.features import Digits, FeatureNetwork
-from dcdit.evaluation.metrics import Statistics, compare
+from dcdit.evaluation.features import DigitsClassifier, FeatureNetwork
+from dcdit.evaluation.metrics import compare
+from dcdit.evaluation.statistics import Statistics
 
-SETTINGS = ("features=digits", "count=44", "part=15", "sampler.steps=3", "sampler.clip=true", "batch_size=5")
+SETTINGS = ("features=digits", "count=44", "chunk_size=15", "sampler.steps=3", "sampler.clip=true", "batch_size=5")
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_figures_stand_beside_what_they_depend_on(run, capsys, tmp_path):
     timing = result["timing"]
     assert (len(timing["rounds"]), timing["batch_size"]) == (3, 5)
     assert result["milliseconds_per_image"] == sorted(timing["rounds"])[1] > 0
-    kept = result["kept"]
+    kept = result["keep_ratio"]
     assert kept["timesteps"] == [999, 500, 0]
     assert len(kept["conditional"]) == len(kept["unconditional"]) == 3
     assert all(0 < share <= 1 for share in kept["conditional"])
@@ -70,7 +71,7 @@ def test_figures_stand_beside_what_they_depend_on(run, capsys, tmp_path):
     after = {path: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert len(after) == 3
     for path, values in before.items():  # the times are taken again, for all budgets in turns
-        same = ("metrics", "plan", "kept", "tflops_per_image")
+        same = ("metrics", "plan", "keep_ratio", "tflops_per_image")
         assert [values[key] for key in same] == [after[path][key] for key in same]
         assert values["timing"] != after[path]["timing"]
     untouched = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
@@ -83,9 +84,9 @@ def test_figures_stand_beside_what_they_depend_on(run, capsys, tmp_path):
 def test_the_figures_are_those_of_the_images_that_generate_writes(run, tmp_path, digits):
     result = run()[0.0]
     places = (f"checkpoint={run.checkpoint}", f"out={tmp_path}/images")
-    settings = ("count=44", "part=15", "sampler.steps=3", "sampler.clip=true", "batch_size=5")
+    settings = ("count=44", "chunk_size=15", "sampler.steps=3", "sampler.clip=true", "batch_size=5")
     folder = generate.run(compose_config(*places, *settings, name="generate"))
-    network = Digits()
+    network = DigitsClassifier()
     with np.load(folder / "samples.npz") as stored:
         seen = network(torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2))
     from dcdit.data.builtin import Digits as Source
@@ -125,24 +126,24 @@ def test_any_number_of_processes_and_any_break_give_the_same_figures(run, monkey
         return see(self, images)
 
     monkeypatch.setattr(FeatureNetwork, "forward", breaks)
-    with pytest.raises(UserError, match=r"No space left on device. Finished parts are kept"):
+    with pytest.raises(UserError, match=r"No space left on device. Finished chunks are kept"):
         run("drop_fractions=[0,0.4]", out="broken")
     monkeypatch.undo()
     capsys.readouterr()
     again = run("drop_fractions=[0,0.4]", out="broken")
-    assert "Continuing: 1 of 3 parts" in capsys.readouterr().err
+    assert "Continuing: 1 of 3 chunks" in capsys.readouterr().err
     assert again[0.4]["metrics"] == whole[0.4]["metrics"]
-    assert again[0.4]["kept"] == whole[0.4]["kept"]
+    assert again[0.4]["keep_ratio"] == whole[0.4]["keep_ratio"]
 
 
 def test_a_kill_keeps_what_was_measured(run, tmp_path, digits):
     def command(out: str) -> list[str]:
         places = (f"checkpoint={run.checkpoint}", f"reference={digits}/val", f"cache={tmp_path}/cache")
-        settings = (*SETTINGS, "count=60", "part=5", "sampler.steps=10", "drop_fractions=[0,0.5]")
+        settings = (*SETTINGS, "count=60", "chunk_size=5", "sampler.steps=10", "drop_fractions=[0,0.5]")
         return [sys.executable, "-m", "dcdit.evaluate", *places, f"out={tmp_path / out}", *settings]
 
     def parts() -> list[Path]:
-        return list((tmp_path / "killed").glob(".evaluation-*/part-*.npz"))
+        return list((tmp_path / "killed").glob(".evaluation-*/chunk-*.npz"))
 
     process = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     wait_for(lambda: len(parts()) >= 2 or process.poll() is not None)
@@ -178,7 +179,7 @@ def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):
         (f"reference={digits}", "holds several splits"),
         ("count=30", "30 images are too few for FID"),
         ("count=0", "count=0 is not a positive number"),
-        ("drop_fractions=[0,1.0]", r"drop_fractions=1.0 is outside"),
+        ("drop_fractions=[0,1.0]", r"drop_fractions=1 is outside"),
         ("drop_fractions=[]", "asks for nothing"),
         ("metrics=[prc]", "'prc' is not one of"),
         ("drop_fractions=0.3", r"a list is needed, such as drop_fractions=\[0.3\]"),
@@ -190,7 +191,7 @@ def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):
     ):
         with pytest.raises(UserError, match=message):
             run(override, out="wrong")
-    for other in ("guidance.drop_fraction=0.2", "budget.share=0.9"):
+    for other in ("guidance.drop_fraction=0.2", "budget.fraction=0.9"):
         with pytest.raises(UserError, match="the budget is given by budget"):
             run("drop_fractions=[0.1]", other, out="wrong")
     with pytest.raises(UserError, match=r"features: .*nowhere.MyNet.*No module named 'nowhere'"):
@@ -205,4 +206,4 @@ def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):
     with pytest.raises(UserError, match="a plain DiT drops no tokens"):
         run(checkpoint, "guidance.drop_fraction=0.2", out="wrong")
     (result,) = run(checkpoint, "drop_fractions=[0]", out="dit").values()
-    assert "kept" not in result
+    assert "keep_ratio" not in result

@@ -21,7 +21,7 @@ from dcdit import extract, inspect_latents, sample
 from dcdit.data import shards
 from dcdit.data.manifest import Manifest
 from dcdit.errors import UserError
-from dcdit.train import train
+from dcdit.training.run import train
 
 
 def write_images(root: Path, count: int, classes: int = 3) -> Path:
@@ -95,7 +95,7 @@ def test_the_stored_moments_are_the_autoencoders(run, images, tiny_vae):
     from dcdit.data.autoencoder import load_autoencoder
     from dcdit.extraction.decode import decode_image
 
-    folder = run("moments", "mirrored=true")
+    folder = run("moments", "hflip=true")
     autoencoder, layout = (
         load_autoencoder(str(tiny_vae), torch.device("cpu")),
         shards.Layout((8, 8, 8), "float16", True),
@@ -104,15 +104,15 @@ def test_the_stored_moments_are_the_autoencoders(run, images, tiny_vae):
     descriptor = os.open(folder / shard.name, os.O_RDONLY)
     for index, note in enumerate(notes(folder)[:3]):
         pixels = torch.from_numpy(decode_image((images / note["source"]).read_bytes(), 32)).permute(2, 0, 1)[None]
-        for mirrored, view in ((False, pixels), (True, pixels.flip(-1))):
+        for hflip, view in ((False, pixels), (True, pixels.flip(-1))):
             row = np.empty(layout.array_bytes, np.uint8)
-            layout.read(descriptor, index, mirrored, row)
+            layout.read(descriptor, index, hflip, row)
             expected = autoencoder.encode(view, "fp32")[0].numpy()
             np.testing.assert_allclose(row.view(np.float16).reshape(8, 8, 8), expected, rtol=2e-3, atol=2e-3)
     os.close(descriptor)
 
 
-@pytest.mark.parametrize("options", [[], ["representation=sample", "mirrored=true", "dtype=float32"]])
+@pytest.mark.parametrize("options", [[], ["representation=sample", "hflip=true", "dtype=float32"]])
 def test_any_number_of_processes_and_workers_writes_the_same_bytes(run, tmp_path, monkeypatch, options):
     alone = content(run("alone", *options))
     assert content(run("workers", *options, "num_workers=2")) == alone
@@ -163,7 +163,7 @@ def test_odd_files_are_encoded_or_listed(run, images, tmp_path, capsys):
     assert set(skipped) == {"stray.jpg", *(f"class_0/{name}" for name in UNUSABLE)}
     assert "empty" in skipped["class_0/empty.png"]
     assert "not an image" in skipped["class_0/notes.txt"]
-    assert "damaged" in skipped["class_0/cut.jpg"]
+    assert "corrupt" in skipped["class_0/cut.jpg"]
     assert "min_side=2" in skipped["class_0/thin.png"]
     assert "No such file" in skipped["class_0/gone.jpg"]
     assert "no class folder" in skipped["stray.jpg"]
@@ -204,8 +204,8 @@ def test_changes_between_two_runs_are_refused_by_name(run, images, tmp_path, mon
         run("changed", f"source={root}", "image_size=16")
     finished = run("changed", f"source={root}")
     assert content(finished) == content(run("whole", f"source={root}"))
-    with pytest.raises(UserError, match=r"mirrored=True, but the extraction there was begun with False"):
-        run("changed", f"source={root}", "mirrored=true")
+    with pytest.raises(UserError, match=r"hflip=True, but the extraction there was begun with False"):
+        run("changed", f"source={root}", "hflip=true")
     (finished / "manifest.json").unlink()
     with pytest.raises(UserError, match="holds tar files without a manifest"):
         run("changed", f"source={root}")
@@ -400,12 +400,12 @@ def test_a_killed_extraction_goes_on_with_the_same_bytes(tmp_path, tiny_vae):
 
 
 def test_images_to_shards_to_training_to_images(run, tmp_path, capsys):
-    folder = run("latents", "mirrored=true")
+    folder = run("latents", "hflip=true")
     inspect_latents.run(
         compose_config(f"directory={folder.parent}", f"picture={tmp_path}/grid.png", "images=4", name="inspect_latents")
     )
     printed = capsys.readouterr().out
-    assert "50, each also mirrored" in printed
+    assert "50, each also hflip" in printed
     assert "all right" in printed
     with Image.open(tmp_path / "grid.png") as picture:
         assert min(picture.size) > 64
@@ -449,7 +449,7 @@ MOMENTS = ["model.channels=4", "model.num_classes=3", "data.source=null", "optim
 
 def test_training_on_moments_goes_on_after_a_kill(run, tmp_path):
     """SIGKILL with two reading processes, in the third epoch or so; the end equals that of an undisturbed run."""
-    data = run("latents", "mirrored=true").parent
+    data = run("latents", "hflip=true").parent
     overrides = [*MOMENTS, "data.num_workers=2", "callbacks.checkpoint.every_n_steps=1", "trainer.max_steps=60"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     last = broken / "checkpoints" / "last.ckpt"
@@ -497,16 +497,16 @@ def test_damage_in_the_middle_of_training(run, tmp_path, caplog):
     complaints = [record.message for record in caplog.records if "left out" in record.message]
     assert len(complaints) == 1  # two epochs, one complaint
     assert "shard-000002.tar, sample 4: key " in complaints[0]
-    assert ("train/damaged_samples" in {name for _, name in logged(tmp_path / "on")}) is True
+    assert ("train/corrupt_samples" in {name for _, name in logged(tmp_path / "on")}) is True
     (tmp_path / "off").mkdir()
     with pytest.raises(
-        UserError, match=r"1 samples in .* could not be read .*damaged_limit=0.*shard-000002.tar, sample 4: key"
+        UserError, match=r"1 samples in .* could not be read .*corrupt_limit=0.*shard-000002.tar, sample 4: key"
     ):
-        train(compose_config(*arguments, "data.damaged_limit=0"), tmp_path / "off")
+        train(compose_config(*arguments, "data.corrupt_limit=0"), tmp_path / "off")
 
 
 def test_inspection_finds_damage(run, tmp_path, capsys):
-    folder = run("damaged")
+    folder = run("corrupt")
     place = shards.Layout((8, 8, 8), "float16", False).sample_bytes * 4 + 1024 + 512 + 200
     with (folder / "shard-000002.tar").open("r+b") as file:
         file.seek(place)

@@ -15,6 +15,7 @@ from support.runs import wait_for
 
 from dcdit import generate, sample
 from dcdit.errors import UserError
+from dcdit.sampling import archive
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def run(tiny, tmp_path):
 
     def to(out: str, *overrides: str) -> Path:
         places = (f"checkpoint={checkpoint}", f"out={tmp_path / out}")
-        settings = ("count=22", "part=8", "sampler.steps=3", "batch_size=4", "sampler.clip=true")
+        settings = ("count=22", "chunk_size=8", "sampler.steps=3", "batch_size=4", "sampler.clip=true")
         return generate.run(compose_config(*places, *settings, *overrides, name="generate"))
 
     to.checkpoint = checkpoint
@@ -43,7 +44,7 @@ def test_what_the_file_holds(run, tmp_path):
     figures = json.loads((folder / "samples.json").read_text())
     assert figures["plan"]["sampler"]["steps"] == 3
     assert (figures["plan"]["weights"], figures["plan"]["step"]) == ("ema", 3)
-    assert 0 < figures["kept_share"] <= 1
+    assert 0 < figures["keep_ratio"] <= 1
     assert figures["tflops_per_image"] > 0
     assert {path.name for path in folder.glob("[!.]*")} == {"samples.npz", "samples.json", "png"}
 
@@ -64,7 +65,7 @@ def test_any_number_of_processes_and_any_break_make_the_same_bytes(run, monkeypa
     monkeypatch.undo()
     assert (folder / "samples.npz").read_bytes() == whole
 
-    decode, calls = generate.pixels, []
+    decode, calls = archive.pixels, []
 
     def full(images):
         calls.append(1)
@@ -72,13 +73,13 @@ def test_any_number_of_processes_and_any_break_make_the_same_bytes(run, monkeypa
             raise OSError(28, "No space left on device")
         return decode(images)
 
-    monkeypatch.setattr(generate, "pixels", full)
-    with pytest.raises(UserError, match=r"No space left on device. Finished parts are kept"):
+    monkeypatch.setattr(archive, "pixels", full)
+    with pytest.raises(UserError, match=r"No space left on device. Finished chunks are kept"):
         run("broken")
     monkeypatch.undo()
     capsys.readouterr()
     folder = run("broken")
-    assert "Continuing: 2 of 3 parts" in capsys.readouterr().err
+    assert "Continuing: 2 of 3 chunks" in capsys.readouterr().err
     assert (folder / "samples.npz").read_bytes() == whole
     run("broken")  # complete: nothing to do
     assert (folder / "samples.npz").read_bytes() == whole
@@ -86,13 +87,13 @@ def test_any_number_of_processes_and_any_break_make_the_same_bytes(run, monkeypa
 
 def test_a_kill_loses_a_part_at_most(run, tmp_path):
     def command(out: str) -> list[str]:
-        settings = ("count=60", "part=5", "sampler.steps=20", "batch_size=5")
+        settings = ("count=60", "chunk_size=5", "sampler.steps=20", "batch_size=5")
         places = (f"checkpoint={run.checkpoint}", f"out={tmp_path / out}")
         return [sys.executable, "-m", "dcdit.generate", *places, *settings]
 
     work = tmp_path / "killed" / ".generation"
     process = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(list(work.glob("part-*.npy"))) >= 2 or process.poll() is not None)
+    wait_for(lambda: len(list(work.glob("chunk-*.npy"))) >= 2 or process.poll() is not None)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "samples.npz").exists()
@@ -120,9 +121,9 @@ def test_other_images_are_not_mixed_in(run, tmp_path):
 def test_mistakes(run):
     for override, message in (
         ("count=0", "count=0 is not a positive number"),
-        ("guidance.drop_fraction=1", r"guidance.drop_fraction=1.0 is outside"),
-        ("budget.share=2", r"budget.share=2.0 is outside"),
-        ("budget.share=0.01", r"budget.share=0.01 cannot be met"),
+        ("guidance.drop_fraction=1", r"guidance.drop_fraction=1 is outside"),
+        ("budget.fraction=2", r"budget.fraction=2 is outside"),
+        ("budget.fraction=0.01", r"budget.fraction=0.01 cannot be met"),
         ("checkpoint=nowhere", "nowhere does not exist"),
         ("out=???", "out is not set"),
         ("sampler.steps=0", "sampler.steps=0"),
@@ -137,7 +138,7 @@ def test_a_budget_is_calibrated_once(tiny, tmp_path, capsys):
     stored = torch.load(checkpoint, weights_only=True)
     stored["state_dict"]["network.router.scorer.3.bias"].zero_()  # a fresh router keeps next to nothing
     torch.save(stored, checkpoint)
-    settings = ("count=20", "part=20", "sampler.steps=5", "budget.share=0.8")
+    settings = ("count=20", "chunk_size=20", "sampler.steps=5", "budget.fraction=0.8")
     arguments = (f"checkpoint={checkpoint}", f"out={tmp_path}/some", *settings)
     folder = generate.run(compose_config(*arguments, name="generate"))
     assert "Budget: drop fraction 0." in capsys.readouterr().out
@@ -149,5 +150,5 @@ def test_a_budget_is_calibrated_once(tiny, tmp_path, capsys):
     before = store.read_bytes()
     generate.run(compose_config(*arguments[:1], f"out={tmp_path}/again", *settings, name="generate"))
     assert store.read_bytes() == before
-    with pytest.raises(UserError, match=r"budget.share=0.01 cannot be met: from .* of the full cost"):
-        generate.run(compose_config(*arguments, "budget.share=0.01", name="generate"))
+    with pytest.raises(UserError, match=r"budget.fraction=0.01 cannot be met: from .* of the full cost"):
+        generate.run(compose_config(*arguments, "budget.fraction=0.01", name="generate"))

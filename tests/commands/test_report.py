@@ -40,7 +40,7 @@ def runs(tmp_path_factory, digits):
     """Two seeds of a DC-DiT at two budgets, and a plain DiT, measured."""
     from support.configs import TINY
 
-    from dcdit.train import train
+    from dcdit.training.run import train
 
     root = tmp_path_factory.mktemp("runs")
     for name, drops, overrides in (
@@ -93,7 +93,7 @@ def test_other_settings_are_another_section(runs, tmp_path):
     assert [sum(len(p.results) for s in section.series for p in s.points) for section in sections] in ([5, 1], [1, 5])
     page = written(runs, tmp_path / "report", f"runs=[{runs},{tmp_path}]")
     plots = {file.name for file in page.parent.glob("*.png")}
-    assert {"1_kept_share.png", "2_kept_share.png"} <= plots
+    assert {"1_keep_ratio.png", "2_keep_ratio.png"} <= plots
     assert len([name for name in plots if "tflops" in name]) == 1  # a single point is no trade-off
     assert page.read_text().count("<h2") == page.read_text().count('<li><a href="#s') == 2
 
@@ -111,7 +111,7 @@ def test_points_as_csv_and_json(runs, tmp_path):
         assert float(row["tflops_per_image"]) == result["tflops_per_image"]
         assert (row["weights"], row["sampler_steps"], row["count"]) == ("ema", "3", "40")
         assert row["features"] == "digits classifier"
-    for name in ("tflops", "milliseconds", "kept_share"):
+    for name in ("tflops", "milliseconds", "keep_ratio"):
         with Image.open(folder / f"{name}.png") as image:
             assert np.asarray(image.convert("L")).std() > 10
 

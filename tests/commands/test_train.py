@@ -12,7 +12,7 @@ from support.configs import PLAIN_DIT, TINY, compose_config
 from support.runs import STATE, assert_same_end, differences, load, logged, start, wait_for
 
 from dcdit.errors import UserError
-from dcdit.train import train
+from dcdit.training.run import train
 
 
 @pytest.fixture(scope="module", params=["32-true", "bf16-mixed"])
@@ -26,7 +26,7 @@ def uninterrupted(request, digits, tmp_path_factory):
         "callbacks.checkpoint.every_n_steps=15",
         "callbacks.checkpoint.keep=null",
         "trainer.val_check_interval=100",
-        "optimizer.warmup=3",
+        "optimizer.lr_warmup_steps=3",
     ]
     train(compose_config(*overrides), run)
     return run, overrides
@@ -65,12 +65,12 @@ def test_the_average_follows_the_weights(tiny):
         def on_train_batch_end(self, trainer, pl_module, *args):
             self.weights.append(pl_module.network.embed.weight.detach().clone())
 
-    from dcdit import train as module
+    from dcdit.training import run as module
 
     record, build = Record(), module.build_trainer
 
-    def with_record(config):
-        trainer = build(config)
+    def with_record(*arguments):
+        trainer = build(*arguments)
         trainer.callbacks.insert(0, record)
         return trainer
 
@@ -95,7 +95,7 @@ def test_gradient_accumulation_splits_the_stated_batch(tiny):
 
 def test_a_dit_trains_on_the_same_path(tiny):
     run = tiny("dit", "trainer.max_steps=3", *PLAIN_DIT)
-    assert "train/kept_mean" not in {name for _, name in logged(run)}
+    assert "train/keep_ratio" not in {name for _, name in logged(run)}
 
 
 def test_what_would_go_wrong_is_said_before_training(tiny, digits, tmp_path):
@@ -104,15 +104,15 @@ def test_what_would_go_wrong_is_said_before_training(tiny, digits, tmp_path):
         (["model.num_classes=9"], r"model.num_classes=9 does not fit the shards, which have 10"),
         (["model.channels=4"], r"model.channels=4 does not fit"),
         ([f"data.directory={tmp_path}/none", "data.source=null"], r"manifest.json does not exist"),
-        (["data.batch_size=0"], r"data.batch_size=0 is below 1"),
+        (["data.batch_size=0"], r"data.batch_size=0 is not a positive number"),
         (["data.batch_size=4096"], r"data.batch_size=4096 exceeds the 1617 samples .*lower data.batch_size"),
         (["data.autoencoder=vae"], r"data.autoencoder=vae, but the shards .* were made with identity"),
         (["data.scale=0.18215"], r"data.scale=0.18215, but the shards .* were made with 1.0"),
-        (["data.damaged_limit=-1"], r"data.damaged_limit=-1 is below 0"),
+        (["data.corrupt_limit=-1"], r"data.corrupt_limit=-1 is below 0"),
         (["data.directory=pipe:cat"], r"data.directory='pipe:cat' runs a shell command"),
         (["ckpt_path=last"], r"there is no checkpoint .*last.ckpt"),
         (["trainer.accelerator=gpu"], r"no usable CUDA device.*trainer=cpu"),
-        ((*PLAIN_DIT, "budget=wide"), r"budget.fractions=.*budget=none"),
+        ((*PLAIN_DIT, "multi_budget=wide"), r"multi_budget.fractions=.*multi_budget=none"),
     ):
         if "gpu" in str(overrides) and torch.cuda.is_available():
             continue
@@ -179,10 +179,10 @@ def test_sampling_from_a_run(tiny, tmp_path):
     with np.load(other / "latents.npz") as stored:
         np.testing.assert_allclose(stored["latents"], latents, rtol=0, atol=1e-4)
 
-    assert "boundaries.png" not in {path.name for path in sample("three", "snapshots=0").iterdir()}
+    assert "boundaries.png" not in {path.name for path in sample("three", "frames=0").iterdir()}
     for overrides, message in (
         (["classes=[11]"], "classes: 11 is neither"),
-        (["guidance.drop_fraction=1.0"], r"guidance.drop_fraction=1.0 is outside \[0, 1\)"),
+        (["guidance.drop_fraction=1.0"], r"guidance.drop_fraction=1 is outside \[0, 1\)"),
         (["guidance.drop_fraction=half"], r"guidance.drop_fraction='half'"),
         (["sampler.name=euler"], r"sampler\.name='euler'"),
         (["guidance.scale=-1"], r"guidance\.scale=-1"),

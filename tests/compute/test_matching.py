@@ -7,7 +7,7 @@ from support.configs import compose_config
 
 from dcdit.compute.matching import matched_steps, steps_matching
 from dcdit.errors import UserError
-from dcdit.settings.tables import build_network
+from dcdit.network import build_network
 
 PUBLISHED = {"s": 421_230, "b": 408_071, "l": 486_372, "xl": 494_943}
 FRACTIONS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
@@ -51,5 +51,5 @@ def test_equal_costs_are_equal_steps_and_the_compute_adds_up():
     assert matched_steps(1000, 7.0, 100, 7.0, [7.0]) == 1000
     steps = matched_steps(1000, 10.0, 100, 8.0, [8.0, 4.0])
     assert 100 * 8.0 + (steps - 100) * 6.0 == pytest.approx(1000 * 10.0, abs=6.0)
-    with pytest.raises(UserError, match=r"budget.warmup=2000 .* take fewer than 1250"):
+    with pytest.raises(UserError, match=r"multi_budget.full_budget_steps=2000 .* take fewer than 1250"):
         matched_steps(1000, 10.0, 2000, 8.0, [8.0, 4.0])

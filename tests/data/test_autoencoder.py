@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
 from dcdit.data.autoencoder import load_autoencoder, load_decoder, to_uint8
+from dcdit.data.latents import LatentSpec
 from dcdit.errors import UserError
 
 
@@ -12,7 +15,7 @@ def test_uint8_maps_the_range_and_clips():
 
 
 CPU = torch.device("cpu")
-LATENTS = {"shape": [3, 4, 4], "autoencoder": "identity", "fingerprint": None, "scale": 0.5, "shift": 0.3}
+LATENTS = LatentSpec((3, 4, 4), "identity", 0.5, 0.3, ("a",))
 
 
 def test_identity_undoes_scale_and_shift():
@@ -32,8 +35,8 @@ def test_identity_encodes_pixels_as_they_are():
 def test_a_diffusers_autoencoder_is_loaded_by_path(tiny_vae, tmp_path):
     vae = AutoencoderKL.from_pretrained(tiny_vae, low_cpu_mem_usage=False).eval()
     latents = torch.randn(5, 4, 4, 4)
-    summary = {"shape": [4, 4, 4], "autoencoder": str(tiny_vae), "scale": 0.18215, "shift": 0.1}
-    decode = load_decoder(summary, CPU)
+    spec = LatentSpec((4, 4, 4), str(tiny_vae), 0.18215, 0.1, ("a",))
+    decode = load_decoder(spec, CPU)
     with torch.no_grad():
         expected = to_uint8(vae.decode(latents / 0.18215 + 0.1).sample)
     images = decode(latents)
@@ -44,12 +47,12 @@ def test_a_diffusers_autoencoder_is_loaded_by_path(tiny_vae, tmp_path):
     assert (autoencoder.channels, autoencoder.factor) == (4, 4)
 
     with pytest.raises(UserError, match=r"autoencoder=.*nowhere.*cannot be loaded"):
-        load_decoder({**summary, "autoencoder": str(tmp_path / "nowhere")}, CPU)
+        load_decoder(replace(spec, autoencoder=str(tmp_path / "nowhere")), CPU)
     with pytest.raises(UserError, match=r"has weights [0-9a-f]{16}, the latents were made with other"):
-        load_decoder({**summary, "fingerprint": "other"}, CPU)
-    assert load_decoder({**summary, "fingerprint": "other"}, CPU, instead=str(tiny_vae)) is not None
+        load_decoder(replace(spec, fingerprint="other"), CPU)
+    assert load_decoder(replace(spec, fingerprint="other"), CPU, instead=str(tiny_vae)) is not None
     with pytest.raises(UserError, match=r"has 4 channels, the latents 3"):
-        load_decoder({**summary, "shape": [3, 4, 4]}, CPU)
+        load_decoder(replace(spec, shape=(3, 4, 4)), CPU)
 
 
 def test_encoding_gives_the_posterior(tiny_vae):

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcdit.data.builtin import Digits, Synthetic
-from dcdit.data.manifest import Manifest, disagreement
-from dcdit.data.shards import DamagedSampleError, Layout, Sample, write_shard, write_shards
+from dcdit.data.latents import LatentSpec
+from dcdit.data.manifest import Manifest
+from dcdit.data.shards import CorruptSampleError, Layout, Sample, write_shard, write_shards
 from dcdit.data.storage import Location
 from dcdit.errors import UserError
 
@@ -30,14 +32,14 @@ def write(directory, count=10, per_shard=4):
     return manifest, latents, labels
 
 
-def read_all(directory, manifest, mirrored=False):
+def read_all(directory, manifest, hflip=False):
     layout = Layout.of(manifest)
     labels, arrays = [], []
     for shard in manifest.shards:
         descriptor = os.open(directory / shard.name, os.O_RDONLY)
         for index in range(shard.samples):
             row = np.empty(layout.array_bytes, np.uint8)
-            labels.append(layout.read(descriptor, index, mirrored, row))
+            labels.append(layout.read(descriptor, index, hflip, row))
             arrays.append(row.view(layout.dtype).reshape(layout.stored_shape))
         os.close(descriptor)
     return labels, np.stack(arrays)
@@ -56,27 +58,27 @@ def test_round_trip(tmp_path):
 @given(
     shape=st.tuples(*[st.integers(1, 5)] * 3),
     dtype=st.sampled_from(["float16", "float32"]),
-    mirrored=st.booleans(),
+    hflip=st.booleans(),
     count=st.integers(1, 5),
     source=st.text(st.characters(exclude_categories=["Cs"]), max_size=700),
 )
 @settings(max_examples=50, deadline=None)
-def test_every_sample_lies_where_the_layout_says(tmp_path_factory, shape, dtype, mirrored, count, source):
+def test_every_sample_lies_where_the_layout_says(tmp_path_factory, shape, dtype, hflip, count, source):
     """Whatever the shape, and however long or strange the name of the image."""
-    directory, layout = tmp_path_factory.mktemp("layout"), Layout(shape, dtype, mirrored)
+    directory, layout = tmp_path_factory.mktemp("layout"), Layout(shape, dtype, hflip)
     rng = np.random.default_rng(0)
     arrays = rng.standard_normal((count, 2, *shape)).astype(dtype)
     samples = [
-        Sample(f"{n:06d}-{n:06d}", n, arrays[n, 0], arrays[n, 1] if mirrored else None, source) for n in range(count)
+        Sample(f"{n:06d}-{n:06d}", n, arrays[n, 0], arrays[n, 1] if hflip else None, source) for n in range(count)
     ]
     assert write_shard(directory / "s.tar", samples, layout).samples == count
     descriptor = os.open(directory / "s.tar", os.O_RDONLY)
     for n in range(count):
-        for view in range(1 + mirrored):
+        for view in range(1 + hflip):
             row = np.empty(layout.array_bytes, np.uint8)
             assert layout.read(descriptor, n, bool(view), row) == n
             assert np.array_equal(row.view(dtype).reshape(shape), arrays[n, view])
-    with pytest.raises(DamagedSampleError):
+    with pytest.raises(CorruptSampleError):
         layout.read(descriptor, count, False, row)
     os.close(descriptor)
 
@@ -148,20 +150,33 @@ def test_damaged_manifests_are_refused(tmp_path, change, message):
 
 
 def test_latents_of_another_kind_are_told_apart(tmp_path):
-    manifest, _, _ = write(tmp_path)
-    here = manifest.summary()
-    assert disagreement(here, here) is None
+    here = write(tmp_path)[0].spec
+    assert here.difference(here) is None
     for change, words in (
-        ({"shape": [4, 2, 2]}, "shape is [4, 2, 2] there and [3, 2, 2] here"),
-        ({"scale": 0.13}, "scale is 0.13 there and 0.5 here"),
-        ({"autoencoder": "vae"}, "autoencoder is vae there and identity here"),
-        ({"classes": ["a", "b"]}, "2 classes there and 3 here"),
-        ({"classes": ["a", "c", "b"]}, "class 1 is 'c' there and 'b' here"),
+        ({"shape": (4, 2, 2)}, "shape is (3, 2, 2) there and (4, 2, 2) here"),
+        ({"scale": 0.13}, "scale is 0.5 there and 0.13 here"),
+        ({"autoencoder": "vae"}, "autoencoder is identity there and vae here"),
+        ({"classes": ("a", "b")}, "3 classes there and 2 here"),
+        ({"classes": ("a", "c", "b")}, "class 1 is 'b' there and 'c' here"),
     ):
-        assert words in disagreement(here | change, here)
-    moved = {"autoencoder": "/elsewhere", "fingerprint": "f"}
-    assert disagreement(here | moved, here | {"fingerprint": "f"}) is None
-    assert "fingerprint is f there and g here" in disagreement(here | moved, here | moved | {"fingerprint": "g"})
+        assert words in here.difference(replace(here, **change))
+    moved = replace(here, autoencoder="/elsewhere", fingerprint="f")
+    assert replace(here, fingerprint="f").difference(moved) is None
+    assert "fingerprint is f there and g here" in moved.difference(replace(moved, fingerprint="g"))
+
+
+def test_a_spec_survives_a_checkpoint_and_refuses_nonsense(tmp_path):
+    here = write(tmp_path)[0].spec
+    assert LatentSpec.from_plain(here.to_plain(), "latents") == here
+    for change, words in (
+        ({"shape": [3, 2]}, "latents.shape=\\[3, 2\\] has 2 elements, 3 are needed"),
+        ({"shape": [3, 0, 2]}, "latents.shape=0 is not a positive number"),
+        ({"scale": float("nan")}, "latents.scale=nan is not a finite number"),
+        ({"classes": []}, "latents.classes=\\[\\] asks for nothing"),
+        ({"clases": []}, "did you mean classes"),
+    ):
+        with pytest.raises(UserError, match=words):
+            LatentSpec.from_plain(here.to_plain() | change, "latents")
 
 
 def test_sources_write_what_they_promise(tmp_path):

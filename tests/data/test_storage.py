@@ -66,7 +66,7 @@ def test_what_does_not_arrive_whole_is_damage(served, tmp_path):
     (folder / "shard-001.tar").write_bytes(b"something else")
     batches = list(LatentStream(remote, manifest, Readers(1, 4, 100), position=Position(), epochs=1))
     assert sorted(flat(numbers(batches))) == list(range(1, 8))
-    complaints = flat(batch.damaged for batch in batches)
+    complaints = flat(batch.corrupt for batch in batches)
     assert {(c.shard, c.place) for c in complaints} == {("shard-000.tar", 0), *(("shard-001.tar", i) for i in range(8))}
     assert "came with 14 bytes, the manifest says" in next(c for c in complaints if c.shard == "shard-001.tar").reason
     asked = len([path for path in requests if path.endswith("shard-001.tar")])

@@ -65,7 +65,7 @@ def test_labels_stay_with_their_latents(uneven):
 
 
 def test_mirrored_latents_are_taken_half_of_the_time_and_again_after_a_kill(tmp_path):
-    location = write_numbers(tmp_path, [200, 200], mirrored=True)
+    location = write_numbers(tmp_path, [200, 200], hflip=True)
     readers = Readers(1, 4, 100)
     whole = flat(numbers(stream(location, readers, epochs=1)))
     assert sorted(map(abs, whole)) == list(range(400))
@@ -110,11 +110,11 @@ def test_a_damaged_sample_is_left_out_and_named(tmp_path, offset, content, reaso
     damage(tmp_path / "shard-001.tar", 3 * Layout((1, 1, 1), "float32", False).sample_bytes + offset, content)
     batches = list(stream(location, Readers(1, 4, 100), epochs=1))
     assert sorted(flat(numbers(batches))) == [n for n in range(16) if n != 11]
-    complaints = flat(batch.damaged for batch in batches)
+    complaints = flat(batch.corrupt for batch in batches)
     assert len(complaints) == 1
     assert complaints[0][:2] == ("shard-001.tar", 3)
     assert reason in complaints[0].reason
-    assert sum(len(batch.labels) for batch in batches if batch.damaged) == 3
+    assert sum(len(batch.labels) for batch in batches if batch.corrupt) == 3
 
 
 def test_a_shard_cut_short_or_gone_in_the_middle_of_training(tmp_path):
@@ -128,7 +128,7 @@ def test_a_shard_cut_short_or_gone_in_the_middle_of_training(tmp_path):
         batches = list(LatentStream(location, manifest, readers, position=position, epochs=1))
         assert len(batches) == 6  # no rank may yield fewer than the others
         assert set(flat(numbers(batches))) == set(range(10))
-        complaints = set(flat(batch.damaged for batch in batches))
+        complaints = set(flat(batch.corrupt for batch in batches))
         assert len([c for c in complaints if c.shard == "shard-001.tar"]) == 6
         assert len([c for c in complaints if c.shard == "shard-002.tar" and "No such file" in c.reason]) == 8
         assert all(len(batch.labels) for batch in batches[:-1])

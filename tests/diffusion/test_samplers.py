@@ -6,8 +6,10 @@ from support.configs import golden_folders
 from dcdit.diffusion.guidance import Guidance, GuidedOutput
 from dcdit.diffusion.samplers import Sampler, sample_generator
 from dcdit.diffusion.schedule import linear_betas
+from dcdit.diffusion.settings import DDIM, DDPM, SAMPLERS, DPMSolver, GuidanceSettings
 from dcdit.errors import UserError
 from dcdit.network import Output
+from dcdit.settings.schema import build_named
 
 ALPHA_BAR = (1 - linear_betas()).cumprod(0)
 
@@ -31,7 +33,7 @@ def run(sampler: Sampler, denoise, count: int, seed: int = 0, start: int = 0):
 
 
 @pytest.mark.parametrize(
-    "sampler", [Sampler("ddim", 200), Sampler("ddpm", 250), Sampler("ddim", 200, eta=1.0), Sampler("dpm++", 20)]
+    "sampler", [Sampler(DDIM(200)), Sampler(DDPM(250)), Sampler(DDIM(200, eta=1.0)), Sampler(DPMSolver(20))]
 )
 def test_an_exact_denoiser_yields_the_data_distribution(sampler):
     x = run(sampler, gaussian_denoiser(0.7, 0.5), 500)
@@ -39,7 +41,7 @@ def test_an_exact_denoiser_yields_the_data_distribution(sampler):
     assert x.std().item() == pytest.approx(0.5, abs=0.03)
 
 
-@pytest.mark.parametrize(("sampler", "tolerance"), [(Sampler("ddim", 1000), 0.02), (Sampler("dpm++", 50), 0.02)])
+@pytest.mark.parametrize(("sampler", "tolerance"), [(Sampler(DDIM(1000)), 0.02), (Sampler(DPMSolver(50)), 0.02)])
 def test_deterministic_samplers_follow_the_analytic_flow(sampler, tolerance):
     # For Gaussian data the probability flow keeps (x - mean_t) / std_t constant.
     streams = [sample_generator(0, i) for i in range(8)]
@@ -51,20 +53,20 @@ def test_deterministic_samplers_follow_the_analytic_flow(sampler, tolerance):
 
 def test_dpm_solver_needs_fewer_steps_than_ddim():
     def error(sampler: Sampler) -> float:
-        exact = run(Sampler("ddim", 1000), gaussian_denoiser(0.7, 0.5), 8)
+        exact = run(Sampler(DDIM(1000)), gaussian_denoiser(0.7, 0.5), 8)
         return (run(sampler, gaussian_denoiser(0.7, 0.5), 8) - exact).abs().max().item()
 
-    assert error(Sampler("dpm++", 40)) < 0.2 * error(Sampler("ddim", 40))
+    assert error(Sampler(DPMSolver(40))) < 0.2 * error(Sampler(DDIM(40)))
 
 
 def test_clipping_bounds_the_result():
-    sampler = Sampler("dpm++", 10, clip=True)
+    sampler = Sampler(DPMSolver(10, clip=True))
     assert run(sampler, gaussian_denoiser(3.0, 0.1), 4).abs().max() <= 1.01
-    assert run(Sampler("dpm++", 10), gaussian_denoiser(3.0, 0.1), 4).min() > 2
+    assert run(Sampler(DPMSolver(10)), gaussian_denoiser(3.0, 0.1), 4).min() > 2
 
 
 def test_a_sample_depends_on_its_seed_and_number_only():
-    sampler, denoise = Sampler("ddpm", 20), gaussian_denoiser(0.0, 0.3)
+    sampler, denoise = Sampler(DDPM(20)), gaussian_denoiser(0.0, 0.3)
     together = run(sampler, denoise, 6)
     apart = torch.cat([run(sampler, denoise, 1), run(sampler, denoise, 3, start=1), run(sampler, denoise, 2, start=4)])
     assert torch.equal(together, apart)
@@ -75,15 +77,16 @@ def test_a_sample_depends_on_its_seed_and_number_only():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "ddmp"}, "name='ddmp'"),
-        ({"steps": 0}, "steps=0"),
-        ({"steps": 1001}, "steps=1001"),
-        ({"eta": 2.0}, "eta=2.0"),
+        ({"name": "ddmp", "steps": 2}, "sampler.name='ddmp' is not one of ddpm, ddim, dpm"),
+        ({"name": "ddpm", "steps": 0}, "sampler.steps=0 is outside"),
+        ({"name": "dpm++", "steps": 1001}, "sampler.steps=1001 is outside"),
+        ({"name": "ddim", "steps": 2, "eta": 2.0}, "sampler.eta=2 is outside"),
+        ({"name": "ddpm", "steps": 2, "eta": 1.0}, "sampler.eta=1: there is no such key"),
     ],
 )
 def test_wrong_settings(values, message):
     with pytest.raises(UserError, match=message):
-        Sampler(**values)
+        build_named(SAMPLERS, values, "sampler")
 
 
 class TestGuidance:
@@ -96,13 +99,13 @@ class TestGuidance:
 
     def test_scale_one_is_the_conditional_prediction(self):
         x, t, y = self.inputs()
-        guided = Guidance(self.net, null_class=0, scale=1.0)(x, t, y)
+        guided = Guidance(self.net, 0, GuidanceSettings(scale=1.0))(x, t, y)
         assert torch.equal(guided.prediction, self.net(x, t, y, 0.0).prediction)
 
     @pytest.mark.parametrize(("channels", "guided"), [(3, 3), (None, 4), (99, 4)])
     def test_formula_and_channels(self, channels, guided):
         x, t, y = self.inputs()
-        out = Guidance(self.net, null_class=0, scale=3.0, channels=channels)(x, t, y).prediction
+        out = Guidance(self.net, 0, GuidanceSettings(scale=3.0, channels=channels))(x, t, y).prediction
         cond = self.net(x, t, y, 0.0).prediction
         uncond = self.net(x, t, torch.zeros_like(y), 0.0).prediction
         torch.testing.assert_close(out[:, :guided], (uncond + 3 * (cond - uncond))[:, :guided])
@@ -116,7 +119,7 @@ class TestGuidance:
             seen.append(args[3])
             return self.net(*args)
 
-        Guidance(net, 0, 2.0, drop_fraction=0.1, uncond_drop_fraction=0.9)(x, t, y)
+        Guidance(net, 0, GuidanceSettings(scale=2.0, drop_fraction=0.1, uncond_drop_fraction=0.9))(x, t, y)
         torch.testing.assert_close(seen[0], torch.tensor([0.1, 0.1, 0.9, 0.9]))
 
     def test_outside_the_interval_the_conditional_half_runs_alone(self):
@@ -127,32 +130,32 @@ class TestGuidance:
             return self.net(x, t, y, drop)
 
         x, _, y = self.inputs()
-        guidance = Guidance(net, 0, 3.0, interval=[100, 700])
+        guidance = Guidance(net, 0, GuidanceSettings(scale=3.0, interval=[100, 700]))
         for timestep in (99, 100, 700, 701):
             guidance(x, timestep, y)
         assert sizes == [2, 4, 4, 2]
         assert torch.equal(guidance(x, 50, y).prediction, self.net(x, None, y, 0.0).prediction)
 
     def test_a_drop_fraction_over_the_timesteps(self):
-        guidance = Guidance(self.net, 0, 3.0, drop_schedule=[[900, 0.8], [100, 0.2]])
-        drops = [guidance.drop_at(timestep)[0] for timestep in (0, 100, 500, 900, 999)]
+        guidance = Guidance(self.net, 0, GuidanceSettings(scale=3.0, drop_schedule=[[900, 0.8], [100, 0.2]]))
+        drops = [guidance.settings.drop_at(timestep)[0] for timestep in (0, 100, 500, 900, 999)]
         assert drops == pytest.approx([0.2, 0.2, 0.5, 0.8, 0.8])
-        assert guidance.drop_at(500)[1] == pytest.approx(0.5)
-        assert Guidance(self.net, 0, 3.0, 0.1, 0.9).drop_at(500) == (0.1, 0.9)
+        assert guidance.settings.drop_at(500)[1] == pytest.approx(0.5)
+        assert Guidance(self.net, 0, GuidanceSettings(3.0, None, 0.1, 0.9)).settings.drop_at(500) == (0.1, 0.9)
 
     def test_wrong_settings(self):
         for values, message in (
             ({"interval": [700, 100]}, r"interval=\[700, 100\] is no pair"),
-            ({"drop_schedule": []}, "has no points"),
-            ({"drop_schedule": [[0, 1.0]]}, r"drop_schedule=1.0 is outside"),
+            ({"drop_schedule": []}, "asks for nothing"),
+            ({"drop_schedule": [[0, 1.0]]}, r"drop_schedule=1 is outside"),
             ({"drop_schedule": [[0]]}, "is no pair of timestep"),
         ):
             with pytest.raises(UserError, match=message):
-                Guidance(self.net, 0, **values)
+                GuidanceSettings(**values)
         with pytest.raises(UserError, match="scale=-1"):
-            Guidance(self.net, 0, scale=-1)
+            GuidanceSettings(scale=-1)
         with pytest.raises(UserError, match="channels=0"):
-            Guidance(self.net, 0, channels=0)
+            GuidanceSettings(channels=0)
 
 
 @pytest.mark.parametrize("folder", list(golden_folders()))
@@ -160,12 +163,12 @@ class TestGuidance:
 @pytest.mark.parametrize(
     ("case", "sampler"),
     [
-        ("h_ddpm", Sampler("ddpm", 10)),
-        ("hc_ddpm_clip", Sampler("ddpm", 10, clip=True)),
-        ("h2_ddpm_cfg1.5_drop0.2", Sampler("ddpm", 10)),
-        ("h3_ddpm_lite_0.0_0.9_cfg1.25", Sampler("ddpm", 10)),
-        ("i_ddim_eta0", Sampler("ddim", 10)),
-        ("i2_ddim_eta0.5_clip", Sampler("ddim", 10, eta=0.5, clip=True)),
+        ("h_ddpm", Sampler(DDPM(10))),
+        ("hc_ddpm_clip", Sampler(DDPM(10, clip=True))),
+        ("h2_ddpm_cfg1.5_drop0.2", Sampler(DDPM(10))),
+        ("h3_ddpm_lite_0.0_0.9_cfg1.25", Sampler(DDPM(10))),
+        ("i_ddim_eta0", Sampler(DDIM(10))),
+        ("i2_ddim_eta0.5_clip", Sampler(DDIM(10, eta=0.5, clip=True))),
     ],
 )
 def test_golden_steps(folder, size, case, sampler, monkeypatch):
@@ -176,13 +179,13 @@ def test_golden_steps(folder, size, case, sampler, monkeypatch):
             pytest.skip(f"not among the reference's numbers for {folder}, input {size}")
         states, outputs = torch.from_numpy(stored[f"{case}/x"]), torch.from_numpy(stored[f"{case}/model_out"])
         noises = torch.from_numpy(stored["in/noises"])[:, : states.shape[1]]
-        steps_map = stored["ddpm_timestep_map" if sampler.name == "ddpm" else "ddim_timestep_map"]
-    scheduler = sampler.scheduler()
-    assert scheduler.timesteps.tolist() == steps_map[::-1].tolist()
-    for k, timestep in enumerate(scheduler.timesteps.tolist()):
+        steps_map = stored["ddpm_timestep_map" if sampler.settings.name == "ddpm" else "ddim_timestep_map"]
+    stepper = sampler.stepper()
+    assert stepper.timesteps == steps_map[::-1].tolist()
+    for k, timestep in enumerate(stepper.timesteps):
         for module in ("ddpm", "ddim"):
             draw = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
             monkeypatch.setattr(draw, lambda *_, k=k, **__: noises[k])
-        stepped = sampler.advance(scheduler, outputs[k], timestep, states[k], generators=[])
+        stepped = stepper.step(outputs[k], timestep, states[k], generators=[])
         relative = (stepped - states[k + 1]).abs().max() / states[k + 1].abs().max()
         assert relative < 1e-5, (k, relative)

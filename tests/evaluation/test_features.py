@@ -11,7 +11,7 @@ from torch import nn
 from dcdit.data.autoencoder import to_uint8
 from dcdit.data.builtin import Digits as Source
 from dcdit.errors import UserError
-from dcdit.evaluation.features import Digits, Features, Inception, Own, Timm
+from dcdit.evaluation.features import DigitsClassifier, Features, InceptionFeatures, OwnFeatures, TimmFeatures
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,13 @@ def test_the_classifier_reads_digits_it_has_not_seen(digits):
     import numpy as np
 
     unseen = np.random.default_rng(0).permutation(len(images))[:180]
-    seen = Digits()(to_uint8(images[unseen]))
+    seen = DigitsClassifier()(to_uint8(images[unseen]))
     assert (seen.features.shape, seen.logits.shape) == ((180, 32), (180, 10))
     assert (seen.logits.argmax(1) == labels[unseen]).float().mean() > 0.95
 
 
 def test_inception_with_weights_from_a_file(inception_weights):
-    network = Inception(str(inception_weights))
+    network = InceptionFeatures(str(inception_weights))
     images = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
     seen = network(images)
     assert (seen.features.shape, seen.logits.shape) == ((2, 2048), (2, 1008))
@@ -64,7 +64,7 @@ def test_no_weights_file_is_unpickled(tmp_path, monkeypatch):
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps(_Hostile()))
     for name in ("hostile.pth", "plain.pkl"):
         with pytest.raises(UserError):
-            Inception(str(tmp_path / name))
+            InceptionFeatures(str(tmp_path / name))
     assert not (tmp_path / "hostile-ran").exists()
 
 
@@ -74,15 +74,15 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
     with pytest.raises(UserError, match=r"cannot be downloaded .* features.weights=\.\.\."):
-        Inception()
+        InceptionFeatures()
     monkeypatch.setattr("timm.create_model", unreachable)
     with pytest.raises(UserError, match=r"features.model='resnet10t': its weights cannot be downloaded"):
-        Timm("resnet10t")
+        TimmFeatures("resnet10t")
     with pytest.raises(UserError, match="there is no such file"):
-        Inception(str(tmp_path / "nowhere.pth"))
+        InceptionFeatures(str(tmp_path / "nowhere.pth"))
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="are not those of Inception"):
-        Inception(str(tmp_path / "other.safetensors"))
+        InceptionFeatures(str(tmp_path / "other.safetensors"))
 
 
 def test_any_model_of_timm(tmp_path):
@@ -90,14 +90,14 @@ def test_any_model_of_timm(tmp_path):
 
     torch.manual_seed(0)
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.safetensors")
-    network = Timm("resnet10t", str(tmp_path / "weights.safetensors"))
+    network = TimmFeatures("resnet10t", str(tmp_path / "weights.safetensors"))
     seen = network(torch.randint(256, (2, 1, 32, 32), dtype=torch.uint8))
     assert seen.features.shape == (2, network.num_features)
     assert seen.logits.shape == (2, 1000)
     with pytest.raises(UserError, match="did you mean resnet10t"):
-        Timm("resnet10")
+        TimmFeatures("resnet10")
     with pytest.raises(UserError, match="do not fit"):
-        Timm("resnet18", str(tmp_path / "weights.safetensors"))
+        TimmFeatures("resnet18", str(tmp_path / "weights.safetensors"))
 
 
 class Mean(nn.Module):
@@ -113,19 +113,19 @@ class Flat(nn.Module):
 
 
 def test_own_modules(tmp_path):
-    network = Own(Mean())
+    network = OwnFeatures(Mean())
     assert (network.name, network.num_features, network.num_logits) == ("Mean", 3, 0)
     white = network(torch.full((1, 3, 4, 4), 255, dtype=torch.uint8))
     assert white == Features(white.features, None)
     assert white.features.tolist() == [[255, 255, 255]]
     with pytest.raises(UserError, match=r"Flat returns features of shape \(2, 3, 64, 64\)"):
-        Own(Flat())
+        OwnFeatures(Flat())
     with pytest.raises(UserError, match=r"is a str, no torch\.nn\.Module"):
-        Own("text")
+        OwnFeatures("text")
 
 
 def test_other_weights_are_another_network():
-    one, other = Digits(), Digits()
+    one, other = DigitsClassifier(), DigitsClassifier()
     assert one.described() == other.described()
     with torch.no_grad():
         other.classifier.bias += 1

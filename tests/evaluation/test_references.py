@@ -8,7 +8,7 @@ from PIL import Image
 from dcdit.data.builtin import Digits
 from dcdit.data.shards import write_shards
 from dcdit.errors import UserError
-from dcdit.evaluation.features import Own
+from dcdit.evaluation.features import OwnFeatures
 from dcdit.evaluation.images import open_images
 from dcdit.evaluation.reference import Reference
 from dcdit.runtime.progress import Display
@@ -111,14 +111,14 @@ def test_what_is_refused(tmp_path, digits):
 
 
 def test_statistics_of_a_reference_are_computed_once_by_all(digits, tmp_path, monkeypatch):
-    images, network = opened(digits / "val"), Own(Pixels(), size=8)
+    images, network = opened(digits / "val"), OwnFeatures(Pixels(), size=8)
 
     def references(limit=None):
         return Reference(images, network, tmp_path, limit, 50, 16)
 
     for rank in (0, 1):
         references().work(rank, 2, Display(rank, "reading", "part"))
-    found = references().conclude()
+    found = references().finalize()
     features = network(images.read(range(180))).features
     assert found.count == 180
     assert torch.allclose(found.total, features.double().sum(0))
@@ -129,4 +129,4 @@ def test_statistics_of_a_reference_are_computed_once_by_all(digits, tmp_path, mo
     assert references(10).path != references().path
     few = references(10)
     few.work(0, 1, Display(0, "reading", "part"))
-    assert few.conclude().count == 10
+    assert few.finalize().count == 10

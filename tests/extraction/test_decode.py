@@ -108,8 +108,8 @@ WHOLE = encoded(gradient())
     [
         (b"", "empty"),
         (b"hello", "not an image"),
-        (WHOLE[: len(WHOLE) // 2], "damaged image"),
-        (encoded(gradient(), "JPEG")[:-300], "damaged image"),
+        (WHOLE[: len(WHOLE) // 2], "corrupt image"),
+        (encoded(gradient(), "JPEG")[:-300], "corrupt image"),
     ],
 )
 def test_unusable_files_say_why(content, reason):

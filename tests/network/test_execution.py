@@ -7,9 +7,9 @@ import torch
 from support.configs import perturb
 
 from dcdit.network import DCDiT, DiT
-from dcdit.network.blocks import execute
+from dcdit.network.blocks import set_execution
 
-SIZE = {"grid": 8, "width": 64, "depth": 3, "heads": 2, "num_classes": 5}
+SIZE = {"grid": 8, "channels": 4, "width": 64, "depth": 3, "heads": 2, "num_classes": 5}
 
 
 def networks():
@@ -35,12 +35,12 @@ def run(network, *arguments):
     return prediction.detach(), [p.grad.clone() for p in network.parameters() if p.grad is not None]
 
 
-def test_recomputing_gives_the_same_gradients_and_keeps_less():
+def test_activation_checkpointing_gives_the_same_gradients_and_keeps_less():
     for network in networks():
         kept = []
         results = []
-        for recomputed in (False, True):
-            execute(network, recomputed=recomputed)
+        for checkpointed in (False, True):
+            set_execution(network, checkpointed=checkpointed)
             bytes_kept = 0
 
             def count(tensor):
@@ -67,9 +67,9 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_a_bounded_number_of_t
     counts = []
     for seed, drop in enumerate((0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)):
         arguments = (*inputs(seed=seed), drop)
-        execute(network)
+        set_execution(network)
         expected = run(network, *arguments)
-        execute(network, compiled=True)
+        set_execution(network, compiled=True)
         found = run(network, *arguments)
         assert torch.allclose(expected[0], found[0], atol=1e-5)
         total = torch.stack([gradient.norm() for gradient in expected[1]]).norm()

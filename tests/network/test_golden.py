@@ -16,6 +16,7 @@ from dcdit.checkpoints.reference import load_reference, rename
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.loss import diffusion_loss
 from dcdit.diffusion.schedule import Posterior, add_noise
+from dcdit.diffusion.settings import GuidanceSettings
 from dcdit.training.objective import ratio_loss
 
 HEADS = 4
@@ -95,7 +96,7 @@ def test_guidance(golden: Golden, case: str, scale: float, drop: float, uncond_d
         seen["output"] = net(args[0], t, y, args[3])
         return seen["output"]
 
-    guided = Guidance(record, net.num_classes, scale, drop, uncond_drop, channels=3)(x, 0, y[:half])
+    guided = Guidance(record, net.null_class, GuidanceSettings(scale, 3, drop, uncond_drop))(x, 0, y[:half])
     raw = seen["output"].prediction
     both = torch.cat([guided.prediction, torch.cat([guided.prediction[:, :3], raw[half:, 3:]], dim=1)])
     torch.testing.assert_close(both, data[f"{case}/out"], rtol=0, atol=5e-5)

@@ -6,8 +6,17 @@ from dcdit import DCDiT, DiT
 from dcdit.errors import UserError
 from dcdit.network.blocks import ConvBlock
 
-SMALL = {"grid": 8, "num_classes": 5, "width": 64, "depth": 2, "heads": 4, "encoder_width": 32, "groups": 8}
-SMALL_DIT = {"grid": 8, "num_classes": 5, "width": 64, "depth": 2, "heads": 4}
+SMALL = {
+    "grid": 8,
+    "channels": 4,
+    "num_classes": 5,
+    "width": 64,
+    "depth": 2,
+    "heads": 4,
+    "encoder_width": 32,
+    "groups": 8,
+}
+SMALL_DIT = {"grid": 8, "channels": 4, "num_classes": 5, "width": 64, "depth": 2, "heads": 4}
 
 
 def inputs(batch: int = 3, grid: int = 8):
@@ -37,7 +46,7 @@ def lively(**changes) -> DCDiT:
 )
 def test_published_parameter_counts(width, heads, depth, count, positions):
     with torch.device("meta"):
-        net = DCDiT(width=width, heads=heads, depth=depth)
+        net = DCDiT(grid=32, channels=4, num_classes=1000, width=width, heads=heads, depth=depth)
     assert sum(p.numel() for p in net.parameters()) == count
     assert net.pos_embed.numel() == positions
 
@@ -160,8 +169,8 @@ def test_bf16_autocast_keeps_the_router_in_float32():
         ({"groups": 7}, "groups=7 does not suit 32 channels"),
         ({"init": "papr"}, "init='papr'"),
         ({"router": "cosin"}, "router='cosin'"),
-        ({"smoothing_sigma": 0.0}, "smoothing_sigma=0.0"),
-        ({"label_dropout": 1.0}, "label_dropout=1.0"),
+        ({"smoothing_sigma": 0.0}, "smoothing_sigma=0 is not positive"),
+        ({"label_dropout": 1.0}, "label_dropout=1 is outside"),
         ({"attention": "fast"}, "attention='fast'"),
     ],
 )
@@ -178,5 +187,5 @@ def test_wrong_inputs():
         lively()(x, t[:2], y)
     with pytest.raises(UserError, match="patch=3 does not divide grid=8"):
         DiT(**SMALL_DIT, patch=3)
-    with pytest.raises(UserError, match="a plain DiT has a fixed budget"):
+    with pytest.raises(UserError, match="DiT/2 drops no tokens"):
         DiT(**SMALL_DIT)(x, t, y, 0.5)

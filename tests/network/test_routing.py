@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from support.configs import golden_folders
 
 from dcdit.errors import UserError
-from dcdit.network.routing import CosineRouter, build_router, route, tail_drop
+from dcdit.network import DCDiT
+from dcdit.network.routing import CosineRouter, route, tail_drop
 
 probabilities = st.integers(0, 2**32 - 1).map(
     lambda seed: torch.rand(3, 30, generator=torch.Generator().manual_seed(seed)).mul(20).round().div(20)  # with ties
@@ -62,7 +63,7 @@ def test_fraction_out_of_range(drop):
 
 def test_unknown_router():
     with pytest.raises(UserError, match="cosin"):
-        build_router("cosin", 32)
+        DCDiT(grid=8, channels=4, num_classes=5, width=64, depth=1, heads=2, groups=8, router="cosin")
 
 
 def test_cosine_router_against_the_formula():

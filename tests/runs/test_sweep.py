@@ -16,9 +16,9 @@ from dcdit import status
 from dcdit.errors import UserError
 from dcdit.runs.lock import is_held, sole_writer
 from dcdit.runs.progress import progress_of, runs_below
-from dcdit.runs.state import RUNNING, RunState
+from dcdit.runs.state import RunState, State
 from dcdit.runs.sweep import constant_keys
-from dcdit.train import train
+from dcdit.training.run import train
 
 
 def sweep(tmp_path, digits, *overrides):
@@ -29,7 +29,7 @@ def sweep(tmp_path, digits, *overrides):
 
 def test_a_failed_run_leaves_the_others_unharmed_and_has_its_reason(tmp_path, digits):
     varied = ("trainer.max_steps=4", "trainer.val_check_interval=2", "compression=4,0.5", "seed=0,1")
-    result = sweep(tmp_path, digits, *varied, "budget.warmup=0")
+    result = sweep(tmp_path, digits, *varied, "multi_budget.full_budget_steps=0")
     assert result.returncode == 1, result.stderr
     folder = tmp_path / "runs" / "digits_sweep"
     runs = {path.name for path in folder.iterdir() if path.is_dir()}
@@ -50,7 +50,9 @@ def test_a_failed_run_leaves_the_others_unharmed_and_has_its_reason(tmp_path, di
     assert "4 runs, 2 of them not finished" in result.stdout
     # the same again: what is finished stays as it is, directories are the same
     before = {path: path.read_bytes() for path in folder.rglob("last.ckpt")}
-    again = sweep(tmp_path, digits, *varied[:2], "compression=4", "seed=0,1", "budget.warmup=0", "ckpt_path=auto")
+    again = sweep(
+        tmp_path, digits, *varied[:2], "compression=4", "seed=0,1", "multi_budget.full_budget_steps=0", "ckpt_path=auto"
+    )
     assert again.returncode == 1  # the failed ones are still there
     assert (folder / "seed_0").is_dir()  # another sweep: compression does not vary in it
     assert {path: path.read_bytes() for path in before} == before
@@ -88,14 +90,14 @@ def test_the_state_of_runs(tiny, tmp_path, capsys):
     finished = tiny("finished", "trainer.max_steps=3")
     tiny("died", "trainer.max_steps=3")
     state = RunState.read(tmp_path / "died")
-    replace(state, state=RUNNING, max_steps=1000).write(tmp_path / "died")
+    replace(state, state=State.RUNNING, max_steps=1000).write(tmp_path / "died")
     found = {
         each.name.rsplit("/", 1)[-1]: each for each in status.run(compose_config(f"runs=[{tmp_path}]", name="status"))
     }
-    assert (found["finished"].state, found["finished"].step, found["finished"].max_steps) == ("finished", 3, 3)
+    assert (found["finished"].state.value, found["finished"].step, found["finished"].max_steps) == ("finished", 3, 3)
     assert found["finished"].loss > 0
     assert found["finished"].seconds_left is None
-    assert found["died"].state == "died"
+    assert found["died"].state is State.LOST
     with sole_writer(tmp_path / "died", 0):
         running = progress_of(tmp_path / "died", "died")
     assert running.state == "running"
@@ -134,12 +136,12 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, digits):
 
 
 def test_a_signal_in_the_last_step_interrupts_nothing(tiny, monkeypatch):
-    from dcdit.training.callbacks import StopOnInterrupt
+    from dcdit.training.callbacks.interrupt import StopOnInterrupt
 
     handle = StopOnInterrupt.on_train_batch_end
 
     def signalled(self, trainer, *arguments):
-        self.interrupted = trainer.global_step == 3
+        self.signalled = trainer.global_step == 3
         handle(self, trainer, *arguments)
 
     monkeypatch.setattr(StopOnInterrupt, "on_train_batch_end", signalled)
@@ -170,7 +172,7 @@ def test_a_stopped_run_is_marked(tiny, tmp_path):
     run = tiny("run", "trainer.max_steps=2")
     note_failure(RuntimeError("no"), run, (), sweeping=True)
     assert RunState.read(run).state == "finished"  # not touched by the command that failed
-    RunState(RUNNING, max_steps=5, time=time.time()).write(run)
+    RunState(State.RUNNING, max_steps=5, time=time.time()).write(run)
     note_failure(RuntimeError("out of memory\nmore"), run, (), sweeping=False)
     state = RunState.read(run)
     assert (state.state, state.reason) == ("failed", "RuntimeError: out of memory")

@@ -9,10 +9,10 @@ import pytest
 FAULTS = """
 import resource
 import torch
-from dcdit.memory import keep_freed_memory
+from dcdit.runtime.memory import keep_freed_memory
 
 keep_freed_memory()
-for _ in range(2):
+for _ in range(12):  # the last one counts: by then the heap has found its size
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(4):
         torch.ones(16 * 2**20)  # 64 MiB, above the largest M_MMAP_THRESHOLD

@@ -1,6 +1,4 @@
-"""Drawing images: independence of batches and processes, budgets, and what is refused."""
-
-from dataclasses import replace
+"""Sampling images: independence of batches and processes, budgets, and what is refused."""
 
 import pytest
 import torch
@@ -9,16 +7,19 @@ from support.configs import perturb
 from dcdit.checkpoints.load import Model
 from dcdit.compute.flops import Cost, count
 from dcdit.data.autoencoder import to_uint8
+from dcdit.data.latents import IDENTITY, LatentSpec
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
+from dcdit.diffusion.settings import DDPM, BudgetSettings, GuidanceSettings
 from dcdit.errors import UserError
 from dcdit.network import DCDiT, DiT
-from dcdit.sampling.budget import Target, calibrate, remembered
+from dcdit.sampling.budget import calibrate, remembered
 from dcdit.sampling.generate import generate
+from dcdit.sampling.settings import SamplingPlan
 from dcdit.sampling.setup import check_guidance
 
-LATENTS = {"shape": [1, 8, 8], "autoencoder": "identity", "scale": 1.0, "shift": 0.0, "classes": list("abcde")}
-SAMPLER = Sampler("ddpm", 6, clip=True)
+LATENTS = LatentSpec((1, 8, 8), IDENTITY, 1.0, 0.0, tuple("abcde"))
+SAMPLER = Sampler(DDPM(6, clip=True))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def model():
 
 
 def guidance(model, **values):
-    return Guidance(model.network, len(model.classes), **values)
+    return Guidance(model.network, model.network.null_class, GuidanceSettings(**values))
 
 
 def draw(model, indices, batch_size, seed=0, on_step=None, **guided):
@@ -60,7 +61,7 @@ def test_the_same_images_for_any_batch_size_and_number_of_processes(model, guide
     assert not torch.equal(images(draw(model, [3], 1, seed=1, **guided))[3], whole[3])
 
 
-def test_operations_are_those_of_the_tokens_that_were_kept(model):
+def test_flops_are_those_of_the_tokens_that_were_kept(model):
     lengths = []
 
     def note(numbers, step):
@@ -81,17 +82,17 @@ def test_a_plain_transformer_costs_the_same_always():
     (drawn,) = draw(model, range(3), 3, scale=2.0)
     expected = 2 * 6 * count(net).total
     assert drawn.flops(Cost.of_network(net)).tolist() == pytest.approx([expected] * 3)
-    with pytest.raises(UserError, match="a plain DiT has one fixed cost"):
-        calibrate(model, guidance(model), SAMPLER, Target(share=0.5), 16, "fp32")
+    with pytest.raises(UserError, match="DiT/2 has one fixed cost"):
+        calibrate(model, guidance(model), SAMPLER, BudgetSettings(fraction=0.5), 16, "fp32")
 
 
 @pytest.mark.parametrize(
     ("target", "guided"),
     [
-        (Target(share=0.7), {}),
-        (Target(share=0.7), {"scale": 2.0}),
-        (Target(share=0.6), {"scale": 2.0, "uncond_drop_fraction": 0.9}),
-        (Target(share=1.0), {}),
+        (BudgetSettings(fraction=0.7), {}),
+        (BudgetSettings(fraction=0.7), {"scale": 2.0}),
+        (BudgetSettings(fraction=0.6), {"scale": 2.0, "uncond_drop_fraction": 0.9}),
+        (BudgetSettings(fraction=1.0), {}),
     ],
 )
 def test_a_budget_is_met_by_other_images_too(model, target, guided):
@@ -103,28 +104,38 @@ def test_a_budget_is_met_by_other_images_too(model, target, guided):
         return torch.cat([batch.flops(cost) for batch in drawn]).mean().item() / 1e12
 
     full = spent(drop_fraction=0.0, uncond_drop_fraction=None)
-    assert spent(drop_fraction=found.drop_fraction) == pytest.approx(target.share * full, rel=0.02)
+    assert spent(drop_fraction=found.drop_fraction) == pytest.approx(target.fraction * full, rel=0.02)
     assert found.full_tflops == pytest.approx(full, rel=0.02)
     in_tflops = calibrate(
-        model, guidance(model, **guided), SAMPLER, Target(tflops=target.share * found.full_tflops), 16, "fp32"
+        model,
+        guidance(model, **guided),
+        SAMPLER,
+        BudgetSettings(target.fraction * found.full_tflops),
+        16,
+        "fp32",
     )
     assert in_tflops.drop_fraction == pytest.approx(found.drop_fraction, abs=0.02)
 
 
 def test_budgets_that_cannot_be(model):
     for values, message in (
-        ({"share": 0.0}, r"share=0.0 is outside \(0, 1\]"),
-        ({"tflops": -1.0}, "tflops=-1.0 is not positive"),
-        ({"tflops": 1.0, "share": 0.5}, "two budgets"),
+        ({"fraction": 0.0}, r"fraction=0 is outside \(0, 1\]"),
+        ({"tflops": -1.0}, "tflops=-1 is not positive"),
+        ({"tflops": 1.0, "fraction": 0.5}, "two budgets"),
     ):
         with pytest.raises(UserError, match=message):
-            Target(**values)
+            BudgetSettings(**values)
     plain = guidance(model)
-    for target, message in ((Target(share=0.01), "cannot be met: from .* to"), (Target(tflops=5.0), "cannot be met")):
+    for target, message in (
+        (BudgetSettings(fraction=0.01), "cannot be met: from .* to"),
+        (BudgetSettings(tflops=5.0), "cannot be met"),
+    ):
         with pytest.raises(UserError, match=message):
             calibrate(model, plain, SAMPLER, target, 16, "fp32")
+    values = {"sampler": {"name": "ddpm", "steps": 6}, "guidance": {"drop_fraction": 0.1}, "budget": {"fraction": 0.8}}
+    settings = {"checkpoint": "x", "weights": "ema", "seed": 0, "batch_size": 1, "device": "cpu", "precision": "fp32"}
     with pytest.raises(UserError, match="are what it replaces"):
-        calibrate(model, replace(plain, drop_fraction=0.1), SAMPLER, Target(share=0.8), 16, "fp32")
+        SamplingPlan.of({**values, **settings, "autoencoder": None, "compile": False})
 
 
 def test_what_was_calibrated_is_remembered(model, tmp_path):
@@ -132,13 +143,13 @@ def test_what_was_calibrated_is_remembered(model, tmp_path):
 
     def find():
         calls.append(1)
-        return calibrate(model, guidance(model), SAMPLER, Target(share=0.8), 16, "fp32")
+        return calibrate(model, guidance(model), SAMPLER, BudgetSettings(fraction=0.8), 16, "fp32")
 
     path = tmp_path / "last.ckpt"
-    first = remembered(path, {"step": 1, "share": 0.8}, find)
-    assert remembered(path, {"step": 1, "share": 0.8}, find) == first
+    first = remembered(path, {"step": 1, "fraction": 0.8}, find)
+    assert remembered(path, {"step": 1, "fraction": 0.8}, find) == first
     assert len(calls) == 1
-    remembered(path, {"step": 2, "share": 0.8}, find)
+    remembered(path, {"step": 2, "fraction": 0.8}, find)
     assert len(calls) == 2
 
 
@@ -146,7 +157,6 @@ def test_guidance_needs_a_null_class():
     net = DCDiT(
         grid=8, channels=1, num_classes=5, width=32, depth=1, heads=2, encoder_width=16, groups=4, label_dropout=0
     )
-    model = Model(net, LATENTS, 0)
-    check_guidance(model, guidance(model))
+    check_guidance(net, GuidanceSettings())
     with pytest.raises(UserError, match=r"guidance.scale=2.0: .* model.label_dropout=0"):
-        check_guidance(model, guidance(model, scale=2.0))
+        check_guidance(net, GuidanceSettings(scale=2.0))

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.configs import TINY, compose_config
+from support.configs import TINY, compose_config, plan_of
 
 from dcdit.errors import UserError
-from dcdit.settings.entry import CONFIG_DIR, cpu_precision
+from dcdit.settings.entry import CONFIG_DIR, cpu_precision, plain
 from dcdit.training.build import build_module, match_compute
+from dcdit.training.settings import TrainPlan
 
 EXPERIMENTS = sorted(path.stem for path in Path(CONFIG_DIR, "experiment").glob("*.yaml"))
+GROUPS = ("model", "trainer", "multi_budget", "logger", "data", "debug", "resolution", "cluster", "callbacks")
 NAMED = {"digits", "s_n4", "b_n4", "l_n4", "xl_n4", "b_n16", "b_n4_512", "xl_n4_512", "dit_s_2", "dit_b_2", "dit_xl_2"}
 
 
@@ -18,7 +20,7 @@ NAMED = {"digits", "s_n4", "b_n4", "l_n4", "xl_n4", "b_n16", "b_n4_512", "xl_n4_
 def test_every_experiment_composes_and_builds(experiment):
     config = compose_config(f"experiment={experiment}")
     with torch.device("meta"):
-        module = build_module(config, latents={})
+        module = build_module(TrainPlan.of(plain(config)), None)
     assert next(module.network.parameters()).device.type == "meta"
     assert config.run_name == experiment
     opening = Path(CONFIG_DIR, "experiment", f"{experiment}.yaml").read_text().splitlines()
@@ -30,7 +32,9 @@ def test_the_named_experiments_are_there():
     assert set(EXPERIMENTS) >= NAMED
 
 
-@pytest.mark.parametrize("group", ["model", "trainer", "budget", "logger", "data", "debug"])
+@pytest.mark.parametrize(
+    "group", ["model", "trainer", "multi_budget", "logger", "data", "debug", "resolution", "cluster", "callbacks"]
+)
 def test_every_choice_of_every_group_composes(group):
     for path in Path(CONFIG_DIR, group).glob("*.yaml"):
         assert compose_config(f"{group}={path.stem}") is not None
@@ -43,14 +47,14 @@ def test_matched_lengths_and_resolutions():
 
 
 def test_a_run_as_long_as_its_baseline_costs(tmp_path):
-    config = compose_config("experiment=b_n4", "trainer.match_compute_of=dit_b_2")
-    match_compute(config)
-    assert config.trainer.max_steps == pytest.approx(408_071, rel=0.01)
-    small = compose_config(*TINY, "trainer.match_compute_of=dit_s_2", "trainer.match_steps=2", "budget.warmup=0")
-    match_compute(small)  # a far larger network, on the same small grid
-    assert small.trainer.max_steps > 100
-    with pytest.raises(UserError, match=r"budget.warmup=90000000 .* take fewer than"):
-        match_compute(compose_config("experiment=b_n4", "trainer.match_compute_of=dit_b_2", "budget.warmup=90000000"))
+    matched = match_compute(plan_of("experiment=b_n4", "match_compute.baseline=dit_b_2"))
+    assert matched.trainer.max_steps == pytest.approx(408_071, rel=0.01)
+    always = ("match_compute.steps=2", "multi_budget.full_budget_steps=0")
+    small = match_compute(plan_of(*TINY, "match_compute.baseline=dit_s_2", *always))
+    assert small.trainer.max_steps > 100  # a far larger network, on the same small grid
+    late = plan_of("experiment=b_n4", "match_compute.baseline=dit_b_2", "multi_budget.full_budget_steps=90000000")
+    with pytest.raises(UserError, match=r"multi_budget.full_budget_steps=90000000 .* take fewer than"):
+        match_compute(late)
 
 
 def test_cpu_precision_follows_the_processor(monkeypatch):
@@ -78,7 +82,7 @@ def test_the_config_of_a_job_is_readable():
         ("experiment=b_n5", ["b_n5", "b_n4"]),
         ("compression=0.5", ["compression=0.5", "greater than 1"]),
         ("compression=four", ["compression", "four"]),
-        ("budget.fractions=[0.0,1.5]", ["1.5", "[0, 1)"]),
+        ("multi_budget.fractions=[0.0,1.5]", ["1.5", "[0, 1)"]),
         ("trainer.precision=fp12", ["trainer.precision", "fp12"]),
         ("callbacks.ema.decay=2", ["decay=2", "[0, 1)"]),
     ],

@@ -8,7 +8,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from dcdit.settings.entry import CONFIG_DIR
+from dcdit.settings.entry import CONFIG_DIR, plain
+from dcdit.training.settings import TrainPlan
 
 TINY = (
     "experiment=digits",
@@ -17,7 +18,7 @@ TINY = (
     "model.encoder_width=16",
     "model.grid=8",
     "data.batch_size=8",
-    "budget.warmup=2",
+    "multi_budget.full_budget_steps=2",
     "trainer.log_every_n_steps=1",
     "callbacks.progress=null",
 )
@@ -28,7 +29,7 @@ PLAIN_DIT = (
     *(f"~model.{key}" for key in ("encoder_width", "groups", "router", "smoothing_sigma", "init")),
     "model.name=dit",
     "+model.patch=2",
-    "budget=none",
+    "multi_budget=none",
 )
 """Overrides that make a plain DiT of it."""
 
@@ -36,6 +37,11 @@ PLAIN_DIT = (
 def compose_config(*overrides: str, name: str = "train") -> DictConfig:
     with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
         return compose(name, overrides=list(overrides))
+
+
+def plan_of(*overrides: str) -> TrainPlan:
+    """A training plan."""
+    return TrainPlan.of(plain(compose_config(*overrides)))
 
 
 def golden_folders() -> dict[str, Path]:
@@ -60,7 +66,7 @@ def digit_features(count: int = 1000):
     """Features of real digits, and of other ones under noise."""
     from dcdit.data.autoencoder import to_uint8
     from dcdit.data.builtin import Digits
-    from dcdit.evaluation.features import Digits as Classifier
+    from dcdit.evaluation.features import DigitsClassifier as Classifier
 
     images, _ = Digits(grid=8).images()
     noise = 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))

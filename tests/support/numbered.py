@@ -12,9 +12,9 @@ from dcdit.data.storage import Location
 from dcdit.data.stream import LatentStream
 
 
-def write_numbers(directory, sizes, mirrored=False):
+def write_numbers(directory, sizes, hflip=False):
     """Shards of the given sizes; the latent holds the sample's number, its label is the number modulo five."""
-    layout = Layout((1, 1, 1), "float32", mirrored)
+    layout = Layout((1, 1, 1), "float32", hflip)
     shards, number = [], 0
     for index, size in enumerate(sizes):
         rows = [
@@ -22,7 +22,7 @@ def write_numbers(directory, sizes, mirrored=False):
                 f"{n:06d}",
                 n % 5,
                 np.full((1, 1, 1), n, np.float32),
-                np.full((1, 1, 1), -n, np.float32) if mirrored else None,
+                np.full((1, 1, 1), -n, np.float32) if hflip else None,
             )
             for n in range(number, number + size)
         ]
@@ -32,7 +32,7 @@ def write_numbers(directory, sizes, mirrored=False):
         latent_shape=(1, 1, 1),
         dtype="float32",
         representation="sample",
-        mirrored=mirrored,
+        hflip=hflip,
         autoencoder="identity",
         scale=1.0,
         shift=0.0,

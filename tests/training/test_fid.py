@@ -14,8 +14,8 @@ from support.runs import assert_same_end
 
 from dcdit import evaluate
 from dcdit.errors import UserError
-from dcdit.train import train
-from dcdit.training.callbacks.fid import Quality
+from dcdit.training.callbacks.fid import FID as FIDCallback
+from dcdit.training.run import train
 
 FID = (
     "callbacks=fid",
@@ -25,7 +25,7 @@ FID = (
     "callbacks.fid.drop_fractions=[0,0.5]",
     "callbacks.fid.sampler.steps=3",
     "callbacks.fid.sampler.clip=true",
-    "callbacks.fid.max_share=1",
+    "callbacks.fid.max_time_fraction=1",
     "trainer.val_check_interval=4",
     "trainer.precision=32-true",
 )
@@ -50,7 +50,7 @@ def test_it_measures_the_averaged_weights_as_the_evaluation_does(trained, tmp_pa
     assert len(logged) == 2
     places = (f"checkpoint={run}/checkpoints/last.ckpt", f"reference={digits}/val", f"cache={tmp_path}/cache")
     settings = ("features=digits", "count=40", "batch_size=8", "drop_fractions=[0,0.5]", "metrics=[fid]")
-    sampler = ("sampler.name=ddim", "sampler.steps=3", "sampler.clip=true", "precision=fp32")
+    sampler = ("sampler=ddim", "sampler.steps=3", "sampler.clip=true", "precision=fp32")
     found = {}
     for weights in ("ema", "raw"):
         config = compose_config(*places, *settings, *sampler, f"weights={weights}", name="evaluate")
@@ -61,7 +61,7 @@ def test_it_measures_the_averaged_weights_as_the_evaluation_does(trained, tmp_pa
         ema, raw = found["ema", drop], found["raw", drop]
         assert logged[-1][f"val/fid@{drop:g}"] == pytest.approx(ema["metrics"]["fid_torch"], rel=1e-4)
         assert logged[-1][f"val/fid@{drop:g}"] != pytest.approx(raw["metrics"]["fid_torch"], rel=1e-4)
-        assert logged[-1][f"val/kept@{drop:g}"] == pytest.approx(ema["kept"]["share"], rel=1e-5)
+        assert logged[-1][f"val/keep_ratio@{drop:g}"] == pytest.approx(ema["keep_ratio"]["mean"], rel=1e-5)
         assert logged[-1][f"val/tflops@{drop:g}"] == pytest.approx(ema["tflops_per_image"], rel=1e-5)
     for step in (4, 8):
         for picture in ("samples", "boundaries"):
@@ -71,14 +71,14 @@ def test_it_measures_the_averaged_weights_as_the_evaluation_does(trained, tmp_pa
 
 def test_the_order_of_callbacks_does_not_matter(trained, monkeypatch):
     first = validations(trained("first", "trainer.max_steps=4"))
-    from dcdit import train as module
+    from dcdit.training import run as module
 
     build = module.build_trainer
 
-    def reordered(config):
-        trainer = build(config)
-        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Quality))
-        assert isinstance(trainer.callbacks[0], Quality)
+    def reordered(*arguments):
+        trainer = build(*arguments)
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, FIDCallback))
+        assert isinstance(trainer.callbacks[0], FIDCallback)
         return trainer
 
     monkeypatch.setattr(module, "build_trainer", reordered)
@@ -92,10 +92,10 @@ def test_training_is_the_same_with_and_without(trained, tiny):
 
 
 def test_its_share_of_the_time_is_bounded(trained, capsys, caplog):
-    run = trained("run", "trainer.max_steps=12", "callbacks.fid.max_share=0.0001")
+    run = trained("run", "trainer.max_steps=12", "callbacks.fid.max_time_fraction=0.0001")
     # the first, and the one at the last step
     assert ["val/fid@0" in row for row in validations(run)] == [True, False, True]
-    assert "FID left out, it would take more than max_share=0.0001 of the time" in caplog.text
+    assert "FID left out, it would take more than max_time_fraction=0.0001 of the time" in caplog.text
     run = trained("seldom", "trainer.max_steps=12", "callbacks.fid.every=2")
     assert ["val/fid@0" in row for row in validations(run)] == [True, False, True]
 
@@ -114,9 +114,9 @@ def test_mistakes_end_before_the_first_step(trained, tiny, tmp_path):
     for override, message in (
         ("callbacks.fid.count=20", "20 images are too few for FID"),
         ("callbacks.fid.reference=nowhere", "reference=nowhere does not exist"),
-        ("callbacks.fid.every=0", r"callbacks.fid.every=0 is below 1"),
-        ("callbacks.fid.max_share=2", r"callbacks.fid.max_share=2 is outside"),
-        ("callbacks.fid.drop_fractions=[1.0]", r"callbacks.fid.drop_fractions=1.0 is outside"),
+        ("callbacks.fid.every=0", r"callbacks.fid.every=0 is not a positive number"),
+        ("callbacks.fid.max_time_fraction=2", r"callbacks.fid.max_time_fraction=2 is outside"),
+        ("callbacks.fid.drop_fractions=[1.0]", r"callbacks.fid.drop_fractions=1 is outside"),
         ("callbacks.fid.sampler.steps=0", r"callbacks.fid.sampler.steps=0"),
         ("callbacks.fid.guidance.scale=-1", r"callbacks.fid.guidance.scale=-1.0"),
         ("callbacks.fid.autoencoder=/nowhere/vae", "cannot be loaded"),
@@ -150,7 +150,7 @@ def test_two_processes_measure_what_one_does(trained, tmp_path, digits):
     for drop in ("0", "0.5"):
         # not the same weights bit for bit: two processes average the gradients of half batches
         assert two[f"val/fid@{drop}"] == pytest.approx(one[f"val/fid@{drop}"], rel=0.3)
-        assert 0 < two[f"val/kept@{drop}"] <= 1
+        assert 0 < two[f"val/keep_ratio@{drop}"] <= 1
 
 
 def test_the_sum_over_processes_is_the_whole(digits):

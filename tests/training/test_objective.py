@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcdit.checks import check_compression
+from dcdit.checks import Compression, conform
 from dcdit.errors import UserError
-from dcdit.training.objective import dealt_timesteps, drop_fraction_at, ratio_loss, target_compression
+from dcdit.training.objective import balanced_timesteps, drop_fraction_at, ratio_loss, target_compression
 
 
 @settings(max_examples=50, deadline=None)
@@ -41,7 +41,7 @@ def test_only_the_probability_carries_a_gradient_towards_the_target():
 @pytest.mark.parametrize("compression", [1.0, 0.5, -4.0, float("nan")])
 def test_compression_must_exceed_one(compression):
     with pytest.raises(UserError, match="compression"):
-        check_compression(compression)
+        conform("compression", compression, Compression)
 
 
 def test_curriculum():
@@ -63,7 +63,7 @@ def test_drop_fraction_is_a_pure_function_with_warmup():
 @settings(max_examples=50, deadline=None)
 @given(world=st.integers(2, 9), batch=st.integers(1, 20), seed=st.integers(0, 2**60))
 def test_dealt_timesteps_are_those_of_an_independent_draw(world, batch, seed):
-    hands = [dealt_timesteps(seed, 1000, world, rank, batch) for rank in range(world)]
+    hands = [balanced_timesteps(seed, 1000, world, rank, batch) for rank in range(world)]
     drawn = torch.randint(1000, (world * batch,), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(torch.cat(hands).sort().values, drawn.sort().values)
     assert all(len(hand) == batch for hand in hands)
@@ -73,7 +73,7 @@ def test_every_rank_sees_all_timesteps_alike_and_hands_are_even():
     world, batch, steps = 4, 8, 1000
     hands = torch.stack(
         [
-            torch.stack([dealt_timesteps(seed, steps, world, rank, batch) for rank in range(world)])
+            torch.stack([balanced_timesteps(seed, steps, world, rank, batch) for rank in range(world)])
             for seed in range(2000)
         ]
     ).float()

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from dcdit.checks import Count, checked
 from dcdit.errors import UserError
 
 
@@ -40,6 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
 
 
+@checked
 class Checkpoint(ModelCheckpoint):
     """A checkpoint every k optimiser steps, ``last.ckpt`` with each of them and at the end of the run.
 
@@ -53,12 +55,7 @@ class Checkpoint(ModelCheckpoint):
         UserError: if a number is not positive.
     """
 
-    def __init__(
-        self, dirpath: str, every_n_steps: int = 10_000, keep: int | None = None, milestone_every: int | None = None
-    ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("keep", keep), ("milestone_every", milestone_every)):
-            if value is not None and value < 1:
-                raise UserError(f"callbacks.checkpoint.{name}={value} is not a positive number")
+    def __init__(self, dirpath: str, every_n_steps: Count, keep: Count | None, milestone_every: Count | None) -> None:
         self.keep, self.milestone_every = keep, milestone_every
         super().__init__(
             dirpath=dirpath,

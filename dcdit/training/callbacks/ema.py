@@ -1,17 +1,22 @@
-"""Exponential moving average of the weights."""
+"""EMA weights: the exponential moving average of the weights."""
+
+from typing import Annotated
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dcdit.errors import UserError
+from dcdit.checks import Bounds, checked
+
+Decay = Annotated[float, Bounds(0, 1, open_high=True, hint="take 0.9999 for long runs, 0.99 for very short ones")]
 
 
+@checked
 class EMA(WeightAveraging):
     """Lightning's weight averaging with the fused update over all tensors at once.
 
-    In checkpoints ``state_dict`` holds the average and ``current_model_state`` the raw weights; validation runs on the
-    average.
+    In checkpoints ``state_dict`` holds the EMA weights and ``current_model_state`` the raw weights; validation runs on
+    the EMA weights.
 
     Args:
         decay: weight of the old average at every optimiser step, 0.9999 as published.
@@ -20,9 +25,7 @@ class EMA(WeightAveraging):
         UserError: if ``decay`` is outside [0, 1).
     """
 
-    def __init__(self, decay: float = 0.9999) -> None:
-        if not 0 <= decay < 1:
-            raise UserError(f"decay={decay} is outside [0, 1): take 0.9999 for long runs, 0.99 for very short ones")
+    def __init__(self, decay: Decay) -> None:
         # Buffers are constant tables: nothing to average.
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
 
+from dcdit.runs.state import State
+from dcdit.runtime.processes import say
 from dcdit.runtime.signals import STOP_SIGNALS
 
 
@@ -21,7 +22,7 @@ class StopOnInterrupt(Callback):
     """Optimiser steps between two agreements of several processes."""
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.signalled = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -29,13 +30,13 @@ class StopOnInterrupt(Callback):
         self._previous = {each: signal.signal(each, self._handle) for each in STOP_SIGNALS}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and self.interrupted:
+        if signum == signal.SIGINT and self.signalled:
             raise KeyboardInterrupt
-        if self.interrupted:
+        if self.signalled:
             return  # SLURM sends several, one after the other
-        self.interrupted = True
+        self.signalled = True
         again = "Press Ctrl-C again to stop at once." if signum == signal.SIGINT else ""
-        rank_zero_info(f"\n{signal.Signals(signum).name}: finishing this step and saving. {again}")
+        say(f"\n{signal.Signals(signum).name}: finishing this step and saving. {again}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -46,9 +47,14 @@ class StopOnInterrupt(Callback):
         if trainer.world_size > 1:
             if trainer.global_step % self.TOGETHER:
                 return
-            self.interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
-        if self.interrupted:
+            self.signalled = trainer.strategy.reduce_boolean_decision(self.signalled, all=False)
+        if self.signalled:
             trainer.should_stop = True
+
+    def outcome(self, trainer: pl.Trainer) -> State:
+        """How training ended; a signal that came in the last step interrupted nothing."""
+        stopped = self.signalled and trainer.global_step < trainer.max_steps
+        return State.INTERRUPTED if stopped else State.FINISHED
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the signals back."""

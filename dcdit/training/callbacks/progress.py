@@ -5,7 +5,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 
+from dcdit.checks import Count, checked
 
+
+@checked
 class Progress(RichProgressBar):
     """Lightning's progress bar over the steps of the whole run; there are no epochs to count.
 
@@ -13,7 +16,7 @@ class Progress(RichProgressBar):
         refresh_rate: steps between two refreshes; each one reads the loss from the device.
     """
 
-    def __init__(self, refresh_rate: int = 20) -> None:
+    def __init__(self, refresh_rate: Count) -> None:
         super().__init__(refresh_rate=refresh_rate)
 
     @property

@@ -39,7 +39,7 @@ class Throughput(Callback):
             rate = images / (now - before)
             pl_module.log("train/images_per_s", rate)
             pl_module.log("images/s", rate, prog_bar=True, logger=False)
-            damaged = getattr(trainer.datamodule, "damaged", ())  # type: ignore[attr-defined]  # set by fit
-            if damaged:
-                pl_module.log("train/damaged_samples", float(len(damaged)))
+            corrupt = getattr(trainer.datamodule, "corrupt", ())  # type: ignore[attr-defined]  # set by fit
+            if corrupt:
+                pl_module.log("train/corrupt_samples", float(len(corrupt)))
             self._since = (now, step)

@@ -1,0 +1,61 @@
+"""What is kept of the features of a set of images."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcdit.errors import UserError
+
+_KEPT = 10_000  # features kept of a reference, from which KID draws its subsets
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Features of a set of images, summed up.
+
+    Attributes:
+        count: number of images N.
+        total: (F,) float64, sum of the features.
+        outer: (F, F) float64, sum of their outer products.
+        features: (n, F) float32, those of up to 10,000 of the images, evenly spaced.
+    """
+
+    count: int
+    total: Tensor
+    outer: Tensor
+    features: Tensor
+
+    @classmethod
+    def of(cls, chunks: Iterable[Tensor], count: int) -> "Statistics":
+        """Statistics of ``chunks``, each (n, F) float32, ``count`` rows in all."""
+        kept = torch.from_numpy(np.linspace(0, count - 1, min(count, _KEPT)).round().astype(np.int64))
+        total, outer, chosen, seen = torch.zeros(1), torch.zeros(1, 1), [], 0
+        for chunk in chunks:
+            wide = chunk.double()
+            total, outer = total + wide.sum(dim=0), outer + wide.T @ wide
+            chosen.append(chunk[kept[(kept >= seen) & (kept < seen + len(chunk))] - seen])
+            seen += len(chunk)
+        assert seen == count
+        return cls(count, total, outer, torch.cat(chosen))
+
+    def save(self, path: Path) -> None:
+        """Write ``path``, whole or not at all."""
+        draft = path.with_name(f"{path.name}.part")
+        with draft.open("wb") as file:
+            arrays = {key: getattr(self, key).numpy() for key in ("total", "outer", "features")}
+            np.savez(file, count=self.count, **arrays)
+        draft.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Statistics":
+        """Read what :meth:`save` wrote; UserError if it is corrupt."""
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                total, outer, features = (torch.from_numpy(stored[key]) for key in ("total", "outer", "features"))
+                return cls(int(stored["count"]), total, outer, features)
+        except Exception as error:  # numpy and zipfile raise whatever a corrupt file provokes
+            raise UserError(f"{path} cannot be read ({error}): delete it, it is computed again") from error

@@ -1,0 +1,138 @@
+"""Many images in one ``.npz``, by a resumable job."""
+
+import json
+import time
+import zipfile
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from dcdit.compute.flops import Cost
+from dcdit.errors import UserError
+from dcdit.runtime.devices import fingerprint
+from dcdit.runtime.files import write_json
+from dcdit.runtime.jobs import ImageJob
+from dcdit.runtime.progress import Display
+from dcdit.sampling.setup import Sampling
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # of the files within the archive: equal images give equal bytes
+
+
+class ImageArchive:
+    """One process of a generation.
+
+    Args:
+        sampling: what samples.
+        out: folder for the results.
+        count: number of images; the classes take turns.
+        chunk_size: images of a task.
+        png: write each image as a PNG too.
+    """
+
+    def __init__(self, sampling: Sampling, out: Path, count: int, chunk_size: int, png: bool) -> None:
+        self.sampling, self.out, self.count, self.png = sampling, out, count, png
+        self.npz, self.summary = out / "samples.npz", out / "samples.json"
+        self.labels = torch.arange(count) % sampling.model.network.num_classes
+        self.plan = {
+            **sampling.described(),
+            "count": count,
+            "chunk_size": chunk_size,
+            "batch_size": sampling.batch_size,
+            "checkpoint": fingerprint(sampling.model.network),
+        }
+        self.job = ImageJob(out, "generation", self.plan, count, chunk_size)
+
+    def run(self, rank: int, world_size: int, display: Display) -> bool:
+        """Sample this process's share of the chunks; returns whether the file is complete.
+
+        Raises:
+            UserError: if the folder holds other images.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        with self.job.lock():
+            if self.npz.is_file():
+                self._check_finished()
+                return True
+            self.job.begin()
+        self.job.do(rank, world_size, lambda task: self._sample(task, display), display)
+        self.job.finalize(self.npz, self._join)
+        return self.npz.is_file()
+
+    def _check_finished(self) -> None:
+        try:
+            before = json.loads(self.summary.read_text())["plan"]
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"out: {self.npz} is there, but not what it holds: choose another place") from None
+        self.job.compare(before)
+
+    def _chunk(self, task: int) -> Path:
+        return self.job.work / f"chunk-{task:06d}.npy"
+
+    def _sample(self, task: int, display: Display) -> None:
+        cost = Cost.of_network(self.sampling.model.network)
+        begin = time.perf_counter()
+        images, flops, kept = [], 0.0, 0.0
+        for batch in self.sampling.generate(self.labels, self.job.numbers(task)):
+            images.append(pixels(self.sampling.decode(batch.latents)))
+            flops += batch.flops(cost).sum().item()
+            kept += torch.cat(batch.lengths).double().mean().item() * len(batch.indices)
+            display.advance(len(batch.indices))
+        chunk = np.concatenate(images)
+        if self.png:
+            self._save_png(task, chunk)
+        draft = self._chunk(task).with_suffix(".part")
+        with draft.open("wb") as file:
+            np.save(file, chunk, allow_pickle=False)
+        draft.replace(self._chunk(task))
+        seconds = time.perf_counter() - begin
+        self.job.record(task, {"flops": flops, "kept": kept, "seconds": seconds, "shape": list(chunk.shape)})
+
+    def _save_png(self, task: int, images: NDArray[np.uint8]) -> None:
+        (self.out / "png").mkdir(exist_ok=True)
+        for number, image in zip(self.job.numbers(task), images, strict=True):
+            Image.fromarray(image).save(self.out / "png" / f"{number:06d}.png")
+
+    def _join(self, records: list[dict[str, Any]]) -> None:
+        """Put the chunks into one file, one after the other, and say what they are."""
+        shape = (self.count, *records[0]["shape"][1:])
+        chunks = (np.load(self._chunk(task), allow_pickle=False) for task in range(self.job.tasks))
+        draft = self.out / f"{self.npz.name}.part"
+        with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as archive:
+            for name, dtype, arrays, size in (
+                ("arr_0", np.dtype(np.uint8), chunks, shape),
+                ("arr_1", np.dtype(np.int64), [self.labels.numpy()], (self.count,)),
+            ):
+                with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as file:
+                    append_npy(file, dtype, size, arrays)  # type: ignore[arg-type]
+        model, calibration = self.sampling.model, self.sampling.calibration
+        kept = sum(record["kept"] for record in records) / self.count / model.latents.positions
+        figures = {
+            "plan": self.plan,
+            "shape": list(shape),
+            "tflops_per_image": sum(record["flops"] for record in records) / self.count / 1e12,
+            "keep_ratio": kept if model.network.routes else None,
+            "seconds_per_image": sum(record["seconds"] for record in records) / self.count,
+            "calibration": asdict(calibration) if calibration else None,
+        }
+        write_json(self.summary, figures)
+        draft.replace(self.npz)
+
+
+def pixels(images: Tensor) -> NDArray[np.uint8]:
+    """(n, 1 or 3, height, width) uint8 to (n, height, width, 3); grey becomes three equal channels."""
+    return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def append_npy(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...], arrays: Iterable[NDArray[Any]]) -> None:
+    """Write one .npy of ``shape`` from ``arrays`` that follow each other along the first axis."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    for array in arrays:
+        file.write(np.ascontiguousarray(array, dtype).data)

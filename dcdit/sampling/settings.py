@@ -1,0 +1,77 @@
+"""What a user may say to every command that samples from a checkpoint. No torch here, so that mistakes show at once."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from dcdit.checks import Count, Seed, checked
+from dcdit.diffusion.settings import SAMPLERS, BudgetSettings, GuidanceSettings, SamplerSettings
+from dcdit.errors import UserError
+from dcdit.settings.schema import build_named, call_checked
+
+SECTIONS = ("sampler", "guidance", "budget")
+
+
+@checked
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Keys at the top of ``configs/sampling/default.yaml``.
+
+    Attributes:
+        checkpoint: a checkpoint that ``dcdit.train`` wrote.
+        weights: EMA weights or raw ones.
+        seed: with a sample's number, the only source of randomness.
+        batch_size: samples per forward pass; changes the speed, and the images by no more than rounding.
+        device: ``auto`` or a torch device.
+        precision: ``auto`` takes bf16 on a GPU, fp32 elsewhere.
+        autoencoder: decode with this one; None takes the one that the checkpoint names.
+        compile: fuse the element-wise operations of the blocks.
+    """
+
+    checkpoint: str
+    weights: Literal["ema", "raw"]
+    seed: Seed
+    batch_size: Count
+    device: str
+    precision: Literal["auto", "fp32", "bf16"]
+    autoencoder: str | None
+    compile: bool
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """All that is said about sampling, checked as far as that goes without the checkpoint.
+
+    Attributes:
+        settings: what holds whatever is sampled.
+        sampler, guidance, budget: the sections of those names.
+    """
+
+    settings: SamplingSettings
+    sampler: SamplerSettings
+    guidance: GuidanceSettings
+    budget: BudgetSettings
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> tuple["SamplingPlan", dict[str, Any]]:
+        """The plan in the plain values of a composed configuration, and the values that are the command's own.
+
+        Raises:
+            UserError: naming key, value and remedy.
+        """
+        names = {column.name for column in fields(SamplingSettings)}
+        own = {key: value for key, value in values.items() if key not in names and key not in SECTIONS}
+        plan = cls(
+            call_checked(SamplingSettings, {key: values[key] for key in values if key in names}, ""),
+            build_named(SAMPLERS, values.get("sampler"), "sampler"),
+            call_checked(GuidanceSettings, values.get("guidance"), "guidance"),
+            call_checked(BudgetSettings, values.get("budget"), "budget"),
+        )
+        if plan.budget.given and (plan.guidance.drop_schedule is not None or plan.guidance.drop_fraction):
+            raise UserError("budget: guidance.drop_fraction and drop_schedule are what it replaces, leave them out")
+        return plan, own
+
+
+def described(sampler: SamplerSettings) -> dict[str, Any]:
+    """A sampler as plain values."""
+    return {"name": sampler.name, **asdict(sampler)}

@@ -1,0 +1,58 @@
+"""``--help`` of a command: what it does, what can be chosen in its groups, and what can be set."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dcdit.settings.published import CONFIG_DIR
+
+
+def show_help(module: str) -> None:
+    """Print the help of the command in ``module``: its documentation, its groups, and its own file of keys."""
+    command = sys.modules[module]
+    name = Path(str(command.__file__)).stem
+    file = Path(CONFIG_DIR, f"{name}.yaml")
+    lines = [(command.__doc__ or "").strip(), "", "Groups (choose with group=choice):"]
+    for group, choice in groups_of(file).items():
+        lines.append(f"  {group:14} {' '.join(choices(group))}" + (f"   (now: {choice})" if choice else ""))
+    lines += ["", "Keys (set with key=value; below a group, with group.key=value):", ""]
+    lines += [f"  {line}" for line in _keys(file)]
+    lines += ["", f"All keys with their values: python -m dcdit.{name} --cfg job. Hydra's own options: --hydra-help"]
+    print("\n".join(lines))
+
+
+def groups_of(file: Path) -> dict[str, Any]:
+    """The groups that a command's file names in its defaults, and those of the files it includes whole."""
+    found: dict[str, Any] = {}
+    for entry in OmegaConf.to_container(OmegaConf.load(file)).get("defaults", []):  # type: ignore[union-attr]
+        if not isinstance(entry, dict):
+            continue
+        ((key, choice),) = entry.items()
+        words = str(key).split()
+        group = words[-1].split("@")[0].lstrip("/")
+        if "override" in words or group.startswith("hydra"):
+            continue
+        if group in ("sampling", "paths"):  # parts of the command rather than choices
+            found |= groups_of(Path(CONFIG_DIR, group, f"{choice}.yaml"))
+        else:
+            found[group] = choice
+    return found
+
+
+def choices(group: str) -> list[str]:
+    """The choices of a group."""
+    return sorted(path.stem for path in Path(CONFIG_DIR, group).glob("*.yaml")) or ["(none yet)"]
+
+
+def _keys(file: Path) -> list[str]:
+    """The lines of a configuration file between its defaults and what concerns Hydra."""
+    text = re.sub(r"(?ms)^defaults:\n(?:[ -].*\n|#.*\n)*", "", file.read_text())
+    text = re.sub(r"(?ms)^hydra:.*", "", text)
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    included = re.findall(r"^ +- sampling: (\w+)", file.read_text(), flags=re.M)
+    for choice in included:
+        lines += ["", *_keys(Path(CONFIG_DIR, "sampling", f"{choice}.yaml"))]
+    return "\n".join(lines).strip().splitlines()

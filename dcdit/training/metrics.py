@@ -1,0 +1,44 @@
+"""What a training step logs, and how the processes put it together."""
+
+import torch
+from torch import Tensor
+
+from dcdit.diffusion.loss import DiffusionLoss
+from dcdit.network import Routing
+
+
+def step_metrics(diffusion: DiffusionLoss, drop_fraction: float) -> dict[str, Tensor]:
+    """Of the diffusion loss: scalars by name."""
+    loss = diffusion.total.mean()
+    return {
+        "train/diffusion_loss": loss,
+        "train/mse": diffusion.mse.mean(),
+        "train/vlb": diffusion.vlb.mean(),
+        "train/drop_fraction": loss.new_tensor(drop_fraction),
+    }
+
+
+def routing_metrics(routing: Routing, world_size: int) -> dict[str, Tensor]:
+    """Of the router: keep ratios and, of several processes, the tokens that fall on each; scalars by name."""
+    kept = routing.natural_mask.float().mean(dim=1)
+    found = {
+        "train/keep_ratio": kept.mean(),
+        "train/keep_ratio_min": kept.min(),
+        "train/keep_ratio_max": kept.max(),
+        "train/keep_ratio_after_drop": routing.mask.float().mean(),
+    }
+    if world_size > 1:
+        tokens = routing.mask.sum().float()
+        found |= {f"train/tokens_per_rank{word}": tokens for word in ("", "_min", "_max")}
+    return found
+
+
+def over_ranks(metrics: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
+    """What all ranks found, in one exchange: means, and least and greatest values where the name says so."""
+    own = torch.stack([value.float() for value in metrics.values()])
+    found = own.new_empty(world_size * len(own))
+    torch.distributed.all_gather_into_tensor(found, own)
+    found = found.view(world_size, len(own))
+    ends = {"min": found.amin(dim=0), "max": found.amax(dim=0)}
+    mean = found.mean(dim=0)
+    return {name: ends.get(name.rpartition("_")[2], mean)[i] for i, name in enumerate(metrics)}

@@ -1,0 +1,218 @@
+"""What a user may say about training. No torch here, so that mistakes show at once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from dcdit.checks import (
+    Bounds,
+    Compression,
+    Count,
+    DropFraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Seed,
+    checked,
+    conform,
+)
+from dcdit.errors import UserError
+from dcdit.settings.schema import call_checked
+
+
+@checked
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its learning-rate schedule.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay.
+        schedule: a schedule name of ``diffusers.optimization.get_scheduler``.
+        lr_warmup_steps: linear warm-up of the learning rate; ``constant`` has none, ``constant_with_warmup`` does.
+    """
+
+    lr: Positive
+    weight_decay: NonNegative
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    lr_warmup_steps: Natural
+
+
+@checked
+@dataclass(frozen=True)
+class RatioSettings:
+    """The ratio loss.
+
+    Attributes:
+        weight: weight of the ratio loss beside the diffusion loss.
+        group: samples whose keep ratio is averaged before the loss; None takes the whole local batch.
+        curriculum_start: compression that the curriculum starts from; None starts at the target.
+        curriculum_steps: optimiser steps of the curriculum.
+    """
+
+    weight: NonNegative
+    group: Annotated[int, Bounds(low=1, hint="take 16, or null for the whole batch")] | None
+    curriculum_start: Compression | None
+    curriculum_steps: Natural
+
+    def __post_init__(self) -> None:
+        if (self.curriculum_start is None) != (self.curriculum_steps == 0):
+            raise UserError(
+                f"curriculum_steps={self.curriculum_steps}: a curriculum needs curriculum_start, a compression such as"
+                " 2, and curriculum_steps; set both, or neither"
+            )
+
+
+@checked
+@dataclass(frozen=True)
+class MultiBudgetSettings:
+    """Multi-budget training: the drop fractions that steps sample from.
+
+    Attributes:
+        fractions: set of drop fractions; empty trains at the full budget only.
+        full_budget_steps: optimiser steps at the full budget before the first is sampled.
+    """
+
+    fractions: list[DropFraction]
+    full_budget_steps: Natural
+
+
+@checked
+@dataclass(frozen=True)
+class MatchComputeSettings:
+    """Training as long as a baseline costs.
+
+    Attributes:
+        baseline: a model of ``configs/model``; None leaves ``trainer.max_steps`` as it is.
+        steps: of the baseline.
+    """
+
+    baseline: str | None
+    steps: Count
+
+
+@checked
+@dataclass(frozen=True)
+class ExecutionSettings:
+    """How the same mathematics is run.
+
+    Attributes:
+        compile: fuse the element-wise operations of the blocks.
+        activation_checkpointing: of the blocks: less memory for a quarter more time.
+        max_micro_batch: samples at once on one process; of more, gradients are accumulated.
+    """
+
+    compile: bool
+    activation_checkpointing: bool
+    max_micro_batch: Count | None
+
+
+@checked
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Arguments of Lightning's Trainer that have a range; it takes all of its others too, and checks them itself."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
+    devices: int | list[int] | str
+    num_nodes: Count
+    strategy: str
+    precision: str | int
+    max_steps: Count
+    gradient_clip_val: NonNegative | None
+    accumulate_grad_batches: Count
+    log_every_n_steps: Count
+    val_check_interval: Count
+
+    def __post_init__(self) -> None:
+        if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
+            raise UserError(f"devices={self.devices} is no number of devices: take 1 or more, or -1 for all")
+        if self.devices == [] or (isinstance(self.devices, list) and min(self.devices) < 0):
+            raise UserError(f"devices={self.devices} names no devices: take a number, or their indices, such as [0,1]")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether CUDA devices are asked for by name."""
+        return self.accelerator in ("gpu", "cuda")
+
+    @property
+    def device_count(self) -> int | None:
+        """Devices of each node; None for as many as there are."""
+        if isinstance(self.devices, list):
+            return len(self.devices)
+        if isinstance(self.devices, str):
+            if self.devices == "auto":
+                return None
+            indices = [word for word in self.devices.split(",") if word.strip()]
+            if not all(word.strip().lstrip("-").isdigit() for word in indices) or not indices:
+                raise UserError(f"trainer.devices={self.devices!r} is no number, list of indices or auto")
+            alone = "," not in self.devices
+            return (None if indices == ["-1"] else int(indices[0])) if alone else len(indices)
+        return None if self.devices == -1 else self.devices
+
+
+@checked
+@dataclass(frozen=True)
+class RunSettings:
+    """The keys at the top of ``configs/train.yaml``."""
+
+    compression: Compression
+    seed: Seed
+    run_name: str
+    run_dir: str
+    ckpt_path: str | None
+    run_id: str | None
+    nonfinite_limit: Count
+    balance_timesteps: bool
+
+
+SECTIONS: dict[str, Any] = {
+    "ratio": RatioSettings,
+    "multi_budget": MultiBudgetSettings,
+    "optimizer": OptimizerSettings,
+    "match_compute": MatchComputeSettings,
+    "execution": ExecutionSettings,
+}
+_BUILT_LATER = ("model", "data", "trainer", "callbacks", "logger", "cluster", "paths", "resolution", *SECTIONS)
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """All that is said about training, checked as far as that goes without torch.
+
+    Attributes:
+        run: the keys at the top.
+        ratio, multi_budget, optimizer, match_compute, execution, trainer: the sections of those names.
+        values: everything as plain values, for what builds the rest.
+    """
+
+    run: RunSettings
+    ratio: RatioSettings
+    multi_budget: MultiBudgetSettings
+    optimizer: OptimizerSettings
+    match_compute: MatchComputeSettings
+    execution: ExecutionSettings
+    trainer: TrainerSettings
+    values: Mapping[str, Any]
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of an optimiser step over all processes and micro-batches."""
+        return int(conform("data.batch_size", self.values["data"].get("batch_size"), Count))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "TrainPlan":
+        """The plan in the plain values of a composed configuration.
+
+        Raises:
+            UserError: naming key, value and remedy.
+        """
+        run = call_checked(RunSettings, {key: values[key] for key in values if key not in _BUILT_LATER}, "")
+        sections = {name: call_checked(kind, values.get(name), name) for name, kind in SECTIONS.items()}
+        for name in ("model", "data", "trainer"):
+            if not isinstance(values.get(name), Mapping):
+                raise UserError(
+                    f"{name}={values.get(name)!r}: {name} is a group and a section, choose one or set its keys"
+                )
+        trainer = values["trainer"]
+        ranged = {key: value for key, value in trainer.items() if key in TrainerSettings.__dataclass_fields__}
+        return cls(run, **sections, trainer=call_checked(TrainerSettings, ranged, "trainer"), values=values)
