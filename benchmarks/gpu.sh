@@ -21,7 +21,7 @@ echo "# A GPU"
 verbatim -m pytest -q -m gpu
 measure benchmarks/attention.py --scale b --batch 128 --precision bf16
 measure benchmarks/attention.py --scale xl --batch 64 --grid 64 --precision bf16
-for choice in "" --compile "--compile --recompute"; do
+for choice in "" --compile "--compile --checkpointing"; do
     # shellcheck disable=SC2086  # none, one or two words
     measure benchmarks/step.py --scale b --batch 128 --precision bf16 $choice
     # shellcheck disable=SC2086

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dcdit.checks import Compression, DropFraction, NotEmpty, checked
@@ -59,9 +60,8 @@ def run(config: DictConfig) -> None:
         f"drop {drop:g}": (drop, drop if settings.uncond_drop_fraction is None else settings.uncond_drop_fraction)
         for drop in settings.drop_fractions
     }
-    Console().print(
-        flops_table(network, settings.model["name"], settings.compression, drops, settings.steps, settings.guided)
-    )
+    name = HydraConfig.get().runtime.choices["model"] if HydraConfig.initialized() else network.title
+    Console().print(flops_table(network, name, settings.compression, drops, settings.steps, settings.guided))
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="flops")

@@ -21,7 +21,7 @@ from dcdit.runs.resume import task_overrides
 from dcdit.runs.state import Outcome, State
 from dcdit.runtime.processes import lost_process, rank
 from dcdit.settings.entry import CONFIG_DIR, entry_point, explain, hold, plain, show
-from dcdit.training.settings import TrainPlan
+from dcdit.training.settings import GROUPS, TrainPlan
 
 PATIENCE = 180.0
 """Seconds that a job waits for the one before it to let go of the run: a node that died holds locks for a while."""
@@ -29,7 +29,7 @@ PATIENCE = 180.0
 
 def check(config: DictConfig) -> TrainPlan:
     """What ``config`` asks for; UserError if a value is wrong, the network's and the callbacks' own apart."""
-    return TrainPlan.of(plain(config))
+    return TrainPlan.of(plain(config, sections=GROUPS))
 
 
 def run(config: DictConfig, run_dir: Path, sweeping: bool = False) -> Outcome:

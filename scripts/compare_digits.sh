@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python}
-networks="dcdit dit_2 dit_4 full_budget cosine unsmoothed"
+networks="dcdit dit_2 dit_4 no_multi_budget cosine unsmoothed"
 # Networks as small as these use one core well and two badly: as many are trained side by side as there are cores.
 export OMP_NUM_THREADS=1
 
@@ -25,5 +25,5 @@ measure="$python -m dcdit.evaluate -m reference=data/digits8/train features=digi
     sampler=ddim sampler.steps=25 sampler.clip=true"
 # One after the other, for the times to be comparable
 $measure drop_fractions=[0] checkpoint="$(checkpoints dit_2 dit_4)"
-$measure drop_fractions=[0,0.2,0.4,0.6] checkpoint="$(checkpoints dcdit full_budget cosine unsmoothed)"
+$measure drop_fractions=[0,0.2,0.4,0.6] checkpoint="$(checkpoints dcdit no_multi_budget cosine unsmoothed)"
 "$python" -m dcdit.report runs/comparison out=runs/comparison/report title="DC-DiT and DiT on digits"

@@ -43,7 +43,7 @@ def class_accuracy(samples: Path, images: torch.Tensor, labels: torch.Tensor) ->
 
 
 def router_statistics(checkpoint: str, images: torch.Tensor, labels: torch.Tensor) -> list[dict[str, float]]:
-    """Kept share of positions on or next to ink and of empty background, for real digits diffused to timestep t."""
+    """Keep ratio of positions on or next to ink and of empty background, for real digits diffused to timestep t."""
     network, tables = load_model(checkpoint).network, Posterior.linear()
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     near_ink = F.max_pool2d((images > INK).float(), 3, stride=1, padding=1).flatten(1).bool()

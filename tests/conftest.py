@@ -1,3 +1,4 @@
+import logging
 import os
 import signal
 from pathlib import Path
@@ -15,6 +16,9 @@ from support.configs import TINY, compose_config
 from dcdit.settings.entry import register_resolvers
 
 register_resolvers()
+
+# As in commands: Lightning's remarks would be written to streams that a test has closed.
+logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
-from dcdit.cluster.settings import ClusterSettings, cluster_of, sbatch_parameters
+from dcdit.cluster.settings import ClusterSettings, cluster_of, read_cluster, sbatch_parameters
 from dcdit.errors import UserError
 from dcdit.runs.failure import note_failure
 from dcdit.runs.lock import is_held
@@ -26,7 +26,7 @@ from dcdit.runs.state import QUEUED_NAME, RunState, State
 from dcdit.runtime.processes import say
 from dcdit.settings.entry import plain
 from dcdit.training.build import check_network, match_compute
-from dcdit.training.settings import TrainPlan
+from dcdit.training.settings import GROUPS, TrainPlan
 
 FOLDER = ".submitit"
 GONE = 3
@@ -102,8 +102,10 @@ def plans_of(configs: Sequence[DictConfig]) -> list[TrainPlan]:
     """The plans of all configurations that have one; UserError if none has. :func:`is_due` tells of the others."""
     found, failures = [], []
     for config in configs:
+        values = plain(config, without="hydra", sections=GROUPS)
+        read_cluster(values)  # before what follows from it
         try:
-            found.append(TrainPlan.of(plain(config, without="hydra")))
+            found.append(TrainPlan.of(values))
         except UserError as error:
             failures.append(error)
     if not found:
@@ -118,7 +120,7 @@ def is_due(run: Path, config: DictConfig, overrides: Sequence[str]) -> bool:
         say(f"{name} is being trained right now: left alone")
         return False
     try:
-        plan = match_compute(TrainPlan.of(plain(config, without="hydra")))
+        plan = match_compute(TrainPlan.of(plain(config, without="hydra", sections=GROUPS)))
         check_network(plan)
         if (run / "checkpoints" / "last.ckpt").exists():
             check_same(plan.values, run)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,18 @@ class ClusterSettings:
                 raise UserError(f"env.{name}={value!r} is no variable of a shell")
 
 
+def read_cluster(values: Mapping[str, Any]) -> ClusterSettings:
+    """The ``cluster`` section of a composed configuration's plain values; UserError if a value is wrong."""
+    return call_checked(ClusterSettings, values.get("cluster"), "cluster")
+
+
 def cluster_of(plan: TrainPlan) -> ClusterSettings:
     """The checked ``cluster`` of a plan that runs on SLURM.
 
     Raises:
         UserError: if a value is wrong, or the trainer would use other processes than the job has.
     """
-    cluster, trainer = call_checked(ClusterSettings, plan.values.get("cluster"), "cluster"), plan.trainer
+    cluster, trainer = read_cluster(plan.values), plan.trainer
     for key, value, name in (
         ("devices", trainer.devices, "tasks_per_node"),
         ("num_nodes", trainer.num_nodes, "nodes"),

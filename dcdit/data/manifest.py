@@ -45,7 +45,7 @@ class Manifest:
         latent_shape: (C, H, W) of one latent as the network sees it.
         dtype: numpy name of the stored type, ``float16`` or ``float32``.
         representation: ``sample`` or ``moments``.
-        hflip: each sample also holds the latent of the image hflip left to right.
+        hflip: each sample also holds the latent of the image flipped left to right.
         autoencoder: ``identity``, or what ``AutoencoderKL.from_pretrained`` takes.
         scale, shift: the network sees (latent - shift) * scale.
         classes: class names; a label is an index into them.

@@ -39,7 +39,7 @@ class Sample:
         key: unique name within all shards.
         label: class label.
         latent: (C, H, W), or (2C, H, W) for moments.
-        hflip: the same of the hflip image; None if the shards hold none.
+        hflip: the same of the flipped image; None if the shards hold none.
         source: name of the image, for messages.
     """
 

@@ -211,7 +211,7 @@ def open_images(
         raise UserError(f"reference={place} does not exist: give a folder of images or shards, or an .npz")
     if images.size != size:
         raise UserError(
-            f"reference={place} has images of {images.size[0]} x {images.size[1]} pixels, the checkpoint draws"
+            f"reference={place} has images of {images.size[0]} x {images.size[1]} pixels, the checkpoint samples"
             f" {size[0]} x {size[1]}: a comparison would mostly see that; give a reference of this size"
         )
     return images

@@ -181,7 +181,7 @@ class Measurement:
 
 
 def run_name(checkpoint: Path) -> str:
-    """Name of the run that ``checkpoint`` belongs to; with that of its sweep, if it is chunk of one."""
+    """Name of the run that ``checkpoint`` belongs to; with that of its sweep, if it is part of one."""
     run = checkpoint.resolve().parent.parent
     sweep = run.parent.name
     return f"{sweep.removesuffix('_sweep')}/{run.name}" if sweep.endswith("_sweep") else run.name

@@ -1,4 +1,4 @@
-"""The ledger of an extraction: records become a manifest, and a manifest becomes records where shards are lost."""
+"""The journal of an extraction: records become a manifest, and a manifest becomes records where shards are lost."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,8 @@ from typing import Any
 
 from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard, Skipped
 from dcdit.errors import UserError
-from dcdit.runtime.jobs import ResumableJob, write_json
+from dcdit.runtime.files import write_json
+from dcdit.runtime.jobs import ResumableJob
 
 
 class ExtractionJob(ResumableJob):

@@ -36,7 +36,7 @@ class Frame:
 
 
 class Frames:
-    """Pictures of some samples on their way, taken while they are drawn.
+    """Pictures of some samples on their way, taken while they are sampled.
 
     Args:
         shown: numbers of these samples.

@@ -46,13 +46,20 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("relpath", os.path.relpath, replace=True)
 
 
-def plain(config: DictConfig, without: str = "") -> dict[str, Any]:
-    """The plain values of a composed configuration, interpolations resolved; UserError where that cannot be.
+def plain(config: DictConfig, without: str = "", sections: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a composed configuration, interpolations resolved.
 
     Args:
         config: the configuration.
         without: a section to leave out, such as one that cannot be resolved here.
+        sections: what must be a section, for others refer to its keys.
+
+    Raises:
+        UserError: if a section is none, or something cannot be resolved.
     """
+    for name in sections:
+        if not isinstance(config.get(name), DictConfig):
+            raise UserError(f"{name}={config.get(name)}: {name} is a section, choose one of its group or set its keys")
     try:
         if without in config:
             config = OmegaConf.masked_copy(config, [str(key) for key in config if key != without])

@@ -9,6 +9,9 @@ from omegaconf import OmegaConf
 
 from dcdit.settings.published import CONFIG_DIR
 
+_BASES = {"data": ("default",), "trainer": ("default",)}
+"""What the choices of a group share, and is none itself."""
+
 
 def show_help(module: str) -> None:
     """Print the help of the command in ``module``: its documentation, its groups, and its own file of keys."""
@@ -35,21 +38,23 @@ def groups_of(file: Path) -> dict[str, Any]:
         group = words[-1].split("@")[0].lstrip("/")
         if "override" in words or group.startswith("hydra"):
             continue
-        if group in ("sampling", "paths"):  # parts of the command rather than choices
+        if group == "sampling":  # part of the command rather than a choice
             found |= groups_of(Path(CONFIG_DIR, group, f"{choice}.yaml"))
-        else:
+        elif group not in ("paths", "local"):
             found[group] = choice
     return found
 
 
 def choices(group: str) -> list[str]:
     """The choices of a group."""
-    return sorted(path.stem for path in Path(CONFIG_DIR, group).glob("*.yaml")) or ["(none yet)"]
+    return sorted(
+        path.stem for path in Path(CONFIG_DIR, group).glob("*.yaml") if path.stem not in _BASES.get(group, "")
+    )
 
 
 def _keys(file: Path) -> list[str]:
     """The lines of a configuration file between its defaults and what concerns Hydra."""
-    text = re.sub(r"(?ms)^defaults:\n(?:[ -].*\n|#.*\n)*", "", file.read_text())
+    text = re.sub(r"(?m)^defaults:\n(?:[ -].*\n|#.*\n)*", "", file.read_text())
     text = re.sub(r"(?ms)^hydra:.*", "", text)
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     included = re.findall(r"^ +- sampling: (\w+)", file.read_text(), flags=re.M)

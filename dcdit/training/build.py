@@ -24,6 +24,7 @@ from dcdit.network import build_network
 from dcdit.runtime.devices import without_memory
 from dcdit.runtime.processes import launched, say
 from dcdit.settings.entry import model_config
+from dcdit.settings.help import choices
 from dcdit.settings.schema import call_checked, suggestion
 from dcdit.training.batching import accumulation, world_size
 from dcdit.training.callbacks.checkpoint import AtomicCheckpointIO
@@ -41,6 +42,8 @@ def match_compute(plan: TrainPlan) -> TrainPlan:
     baseline, steps = plan.match_compute.baseline, plan.match_compute.steps
     if baseline is None:
         return plan
+    if baseline not in choices("model"):
+        raise UserError(f"match_compute.baseline={baseline!r} is not one of {', '.join(choices('model'))}")
     spec = plan.values["model"]
     # The baseline sees the same latents, whatever its file says.
     other = model_config(baseline) | {key: spec[key] for key in ("grid", "channels", "num_classes")}

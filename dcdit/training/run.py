@@ -26,7 +26,7 @@ from dcdit.training.batching import check_devices
 from dcdit.training.build import build_data, build_module, build_trainer, check_network, match_compute
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
 from dcdit.training.module import DCDiTModule
-from dcdit.training.settings import TrainPlan
+from dcdit.training.settings import GROUPS, TrainPlan
 
 
 def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: bool = False) -> Outcome:
@@ -46,7 +46,7 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
     """
     config.run_dir = str(run_dir)
     # 1. Check what was asked for, before any data are written.
-    plan = match_compute(TrainPlan.of(plain(config)))
+    plan = match_compute(TrainPlan.of(plain(config, sections=GROUPS)))
     check_network(plan)
     with sole_writer(run_dir, rank(), patience):
         # 2. Look for an earlier part of the run.

@@ -107,6 +107,9 @@ class ExecutionSettings:
     max_micro_batch: Count | None
 
 
+Endless = Annotated[int, Bounds(low=-1, hint="-1 stands for all")]
+
+
 @checked
 @dataclass(frozen=True)
 class TrainerSettings:
@@ -122,8 +125,15 @@ class TrainerSettings:
     accumulate_grad_batches: Count
     log_every_n_steps: Count
     val_check_interval: Count
+    max_epochs: Endless
+    check_val_every_n_epoch: Count | None
+    num_sanity_val_steps: Endless
+    enable_model_summary: bool
+    use_distributed_sampler: bool
 
     def __post_init__(self) -> None:
+        if self.max_epochs == 0:
+            raise UserError("max_epochs=0 trains nothing: take -1, for trainer.max_steps says how long a run is")
         if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
             raise UserError(f"devices={self.devices} is no number of devices: take 1 or more, or -1 for all")
         if self.devices == [] or (isinstance(self.devices, list) and min(self.devices) < 0):
@@ -172,6 +182,9 @@ SECTIONS: dict[str, Any] = {
     "match_compute": MatchComputeSettings,
     "execution": ExecutionSettings,
 }
+GROUPS = ("model", "data", "trainer", "cluster")
+"""Sections whose keys others refer to."""
+
 _BUILT_LATER = ("model", "data", "trainer", "callbacks", "logger", "cluster", "paths", "resolution", *SECTIONS)
 
 
@@ -208,11 +221,6 @@ class TrainPlan:
         """
         run = call_checked(RunSettings, {key: values[key] for key in values if key not in _BUILT_LATER}, "")
         sections = {name: call_checked(kind, values.get(name), name) for name, kind in SECTIONS.items()}
-        for name in ("model", "data", "trainer"):
-            if not isinstance(values.get(name), Mapping):
-                raise UserError(
-                    f"{name}={values.get(name)!r}: {name} is a group and a section, choose one or set its keys"
-                )
         trainer = values["trainer"]
         ranged = {key: value for key, value in trainer.items() if key in TrainerSettings.__dataclass_fields__}
         return cls(run, **sections, trainer=call_checked(TrainerSettings, ranged, "trainer"), values=values)

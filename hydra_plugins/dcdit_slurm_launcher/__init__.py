@@ -7,7 +7,7 @@ from hydra.core.utils import JobReturn
 
 try:
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as SubmititLauncher
-except ImportError:  # the extra `slurm` is not installed; dcdit.sweep says so to whoever asks for it
+except ImportError:  # the extra `slurm` is not installed; dcdit.runs.sweep says so to whoever asks for it
     pass
 else:
 

@@ -106,7 +106,7 @@ def test_what_is_refused(tmp_path, digits):
     ):
         with pytest.raises(UserError, match=message):
             opened(place)
-    with pytest.raises(UserError, match=r"has images of 8 x 8 pixels, the checkpoint draws 16 x 16"):
+    with pytest.raises(UserError, match=r"has images of 8 x 8 pixels, the checkpoint samples 16 x 16"):
         opened(digits / "val", 16)
 
 

@@ -1,0 +1,176 @@
+"""Every key of every command is given what no user should give: one clear message, exit status 2, nothing done."""
+
+import math
+from collections.abc import Iterator
+from importlib import import_module
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+from support.configs import compose_config
+
+from dcdit.network import build_network
+from dcdit.runtime.devices import without_memory
+from dcdit.settings.entry import USER_ERROR_STATUS, answer, plain
+
+CHECKPOINT = "checkpoint=x"
+COMMANDS = {
+    "train": ("experiment=digits", "callbacks=fid", "features@callbacks.fid.features=digits", "logger=csv"),
+    "sample": (CHECKPOINT, "sampler=ddim"),
+    "generate": (CHECKPOINT, "out=x", "sampler=dpm++"),
+    "evaluate": (CHECKPOINT, "reference=x", "features=digits"),
+    "report": ("runs=[x]",),
+    "status": ("runs=[x]",),
+    "flops": ("model=dcdit_digits",),
+    "extract": ("source=x", "out=x"),
+    "inspect_latents": ("directory=x",),
+}
+CLUSTER = ("experiment=digits", "cluster=slurm", "cluster.gpus_per_node=0", "cluster.tasks_per_node=2")
+
+MANY = {
+    "a wrong type": "many",
+    "a negative": -1,
+    "zero": 0,
+    "not a number": math.nan,
+    "infinity": math.inf,
+    "a group's name": "ddim",
+    "an empty list": [],
+}
+
+NULL_BUT_NUMBER = {
+    *("ratio.curriculum_start", "execution.max_micro_batch", "data.scale", "model.encoder_width"),
+    *("guidance.uncond_drop_fraction", "budget.tflops", "budget.fraction", "reference_count", "threads"),
+    *("uncond_drop_fraction", "num_workers", "cluster.mem_gb"),
+}
+"""Keys whose default is null and that take a number."""
+
+TEXT_OR_NUMBER = {"trainer.precision", "trainer.devices", "classes", "trainer.strategy"}
+"""Numbers, or words that stand for some."""
+
+MAY_BE_ZERO = {
+    *("seed", "data.seed", "data.num_workers", "data.shuffle_buffer", "data.corrupt_limit", "num_workers"),
+    *("optimizer.weight_decay", "optimizer.lr_warmup_steps", "ratio.weight", "ratio.curriculum_steps"),
+    *("multi_budget.full_budget_steps", "model.label_dropout", "trainer.gradient_clip_val", "guidance.scale"),
+    *("callbacks.ema.decay", "callbacks.fid.frames", "callbacks.fid.seed", "callbacks.fid.guidance.scale"),
+    *("guidance.drop_fraction", "guidance.uncond_drop_fraction", "uncond_drop_fraction", "sampler.eta"),
+    *("callbacks.fid.sampler.eta", "frames", "time_rounds", "images", "trainer.num_sanity_val_steps"),
+    *("cluster.gpus_per_node", "cluster.max_restarts", "logger.csv.flush_logs_every_n_steps"),
+}
+MAY_BE_NEGATIVE = {"trainer.max_epochs", "trainer.devices", "trainer.num_sanity_val_steps"}
+
+LIGHTNINGS_OWN = {"logger.csv.flush_logs_every_n_steps", "logger.csv.save_dir", "run_dir"}
+"""Checked, if at all, by Lightning, whose words they are."""
+
+LISTS_MAY_BE_EMPTY = {"multi_budget.fractions", "cluster.setup"}
+
+
+def check(command: str, config: DictConfig) -> None:
+    """All that a command checks before it opens a file."""
+    if command != "train":
+        settings = import_module(f"dcdit.{command}").check(config)
+        if command == "flops":
+            with without_memory():
+                build_network(settings.model)
+        return
+    from dcdit import train
+    from dcdit.cluster.settings import cluster_of, read_cluster
+    from dcdit.training.build import build_data, build_trainer, check_network, match_compute
+    from dcdit.training.callbacks.interrupt import StopOnInterrupt
+
+    if "slurm" in str(config.cluster):
+        read_cluster(plain(config, without="hydra"))
+    plan = match_compute(train.check(config))
+    check_network(plan)
+    build_data(plan)
+    if plan.values["cluster"]["name"] != "local":
+        cluster_of(plan)
+    build_trainer(plan, config, StopOnInterrupt())
+
+
+def leaves(node: DictConfig, path: str = "") -> Iterator[tuple[str, object]]:
+    """Keys that a user may set, with their values; what names a class or the resolution is not for setting."""
+    for key in node:
+        place = f"{path}.{key}" if path else str(key)
+        if str(key) in ("_target_", "_convert_", "name") or place in ("hydra", "paths", "resolution"):
+            continue
+        raw = None if OmegaConf.is_missing(node, key) else node[key]
+        if isinstance(raw, DictConfig) and raw:
+            yield from leaves(raw, place)
+        else:
+            yield place, OmegaConf.to_container(raw) if OmegaConf.is_config(raw) else raw
+
+
+def outcome(command: str, config: DictConfig, capsys) -> str | None:
+    """What the command says to ``config``; None if it has nothing to say. Anything but one message fails."""
+    status = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.exit", lambda code: exits.append(code))
+        exits: list[int] = []
+        answer(lambda: check(command, config))
+        status = exits[0] if exits else 0
+    if not status:
+        return None
+    assert status == USER_ERROR_STATUS
+    lines = [line.strip("│╭╮╰╯─ ") for line in capsys.readouterr().err.splitlines()]
+    return " ".join(line for line in lines if line)
+
+
+def is_refused(key: str, default: object, name: str) -> bool:
+    """Whether this value must not pass."""
+    if key in LIGHTNINGS_OWN:
+        return False
+    if isinstance(default, bool):
+        return True
+    if isinstance(default, list):
+        return name != "an empty list" or key not in LISTS_MAY_BE_EMPTY
+    number = isinstance(default, int | float) or key in NULL_BUT_NUMBER
+    if name == "an empty list":
+        return number or isinstance(default, str)
+    if not number or key in TEXT_OR_NUMBER:
+        return False
+    if name == "a negative":
+        return key not in MAY_BE_NEGATIVE
+    return name != "zero" or key not in MAY_BE_ZERO
+
+
+CASES = [*COMMANDS.items(), ("train", CLUSTER)]
+
+
+@pytest.mark.parametrize(("command", "overrides"), CASES, ids=[*COMMANDS, "train on a cluster"])
+def test_no_value_passes_in_silence_or_ends_in_a_traceback(command, overrides, capsys, monkeypatch):
+    monkeypatch.setattr("dcdit.training.batching.check_devices", lambda plan: None)
+    whole = compose_config(*overrides, name=command)
+    assert outcome(command, whole, capsys) is None
+    found = dict(leaves(whole))
+    if "cluster=slurm" in overrides:
+        found = {key: value for key, value in found.items() if key.startswith("cluster.")}
+    wrong = []
+    for key, default in found.items():
+        for name, value in MANY.items():
+            config = whole.copy()
+            OmegaConf.update(config, key, value, merge=False)
+            said = outcome(command, config, capsys)
+            last = key.rpartition(".")[2]
+            if said is None and is_refused(key, default, name):
+                wrong.append(f"{key}={value}: {name} passes")
+            elif said is not None and ((last not in said and key not in LIGHTNINGS_OWN) or len(said) > 600):
+                wrong.append(f"{key}={value}: {said}")
+    assert not wrong, "\n".join(wrong)
+
+
+def sections() -> Iterator[tuple[str, str]]:
+    for command, overrides in COMMANDS.items():
+        config = compose_config(*overrides, name=command)
+        for key in config:
+            raw = config.get(key)
+            if isinstance(raw, DictConfig) and key not in ("hydra", "paths", "resolution", "features"):
+                yield command, str(key)
+
+
+@pytest.mark.parametrize(("command", "section"), list(sections()))
+def test_a_value_where_a_section_is_meant(command, section, capsys):
+    for value in ("ddim", 0.1, []):
+        config = compose_config(*COMMANDS[command], name=command)
+        OmegaConf.update(config, section, value, merge=False)
+        said = outcome(command, config, capsys)
+        assert said is not None, value
+        assert section in said
