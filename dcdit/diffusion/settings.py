@@ -78,7 +78,21 @@ class GuidanceSettings:
         uncond_drop_fraction: tail drop of the unconditional half; None takes the same.
         interval: lowest and highest timestep that is guided (arXiv 2404.07724); elsewhere the conditional half runs
             alone. None guides all.
-        drop_schedule: DropSchedule | None = None
+        drop_schedule: pairs of timestep and drop fraction, linear in between, constant beyond; in place of
+            ``drop_fraction``.
+
+    Raises:
+        UserError: if a value is out of its range.
+    """
+
+    scale: Annotated[float, Bounds(low=0, hint="1 is no guidance, 4 is strong")] = 1.0
+    channels: Annotated[int, Bounds(low=1, hint="take 3 as published, or null for all")] | None = None
+    drop_fraction: DropFraction = 0.0
+    uncond_drop_fraction: DropFraction | None = None
+    interval: list[Timestep] | None = None
+    drop_schedule: (
+        Annotated[list[list[float]], NotEmpty("give a point, or null for a constant drop_fraction")] | None
+    ) = None
 
     def __post_init__(self) -> None:
         if self.interval is not None and (len(self.interval) != 2 or self.interval[0] > self.interval[1]):
