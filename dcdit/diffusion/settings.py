@@ -90,9 +90,7 @@ class GuidanceSettings:
     drop_fraction: DropFraction = 0.0
     uncond_drop_fraction: DropFraction | None = None
     interval: list[Timestep] | None = None
-    drop_schedule: (
-        Annotated[list[list[float]], NotEmpty("give a point, or null for a constant drop_fraction")] | None
-    ) = None
+    drop_schedule: DropSchedule | None = None
 
     def __post_init__(self) -> None:
         if self.interval is not None and (len(self.interval) != 2 or self.interval[0] > self.interval[1]):

@@ -47,9 +47,8 @@ def groups_of(file: Path) -> dict[str, Any]:
 
 def choices(group: str) -> list[str]:
     """The choices of a group."""
-    return sorted(
-        path.stem for path in Path(CONFIG_DIR, group).glob("*.yaml") if path.stem not in _BASES.get(group, "")
-    )
+    found = {path.stem for path in Path(CONFIG_DIR, group).glob("*.yaml")}
+    return sorted(found - set(_BASES.get(group, ())))
 
 
 def _keys(file: Path) -> list[str]:
