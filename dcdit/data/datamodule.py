@@ -56,13 +56,13 @@ class LatentDataModule(pl.LightningDataModule):
         num_workers: Natural,
         shuffle_buffer: Natural,
         seed: Seed,
-        source: Mapping[str, Any] | None = None,
-        autoencoder: str | None = None,
-        scale: Positive | None = None,
-        corrupt_limit: Natural = 100,
-        cache: str | None = None,
-        cache_gb: Positive = 20.0,
-        allow_pipe: bool = False,
+        source: Mapping[str, Any] | None,
+        autoencoder: str | None,
+        scale: Positive | None,
+        corrupt_limit: Natural,
+        cache: str | None,
+        cache_gb: Positive,
+        allow_pipe: bool,
     ) -> None:
         super().__init__()
         self.location = Location(directory, cache, cache_gb, allow_pipe)

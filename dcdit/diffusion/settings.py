@@ -86,7 +86,7 @@ class GuidanceSettings:
     """
 
     scale: Annotated[float, Bounds(low=0, hint="1 is no guidance, 4 is strong")] = 1.0
-    channels: Annotated[int, Bounds(low=1, hint="take 3 as published, or null for all")] | None = None
+    channels: Annotated[int, Bounds(low=1, hint="take 3 as published, or null for all")] | None = 3
     drop_fraction: DropFraction = 0.0
     uncond_drop_fraction: DropFraction | None = None
     interval: list[Timestep] | None = None

@@ -1,16 +1,13 @@
 """Quality against compute, as users measure it."""
 
 import json
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support.configs import PLAIN_DIT, compose_config
-from support.runs import wait_for
 
 from dcdit import evaluate, generate
 from dcdit.errors import UserError
@@ -134,28 +131,6 @@ def test_any_number_of_processes_and_any_break_give_the_same_figures(run, monkey
     assert "Continuing: 1 of 3 chunks" in capsys.readouterr().err
     assert again[0.4]["metrics"] == whole[0.4]["metrics"]
     assert again[0.4]["keep_ratio"] == whole[0.4]["keep_ratio"]
-
-
-def test_a_kill_keeps_what_was_measured(run, tmp_path, digits):
-    def command(out: str) -> list[str]:
-        places = (f"checkpoint={run.checkpoint}", f"reference={digits}/val", f"cache={tmp_path}/cache")
-        settings = (*SETTINGS, "count=60", "chunk_size=5", "sampler.steps=10", "drop_fractions=[0,0.5]")
-        return [sys.executable, "-m", "dcdit.evaluate", *places, f"out={tmp_path / out}", *settings]
-
-    def parts() -> list[Path]:
-        return list((tmp_path / "killed").glob(".evaluation-*/chunk-*.npz"))
-
-    process = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    wait_for(lambda: len(parts()) >= 2 or process.poll() is not None)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    for out in ("killed", "whole"):
-        subprocess.run(command(out), check=True, capture_output=True)
-    names = sorted(path.name for path in (tmp_path / "whole").glob("*.json"))
-    assert len(names) == 2
-    for name in names:
-        killed, whole = (json.loads((tmp_path / out / name).read_text()) for out in ("killed", "whole"))
-        assert killed["metrics"] == whole["metrics"]
 
 
 def test_two_processes_at_once(run, tmp_path, digits):

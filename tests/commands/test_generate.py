@@ -1,9 +1,6 @@
 """Many images in one file, as users make them."""
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 from support.configs import compose_config
-from support.runs import wait_for
 
 from dcdit import generate, sample
 from dcdit.errors import UserError
@@ -83,23 +79,6 @@ def test_any_number_of_processes_and_any_break_make_the_same_bytes(run, monkeypa
     assert (folder / "samples.npz").read_bytes() == whole
     run("broken")  # complete: nothing to do
     assert (folder / "samples.npz").read_bytes() == whole
-
-
-def test_a_kill_loses_a_part_at_most(run, tmp_path):
-    def command(out: str) -> list[str]:
-        settings = ("count=60", "chunk_size=5", "sampler.steps=20", "batch_size=5")
-        places = (f"checkpoint={run.checkpoint}", f"out={tmp_path / out}")
-        return [sys.executable, "-m", "dcdit.generate", *places, *settings]
-
-    work = tmp_path / "killed" / ".generation"
-    process = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(list(work.glob("chunk-*.npy"))) >= 2 or process.poll() is not None)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "samples.npz").exists()
-    for out in ("killed", "whole"):
-        subprocess.run(command(out), check=True, capture_output=True)
-    assert (tmp_path / "killed" / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
 
 
 def test_other_images_are_not_mixed_in(run, tmp_path):

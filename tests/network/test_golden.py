@@ -141,4 +141,9 @@ def test_loss_and_gradient(golden: Golden, case: str, drop: float, group: int | 
 
 def test_decoder_likelihood(golden: Golden) -> None:
     _, loss, _, data = train_case(golden, "f3_t0", 0.0, None)
-    torch.testing.assert_close(loss.vlb, data["f3_t0/vb"], rtol=0, atol=0.4)  # ill-conditioned in float32
+    first = data["f3_t0/t"] == 0
+    assert first.any()
+    assert not first.all()
+    # At t = 0 a difference of two nearly equal probabilities magnifies float32's rounding; 0.05 is a hundredth of most.
+    torch.testing.assert_close(loss.vlb[first], data["f3_t0/vb"][first], rtol=0, atol=0.05)
+    torch.testing.assert_close(loss.vlb[~first], data["f3_t0/vb"][~first], rtol=1e-5, atol=2e-5)

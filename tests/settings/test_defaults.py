@@ -1,0 +1,68 @@
+"""A default stands in one place: in ``configs/`` for whatever a command reads."""
+
+import inspect
+
+import pytest
+from omegaconf import OmegaConf
+from support.configs import compose_config
+
+from dcdit import extract, flops, generate, inspect_latents, report, sample, status
+from dcdit.cluster.settings import ClusterSettings
+from dcdit.data.datamodule import LatentDataModule
+from dcdit.diffusion.settings import DDIM, DDPM, BudgetSettings, DPMSolver, GuidanceSettings
+from dcdit.evaluation.settings import EvaluateSettings
+from dcdit.extraction.settings import ExtractionSettings
+from dcdit.network import DCDiT, DiT
+from dcdit.sampling.settings import SamplingSettings
+from dcdit.training import settings
+from dcdit.training.callbacks import EMA, Checkpoint, Progress
+from dcdit.training.callbacks.fid import FID
+
+ONE_HOME = (
+    *(sample.SampleSettings, generate.GenerateSettings, EvaluateSettings, report.ReportSettings, status.StatusSettings),
+    *(flops.FlopsSettings, extract.ExtractSettings, ExtractionSettings, inspect_latents.InspectSettings),
+    *(SamplingSettings, ClusterSettings, LatentDataModule, EMA, Checkpoint, Progress, FID),
+    *(settings.RunSettings, settings.TrainerSettings, *settings.SECTIONS.values()),
+)
+"""What only configurations build: no defaults beside those of the files."""
+
+LIBRARY = {
+    DCDiT: ("train", (), "model"),
+    DiT: ("train", ("model=dit_b_2",), "model"),
+    GuidanceSettings: ("sample", (), "guidance"),
+    BudgetSettings: ("sample", (), "budget"),
+    DDPM: ("sample", (), "sampler"),
+    DDIM: ("sample", ("sampler=ddim",), "sampler"),
+    DPMSolver: ("sample", ("sampler=dpm++",), "sampler"),
+}
+"""What people call from code as well: its defaults are those of the files."""
+
+
+def defaults(target) -> dict[str, object]:
+    parameters = inspect.signature(target).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+
+
+@pytest.mark.parametrize("target", ONE_HOME, ids=lambda target: target.__name__)
+def test_constructors_repeat_no_default(target):
+    assert defaults(target) == {}
+
+
+@pytest.mark.parametrize("target", LIBRARY, ids=lambda target: target.__name__)
+def test_defaults_of_the_library_are_those_of_the_files(target):
+    name, overrides, section = LIBRARY[target]
+    config = compose_config(*overrides, name=name)
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)[section]
+    found = defaults(target)
+    assert found
+    differing = {key: (value, values[key]) for key, value in found.items() if values[key] != value}
+    if target is DiT:
+        differing.pop("patch", None)  # part of a scale's name
+    assert differing == {}
+
+
+def test_the_two_resolutions_differ_in_one_file():
+    small, large = (compose_config("experiment=b_n4_512", f"resolution={name}") for name in ("256px", "512px"))
+    assert (small.model.grid, small.model.smoothing_sigma) == (32, 1.0)
+    assert (large.model.grid, large.model.smoothing_sigma) == (64, 2.0)
+    assert compose_config("resolution=512px", "model=dit_b_2").model.grid == 64
