@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 
 from dcdit.errors import UserError
 from dcdit.evaluation.settings import EvaluateSettings
+from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
-from dcdit.runtime.progress import resumable
 from dcdit.sampling.settings import SamplingPlan
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 from dcdit.settings.schema import call_checked
@@ -39,9 +39,9 @@ def run(config: DictConfig) -> list[Path]:
     from rich.console import Console
 
     from dcdit.evaluation.budgets import measure, measurements_of, table, take_times
-    from dcdit.sampling.setup import set_up
+    from dcdit.sampling.setup import set_up_sampling
 
-    measurements = measurements_of(set_up(plan), settings, config.features)
+    measurements = measurements_of(set_up_sampling(plan), settings, config.features)
     out, (rank, world_size) = measurements[0].out, processes()
     with resumable(rank, "evaluating", "chunk", out):
         finished = measure(measurements, rank, world_size)

@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 from dcdit.checks import Count, Natural, checked
 from dcdit.errors import UserError
 from dcdit.extraction.settings import ExtractionSettings
+from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import cores, local_processes, processes
-from dcdit.runtime.progress import resumable
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 from dcdit.settings.schema import call_checked
 
@@ -63,19 +63,19 @@ def check(config: DictConfig) -> tuple[ExtractSettings, ExtractionSettings]:
 def run(config: DictConfig) -> "Manifest | None":
     """Extract what ``config`` asks for; returns the manifest if this process finished the whole."""
     settings, shaping = check(config)
-    from dcdit.extraction.setup import set_up, summary
+    from dcdit.extraction.setup import extraction_summary, set_up_extraction
 
     rank, world_size = processes()
     workers = settings.num_workers
     if workers is None:
         workers = max(1, cores() // local_processes())
     directory = Path(settings.out) / settings.split
-    extraction = set_up(settings, shaping, directory, rank, world_size, workers)
+    extraction = set_up_extraction(settings, shaping, directory, rank, world_size, workers)
     with resumable(rank, "encoding", "shard", directory) as display:
         manifest = extraction.run(display)
     if manifest is not None and (extraction.job.finalized or (not display.began and rank == 0)):
         print("Done." if display.began else "Everything is there already.")
-        print(summary(manifest, directory))
+        print(extraction_summary(manifest, directory))
     elif display.began:
         print(f"Process {rank} is done; what is left is written by other processes, or by the same command again.")
     return manifest

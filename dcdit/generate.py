@@ -12,8 +12,8 @@ import hydra
 from omegaconf import DictConfig
 
 from dcdit.checks import Count, checked
+from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
-from dcdit.runtime.progress import resumable
 from dcdit.sampling.settings import SamplingPlan
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 from dcdit.settings.schema import call_checked
@@ -47,10 +47,10 @@ def run(config: DictConfig) -> Path:
     """Generate what ``config`` asks for; returns the folder."""
     plan, settings = check(config)
     from dcdit.sampling.archive import ImageArchive
-    from dcdit.sampling.setup import set_up
+    from dcdit.sampling.setup import set_up_sampling
 
     out, (rank, world_size) = Path(settings.out), processes()
-    archive = ImageArchive(set_up(plan), out, settings.count, settings.chunk_size, settings.png)
+    archive = ImageArchive(set_up_sampling(plan), out, settings.count, settings.chunk_size, settings.png)
     with resumable(rank, "sampling", "chunk", out) as display:
         complete = archive.run(rank, world_size, display)
     if complete and (archive.job.finalized or rank == 0):

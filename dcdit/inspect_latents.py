@@ -55,7 +55,7 @@ def run(config: DictConfig) -> None:
     from rich.console import Console
 
     from dcdit.data.autoencoder import load_decoder, network_latents
-    from dcdit.data.inspection import first_samples, summary, verify
+    from dcdit.data.inspection import first_samples, latents_table, verify
     from dcdit.data.storage import Location
     from dcdit.runtime.devices import pick_device
     from dcdit.sampling.figures import save_grid
@@ -65,7 +65,7 @@ def run(config: DictConfig) -> None:
     manifest = location.manifest()
     findings = verify(location, manifest, Console(stderr=True)) if settings.verify else None
     stored = first_samples(location, manifest, max(_FOR_STATISTICS, settings.images))
-    Console().print(summary(location, manifest, stored, findings))
+    Console().print(latents_table(location, manifest, stored, findings))
     if settings.images:
         picture = Path(settings.picture or f"latents_{settings.split}.png")
         picture.parent.mkdir(parents=True, exist_ok=True)

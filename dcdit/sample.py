@@ -44,10 +44,10 @@ def run(config: DictConfig) -> Path:
     """Sample what ``config`` asks for, write latents and pictures, and return their folder."""
     plan, settings = check(config)
     from dcdit.sampling.pictures import sample_to_folder
-    from dcdit.sampling.setup import set_up
+    from dcdit.sampling.setup import set_up_sampling
 
     out = Path(settings.out) if settings.out else Path(plan.settings.checkpoint).resolve().parent.parent / "samples"
-    print(sample_to_folder(set_up(plan), settings.classes, settings.per_class, settings.frames, out))
+    print(sample_to_folder(set_up_sampling(plan), settings.classes, settings.per_class, settings.frames, out))
     return out
 
 

@@ -87,7 +87,7 @@ def first_samples(location: Location, manifest: Manifest, wanted: int) -> Tensor
     return torch.stack(found)
 
 
-def summary(location: Location, manifest: Manifest, stored: Tensor, findings: Findings | None) -> Table:
+def latents_table(location: Location, manifest: Manifest, stored: Tensor, findings: Findings | None) -> Table:
     """A table for people."""
     table = Table(show_header=False, title=location.place, title_justify="left")
     channels, height, width = manifest.latent_shape

@@ -18,9 +18,9 @@ from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.images import open_images
 from dcdit.evaluation.measure import Measurement
 from dcdit.evaluation.metrics import check_metrics
-from dcdit.evaluation.reference import Reference, default_cache
+from dcdit.evaluation.reference_images import ReferenceStatistics, default_cache
 from dcdit.evaluation.settings import METRICS, EvaluateSettings
-from dcdit.runtime.progress import Display
+from dcdit.runtime.display import Display
 from dcdit.sampling.setup import Sampling
 
 _REFERENCE_CHUNK = 500
@@ -59,7 +59,7 @@ def measurements_of(sampling: Sampling, settings: EvaluateSettings, features: Di
     images = open_images(settings.reference, size, device, sampling.plan.settings.autoencoder)
     cache = Path(settings.cache) if settings.cache else default_cache()
     chunk_size = max(settings.chunk_size, _REFERENCE_CHUNK)
-    reference = Reference(images, network, cache, settings.reference_count, chunk_size, sampling.batch_size)
+    reference = ReferenceStatistics(images, network, cache, settings.reference_count, chunk_size, sampling.batch_size)
     check_metrics(settings.metrics, network, settings.count, reference.count)
     run_dir = Path(sampling.plan.settings.checkpoint).resolve().parent.parent
     out = Path(settings.out) if settings.out else run_dir / "evaluation"

@@ -14,13 +14,13 @@ from torch import Tensor
 from dcdit.compute.flops import Cost
 from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.metrics import compare
-from dcdit.evaluation.reference import FeatureJob, Reference, digest_of
+from dcdit.evaluation.reference_images import FeatureJob, ReferenceStatistics, digest_of
 from dcdit.evaluation.results import SCHEMA
 from dcdit.evaluation.settings import EvaluateSettings
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime.devices import device_words, fingerprint
+from dcdit.runtime.display import Display
 from dcdit.runtime.files import write_json
-from dcdit.runtime.progress import Display
 from dcdit.sampling.figures import save_grid
 from dcdit.sampling.setup import Sampling
 
@@ -39,7 +39,7 @@ class Measurement:
     def __init__(
         self,
         sampling: Sampling,
-        reference: Reference,
+        reference: ReferenceStatistics,
         network: FeatureNetwork,
         settings: EvaluateSettings,
         out: Path,

@@ -1,4 +1,4 @@
-"""From what a user says about an extraction to what extracts, and a summary of what there is then."""
+"""From what a user says about an extraction to what extracts, and a extraction_summary of what there is then."""
 
 import sys
 from dataclasses import replace
@@ -17,7 +17,7 @@ from dcdit.extraction.sources import FolderSource, ImageSource, TarSource
 from dcdit.runtime.devices import pick_device
 from dcdit.runtime.processes import cores
 
-_LISTED = 10  # skipped images named in the summary
+_LISTED = 10  # skipped images named in the extraction_summary
 
 
 class Wanted(Protocol):
@@ -39,7 +39,7 @@ class Wanted(Protocol):
     def device(self) -> str: ...  # noqa: D102
 
 
-def set_up(
+def set_up_extraction(
     wanted: Wanted, settings: ExtractionSettings, directory: Path, rank: int, world_size: int, workers: int
 ) -> Extraction:
     """One process of the extraction that is asked for.
@@ -100,7 +100,7 @@ def class_names(classes: int | str | None) -> tuple[str, ...]:
     )
 
 
-def summary(manifest: Manifest, directory: Path) -> str:
+def extraction_summary(manifest: Manifest, directory: Path) -> str:
     """What there is now, in words."""
     size = sum(shard.bytes for shard in manifest.shards)
     lines = [

@@ -61,7 +61,7 @@ class SweepSummary(Callback):
         found = [progress_of(path, name) for path, name in runs.items()]
         if found:
             write_summary(found, folder / SUMMARY)
-            Console().print(summary(found))
+            Console().print(sweep_table(found))
             for each in found:
                 if each.reason:
                     print(f"{each.name}: {each.reason}")
@@ -83,7 +83,7 @@ def write_summary(found: Sequence[RunProgress], path: Path) -> None:
             writer.writerow([each.name, each.state.value, each.step, each.max_steps, each.reason, *values])
 
 
-def summary(found: Sequence[RunProgress]) -> Table:
+def sweep_table(found: Sequence[RunProgress]) -> Table:
     """State and final validation metrics of every run, for people."""
     known = {name for each in found for name in each.metrics}
     # without a validation, what there is of training

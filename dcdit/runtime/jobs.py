@@ -13,8 +13,8 @@ from typing import Any
 from filelock import FileLock
 
 from dcdit.errors import UserError
+from dcdit.runtime.display import Display
 from dcdit.runtime.files import write_json
-from dcdit.runtime.progress import Display
 
 
 class ResumableJob:

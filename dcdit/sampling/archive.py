@@ -17,9 +17,9 @@ from torch import Tensor
 from dcdit.compute.flops import Cost
 from dcdit.errors import UserError
 from dcdit.runtime.devices import fingerprint
+from dcdit.runtime.display import Display
 from dcdit.runtime.files import write_json
 from dcdit.runtime.jobs import ImageJob
-from dcdit.runtime.progress import Display
 from dcdit.sampling.setup import Sampling
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of the files within the archive: equal images give equal bytes

@@ -84,7 +84,7 @@ class Sampling:
         }
 
 
-def set_up(plan: SamplingPlan) -> Sampling:
+def set_up_sampling(plan: SamplingPlan) -> Sampling:
     """Load what ``plan`` names, and meet its budget.
 
     Raises:

@@ -10,8 +10,8 @@ from dcdit.data.shards import write_shards
 from dcdit.errors import UserError
 from dcdit.evaluation.features import OwnFeatures
 from dcdit.evaluation.images import open_images
-from dcdit.evaluation.reference import Reference
-from dcdit.runtime.progress import Display
+from dcdit.evaluation.reference_images import ReferenceStatistics
+from dcdit.runtime.display import Display
 
 CPU = torch.device("cpu")
 
@@ -114,7 +114,7 @@ def test_statistics_of_a_reference_are_computed_once_by_all(digits, tmp_path, mo
     images, network = opened(digits / "val"), OwnFeatures(Pixels(), size=8)
 
     def references(limit=None):
-        return Reference(images, network, tmp_path, limit, 50, 16)
+        return ReferenceStatistics(images, network, tmp_path, limit, 50, 16)
 
     for rank in (0, 1):
         references().work(rank, 2, Display(rank, "reading", "part"))

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcdit.errors import UserError
+from dcdit.runtime.display import Display, resumable
 from dcdit.runtime.jobs import ImageJob
-from dcdit.runtime.progress import Display, resumable
 
 
 class Killed(BaseException):

@@ -15,13 +15,13 @@ from dcdit.extraction.settings import ExtractionSettings
 from dcdit.network import DCDiT, DiT
 from dcdit.sampling.settings import SamplingSettings
 from dcdit.training import settings
-from dcdit.training.callbacks import EMA, Checkpoint, Progress
+from dcdit.training.callbacks import EMA, Checkpoint, ProgressBar
 from dcdit.training.callbacks.fid import FID
 
 ONE_HOME = (
     *(sample.SampleSettings, generate.GenerateSettings, EvaluateSettings, report.ReportSettings, status.StatusSettings),
     *(flops.FlopsSettings, extract.ExtractSettings, ExtractionSettings, inspect_latents.InspectSettings),
-    *(SamplingSettings, ClusterSettings, LatentDataModule, EMA, Checkpoint, Progress, FID),
+    *(SamplingSettings, ClusterSettings, LatentDataModule, EMA, Checkpoint, ProgressBar, FID),
     *(settings.RunSettings, settings.TrainerSettings, *settings.SECTIONS.values()),
 )
 """What only configurations build: no defaults beside those of the files."""

@@ -3,7 +3,7 @@
 from dcdit.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from dcdit.training.callbacks.ema import EMA
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
-from dcdit.training.callbacks.progress import Progress
+from dcdit.training.callbacks.progress_bar import ProgressBar
 from dcdit.training.callbacks.throughput import Throughput
 
-__all__ = ["EMA", "AtomicCheckpointIO", "Checkpoint", "Progress", "StopOnInterrupt", "Throughput"]
+__all__ = ["EMA", "AtomicCheckpointIO", "Checkpoint", "ProgressBar", "StopOnInterrupt", "Throughput"]

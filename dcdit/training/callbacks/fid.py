@@ -23,10 +23,10 @@ from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.images import open_images
 from dcdit.evaluation.metrics import check_metrics, frechet
-from dcdit.evaluation.reference import Reference, default_cache
+from dcdit.evaluation.reference_images import ReferenceStatistics, default_cache
 from dcdit.evaluation.statistics import Statistics
+from dcdit.runtime.display import Display
 from dcdit.runtime.processes import say
-from dcdit.runtime.progress import Display
 from dcdit.sampling.figures import Frames, save_boundaries, save_grid
 from dcdit.sampling.generate import generate
 from dcdit.sampling.setup import check_guidance
@@ -128,12 +128,12 @@ class FID(Callback):
         size = decode.size(model.latents, pl_module.device)
         images = open_images(self.reference, size, pl_module.device, self.autoencoder)
         cache = Path(self.cache) if self.cache else default_cache()
-        reference = Reference(images, self.features, cache, None, _CHUNK, self.batch_size)
+        reference = ReferenceStatistics(images, self.features, cache, None, _CHUNK, self.batch_size)
         check_metrics(["fid"], self.features, self.count, reference.count)
         self._prepared = _Prepared(decode, self._statistics(reference, trainer))
         self._began = time.monotonic()
 
-    def _statistics(self, reference: Reference, trainer: pl.Trainer) -> Statistics:
+    def _statistics(self, reference: ReferenceStatistics, trainer: pl.Trainer) -> Statistics:
         """Of the reference; every process does its share, and what is still missing then, such as on another disk."""
         with Display(trainer.global_rank, "reading the reference", "chunk") as display:
             reference.work(trainer.global_rank, trainer.world_size, display)

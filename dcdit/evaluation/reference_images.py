@@ -13,8 +13,8 @@ import torch
 from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.images import ImageSet
 from dcdit.evaluation.statistics import Statistics
+from dcdit.runtime.display import Display
 from dcdit.runtime.jobs import ImageJob
-from dcdit.runtime.progress import Display
 
 
 def default_cache() -> Path:
@@ -68,7 +68,7 @@ class FeatureJob(ImageJob):
                 yield Features(torch.from_numpy(stored["features"]), logits if logits.numel() else None)
 
 
-class Reference:
+class ReferenceStatistics:
     """Statistics of a set of images, computed once and kept.
 
     Args:

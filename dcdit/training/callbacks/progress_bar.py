@@ -9,7 +9,7 @@ from dcdit.checks import Count, checked
 
 
 @checked
-class Progress(RichProgressBar):
+class ProgressBar(RichProgressBar):
     """Lightning's progress bar over the steps of the whole run; there are no epochs to count.
 
     Args:
