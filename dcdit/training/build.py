@@ -147,7 +147,9 @@ def _trainer(arguments: Mapping[str, Any]) -> pl.Trainer:
     try:
         return pl.Trainer(**arguments)
     except (TypeError, ValueError) as error:  # its own checks
-        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+        message = str(error).splitlines()[0]
+        named = [f".{key}={arguments[key]}" for key in arguments if key in message.lower()]
+        raise UserError(f"trainer{named[0] if named else ''}: {message}") from error
 
 
 def cluster_environment() -> ClusterEnvironment | None:

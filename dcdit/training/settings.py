@@ -107,6 +107,9 @@ class ExecutionSettings:
     max_micro_batch: Count | None
 
 
+Precision = Literal[
+    "bf16-mixed", "16-mixed", "32-true", "bf16-true", "16-true", "64-true", "transformer-engine", "bf16", 16, 32, 64
+]
 Endless = Annotated[int, Bounds(low=-1, hint="-1 stands for all")]
 
 
@@ -119,7 +122,7 @@ class TrainerSettings:
     devices: int | list[int] | str
     num_nodes: Count
     strategy: str
-    precision: str | int
+    precision: Precision
     max_steps: Count
     gradient_clip_val: NonNegative | None
     accumulate_grad_batches: Count

@@ -15,7 +15,7 @@ from support.configs import TINY
 from support.runs import assert_same_end, load, wait_for
 
 from dcdit.runs.progress import progress_of
-from dcdit.runs.state import RunState
+from dcdit.runs.state import RunState, State
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -87,7 +87,7 @@ def test_a_sweep_is_one_job_array_and_is_summed_up(tmp_path, digits, slurm):
     folder = tmp_path / "runs" / "digits_sweep"
     text = tmp_path / "launcher.log"
     wait_for(lambda: "Submitted" in text.read_text() or process.poll() is not None)
-    assert {progress_of(path, "").state for path in folder.glob("*_*")} <= {"queued", "running", "finished"}
+    assert {progress_of(path, "").state.value for path in folder.glob("*_*")} <= {"queued", "running", "finished"}
     assert process.wait(300) == 0, text.read_text()
     names = {f"compression_{n}__seed_{seed}" for n in (2, 4) for seed in (0, 1)}
     rows = summary(folder)
@@ -117,7 +117,7 @@ def test_disturbed_jobs_end_as_the_undisturbed_and_a_broken_one_fails_once(tmp_p
     varied = f"data.corrupt_limit={','.join(map(str, names.values()))}"
     process = submit(tmp_path, digits, slurm, *settings, varied, "run_name=disturbed")
     folder = tmp_path / "runs" / "disturbed_sweep"
-    runs = {name: folder / f"data.damaged_limit_{value}" for name, value in names.items()}
+    runs = {name: folder / f"data.corrupt_limit_{value}" for name, value in names.items()}
     text = tmp_path / "launcher.log"
     wait_for(lambda: "Submitted" in text.read_text() or process.poll() is not None)
     array = text.read_text().split("Submitted ")[1].split("_")[0]
@@ -125,7 +125,7 @@ def test_disturbed_jobs_end_as_the_undisturbed_and_a_broken_one_fails_once(tmp_p
 
     def disturb(name: str) -> None:
         wait_for(lambda: list((runs[name] / "checkpoints").glob("step_*.ckpt")), 200)
-        assert progress_of(runs[name], "").state == "running"
+        assert progress_of(runs[name], "").state is State.RUNNING
         if name == "requeued":
             ask(slurm, "scontrol", "requeue", jobs[name])
         elif name == "preempted":  # as submitit's own test of preemption does
@@ -144,7 +144,7 @@ def test_disturbed_jobs_end_as_the_undisturbed_and_a_broken_one_fails_once(tmp_p
     wait_for(over, 400)
     rows = {name: summary(folder)[run.name] for name, run in runs.items()}
     broken = rows.pop("broken")
-    assert (broken["state"], broken["reason"][:32]) == ("failed", "data.corrupt_limit=-1 is below 0")
+    assert (broken["state"], broken["reason"][:33]) == ("failed", "data.corrupt_limit=-1 is negative")
     assert starts(runs["broken"]) == 1
     assert process.returncode == 1  # for the broken one
     for name, row in rows.items():
@@ -175,14 +175,14 @@ def starts(run: Path) -> int:
 def test_a_run_that_dies_again_and_again_is_given_up(tmp_path, digits, slurm):
     # every start is killed before its first checkpoint
     endless = ("trainer.max_steps=1000000", "callbacks.checkpoint.every_n_steps=1000000")
-    process = submit(tmp_path, digits, slurm, *endless, "cluster.max_restarts=1", "run_name=dying")
+    process = submit(tmp_path, digits, slurm, *endless, "cluster.max_restarts=0", "run_name=dying")
     run = tmp_path / "runs" / "dying"
 
     def next_step() -> bool:
         release(slurm)
-        if starts_so_far() == 1 and progress_of(run, "").step > 3 and progress_of(run, "").state == "running":
+        if starts_so_far() == 1 and progress_of(run, "").step > 3 and progress_of(run, "").state is State.RUNNING:
             os.kill(process_of(run), signal.SIGKILL)
-            wait_for(lambda: progress_of(run, "").state != "running")
+            wait_for(lambda: progress_of(run, "").state is not State.RUNNING)
         return process.poll() is not None
 
     def starts_so_far() -> int:
@@ -192,6 +192,6 @@ def test_a_run_that_dies_again_and_again_is_given_up(tmp_path, digits, slurm):
     assert process.returncode == 1, (run / "job.log").read_text()
     assert starts(run) == 2
     state = RunState.read(run)
-    assert state.state == "failed"
-    assert "cluster.max_restarts=1: the run died 1 times in a row after step 0" in state.reason
+    assert state.state is State.FAILED
+    assert "cluster.max_restarts=0: the run died 1 times in a row after step 0" in state.reason
     wait_for(lambda: ask(slurm, "squeue", "--noheader") == "")

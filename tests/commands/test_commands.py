@@ -10,7 +10,7 @@ import pytest
     ("command", "words", "shown", "files"),
     [
         ("sample", ["checkpoint={run}/checkpoints/last.ckpt", "sampler.steps=2", "out=out"], "40 samples of", {"out"}),
-        ("flops", ["model=dcdit_b", "drop_fractions=[0,0.2]"], "without r, as published", set()),
+        ("flops", ["model=dcdit_b", "drop_fractions=[0,0.2]"], "without residual projection, as published", set()),
         ("inspect_latents", ["directory={digits}", "picture=picture.png"], "all right", {"picture.png"}),
     ],
 )

@@ -176,9 +176,9 @@ def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):
     assert not (tmp_path / "wrong").exists()
     baseline = tiny("dit", *PLAIN_DIT, "trainer.max_steps=2")
     checkpoint = f"checkpoint={baseline}/checkpoints/last.ckpt"
-    with pytest.raises(UserError, match="a plain DiT drops no tokens"):
+    with pytest.raises(UserError, match="DiT/2 drops no tokens"):
         run(checkpoint, "drop_fractions=[0,0.2]", out="wrong")
-    with pytest.raises(UserError, match="a plain DiT drops no tokens"):
+    with pytest.raises(UserError, match="DiT/2 drops no tokens"):
         run(checkpoint, "guidance.drop_fraction=0.2", out="wrong")
     (result,) = run(checkpoint, "drop_fractions=[0]", out="dit").values()
     assert "keep_ratio" not in result

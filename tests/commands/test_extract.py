@@ -405,7 +405,7 @@ def test_images_to_shards_to_training_to_images(run, tmp_path, capsys):
         compose_config(f"directory={folder.parent}", f"picture={tmp_path}/grid.png", "images=4", name="inspect_latents")
     )
     printed = capsys.readouterr().out
-    assert "50, each also hflip" in printed
+    assert "50, each also flipped" in printed
     assert "all right" in printed
     with Image.open(tmp_path / "grid.png") as picture:
         assert min(picture.size) > 64

@@ -98,12 +98,12 @@ def test_other_settings_are_another_section(runs, tmp_path):
     assert page.read_text().count("<h2") == page.read_text().count('<li><a href="#s') == 2
 
 
-def test_points_as_csv_and_json(runs, tmp_path):
+def test_measurements_as_csv_and_json(runs, tmp_path):
     folder = written(runs, tmp_path / "report").parent
-    with (folder / "points.csv").open() as file:
+    with (folder / "measurements.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 5
-    results = json.loads((folder / "points.json").read_text())
+    results = json.loads((folder / "measurements.json").read_text())
     by_run = {(row["run"], float(row["drop_fraction"])): row for row in rows}
     for result in results:
         row = by_run[result["run"], result["plan"]["guidance"]["drop_fraction"]]
@@ -144,7 +144,7 @@ def test_the_command_takes_bare_paths(runs, tmp_path):
         [*command, *places, f"out={tmp_path}/page"], capture_output=True, text=True, timeout=120, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
-    assert "5 points of 3 runs" in result.stdout
+    assert "5 measurements of 3 runs" in result.stdout
     assert (tmp_path / "page" / "report.html").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"page"}
     wrong = subprocess.run([*command, "nowhere"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
