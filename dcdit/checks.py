@@ -69,6 +69,22 @@ class NotEmpty:
             raise UserError(f"{name}=[] asks for nothing: {self.hint}")
 
 
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """A name in a table, which may grow.
+
+    Attributes:
+        table: the allowed names.
+    """
+
+    table: Mapping[str, Any]
+
+    def check(self, name: str, value: str) -> None:
+        """Raise :class:`UserError` unless ``value`` is in the table."""
+        if value not in self.table:
+            raise UserError(f"{name}={shown(value)} is not one of {', '.join(self.table)}")
+
+
 Count = Annotated[int, Bounds(low=1)]
 Natural = Annotated[int, Bounds(low=0)]
 Seed = Annotated[int, Bounds(low=0, high=2**63 - 1)]
@@ -100,7 +116,7 @@ def conform(name: str, value: Any, hint: Any) -> Any:
         name: of the value, for messages.
         value: plain, or an object where the annotation is a class.
         hint: an annotation: plain types, unions, lists, tuples, mappings, ``Literal``, ``Annotated`` with
-            :class:`Bounds` or :class:`NotEmpty`, classes.
+            :class:`Bounds`, :class:`NotEmpty` or :class:`OneOf`, classes.
 
     Raises:
         UserError: naming value and remedy.

@@ -16,7 +16,10 @@ from dcdit.evaluation.plots import keep_ratio, trade_off
 from dcdit.evaluation.results import Result, Section, arrange
 from dcdit.evaluation.settings import METRICS
 
-_LABELS = {metric.key: metric.heading for metric in METRICS.values()}
+
+def _label(key: str) -> str:
+    """What a metric is called on the page."""
+    return next(metric.heading for metric in METRICS.values() if metric.key == key)
 
 
 def _source(image: bytes) -> str:
@@ -26,7 +29,7 @@ def _source(image: bytes) -> str:
 def figures(section: Section, prefix: str, out: Path) -> Iterable[dict[str, str]]:
     """Draw and save the plots of a section; yields them for the page."""
     metric = section.metrics[0]
-    label, results = _LABELS[metric], [result for s in section.series for point in s.points for result in point.results]
+    label, results = _label(metric), [result for s in section.series for point in s.points for result in point.results]
     places = {f"{each.values['device']}, batches of {each.values['timing']['batch_size']}" for each in results}
     words = "; ".join(sorted(places))
 
@@ -111,7 +114,7 @@ def write_report(results: Sequence[Result], out: Path, title: str) -> Path:
     arranged = arrange(results)
     for number, section in enumerate(arranged, 1):
         prefix = f"{number}_" if len(arranged) > 1 else ""
-        labels = [_LABELS[metric] for metric in section.metrics]
+        labels = [_label(metric) for metric in section.metrics]
         shown.append(
             {
                 "words": section.described(),

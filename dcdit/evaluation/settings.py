@@ -1,9 +1,9 @@
 """What a user may say to ``dcdit.evaluate``, and what metrics are called. No torch, so that mistakes show at once."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from dcdit.checks import Count, DropFraction, Natural, NotEmpty, checked
+from dcdit.checks import Count, DropFraction, Natural, NotEmpty, OneOf, checked
 
 
 class MetricName(NamedTuple):
@@ -49,7 +49,7 @@ class EvaluateSettings:
 
     features: Any
     reference: str
-    metrics: Annotated[list[Literal["fid", "kid", "is"]], NotEmpty(f"take some of {', '.join(METRICS)}")]
+    metrics: Annotated[list[Annotated[str, OneOf(METRICS)]], NotEmpty(f"take some of {', '.join(METRICS)}")]
     drop_fractions: Annotated[list[DropFraction], NotEmpty("name at least one, such as 0")] | None
     count: Count
     chunk_size: Count

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcdit.checks import DropFraction, conform
+from dcdit.checks import DropFraction, OneOf, conform
 from dcdit.errors import UserError
 from dcdit.network.init import constant_init
 
@@ -147,11 +147,11 @@ def _inside(shift: int, size: int) -> slice:
     return slice(max(0, -shift), size - max(0, shift))
 
 
-RouterName = Literal["predictability", "cosine"]
-
-ROUTERS: dict[RouterName, Callable[[int], nn.Module]] = {
+ROUTERS: dict[str, Callable[[int], nn.Module]] = {
     "predictability": PredictabilityRouter,
     "cosine": CosineRouter,
 }
 """What ``model.router`` may say: from feature channels D to a module that maps features (B, D, H, W) to (B, L) float32
 probabilities of a boundary."""
+
+RouterName = Annotated[str, OneOf(ROUTERS)]

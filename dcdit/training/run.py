@@ -75,7 +75,7 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         interrupt = StopOnInterrupt()
         trainer = build_trainer(plan, config, interrupt)
         # 5. Write down what is trained.
-        say(words(module, plan, state.began if checkpoint else 0))
+        say(words(module, plan, trainer.world_size, state.began if checkpoint else 0))
         save_settings(plan, state, trainer, run_dir)
         note(state, run_dir)
         # 6. Train.
@@ -125,13 +125,15 @@ def end_curves() -> None:
         sys.modules["wandb"].finish()
 
 
-def words(module: DCDiTModule, plan: TrainPlan, began: int) -> str:
-    """What is about to be trained, and from which step on."""
+def words(module: DCDiTModule, plan: TrainPlan, world_size: int, began: int) -> str:
+    """What is about to be trained, on how many processes, and from which step on."""
     parameters = sum(parameter.numel() for parameter in module.network.parameters())
     where = os.path.relpath(plan.values["run_dir"])
     return (
         f"Training {module.network.title} with {parameters / 1e6:.1f}M parameters for {plan.trainer.max_steps} steps of"
-        f" {plan.batch_size} samples, {plan.trainer.accelerator} {plan.trainer.precision}, in {where}"
+        f" {plan.batch_size} samples, {plan.trainer.accelerator} {plan.trainer.precision}"
+        + (f" on {world_size} processes" if world_size > 1 else "")
+        + f", in {where}"
         + (f", on from step {began}" if began else "")
     )
 

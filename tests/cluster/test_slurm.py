@@ -103,7 +103,7 @@ def test_a_sweep_is_one_job_array_and_is_summed_up(tmp_path, digits, slurm):
         assert float(row["train/tokens_per_rank_min"]) <= float(row["train/tokens_per_rank"])
         assert float(row["train/tokens_per_rank"]) <= float(row["train/tokens_per_rank_max"])
         assert load(folder / name)["global_step"] == 6
-        assert "Starting with 2 processes" in (folder / name / "job.log").read_text()
+        assert "on 2 processes" in (folder / name / "job.log").read_text()
         assert "cluster" not in (folder / name / "config.yaml").read_text()
     losses = {(row["val/diffusion_loss"], row["train/ratio_loss"]) for row in rows.values()}
     assert len(losses) == 4

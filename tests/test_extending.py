@@ -1,0 +1,219 @@
+"""docs/extending.md, followed to the letter: its blocks are what is run here."""
+
+import importlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from support.configs import TINY
+
+from dcdit import evaluate, flops, generate, report, sample
+from dcdit.cluster.settings import cluster_of, sbatch_parameters
+from dcdit.errors import UserError
+from dcdit.settings.entry import CONFIG_DIR, plain
+from dcdit.training.run import train
+from dcdit.training.settings import TrainPlan
+
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+BLOCK = re.compile(r"^`(\S+)` \((new|added)\)\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL))
+TABLES = (
+    *("dcdit.network:NETWORKS", "dcdit.network.routing:ROUTERS", "dcdit.diffusion.settings:SAMPLERS"),
+    *("dcdit.diffusion.samplers:STEPPERS", "dcdit.data.builtin:SOURCES", "dcdit.evaluation.settings:METRICS"),
+    "dcdit.evaluation.metrics:COMPUTE",
+)
+SMALL = tuple(word for word in TINY if not word.startswith("model."))
+FEW = ("sampler.steps=2", "precision=fp32")
+
+
+@pytest.fixture
+def follow(tmp_path, monkeypatch):
+    """Do what a section says; returns how to compose a configuration from then on."""
+    for place in TABLES:
+        module, name = place.split(":")
+        table = getattr(importlib.import_module(module), name)
+        before = dict(table)
+        monkeypatch.setattr(sys.modules[module], name, table)
+
+        def restore(table=table, before=before):
+            table.clear()
+            table.update(before)
+
+        monkeypatch.callbacks = [*getattr(monkeypatch, "callbacks", []), restore]
+    configs = tmp_path / "configs"
+
+    def do(section: str):
+        shutil.copytree(CONFIG_DIR, configs)
+        blocks = BLOCK.findall(SECTIONS[section])
+        assert 1 <= len({file for file, _, _ in blocks}) <= 3
+        for file, kind, text in blocks:
+            if file.startswith("configs/"):
+                assert kind == "new"
+                (tmp_path / file).write_text(text)
+                continue
+            name = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            if kind == "added":
+                exec(compile(text, file, "exec"), importlib.import_module(name).__dict__)
+            elif "/" in file:  # a module within the package, found in a folder of its own
+                place = tmp_path / "new" / Path(file).name
+                place.parent.mkdir(exist_ok=True)
+                place.write_text(text)
+                package = importlib.import_module(name.rpartition(".")[0])
+                monkeypatch.setattr(package, "__path__", [*package.__path__, str(place.parent)])
+            else:
+                (tmp_path / file).write_text(text)
+                monkeypatch.syspath_prepend(tmp_path)
+
+        def composed(*overrides: str, name: str = "train"):
+            with initialize_config_dir(str(configs), version_base="1.3"):
+                return compose(name, overrides=list(overrides))
+
+        return composed
+
+    yield do
+    for restore in monkeypatch.callbacks:
+        restore()
+    for name in ("dcdit.network.unet", "my_features"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def trained(tmp_path, digits):
+    """Train with a configuration; returns the run's directory and its last checkpoint."""
+
+    def run(composed, *overrides: str, data: Path | None = digits) -> tuple[Path, Path]:
+        run_dir = tmp_path / "run"
+        run_dir.mkdir(exist_ok=True)
+        places = [f"data.directory={data}"] if data else [f"paths.data={tmp_path}/data"]
+        train(composed(*SMALL, *places, *overrides), run_dir)
+        return run_dir, run_dir / "checkpoints" / "last.ckpt"
+
+    return run
+
+
+def step_of(checkpoint: Path) -> int:
+    return torch.load(checkpoint, weights_only=True)["global_step"]
+
+
+def test_a_third_network_goes_through_every_command(follow, trained, tmp_path, digits, capsys):
+    composed = follow("A network")
+    model = ("model=unet_digits", "model.grid=8", "multi_budget=none")
+    words = [word for word in SMALL if not word.startswith("multi_budget.")]
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for steps, resume in ((2, "ckpt_path=null"), (4, "ckpt_path=last")):
+        train(composed(*words, f"data.directory={digits}", *model, f"trainer.max_steps={steps}", resume), run_dir)
+    last = run_dir / "checkpoints" / "last.ckpt"
+    assert step_of(last) == 4
+    with pytest.raises(UserError, match=r"multi_budget.fractions=.*U-Net drops no tokens, set multi_budget=none"):
+        train(composed(*words, f"data.directory={digits}", *model[:2], "run_name=x", "multi_budget=wide"), tmp_path)
+
+    places = (f"checkpoint={last}", f"out={tmp_path}/out", *FEW)
+    sample.run(composed(*places, "per_class=1", name="sample"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"samples.png", "latents.npz"}
+    generate.run(composed(*places[:1], f"out={tmp_path}/many", *FEW, "count=6", name="generate"))
+    assert json.loads((tmp_path / "many" / "samples.json").read_text())["keep_ratio"] is None
+    flops.run(composed("model=unet_digits", name="flops"))
+    assert "coarse" in capsys.readouterr().out
+    for override in ("budget.fraction=0.5", "guidance.drop_fraction=0.5"):
+        with pytest.raises(UserError, match=r"U-Net (has one fixed cost|drops no tokens)"):
+            sample.run(composed(*places, override, name="sample"))
+
+    reference = (f"reference={digits}/val", "features=digits", "count=40", f"cache={tmp_path}/cache")
+    (path,) = evaluate.run(composed(*places[:1], *reference, *FEW, name="evaluate"))
+    result = json.loads(path.read_text())
+    assert result["network"] == {"title": "U-Net", "routes": False}
+    assert "keep_ratio" not in result
+    page = report.run(composed(f"runs=[{run_dir}]", f"out={tmp_path}/report", name="report"))
+    assert "U-Net" in page.read_text()
+
+
+def test_a_router(follow, trained, tmp_path):
+    composed = follow("A router")
+    model = ("model.width=32", "model.depth=1", "model.encoder_width=16", "model.grid=8", "model.router=gradient")
+    _, last = trained(composed, *model, "trainer.max_steps=3")
+    weights = torch.load(last, weights_only=True)["current_model_state"]
+    assert {"network.router.scale", "network.router.offset"} <= set(weights)
+    out = sample.run(composed(f"checkpoint={last}", f"out={tmp_path}/out", "per_class=1", *FEW, name="sample"))
+    assert (out / "boundaries.png").is_file()
+    with pytest.raises(UserError, match=r"model\.router='gradeint' is not one of predictability, cosine, gradient"):
+        trained(composed, *model[:-1], "model.router=gradeint")
+
+
+def test_a_sampler_follows_the_same_way_as_ddim(follow):
+    follow("A sampler")
+    from dcdit.diffusion.guidance import GuidedOutput
+    from dcdit.diffusion.samplers import Sampler, sample_generator
+    from dcdit.diffusion.schedule import linear_betas
+    from dcdit.diffusion.settings import DDIM, SAMPLERS
+    from dcdit.settings.schema import build_named
+
+    alpha_bar = (1 - linear_betas()).cumprod(0)
+
+    def denoise(x, timestep, y):  # exact for data N(0.7, 0.5^2)
+        bar = alpha_bar[timestep].float()
+        noise = (1 - bar).sqrt() * (x - bar.sqrt() * 0.7) / (bar * 0.25 + 1 - bar)
+        return GuidedOutput(torch.cat([noise, torch.zeros_like(noise)], dim=1), None)
+
+    def last(settings):
+        streams = [sample_generator(0, number) for number in range(4)]
+        return list(Sampler(settings).trajectory(denoise, (1, 4, 4), torch.zeros(4, dtype=torch.long), streams))[
+            -1
+        ].next
+
+    naive = build_named(SAMPLERS, {"name": "naive", "steps": 500}, "sampler")
+    torch.testing.assert_close(last(naive), last(DDIM(500)), rtol=0, atol=0.02)
+    with pytest.raises(UserError, match=r"sampler\.eta=0\.5: there is no such key"):
+        build_named(SAMPLERS, {"name": "naive", "steps": 5, "eta": 0.5}, "sampler")
+
+
+def test_a_sampler_by_name(follow, tiny, tmp_path):
+    composed = follow("A sampler")
+    last = tiny("run", "trainer.max_steps=2") / "checkpoints" / "last.ckpt"
+    words = (f"checkpoint={last}", f"out={tmp_path}/out", "sampler=naive", "per_class=1", *FEW)
+    assert (sample.run(composed(*words, name="sample")) / "samples.png").is_file()
+
+
+def test_a_data_source(follow, trained, tmp_path):
+    composed = follow("A data source")
+    model = ("model.width=32", "model.depth=1", "model.encoder_width=16", "model.grid=8", "model.num_classes=2")
+    _, last = trained(composed, "data=stripes", *model, "trainer.max_steps=3", data=None)
+    assert torch.load(last, weights_only=True)["hyper_parameters"]["latents"]["classes"] == ["horizontal", "vertical"]
+    assert (tmp_path / "data" / "stripes8" / "train" / "manifest.json").is_file()
+
+
+def test_a_metric_and_a_feature_network(follow, tiny, tmp_path, digits, capsys):
+    last = tiny("run", "trainer.max_steps=2") / "checkpoints" / "last.ckpt"
+    composed = follow("A metric")
+    places = (f"checkpoint={last}", f"reference={digits}/val", f"cache={tmp_path}/cache", "count=40", *FEW)
+    (path,) = evaluate.run(composed(*places, "features=digits", "metrics=[fid,mean]", name="evaluate"))
+    result = json.loads(path.read_text())
+    assert result["metrics"]["mean_distance"] > 0
+    assert "mean" in capsys.readouterr().out
+    page = report.run(composed(f"runs=[{last.parents[1]}]", f"out={tmp_path}/report", name="report"))
+    assert f"{result['metrics']['mean_distance']:.4g}" in page.read_text()
+    shutil.rmtree(tmp_path / "configs")
+    composed = follow("A feature network")
+    own = ("features=own", "features.module._target_=my_features.Coarse", "features.size=8", "metrics=[fid,kid]")
+    (path,) = evaluate.run(composed(*places, *own, f"out={tmp_path}/own", name="evaluate"))
+    assert json.loads(path.read_text())["plan"]["features"]["name"] == "Coarse"
+
+
+def test_a_cluster_site(follow, tmp_path):
+    composed = follow("A cluster site")
+    plan = TrainPlan.of(plain(composed("experiment=b_n4", "cluster=mysite"), without="hydra"))
+    parameters = sbatch_parameters(cluster_of(plan), "b_n4", tmp_path)
+    assert (parameters["constraint"], parameters["gpus_per_node"], parameters["time"]) == ("a100", 4, 720)
+    assert parameters["setup"] == ["module load cuda"]
+    assert parameters["additional_parameters"]["exclusive"] is True
+
+
+def test_every_section_has_a_test():
+    assert set(SECTIONS) == {
+        *("A router", "A network", "A sampler", "A data source", "A metric", "A feature network", "A cluster site")
+    }
