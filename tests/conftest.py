@@ -1,5 +1,6 @@
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -63,3 +64,20 @@ def tiny(digits: Path, tmp_path: Path):
         return run_dir
 
     return run
+
+
+@pytest.fixture(scope="session")
+def three_steps(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps that all tests share: not to be written to."""
+    from dcdit.training.run import train
+
+    run_dir = tmp_path_factory.mktemp("shared") / "trained"
+    run_dir.mkdir()
+    train(compose_config(*TINY, f"data.directory={digits}", "trainer.max_steps=3"), run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def trained_run(three_steps: Path, tmp_path: Path) -> Path:
+    """A copy of the shared run."""
+    return Path(shutil.copytree(three_steps, tmp_path / "trained"))

@@ -1,9 +1,14 @@
 """Commands as a user types them, from an empty directory; the longer ones have tests of their own."""
 
+import re
 import subprocess
 import sys
 
 import pytest
+from support.commands import typed
+
+from dcdit.__main__ import COMMANDS
+from dcdit.settings.help import choices
 
 
 @pytest.mark.parametrize(
@@ -12,22 +17,50 @@ import pytest
         ("sample", ["checkpoint={run}/checkpoints/last.ckpt", "sampler.steps=2", "out=out"], "40 samples of", {"out"}),
         ("flops", ["model=dcdit_b", "drop_fractions=[0,0.2]"], "without residual projection, as published", set()),
         ("inspect_latents", ["directory={digits}", "picture=picture.png"], "all right", {"picture.png"}),
+        ("status", ["{run}"], "finished", set()),
     ],
 )
-def test_commands(tiny, digits, tmp_path, command, words, shown, files):
-    run = tiny("run", "trainer.max_steps=2")
-    place = tmp_path / "place"
-    place.mkdir()
-    line = [sys.executable, "-m", f"dcdit.{command}", *(word.format(run=run, digits=digits) for word in words)]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=place)
-    assert result.returncode == 0, result.stderr
-    assert shown in result.stdout
-    assert {path.name for path in place.iterdir()} == files
+def test_commands(three_steps, digits, tmp_path, capsys, command, words, shown, files):
+    result = typed(capsys, tmp_path, command, *(word.format(run=three_steps, digits=digits) for word in words))
+    assert result.status == 0, result.err
+    assert shown in result.out
+    assert {path.name for path in tmp_path.iterdir()} == files
 
 
-def test_a_mistyped_key(tmp_path):
-    line = [sys.executable, "-m", "dcdit.flops", "+nonsense=1"]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+def test_a_mistyped_key_in_either_way_of_calling(tmp_path):
+    """In processes: that both ways of calling are one is the point."""
+    found = []
+    for line in (["-m", "dcdit.flops"], ["-m", "dcdit", "flops"]):
+        result = subprocess.run(
+            [sys.executable, *line, "+nonsense=1"], capture_output=True, text=True, timeout=300, cwd=tmp_path
+        )
+        assert result.returncode == 2
+        assert "nonsense=1: there is no such key" in result.stderr
+        assert "Traceback" not in result.stderr
+        found.append((result.stdout, result.stderr))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_the_groups_of_the_command_and_its_keys(tmp_path, capsys, command):
+    result = typed(capsys, tmp_path, command, "--help")
+    assert result.status == 0
+    groups = {
+        "train": {"model", "data", "trainer", "multi_budget", "callbacks", "experiment", "cluster", "resolution"},
+        "flops": {"model", "resolution"},
+        **{name: {"sampler"} for name in ("sample", "generate")},
+        "evaluate": {"sampler", "features"},
+    }.get(command, set())
+    shown = dict(re.findall(r"^  (\w+) +(\S.*)$", result.out.split("Keys (")[0], flags=re.MULTILINE))
+    assert groups <= set(shown)
+    assert command == "train" or set(shown) == groups
+    for group in groups:
+        assert set(choices(group)) <= set(shown[group].split())
+    assert re.search(r"^  \w+: .*$", result.out.split("Keys (")[1], flags=re.MULTILINE)
+
+
+def test_what_is_no_command_is_answered_with_the_list():
+    result = subprocess.run([sys.executable, "-m", "dcdit", "trian"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
-    assert "nonsense=1: there is no such key" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert "'trian' is none of them" in result.stderr
+    assert all(f"  {name} " in result.stdout for name in COMMANDS)

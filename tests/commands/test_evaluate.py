@@ -19,9 +19,9 @@ SETTINGS = ("features=digits", "count=44", "chunk_size=15", "sampler.steps=3", "
 
 
 @pytest.fixture
-def run(tiny, tmp_path, digits):
+def run(trained_run, tmp_path, digits):
     """Evaluate a network of three steps; returns the results by drop fraction."""
-    checkpoint = tiny("trained", "trainer.max_steps=3") / "checkpoints" / "last.ckpt"
+    checkpoint = trained_run / "checkpoints" / "last.ckpt"
 
     def to(*overrides: str, out: str | None = None) -> dict[float, dict]:
         places = [f"checkpoint={checkpoint}", f"reference={digits}/val", f"cache={tmp_path}/cache"]

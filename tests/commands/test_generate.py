@@ -15,9 +15,9 @@ from dcdit.sampling import archive
 
 
 @pytest.fixture
-def run(tiny, tmp_path):
+def run(trained_run, tmp_path):
     """Generate from a network of three steps; returns the folder."""
-    checkpoint = tiny("trained", "trainer.max_steps=3") / "checkpoints" / "last.ckpt"
+    checkpoint = trained_run / "checkpoints" / "last.ckpt"
 
     def to(out: str, *overrides: str) -> Path:
         places = (f"checkpoint={checkpoint}", f"out={tmp_path / out}")

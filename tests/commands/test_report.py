@@ -5,12 +5,12 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.commands import typed
 from support.configs import PLAIN_DIT, compose_config
 
 from dcdit import evaluate, report
@@ -137,19 +137,16 @@ def test_the_page_in_a_browser(runs, tmp_path, width):
     assert seen == {"images": 6, "broken": 0, "nameless": 0, "outside": 0, "wide": False, "rows": 3}
 
 
-def test_the_command_takes_bare_paths(runs, tmp_path):
-    command = [sys.executable, "-m", "dcdit.report"]
+def test_the_command_takes_bare_paths(runs, tmp_path, capsys):
     places = [str(runs / "small_sweep"), str(runs / "plain <DiT>")]
-    result = subprocess.run(
-        [*command, *places, f"out={tmp_path}/page"], capture_output=True, text=True, timeout=120, cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    assert "5 measurements of 3 runs" in result.stdout
+    result = typed(capsys, tmp_path, "report", *places, f"out={tmp_path}/page")
+    assert result.status == 0, result.err
+    assert "5 measurements of 3 runs" in result.out
     assert (tmp_path / "page" / "report.html").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"page"}
-    wrong = subprocess.run([*command, "nowhere"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert wrong.returncode == 2
-    assert "runs=nowhere does not exist" in wrong.stderr
+    wrong = typed(capsys, tmp_path, "report", "nowhere")
+    assert wrong.status == 2
+    assert "runs=nowhere does not exist" in wrong.err
 
 
 def test_mistakes(tmp_path):

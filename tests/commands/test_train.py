@@ -158,8 +158,8 @@ def test_killed_and_interrupted_runs_lose_nothing(tiny, digits, tmp_path):
     assert_same_end(whole, run)
 
 
-def test_sampling_from_a_run(tiny, tmp_path):
-    run = tiny("trained", "trainer.max_steps=3")
+def test_sampling_from_a_run(trained_run, tmp_path):
+    run = trained_run
 
     def sample(out: str, *overrides: str):
         places = [f"checkpoint={run}/checkpoints/last.ckpt", f"out={tmp_path / out}"]
@@ -214,10 +214,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, monkeypatch):
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def test_raw_and_averaged_weights(tiny):
+def test_raw_and_ema_weights(trained_run):
     from dcdit.checkpoints.load import load_model
 
-    run = tiny("weights", "trainer.max_steps=3")
+    run = trained_run
     path = str(run / "checkpoints" / "last.ckpt")
     stored = load(run)
     raw, average = load_model(path, "raw").network, load_model(path, "ema").network

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.commands import typed
 from support.configs import TINY, compose_config
 from support.runs import load, start, wait_for
 
@@ -159,10 +160,9 @@ def test_old_checkpoints_go_and_milestones_stay(tiny):
         tiny("wrong", "callbacks.checkpoint.keep=0")
 
 
-def test_a_refused_command_leaves_nothing(tmp_path, digits):
-    line = [sys.executable, "-m", "dcdit.train", *TINY, "run_name=wrong", "compression=0.5"]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert result.returncode == 2
+def test_a_refused_command_leaves_nothing(tmp_path, capsys):
+    result = typed(capsys, tmp_path, "train", *TINY, "run_name=wrong", "compression=0.5")
+    assert result.status == 2
     assert not (tmp_path / "runs" / "wrong").exists()
 
 

@@ -1,9 +1,8 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.commands import typed
 from support.configs import TINY, compose_config, plan_of
 
 from dcdit.errors import UserError
@@ -64,15 +63,11 @@ def test_cpu_precision_follows_the_processor(monkeypatch):
     assert cpu_precision() == "bf16-mixed"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=300)
-
-
-def test_the_config_of_a_job_is_readable():
-    result = run("dcdit.train", "experiment=b_n4", "--cfg", "job")
-    assert result.returncode == 0
+def test_the_config_of_a_job_is_readable(tmp_path, capsys):
+    result = typed(capsys, tmp_path, "train", "experiment=b_n4", "--cfg", "job")
+    assert result.status == 0
     for line in ("compression: 4.0", "  width: 768", "  max_steps: 408071", "  - 0.6"):
-        assert line in result.stdout
+        assert line in result.out
 
 
 @pytest.mark.parametrize(
@@ -87,20 +82,19 @@ def test_the_config_of_a_job_is_readable():
         ("callbacks.ema.decay=2", ["decay=2", "[0, 1)"]),
     ],
 )
-def test_mistakes_end_in_one_screen(tmp_path, override, words):
+def test_mistakes_end_in_one_screen(tmp_path, capsys, override, words):
     places = (f"run_dir={tmp_path}/run", f"data.directory={tmp_path}/data")
-    result = run("dcdit.train", "experiment=digits", *places, override)
-    text = " ".join((result.stdout + result.stderr).replace("│", " ").split())
-    assert result.returncode == 2, text
+    result = typed(capsys, tmp_path, "train", "experiment=digits", *places, override)
+    assert result.status == 2, result.words
     for word in words:
-        assert word in text, text
-    assert "Traceback" not in text
-    assert len(result.stderr.splitlines()) < 40
-    assert not (tmp_path / "run" / "checkpoints").exists()
+        assert word in result.words
+    assert "Traceback" not in result.words
+    assert len(result.err.splitlines()) < 20
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_a_debug_run_of_a_full_size_experiment(tmp_path):
-    result = run("dcdit.train", "experiment=b_n4", "debug=tiny", f"run_dir={tmp_path}/run")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "Finished at step 2" in result.stdout + result.stderr
+def test_a_debug_run_of_a_full_size_experiment(tmp_path, capsys):
+    result = typed(capsys, tmp_path, "train", "experiment=b_n4", "debug=tiny", f"run_dir={tmp_path}/run")
+    assert result.status == 0, result.words
+    assert "Finished at step 2" in result.words
