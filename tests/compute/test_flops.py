@@ -1,4 +1,4 @@
-"""Operations against those that the reference and the paper report (SPEC section 5)."""
+"""FLOPs against those that the reference implementation and the paper report."""
 
 import pytest
 import torch

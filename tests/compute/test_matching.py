@@ -28,7 +28,7 @@ PAPER = {
 
 
 @pytest.mark.parametrize("scale", PAPER)
-def test_the_papers_lengths_from_its_operations(scale):
+def test_the_papers_lengths_from_its_flops(scale):
     baseline, (low, dear), (high, cheap) = PAPER[scale]
 
     def at(drop: float) -> float:  # almost linear in the kept tokens
@@ -40,7 +40,7 @@ def test_the_papers_lengths_from_its_operations(scale):
 
 @pytest.mark.parametrize("scale", PUBLISHED)
 def test_lengths_from_our_own_count(scale):
-    """At 25% of the positions kept; the paper's operations fit 23.8 to 24.7%, so its lengths are a little different."""
+    """At 25% of the positions kept; the paper's FLOPs fit 23.8 to 24.7%, so its lengths are a little different."""
     networks = build(f"dcdit_{scale}"), build(f"dit_{scale}_2")
     steps = steps_matching(*networks, 400_000, 4.0, FRACTIONS, 50_000)
     assert steps == pytest.approx(PUBLISHED[scale], rel=0.045)
