@@ -30,7 +30,7 @@ compare: install ## compare DC-DiT with plain DiTs on digits: train 18 small net
 	bash scripts/compare_digits.sh $(BIN)/python
 
 test: install ## run all tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: install ## check style
 	$(BIN)/ruff check .
