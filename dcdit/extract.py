@@ -3,16 +3,14 @@
 Goes on where it was after any kill, and runs on any number of processes (``torchrun --nproc-per-node 8 -m ...``).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checks import Count, Natural, checked
-from dcdit.errors import UserError
-from dcdit.extraction.settings import ExtractionSettings
+from dcdit.extraction.settings import ExtractionSettings, ExtractSettings
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import cores, local_processes, processes
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
@@ -20,36 +18,6 @@ from dcdit.settings.schema import call_checked
 
 if TYPE_CHECKING:
     from dcdit.data.manifest import Manifest
-
-
-@checked
-@dataclass(frozen=True)
-class ExtractSettings:
-    """What to extract, and where; what shapes the bytes is in :class:`ExtractionSettings`.
-
-    Attributes:
-        source: folder with a subfolder per class; or webdataset shards, as a folder or a path with braces.
-        out: the shards go to ``<out>/<split>``.
-        split: name of the split.
-        classes: of webdataset shards: their number, or a text file with one name per line.
-        autoencoder: see :func:`dcdit.data.autoencoder.load_autoencoder`.
-        strict: stop at the first image that cannot be used.
-        device: ``auto`` or a torch device.
-        num_workers: processes that decode images; None takes this process's share of the cores.
-    """
-
-    source: str
-    out: str
-    split: str
-    classes: Count | str | None
-    autoencoder: str
-    strict: bool
-    device: str
-    num_workers: Natural | None
-
-    def __post_init__(self) -> None:
-        if Path(self.split).name != self.split:
-            raise UserError(f"split={self.split!r} is not the plain name of a folder")
 
 
 def check(config: DictConfig) -> tuple[ExtractSettings, ExtractionSettings]:

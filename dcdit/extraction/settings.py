@@ -1,9 +1,11 @@
-"""What the bytes of extracted shards depend on. No torch here, so that mistakes show at once."""
+"""What a user may say to ``dcdit.extract``. No torch here, so that mistakes show at once."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from dcdit.checks import Count, Seed, checked
+from dcdit.checks import Count, Natural, Seed, checked
+from dcdit.errors import UserError
 
 
 @checked
@@ -34,3 +36,33 @@ class ExtractionSettings:
     seed: Seed
     min_side: Count
     threads: Count | None
+
+
+@checked
+@dataclass(frozen=True)
+class ExtractSettings:
+    """What to extract, and where; what shapes the bytes is in :class:`ExtractionSettings`.
+
+    Attributes:
+        source: folder with a subfolder per class; or webdataset shards, as a folder or a path with braces.
+        out: the shards go to ``<out>/<split>``.
+        split: name of the split.
+        classes: of webdataset shards: their number, or a text file with one name per line.
+        autoencoder: see :func:`dcdit.data.autoencoder.load_autoencoder`.
+        strict: stop at the first image that cannot be used.
+        device: ``auto`` or a torch device.
+        num_workers: processes that decode images; None takes this process's share of the cores.
+    """
+
+    source: str
+    out: str
+    split: str
+    classes: Count | str | None
+    autoencoder: str
+    strict: bool
+    device: str
+    num_workers: Natural | None
+
+    def __post_init__(self) -> None:
+        if Path(self.split).name != self.split:
+            raise UserError(f"split={self.split!r} is not the plain name of a folder")

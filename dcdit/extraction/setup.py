@@ -3,7 +3,6 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from rich.filesize import decimal
@@ -12,7 +11,7 @@ from dcdit.data.autoencoder import load_autoencoder
 from dcdit.data.manifest import Manifest
 from dcdit.errors import UserError
 from dcdit.extraction.extraction import Extraction
-from dcdit.extraction.settings import ExtractionSettings
+from dcdit.extraction.settings import ExtractionSettings, ExtractSettings
 from dcdit.extraction.sources import FolderSource, ImageSource, TarSource
 from dcdit.runtime.devices import pick_device
 from dcdit.runtime.processes import cores
@@ -20,27 +19,8 @@ from dcdit.runtime.processes import cores
 _LISTED = 10  # skipped images named in the extraction_summary
 
 
-class Wanted(Protocol):
-    """What is asked of an extraction beside :class:`ExtractionSettings`; see ``dcdit.extract``."""
-
-    @property
-    def source(self) -> str: ...  # noqa: D102
-    @property
-    def out(self) -> str: ...  # noqa: D102
-    @property
-    def split(self) -> str: ...  # noqa: D102
-    @property
-    def classes(self) -> int | str | None: ...  # noqa: D102
-    @property
-    def autoencoder(self) -> str: ...  # noqa: D102
-    @property
-    def strict(self) -> bool: ...  # noqa: D102
-    @property
-    def device(self) -> str: ...  # noqa: D102
-
-
 def set_up_extraction(
-    wanted: Wanted, settings: ExtractionSettings, directory: Path, rank: int, world_size: int, workers: int
+    wanted: ExtractSettings, settings: ExtractionSettings, directory: Path, rank: int, world_size: int, workers: int
 ) -> Extraction:
     """One process of the extraction that is asked for.
 
@@ -68,7 +48,7 @@ def set_up_extraction(
     return Extraction(directory, source, autoencoder, settings, rank, world_size, workers, wanted.strict)
 
 
-def open_source(wanted: Wanted, settings: ExtractionSettings, directory: Path) -> ImageSource:
+def open_source(wanted: ExtractSettings, settings: ExtractionSettings, directory: Path) -> ImageSource:
     """Folders or webdataset shards, whichever ``source`` names; UserError if it is neither."""
     path = Path(wanted.source)
     if path.is_dir() and directory.resolve().is_relative_to(path.resolve()):

@@ -6,12 +6,12 @@ import pytest
 from omegaconf import OmegaConf
 from support.configs import compose_config
 
-from dcdit import extract, flops, generate, inspect_latents, report, sample, status
+from dcdit import flops, generate, inspect_latents, report, sample, status
 from dcdit.cluster.settings import ClusterSettings
 from dcdit.data.datamodule import LatentDataModule
 from dcdit.diffusion.settings import DDIM, DDPM, BudgetSettings, DPMSolver, GuidanceSettings
 from dcdit.evaluation.settings import EvaluateSettings
-from dcdit.extraction.settings import ExtractionSettings
+from dcdit.extraction.settings import ExtractionSettings, ExtractSettings
 from dcdit.network import DCDiT, DiT
 from dcdit.sampling.settings import SamplingSettings
 from dcdit.training import settings
@@ -20,7 +20,7 @@ from dcdit.training.callbacks.fid import FID
 
 ONE_HOME = (
     *(sample.SampleSettings, generate.GenerateSettings, EvaluateSettings, report.ReportSettings, status.StatusSettings),
-    *(flops.FlopsSettings, extract.ExtractSettings, ExtractionSettings, inspect_latents.InspectSettings),
+    *(flops.FlopsSettings, ExtractSettings, ExtractionSettings, inspect_latents.InspectSettings),
     *(SamplingSettings, ClusterSettings, LatentDataModule, EMA, Checkpoint, ProgressBar, FID),
     *(settings.RunSettings, settings.TrainerSettings, *settings.SECTIONS.values()),
 )
