@@ -22,14 +22,15 @@ from rich.table import Table
 
 HYDRA, LIGHTNING = "import hydra, rich", "import torch, lightning.pytorch"
 CASES: dict[str, tuple[str, list[str], float]] = {
-    "status runs/x": (HYDRA, ["dcdit.status", "runs/x"], 4.0),
-    "report --help": (HYDRA, ["dcdit.report", "--help"], 4.0),
-    "train --help": (HYDRA, ["dcdit.train", "--help"], 4.0),
-    "sample sampler.steps=many": (HYDRA, ["dcdit.sample", "checkpoint=x", "sampler.steps=many"], 4.0),
-    "train model.widht=3": (HYDRA, ["dcdit.train", "model.widht=3"], 4.0),
-    "train, one step": (LIGHTNING, ["dcdit.train", "experiment=digits", "trainer.max_steps=1", "ckpt_path=null"], 2.6),
+    "status runs/x": (HYDRA, ["dcdit.status", "runs/x"], 8.0),
+    "report --help": (HYDRA, ["dcdit.report", "--help"], 8.0),
+    "train --help": (HYDRA, ["dcdit.train", "--help"], 8.0),
+    "sample sampler.steps=many": (HYDRA, ["dcdit.sample", "checkpoint=x", "sampler.steps=many"], 8.0),
+    "train model.widht=3": (HYDRA, ["dcdit.train", "model.widht=3"], 8.0),
+    "train, one step": (LIGHTNING, ["dcdit.train", "experiment=digits", "trainer.max_steps=1", "ckpt_path=null"], 3.9),
 }
-"""What each is held against, its words, and the ratio above which --check fails: about twice the aim."""
+"""What each is held against, its words, and the ratio above which --check fails: four and three times
+the aim, for machines are noisy; what is lost where torch is imported at the start is a factor of thirty."""
 
 
 def seconds(words: list[str], place: Path) -> float:
