@@ -61,12 +61,12 @@ class SamplingPlan:
         """
         names = {column.name for column in fields(SamplingSettings)}
         own = {key: value for key, value in values.items() if key not in names and key not in SECTIONS}
-        plan = cls(
-            call_checked(SamplingSettings, {key: values[key] for key in values if key in names}, ""),
-            build_named(SAMPLERS, values.get("sampler"), "sampler"),
-            call_checked(GuidanceSettings, values.get("guidance"), "guidance"),
-            call_checked(BudgetSettings, values.get("budget"), "budget"),
-        )
+        # What is wrong is told before what is missing.
+        sampler = build_named(SAMPLERS, values.get("sampler"), "sampler")
+        guidance = call_checked(GuidanceSettings, values.get("guidance"), "guidance")
+        budget = call_checked(BudgetSettings, values.get("budget"), "budget")
+        settings = call_checked(SamplingSettings, {key: values[key] for key in values if key in names}, "")
+        plan = cls(settings, sampler, guidance, budget)
         if plan.budget.given and (plan.guidance.drop_schedule is not None or plan.guidance.drop_fraction):
             raise UserError("budget: guidance.drop_fraction and drop_schedule are what it replaces, leave them out")
         return plan, own
