@@ -463,7 +463,7 @@ def test_training_on_moments_goes_on_after_a_kill(run, tmp_path):
     assert start(broken, data, *overrides, "data.num_workers=1", log=tmp_path / "resumed.txt").wait(timeout=120) == 0
     whole.mkdir()
     train(compose_config(*TINY, *overrides, f"data.directory={data}", "data.num_workers=0"), whole)
-    assert_same_end(whole, broken)
+    assert_same_end(whole, broken, kills=1)
     assert load(whole)["LatentDataModule"]["position"]["epoch"] == 9
 
 

@@ -156,7 +156,7 @@ def test_killed_and_interrupted_runs_lose_nothing(tiny, digits, tmp_path):
     assert killed_at < stopped_at < 120
 
     assert start(run, digits, *overrides, log=tmp_path / "finished.txt").wait(timeout=120) == 0
-    assert_same_end(whole, run)
+    assert_same_end(whole, run, kills=1)
 
 
 def test_sampling_from_a_run(trained_run, tmp_path):
