@@ -50,7 +50,7 @@ STATE = (
 
 
 def assert_same_end(one: Path, other: Path, kills: int = 0) -> None:
-    """Two runs ended alike; ``other`` was killed so often, each time perhaps between a checkpoint and its step's row."""
+    """Two runs ended alike; ``other`` was killed so often, perhaps each time between a checkpoint and its row."""
     a, b = load(one), load(other)
     assert set(STATE) <= set(a)
     assert [d for key in STATE for d in differences(a[key], b[key], key)] == []
