@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.configs import TINY, compose_config, plan_of
+from support.processes import Command, end, ranks, run
 from support.runs import assert_same_end, load, wait_for
 
 from dcdit.errors import UserError
@@ -26,15 +27,12 @@ pytest.importorskip("submitit", reason="the extra slurm is not installed")
 from dcdit.cluster.settings import cluster_of
 
 CPU = ("trainer=cpu", "cluster=slurm", "cluster.gpus_per_node=0", "cluster.tasks_per_node=2")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
-def command(tmp_path: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,), **environment: str):
-    line = [*launcher, "-m", "dcdit.train", *overrides]
+def command(tmp_path: Path, *overrides: str) -> Command:
     # no SLURM in sight, whatever this machine has
     path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not Path(p, "srun").exists())
-    kept = os.environ | {"PATH": path} | environment
-    return subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=kept)
+    return run(tmp_path, "train", *overrides, PATH=path)
 
 
 def test_the_script_is_shown_without_a_slurm(tmp_path):
@@ -47,8 +45,8 @@ def test_the_script_is_shown_without_a_slurm(tmp_path):
     )
     more = ("cluster.constraint=a100", "cluster.setup=[module load cuda]", "+cluster.env.NCCL_DEBUG=a b")
     result = command(tmp_path, *settings, *more, "cluster.dry_run=true")
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    assert result.poll() == 0, result.said
+    lines = result.out.splitlines()
     wanted = (
         "--nodes=4",
         "--ntasks-per-node=8",
@@ -91,11 +89,11 @@ def test_disagreements_are_found_before_anything_is_submitted(overrides, message
 
 def test_a_refused_submission_is_one_message(tmp_path):
     result = command(tmp_path, "-m", *TINY, *CPU, "seed=0,1")
-    assert result.returncode == 2
-    assert "there is no SLURM on this machine" in result.stderr.replace("│ \n│ ", "")
-    assert "Traceback" not in result.stderr
+    assert result.poll() == 2
+    assert "there is no SLURM on this machine" in result.words
+    assert "Traceback" not in result.said
     mistyped = command(tmp_path, *TINY, *CPU, "cluster.env.A=1")
-    assert "+cluster.env.A" in mistyped.stderr
+    assert "+cluster.env.A" in mistyped.words
 
 
 def test_the_trainer_follows_the_cluster():
@@ -141,52 +139,34 @@ def test_validations_are_counted_in_optimiser_steps(tiny):
 def test_sweeps_on_one_machine_are_one_process_each(tmp_path, digits):
     settings = (*TINY, "trainer.devices=2", f"data.directory={digits}", "seed=0,1")
     result = command(tmp_path, "-m", *settings)
-    assert result.returncode == 1
-    assert "runs of a sweep on this machine are one process each" in result.stdout
-    assert "failed" in result.stdout
+    assert result.poll() == 1
+    assert "runs of a sweep on this machine are one process each" in result.out
+    assert "failed" in result.out
 
 
 def test_torchrun_with_another_number_of_processes_is_refused(tmp_path, digits):
-    result = command(tmp_path, *TINY, f"data.directory={digits}", launcher=TORCHRUN)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    line = [*torchrun, "-m", "dcdit.train", *TINY, f"data.directory={digits}"]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert result.returncode != 0
     assert "but 2 processes were started" in " ".join(result.stderr.replace("│", " ").split())
-
-
-def child_with(parent: int, variable: bytes) -> int:
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            of_parent = f"\nPPid:\t{parent}\n" in (place / "status").read_text()
-            if of_parent and variable in (place / "environ").read_bytes():
-                return int(place.name)
-        except OSError:
-            continue
-    raise AssertionError("there is no such process")
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_and_the_run_goes_on(tmp_path, digits):
     settings = (*TINY, f"data.directory={digits}", "trainer.devices=2", "trainer.precision=32-true", "ckpt_path=auto")
     more = ("optimizer.schedule=constant", "callbacks.checkpoint.every_n_steps=100000")
-    line = [*TORCHRUN, "-m", "dcdit.train", *settings, *more]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    run, log = tmp_path / "run", tmp_path / "log"
-    process = subprocess.Popen(
-        [*line, f"run_dir={run}", "trainer.max_steps=100000"],
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-        cwd=tmp_path,
-        env=one_thread,
-    )
-    wait_for(lambda: progress_of(run, "").step > 2 or process.poll() is not None)
-    os.kill(child_with(process.pid, b"\0RANK=1\0"), signal.SIGUSR2)
-    assert process.wait(120) == 0, log.read_text()
+    words = (*settings, *more)
+    run = tmp_path / "run"
+    both = ranks(2, tmp_path, "train", *words, f"run_dir={run}", "trainer.max_steps=100000")
+    wait_for(lambda: progress_of(run, "").step > 2 or both[0].poll() is not None)
+    os.kill(both[1].pid, signal.SIGUSR2)
+    end(both)
     state = RunState.read(run)
     assert (state.state, state.step) == ("interrupted", load(run)["global_step"])
     assert state.step > 2
     assert state.step % 5 == 0  # they agree every so often
     for place in (run, tmp_path / "undisturbed"):
-        arguments = [*line, f"run_dir={place}", f"trainer.max_steps={state.step + 10}"]
-        result = subprocess.run(arguments, cwd=tmp_path, env=one_thread, capture_output=True)
-        assert result.returncode == 0, result.stderr
+        end(ranks(2, tmp_path, "train", *words, f"run_dir={place}", f"trainer.max_steps={state.step + 10}"))
     assert_same_end(run, tmp_path / "undisturbed")
     assert RunState.read(run).id == state.id
 

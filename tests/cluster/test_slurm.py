@@ -82,19 +82,20 @@ def release(slurm) -> None:
 
 
 def test_a_sweep_is_one_job_array_and_is_summed_up(tmp_path, digits, slurm):
-    varied = ("compression=2,4", "seed=0,1", "trainer.max_steps=6", "trainer.val_check_interval=3")
+    varied = ("compression=2,4", "trainer.max_steps=6", "trainer.val_check_interval=3")
     process = submit(tmp_path, digits, slurm, *varied)
     folder = tmp_path / "runs" / "digits_sweep"
     text = tmp_path / "launcher.log"
     wait_for(lambda: "Submitted" in text.read_text() or process.poll() is not None)
-    assert {progress_of(path, "").state.value for path in folder.glob("*_*")} <= {"queued", "running", "finished"}
+    states = {progress_of(path, "").state.value for path in folder.glob("compression_*")}
+    assert states <= {"queued", "running", "finished"}
     assert process.wait(300) == 0, text.read_text()
-    names = {f"compression_{n}__seed_{seed}" for n in (2, 4) for seed in (0, 1)}
+    names = {f"compression_{n}" for n in (2, 4)}
     rows = summary(folder)
     assert set(rows) == names
     assert len(list((folder / ".submitit").glob("*_submission.sh"))) == 1
     script = next((folder / ".submitit").glob("*_submission.sh")).read_text()
-    assert "--array=0-3" in script
+    assert "--array=0-1" in script
     for name, row in rows.items():
         assert (row["state"], row["step"]) == ("finished", "6")
         last = RunState.read(folder / name).metrics
@@ -106,12 +107,12 @@ def test_a_sweep_is_one_job_array_and_is_summed_up(tmp_path, digits, slurm):
         assert "on 2 processes" in (folder / name / "job.log").read_text()
         assert "cluster" not in (folder / name / "config.yaml").read_text()
     losses = {(row["val/diffusion_loss"], row["train/ratio_loss"]) for row in rows.values()}
-    assert len(losses) == 4
-    assert "4 runs: " in text.read_text()
+    assert len(losses) == 2
+    assert "2 runs: " in text.read_text()
 
 
 def test_disturbed_jobs_end_as_the_undisturbed_and_a_broken_one_fails_once(tmp_path, digits, slurm):
-    settings = ("trainer.max_steps=300", "callbacks.checkpoint.every_n_steps=20", "multi_budget.full_budget_steps=20")
+    settings = ("trainer.max_steps=200", "callbacks.checkpoint.every_n_steps=20", "multi_budget.full_budget_steps=20")
     names = {"undisturbed": 100, "requeued": 101, "preempted": 102, "killed": 103, "broken": -1}
     # a value that changes nothing tells the runs apart
     varied = f"data.corrupt_limit={','.join(map(str, names.values()))}"
@@ -148,7 +149,7 @@ def test_disturbed_jobs_end_as_the_undisturbed_and_a_broken_one_fails_once(tmp_p
     assert starts(runs["broken"]) == 1
     assert process.returncode == 1  # for the broken one
     for name, row in rows.items():
-        assert (row["state"], row["step"], row["reason"]) == ("finished", "300", ""), (name, row)
+        assert (row["state"], row["step"], row["reason"]) == ("finished", "200", ""), (name, row)
         assert starts(runs[name]) == (1 if name == "undisturbed" else 2)
         assert_same_end(runs["undisturbed"], runs[name], kills=int(name in ("killed", "requeued")))
     # what was signalled saved at once; what was killed went on from an earlier checkpoint

@@ -1,13 +1,12 @@
 """Quality against compute, as users measure it."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from support.configs import PLAIN_DIT, compose_config
+from support.processes import end, ranks
 
 from dcdit import evaluate, generate
 from dcdit.errors import UserError
@@ -135,9 +134,8 @@ def test_any_number_of_processes_and_any_break_give_the_same_figures(run, monkey
 
 def test_two_processes_at_once(run, tmp_path, digits):
     places = (f"checkpoint={run.checkpoint}", f"reference={digits}/val", f"cache={tmp_path}/cache")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     settings = (*SETTINGS, "drop_fractions=[0,0.5]", f"out={tmp_path}/two")
-    subprocess.run([*launch, "-m", "dcdit.evaluate", *places, *settings], check=True, capture_output=True)
+    end(ranks(2, tmp_path, "evaluate", *places, *settings))
     two = [json.loads(path.read_text()) for path in sorted((tmp_path / "two").glob("*.json"))]
     one = [result for _, result in sorted(run("drop_fractions=[0,0.5]", out="one").items())]
     two.sort(key=lambda each: each["plan"]["guidance"]["drop_fraction"])

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from support.configs import TINY, compose_config
+from support.processes import Command, end, ranks
 from support.runs import assert_same_end, load, logged, start, wait_for
 
 from dcdit import extract, inspect_latents, sample
@@ -353,47 +352,35 @@ def test_lost_shards_are_written_again(run, images, tmp_path, capsys):
     assert content(folder) == whole
 
 
-def command(images: Path, out: Path, vae: Path, *overrides: str) -> list[str]:
-    settings = ("image_size=32", "samples_per_shard=8", "batch_size=2", "num_workers=1", "threads=1")
-    places = (f"source={images}", f"out={out}", f"autoencoder={vae}")
-    return [sys.executable, "-m", "dcdit.extract", *places, *settings, *overrides]
-
-
 def test_a_killed_extraction_goes_on_with_the_same_bytes(tmp_path, tiny_vae):
     """SIGKILL in the middle, Ctrl-C after that, then to the end with two processes: as if nothing had happened."""
     images = write_images(tmp_path / "images", 400)
     folder = tmp_path / "broken" / "train"
+    settings = ("image_size=32", "samples_per_shard=8", "batch_size=2", "num_workers=1", "threads=1")
+    words = (f"source={images}", f"autoencoder={tiny_vae}", *settings)
 
     def done() -> int:
         return len(list(folder.glob("*.tar")))
 
-    def started(until: int, signal_number: int) -> subprocess.CompletedProcess:
-        process = subprocess.Popen(
-            command(images, folder.parent, tiny_vae), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        deadline = time.monotonic() + 120
-        while done() < until and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal_number)
-        output, _ = process.communicate(timeout=60)
-        return subprocess.CompletedProcess(process.args, process.returncode, output)
+    def started(until: int, number: int) -> Command:
+        process = Command(tmp_path, "extract", f"out={folder.parent}", *words)
+        wait_for(lambda: done() >= until or process.poll() is not None)
+        os.kill(process.pid, number)
+        process.wait()
+        return process
 
-    assert started(3, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert started(3, signal.SIGKILL).poll() == -signal.SIGKILL
     killed_at = done()
     assert 3 <= killed_at < 50
     interrupted = started(killed_at + 3, signal.SIGINT)
-    assert interrupted.returncode == 130, interrupted.stdout
-    assert "the same command goes on from there" in interrupted.stdout
-    assert f"Continuing: {killed_at} of 50" in interrupted.stdout or f"{killed_at - 1} of 50" in interrupted.stdout
-    assert "Traceback" not in interrupted.stdout
+    assert interrupted.poll() == 130, interrupted.said
+    assert "the same command goes on from there" in interrupted.words
+    assert f"Continuing: {killed_at} of 50" in interrupted.words or f"{killed_at - 1} of 50" in interrupted.words
+    assert "Traceback" not in interrupted.said
     assert done() < 50
 
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    both = subprocess.run([*launcher, *command(images, folder.parent, tiny_vae)[1:]], capture_output=True, text=True)
-    assert both.returncode == 0, both.stderr
-    whole = subprocess.run(command(images, tmp_path / "whole", tiny_vae), capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
+    end(ranks(2, tmp_path, "extract", f"out={folder.parent}", *words))
+    end([Command(tmp_path, "extract", f"out={tmp_path}/whole", *words)])
     assert content(folder) == content(tmp_path / "whole" / "train")
     assert len(content(folder)) == 51
     assert not list(folder.glob("*.part"))
@@ -453,14 +440,14 @@ def test_training_on_moments_goes_on_after_a_kill(run, tmp_path):
     overrides = [*MOMENTS, "data.num_workers=2", "callbacks.checkpoint.every_n_steps=1", "trainer.max_steps=60"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     last = broken / "checkpoints" / "last.ckpt"
-    process = start(broken, data, *overrides, log=tmp_path / "killed.txt")
+    process = start(broken, data, *overrides)
     wait_for(lambda: last.exists() or process.poll() is not None)
     time.sleep(0.5)
-    process.kill()
+    os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 0 < load(broken)["global_step"] < 60
     # with another number of reading processes, which must not matter
-    assert start(broken, data, *overrides, "data.num_workers=1", log=tmp_path / "resumed.txt").wait(timeout=120) == 0
+    assert start(broken, data, *overrides, "data.num_workers=1").wait() == 0
     whole.mkdir()
     train(compose_config(*TINY, *overrides, f"data.directory={data}", "data.num_workers=0"), whole)
     assert_same_end(whole, broken, kills=1)
@@ -471,15 +458,14 @@ def test_two_processes_with_uneven_shards_finish_epochs(run, tmp_path):
     """Twelve steps are two epochs: 48 of 50 samples each. Then one process goes on in the middle of the third."""
     data, folder = run("latents").parent, tmp_path / "ddp"
     both = ["trainer.devices=2", "trainer.strategy=ddp", "data.num_workers=1", "trainer.max_steps=14"]
-    assert start(folder, data, *MOMENTS, *both, log=tmp_path / "ddp.txt").wait(timeout=240) == 0
+    end(ranks(2, tmp_path, "train", *TINY, *MOMENTS, *both, f"data.directory={data}", f"run_dir={folder}"))
     readers = {"world_size": 2, "batch_size": 4, "window": 2000}
     position = load(folder)["LatentDataModule"]["position"]
     assert position == {"epoch": 2, "done": [{**readers, "batches": 2}]}
-    alone = start(folder, data, *MOMENTS, "trainer.max_steps=17", log=tmp_path / "alone.txt")
-    assert alone.wait(timeout=120) == 0
-    said = " ".join((tmp_path / "alone.txt").read_text().split())
-    assert "Resuming with 1 x 8 samples (shuffle buffer 2000) instead of 2 x 4" in said
-    assert "epoch 2 goes on after 16 of its 50 samples, none of which is seen again" in said
+    resumed = start(folder, data, *MOMENTS, "trainer.max_steps=17")
+    assert resumed.wait() == 0
+    assert "Resuming with 1 x 8 samples (shuffle buffer 2000) instead of 2 x 4" in resumed.words
+    assert "epoch 2 goes on after 16 of its 50 samples, none of which is seen again" in resumed.words
     alone = {"world_size": 1, "batch_size": 8, "window": 2000}
     position = load(folder)["LatentDataModule"]["position"]
     assert position == {"epoch": 2, "done": [{**readers, "batches": 2}, {**alone, "batches": 3}]}

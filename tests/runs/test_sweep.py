@@ -1,9 +1,8 @@
 """Sweeps, the state of runs on disk, and what two commands in one directory do."""
 
 import csv
+import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from support.commands import typed
 from support.configs import TINY, compose_config
+from support.processes import run as run_command
 from support.runs import load, start, wait_for
 
 from dcdit import status
@@ -24,14 +24,14 @@ from dcdit.training.run import train
 
 def sweep(tmp_path, digits, *overrides):
     settings = [word for word in TINY if word != "callbacks.progress=null"]
-    line = [sys.executable, "-m", "dcdit.train", "-m", *settings, "callbacks.progress=null", f"data.directory={digits}"]
-    return subprocess.run([*line, *overrides], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    words = ("-m", *settings, "callbacks.progress=null", f"data.directory={digits}", *overrides)
+    return run_command(tmp_path, "train", *words)
 
 
 def test_a_failed_run_leaves_the_others_unharmed_and_has_its_reason(tmp_path, digits):
     varied = ("trainer.max_steps=4", "trainer.val_check_interval=2", "compression=4,0.5", "seed=0,1")
     result = sweep(tmp_path, digits, *varied, "multi_budget.full_budget_steps=0")
-    assert result.returncode == 1, result.stderr
+    assert result.poll() == 1, result.said
     folder = tmp_path / "runs" / "digits_sweep"
     runs = {path.name for path in folder.iterdir() if path.is_dir()}
     # named by what varies, and by nothing else
@@ -48,13 +48,13 @@ def test_a_failed_run_leaves_the_others_unharmed_and_has_its_reason(tmp_path, di
             assert (row["state"], row["step"], row["reason"]) == ("finished", "4", "")
             assert float(row["val/diffusion_loss"]) > 0
             assert load(folder / name)["global_step"] == 4
-    assert "4 runs, 2 of them not finished" in result.stdout
+    assert "4 runs, 2 of them not finished" in result.out
     # the same again: what is finished stays as it is, directories are the same
     before = {path: path.read_bytes() for path in folder.rglob("last.ckpt")}
     again = sweep(
         tmp_path, digits, *varied[:2], "compression=4", "seed=0,1", "multi_budget.full_budget_steps=0", "ckpt_path=auto"
     )
-    assert again.returncode == 1  # the failed ones are still there
+    assert again.poll() == 1  # the failed ones are still there
     assert (folder / "seed_0").is_dir()  # another sweep: compression does not vary in it
     assert {path: path.read_bytes() for path in before} == before
 
@@ -115,12 +115,12 @@ def test_the_state_of_runs(tiny, tmp_path, capsys):
 def test_sigterm_saves_and_the_run_goes_on(tmp_path, digits):
     run = tmp_path / "run"
     settings = ("trainer.max_steps=2000", "callbacks.checkpoint.every_n_steps=1000")
-    process = start(run, digits, *settings, log=tmp_path / "log")
+    process = start(run, digits, *settings)
     wait_for(lambda: progress_of(run, "").step > 5 or process.poll() is not None)
     assert progress_of(run, "").state == "running"
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
     process.wait(60)
-    text = (tmp_path / "log").read_text()
+    text = process.said
     assert "SIGTERM: finishing this step and saving" in text
     assert "Resume: the same command with ckpt_path=last" in text
     state = RunState.read(run)

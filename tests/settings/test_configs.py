@@ -1,11 +1,10 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.commands import typed
 from support.configs import TINY, compose_config, plan_of
+from support.processes import run
 
 from dcdit.errors import UserError
 from dcdit.settings.entry import CONFIG_DIR, cpu_precision, plain
@@ -98,7 +97,6 @@ def test_mistakes_end_in_one_screen(tmp_path, capsys, override, words):
 @pytest.mark.slow
 def test_a_debug_run_of_a_full_size_experiment(tmp_path):
     """In a process of its own, which gives its gigabytes back."""
-    line = [sys.executable, "-m", "dcdit.train", "experiment=b_n4", "debug=tiny", f"run_dir={tmp_path}/run"]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "Finished at step 2" in result.stderr
+    process = run(tmp_path, "train", "experiment=b_n4", "debug=tiny", f"run_dir={tmp_path}/run")
+    assert process.poll() == 0, process.said
+    assert "Finished at step 2" in process.err

@@ -1,13 +1,12 @@
 """Runs in processes of their own, and what they leave behind."""
 
 import csv
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 from support.configs import TINY
+from support.processes import Command
 from torch import Tensor
 
 TIMING = {"train/images_per_s"}
@@ -62,10 +61,9 @@ def assert_same_end(one: Path, other: Path, kills: int = 0) -> None:
     }
 
 
-def start(run: Path, data: Path, *overrides: str, log: Path) -> subprocess.Popen:
+def start(run: Path, data: Path, *overrides: str) -> Command:
     places = (f"data.directory={data}", f"run_dir={run}", "ckpt_path=auto")
-    arguments = [sys.executable, "-m", "dcdit.train", *TINY, *places, *overrides]
-    return subprocess.Popen(arguments, stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=run.parent)
+    return Command(run.parent, "train", *TINY, *places, *overrides)
 
 
 def wait_for(condition, seconds: float = 120) -> None:

@@ -2,14 +2,13 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from support.configs import PLAIN_DIT, TINY, compose_config
+from support.processes import end, ranks
 from support.runs import assert_same_end
 
 from dcdit import evaluate
@@ -144,9 +143,7 @@ def test_it_needs_a_validation_split(tmp_path, digits):
 def test_two_processes_measure_what_evaluate_does(tmp_path, digits):
     places = (f"data.directory={digits}", f"run_dir={tmp_path}/two", f"callbacks.fid.cache={tmp_path}/cache")
     settings = (*TINY, *FID, "trainer.max_steps=4", "trainer.devices=2", "trainer.strategy=ddp")
-    command = [sys.executable, "-m", "dcdit.train", *places, *settings]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
+    end(ranks(2, tmp_path, "train", *places, *settings))
     logged = validations(tmp_path / "two")[-1]
     for drop, expected in evaluated(tmp_path / "two", tmp_path, digits).items():
         # the halves of the images meet the classifier in other batches, which rounds its features otherwise

@@ -1,13 +1,14 @@
 """Checkpoints that survive a kill at any moment."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import callbacks
 
 from dcdit.checks import Count, checked
 from dcdit.errors import UserError
@@ -42,13 +43,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 @checked
-class Checkpoint(ModelCheckpoint):
-    """A checkpoint every k optimiser steps, ``last.ckpt`` with each of them and at the end of the run.
+class Checkpoint(callbacks.Checkpoint):
+    """A checkpoint every k optimiser steps and at the end of the run; ``last.ckpt`` is the newest of them.
 
     Args:
         dirpath: where to.
         every_n_steps: optimiser steps between two checkpoints.
-        keep: so many of the newest stay, beside ``last.ckpt``; None keeps all.
+        keep: so many of the newest stay; None keeps all.
         milestone_every: of these steps every checkpoint stays; None for no such steps.
 
     Raises:
@@ -56,36 +57,51 @@ class Checkpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str, every_n_steps: Count, keep: Count | None, milestone_every: Count | None) -> None:
+        self.folder, self.every_n_steps = Path(dirpath), every_n_steps
         self.keep, self.milestone_every = keep, milestone_every
-        super().__init__(
-            dirpath=dirpath,
-            filename="step_{step:08d}",
-            auto_insert_metric_name=False,
-            save_last=True,
-            save_top_k=-1,
-            every_n_train_steps=every_n_steps,
-            enable_version_counter=False,
-        )
+        self._saved = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where a run begins or goes on there is nothing to save."""
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save every k optimiser steps."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the final step too, wherever it falls. Later than here the average has replaced the raw weights."""
-        self.save_now(trainer)
+        self.save(trainer)
 
-    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
-        """After each save, drop what need not stay."""
-        super()._save_last_checkpoint(trainer, monitor_candidates)
-        if trainer.is_global_zero and self.keep is not None and self.dirpath is not None:
-            steps = {
-                int(path.stem.removeprefix("step_")): path
-                for path in Path(self.dirpath).glob(f"step_{'[0-9]' * 8}.ckpt")
-            }
-            for step in sorted(steps)[: -self.keep]:
-                if self.milestone_every is None or step % self.milestone_every:
-                    steps[step].unlink(missing_ok=True)
+    def save(self, trainer: pl.Trainer) -> None:
+        """Save the current step unless that has been done, and drop what need not stay."""
+        step = trainer.global_step
+        if step == self._saved or trainer.sanity_checking:
+            return
+        path = self.folder / f"step_{step:08d}.ckpt"
+        trainer.save_checkpoint(path)
+        self._saved = step
+        if trainer.is_global_zero:
+            self._point_to(path)
+            self._prune()
 
-    def save_now(self, trainer: pl.Trainer) -> None:
-        """Save the current step unless that has been done."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+    def _point_to(self, path: Path) -> None:
+        """Make ``last.ckpt`` the same file as ``path``; a copy where the file system has no links."""
+        draft = self.folder / ".last.ckpt.part"
+        draft.unlink(missing_ok=True)
+        try:
+            os.link(path, draft)
+        except OSError:
+            shutil.copyfile(path, draft)
+        draft.replace(self.folder / "last.ckpt")
+
+    def _prune(self) -> None:
+        if self.keep is None:
+            return
+        steps = {int(path.stem.removeprefix("step_")): path for path in self.folder.glob(f"step_{'[0-9]' * 8}.ckpt")}
+        for step in sorted(steps)[: -self.keep]:
+            if self.milestone_every is None or step % self.milestone_every:
+                steps[step].unlink(missing_ok=True)
