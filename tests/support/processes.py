@@ -102,4 +102,9 @@ def _run(folder: Path, said: Path, command: str, words: tuple[str, ...], environ
     os.environ |= environment
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
     sys.argv = [f"{command}.py", *words]
-    entry_point(import_module(f"dcdit.{command}").main, paths=command in ("report", "status"))
+    status = None
+    try:
+        entry_point(import_module(f"dcdit.{command}").main, paths=command in ("report", "status"))
+    except SystemExit as leaving:
+        status = leaving.code
+    sys.exit(status)  # here, where what the command held is gone, as at the end of a program
