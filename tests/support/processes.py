@@ -95,7 +95,9 @@ def _run(folder: Path, said: Path, command: str, words: tuple[str, ...], environ
 
     from dcdit.settings.entry import entry_point
 
-    multiprocessing.current_process()._config["daemon"] = False  # it may have children of its own
+    # It may have children of its own, forked as those of a program are: they watch it, and end when it does.
+    multiprocessing.current_process()._config["daemon"] = False
+    multiprocessing.set_start_method("fork", force=True)
     for stream in (1, 2):
         os.dup2(os.open(said / str(stream), os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
     os.chdir(folder)
