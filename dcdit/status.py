@@ -36,13 +36,15 @@ def run(config: DictConfig) -> list[RunProgress]:
     """Print the table; returns what is in it."""
     settings = check(config)
     found, several = [], len(settings.runs) > 1  # the names of one folder's runs need not repeat it
+    seen: set[Path] = set()
     for place in map(Path, settings.runs):
         if not place.is_dir():
             raise UserError(f"runs={place} is no directory")
-        named = {
-            path: str(path) if several or path == place else str(path.relative_to(place)) for path in runs_below(place)
-        }
-        found += [progress_of(path, name) for path, name in named.items()]
+        for path in runs_below(place):
+            if path.resolve() not in seen:
+                name = str(path) if several or path == place else str(path.relative_to(place))
+                found.append(progress_of(path, name))
+                seen.add(path.resolve())
     if not found:
         raise UserError(f"runs={', '.join(settings.runs)}: no runs there, python -m dcdit.train makes them")
     Console().print(progress_table(found))

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -80,6 +81,15 @@ def follow(tmp_path, monkeypatch):
         restore()
     for name in ("dcdit.network.unet", "my_features"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_commands_are_of_what_was_added(follow, section):
+    composed = follow(section)
+    block = re.findall(r"```bash\n(.*?)```", SECTIONS[section], flags=re.DOTALL)[-1]
+    for line in block.replace("\\\n", " ").strip().splitlines():
+        words = shlex.split(line)
+        assert composed(*words[3:], name=words[2].removeprefix("dcdit.")) is not None
 
 
 @pytest.fixture

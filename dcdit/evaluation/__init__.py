@@ -1,0 +1,1 @@
+"""FID and its like: features, statistics of references, measurements at several budgets, and the report."""

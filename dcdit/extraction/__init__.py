@@ -1,0 +1,1 @@
+"""From images to latent shards, restartable at any moment."""

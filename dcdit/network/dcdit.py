@@ -136,7 +136,13 @@ class DCDiT(Network):
     def route(self, features: Tensor, drop_fraction: float | Tensor) -> Routing:
         """Decide in float32 which positions of ``features`` (B, H, W, D) to keep."""
         with torch.autocast(features.device.type, enabled=False):
-            return route(self.router(features.float().permute(0, 3, 1, 2)), drop_fraction)
+            prob = self.router(features.float().permute(0, 3, 1, 2))
+            if prob.shape != (len(features), self.positions):
+                raise ValueError(
+                    f"the router {type(self.router).__name__} returned probabilities of shape {list(prob.shape)}, not"
+                    f" (B, L) = {[len(features), self.positions]}"
+                )
+            return route(prob, drop_fraction)
 
     def combine(self, tokens: Tensor, features: Tensor, routing: Routing, packing: Packing) -> Tensor:
         """De-chunk ``tokens`` (T, D) and add the encoder's residual, in float32: (B, H, W, D)."""

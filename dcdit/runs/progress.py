@@ -23,7 +23,7 @@ class RunProgress:
         state: queued if a job waits for its turn, lost if it says running and no process is, waiting if it has not
             begun, corrupt if its file cannot be read.
         step, max_steps: optimiser steps.
-        loss: the last logged diffusion loss of training.
+        loss: the diffusion loss of training: of the last step if the run has ended, else the last logged.
         rate: images per second, the last logged.
         seconds_left: at that rate; None if nothing tells.
         reason: of a failure.
@@ -65,7 +65,7 @@ def progress_of(run_dir: Path, name: str) -> RunProgress:
         state,
         step,
         max_steps,
-        last.get("train/diffusion_loss"),
+        (known.metrics if known else {}).get("train/diffusion_loss", last.get("train/diffusion_loss")),
         rate,
         left,
         known.reason if known else "",
@@ -113,7 +113,7 @@ def progress_table(found: Sequence[RunProgress]) -> Table:
     """One line for each run."""
     shown = Table(show_lines=False)
     shown.add_column("run", overflow="fold")
-    for heading in ("state", "step", "loss", "images/s", "left"):
+    for heading in ("state", "step", "diffusion loss", "images/s", "left"):
         shown.add_column(heading, justify="right")
     for each in found:
         state = f"[{each.state.colour}]{each.state.value}[/]"

@@ -25,7 +25,7 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
         if last.exists():
             raise UserError(
                 f"run_dir={run_dir} already holds a run: resume it with ckpt_path=last, start another with"
-                " run_name=..., or delete the directory"
+                " run_name=... (or another run_dir, if you gave that), or delete the directory"
             )
         return None
     if ckpt_path == "auto":

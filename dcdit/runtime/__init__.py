@@ -1,0 +1,1 @@
+"""What every command needs of the machine: processes, devices, signals, files, resumable jobs."""

@@ -1,0 +1,1 @@
+"""What commands share: composing and checking a configuration, help, how errors are told."""

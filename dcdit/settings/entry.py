@@ -31,12 +31,19 @@ USER_ERROR_STATUS = 2
 T = TypeVar("T")
 
 
+_CPU = Path("/proc/cpuinfo")
+
+
 def cpu_precision() -> str:
     """``bf16-mixed`` where the CPU multiplies bfloat16 natively (AMX, AVX512-BF16), else ``32-true``."""
-    import torch
+    try:  # where that says it, torch need not be waited for
+        known = set(_CPU.read_text().split())
+        native = bool(known & {"amx_bf16", "avx512_bf16"})
+    except OSError:
+        import torch
 
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    native = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        native = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
     return "bf16-mixed" if native else "32-true"
 
 

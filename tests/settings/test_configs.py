@@ -7,6 +7,7 @@ from support.configs import TINY, compose_config, plan_of
 from support.processes import run
 
 from dcdit.errors import UserError
+from dcdit.settings import entry
 from dcdit.settings.entry import CONFIG_DIR, cpu_precision, plain
 from dcdit.training.build import build_module, match_compute
 from dcdit.training.settings import TrainPlan
@@ -57,9 +58,19 @@ def test_a_run_as_long_as_its_baseline_costs(tmp_path):
         match_compute(late)
 
 
-def test_cpu_precision_follows_the_processor(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": False}, raising=False)
-    assert compose_config("trainer=cpu").trainer.precision == "32-true"
+def test_cpu_precision_follows_the_processor(tmp_path, monkeypatch):
+    native = any((torch.cpu.get_capabilities() or {}).get(name) for name in ("amx_bf16", "avx512_bf16"))
+    assert compose_config("trainer=cpu").trainer.precision == ("bf16-mixed" if native else "32-true")
+    cpu = tmp_path / "cpuinfo"
+    monkeypatch.setattr(entry, "_CPU", cpu)
+    for flags, precision in (
+        ("sse avx512f avx512_bf16 fma", "bf16-mixed"),
+        ("amx_bf16", "bf16-mixed"),
+        ("sse", "32-true"),
+    ):
+        cpu.write_text(f"processor : 0\nflags : {flags}\n")
+        assert cpu_precision() == precision
+    cpu.unlink()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     assert cpu_precision() == "bf16-mixed"
 

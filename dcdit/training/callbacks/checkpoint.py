@@ -82,7 +82,7 @@ class Checkpoint(callbacks.Checkpoint):
         if step == self._saved or trainer.sanity_checking:
             return
         path = self.folder / f"step_{step:08d}.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)  # all of it: moments and position too
         self._saved = step
         if trainer.is_global_zero:
             self._point_to(path)
