@@ -4,16 +4,19 @@ A range is part of the annotation, ``steps: Annotated[int, Bounds(low=1)]``, and
 arguments against its annotations. Every failure is a :class:`dcdit.errors.UserError` that names value and remedy.
 """
 
+import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from functools import cache, wraps
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dcdit.errors import UserError
 
+T = TypeVar("T")
 Class = TypeVar("Class", bound=type)
 
 
@@ -85,7 +88,27 @@ class OneOf:
             raise UserError(f"{name}={shown(value)} is not one of {', '.join(self.table)}")
 
 
+@dataclass(frozen=True)
+class Matches:
+    """A text of a certain form.
+
+    Attributes:
+        pattern: regular expression for the whole of it.
+        hint: the form in words.
+    """
+
+    pattern: str
+    hint: str
+
+    def check(self, name: str, value: str) -> None:
+        """Raise :class:`UserError` unless all of ``value`` has the form."""
+        if not re.fullmatch(self.pattern, value):
+            raise UserError(f"{name}={shown(value)} is not {self.hint}")
+
+
 Count = Annotated[int, Bounds(low=1)]
+Size = Annotated[int, Bounds(1, 65_536)]
+Depth = Annotated[int, Bounds(1, 1_000)]
 Natural = Annotated[int, Bounds(low=0)]
 Seed = Annotated[int, Bounds(low=0, high=2**63 - 1)]
 Positive = Annotated[float, Bounds(low=0, open_low=True)]
@@ -95,6 +118,7 @@ DropFraction = Annotated[
     Bounds(0, 1, open_high=True, hint="it is the share of kept tokens to drop, 0 keeps all of them, 0.9 a tenth"),
 ]
 Compression = Annotated[float, Bounds(1, open_low=True, hint="N = 4 asks the router to keep a quarter of the tokens")]
+Digest = Annotated[str, Matches("[0-9a-f]{64}", "a digest of 64 hexadecimal digits")]
 LabelDropout = Annotated[float, Bounds(0, 1, open_high=True, hint="it is a probability, 0.1 as published")]
 TimeFraction = Annotated[float, Bounds(0, 1, open_low=True, hint="0.1 is a tenth of the time")]
 
@@ -114,9 +138,9 @@ def conform(name: str, value: Any, hint: Any) -> Any:
 
     Args:
         name: of the value, for messages.
-        value: plain, or an object where the annotation is a class.
+        value: plain, or an object where the annotation is a class; a dataclass is made of its fields in a mapping.
         hint: an annotation: plain types, unions, lists, tuples, mappings, ``Literal``, ``Annotated`` with
-            :class:`Bounds`, :class:`NotEmpty` or :class:`OneOf`, classes.
+            :class:`Bounds`, :class:`NotEmpty`, :class:`OneOf` or :class:`Matches`, classes.
 
     Raises:
         UserError: naming value and remedy.
@@ -141,10 +165,13 @@ def conform(name: str, value: Any, hint: Any) -> Any:
     if (origin or hint) in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise UserError(f"{name}={shown(value)} is no section: set its keys, such as {name}.key=value")
-        return dict(value)
+        element = arguments[1] if arguments else Any
+        return {str(key): conform(f"{name}.{key}", each, element) for key, each in value.items()}
     if hint in _PLAIN:
         return _PLAIN[hint](name, value)
     kind = origin or hint
+    if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
+        return call_checked(kind, value, name)
     if isinstance(kind, type) and not getattr(kind, "_is_protocol", False) and not isinstance(value, kind):
         raise UserError(f"{name}={shown(value)} is no {kind.__name__}")
     return value
@@ -241,3 +268,86 @@ def checked(cls: Class) -> Class:
 
     cls.__init__ = check_then_construct  # type: ignore[misc]
     return cls
+
+
+MISSING = "???"
+"""Hydra's mark of a value that must be given."""
+
+
+def suggestion(key: str, known: Iterable[str]) -> str:
+    """A remedy for the unknown ``key``: the most similar known key, else all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+
+
+def call_checked(
+    target: Callable[..., T], values: Any, prefix: str, built: Mapping[str, Any] = MappingProxyType({})
+) -> T:
+    """Call ``target`` with ``values`` after checking names, types and ranges against its signature.
+
+    Args:
+        target: a class or function whose parameters are annotated, see :func:`dcdit.checks.conform`.
+        values: its keyword arguments, as plain values.
+        prefix: the section's place in the configuration, for the messages; empty for the top level.
+        built: further arguments that are objects already.
+
+    Raises:
+        UserError: naming the key, the value and the remedy.
+    """
+    place = f"{prefix}." if prefix else ""
+    hints = {name: hint for name, hint in annotations(target).items() if name not in built}
+    parameters = inspect.signature(target).parameters
+    if not isinstance(values, Mapping):
+        some = ", ".join(f"{place}{name}=..." for name in list(hints)[:3])
+        raise UserError(f"{prefix}={shown(values)}: {prefix} is a section, set its keys: {some}")
+    given = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{place}{key}={shown(value)}: there is no such key, {suggestion(str(key), hints)}")
+        if not (isinstance(value, str) and value == MISSING):
+            given[str(key)] = conform(f"{place}{key}", value, hints[key])
+    for name in hints:
+        if name not in given and parameters[name].default is inspect.Parameter.empty:
+            raise UserError(f"{place}{name} is not set: give {place}{name}=...")
+    try:
+        return target(**given, **built)
+    except UserError as error:
+        raise UserError(f"{place}{error}") from None  # constructors begin their messages with the argument's name
+
+
+def build_named(table: Mapping[str, Callable[..., T]], values: Any, prefix: str) -> T:
+    """Construct what ``values`` describes: ``name``, one of ``table``, and the arguments of what stands there.
+
+    Args:
+        table: the allowed names; nothing else is ever constructed from a configuration or a checkpoint.
+        values: plain values.
+        prefix: the section's place in the configuration, for the messages.
+
+    Raises:
+        UserError: if the name is not in the table, or an argument is unknown, of the wrong type or out of range.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{prefix}={shown(values)}: {prefix} is a section, set its keys, such as {prefix}.name=...")
+    arguments = dict(values)
+    name = arguments.pop("name", None)
+    if not isinstance(name, str) or name not in table:
+        raise UserError(f"{prefix}.name={shown(name)} is not one of {', '.join(table)}")
+    return call_checked(table[name], arguments, prefix)
+
+
+_CREDENTIALS = re.compile(r"(://)[^/@\s]*:[^/@\s]*@")
+
+
+def without_credentials(text: str) -> str:
+    """``text`` with the user and password of URLs in it left out."""
+    return _CREDENTIALS.sub(r"\1...@", text)
+
+
+def check_credentials(url: str) -> None:
+    """Raise :class:`UserError` if a URL holds a password: it would stand in every file that a run writes."""
+    if _CREDENTIALS.search(url):
+        raise UserError(
+            f"{without_credentials(url)} holds a password, which would be written into the run's files: put"
+            " it into ~/.netrc (machine, login, password), and leave it out here"
+        )

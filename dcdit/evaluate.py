@@ -11,13 +11,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from dcdit.checks import call_checked
 from dcdit.errors import UserError
 from dcdit.evaluation.settings import EvaluateSettings
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
 from dcdit.sampling.settings import SamplingPlan
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
-from dcdit.settings.schema import call_checked
 
 
 def check(config: DictConfig) -> tuple[SamplingPlan, EvaluateSettings]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
+from dcdit.checks import call_checked
 from dcdit.extraction.settings import ExtractionSettings, ExtractSettings
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import cores, local_processes, processes
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
-from dcdit.settings.schema import call_checked
 
 if TYPE_CHECKING:
     from dcdit.data.manifest import Manifest

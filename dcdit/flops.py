@@ -10,10 +10,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dcdit.checks import Compression, DropFraction, NotEmpty, checked
+from dcdit.checks import Compression, DropFraction, NotEmpty, call_checked, checked
 from dcdit.diffusion.settings import Steps
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
-from dcdit.settings.schema import call_checked
 
 
 @checked

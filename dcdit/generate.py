@@ -11,12 +11,11 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checks import Count, checked
+from dcdit.checks import Count, call_checked, checked
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
 from dcdit.sampling.settings import SamplingPlan
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
-from dcdit.settings.schema import call_checked
 
 
 @checked

@@ -9,10 +9,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checks import Natural, Positive, checked
+from dcdit.checks import Natural, Positive, call_checked, checked
 from dcdit.errors import UserError
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
-from dcdit.settings.schema import call_checked
 
 _FOR_STATISTICS = 1000  # samples of which mean and deviation are shown
 

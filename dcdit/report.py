@@ -11,9 +11,8 @@ from typing import Annotated
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checks import NotEmpty, checked
+from dcdit.checks import NotEmpty, call_checked, checked
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
-from dcdit.settings.schema import call_checked
 
 
 @checked
@@ -43,9 +42,11 @@ def run(config: DictConfig) -> Path:
     from dcdit.evaluation.page import write_report
     from dcdit.evaluation.results import read_results
 
-    results = read_results(settings.runs)
-    page = write_report(results, Path(settings.out), settings.title)
+    results, left_out = read_results(settings.runs)
+    page = write_report(results, Path(settings.out), settings.title, left_out)
     runs = len({result.values["run"] for result in results})
+    for reason in left_out:
+        print(f"Left out: {reason}")
     print(f"{len(results)} measurements of {runs} runs: {page}")
     return page
 

@@ -10,10 +10,9 @@ from typing import Annotated
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checks import Count, Natural, NotEmpty, checked
+from dcdit.checks import Count, Natural, NotEmpty, call_checked, checked
 from dcdit.sampling.settings import SamplingPlan
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
-from dcdit.settings.schema import call_checked
 
 
 @checked

@@ -8,11 +8,10 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from dcdit.checks import NotEmpty, checked
+from dcdit.checks import NotEmpty, call_checked, checked
 from dcdit.errors import UserError
 from dcdit.runs.progress import RunProgress, progress_of, progress_table, runs_below
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
-from dcdit.settings.schema import call_checked
 
 
 @checked

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcdit.checks import Count, Natural, Positive, checked
+from dcdit.checks import Count, Natural, Positive, call_checked, checked
 from dcdit.cluster.job import MARK
 from dcdit.errors import UserError
-from dcdit.settings.schema import call_checked
 from dcdit.training.batching import accumulation
 from dcdit.training.settings import TrainPlan
 

@@ -14,13 +14,23 @@ from dcdit.data.latents import IDENTITY, LatentSpec
 from dcdit.data.manifest import MOMENTS, Manifest
 from dcdit.errors import UserError
 from dcdit.runtime.devices import autocast, fingerprint
+from dcdit.runtime.processes import say
 
 Decoder = Callable[[Tensor], Tensor]
 """Maps network-side latents (B, C, H, W) to images (B, 1 or 3, height, width), uint8."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8 in 0..255, rounding half up as the ADM suite's exporter does."""
+    """Images in [-1, 1] to uint8 in 0..255, rounding half up as the ADM suite's exporter does.
+
+    Raises:
+        UserError: if a value is not finite, which would become black.
+    """
+    if not images.isfinite().all():
+        raise UserError(
+            "decoding gave values that are not finite: try it in float32 (precision=fp32), a lower guidance.scale, or"
+            " another autoencoder=..."
+        )
     return ((images.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
 
 
@@ -206,6 +216,11 @@ def load_decoder(latents: LatentSpec, device: torch.device, instead: str | None 
         raise UserError(
             f"autoencoder={autoencoder.name!r} has weights {autoencoder.fingerprint}, the latents were made with"
             f" {wanted}: give the autoencoder they were made with, or this one deliberately, with autoencoder=..."
+        )
+    if wanted is not None and autoencoder.fingerprint != wanted:
+        say(
+            f"Decoding with autoencoder={autoencoder.name!r}, weights {autoencoder.fingerprint}; the latents were made"
+            f" with {latents.autoencoder!r}, weights {wanted}. Figures are those of another autoencoder"
         )
     if autoencoder.name != IDENTITY and autoencoder.channels != latents.shape[0]:
         raise UserError(

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dcdit.checks import Count, checked
+from dcdit.checks import Count, build_named, checked
 from dcdit.data.latents import IDENTITY
 from dcdit.data.shards import write_shards
 from dcdit.errors import UserError
-from dcdit.settings.schema import build_named
 
 
 class Source(Protocol):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,9 +10,10 @@ import torch
 from filelock import FileLock
 from torch.utils.data import DataLoader
 
-from dcdit.checks import Count, Natural, Positive, Seed, checked
+from dcdit.checks import Count, Natural, Positive, Seed, checked, conform
 from dcdit.data.autoencoder import network_latents
 from dcdit.data.builtin import build_source
+from dcdit.data.latents import deviation_remark
 from dcdit.data.manifest import MANIFEST_NAME, Manifest
 from dcdit.data.order import Position, Readers, micro_batch
 from dcdit.data.storage import Location
@@ -21,6 +23,21 @@ from dcdit.runtime.processes import say
 from dcdit.runtime.signals import ignore_interrupts
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """A place in the data, as a checkpoint holds it.
+
+    Attributes:
+        place: where reading goes on.
+        step: the optimiser step that it belongs to.
+        samples: of an epoch.
+    """
+
+    place: Position
+    step: Natural
+    samples: Count
 
 
 @checked
@@ -78,6 +95,7 @@ class LatentDataModule(pl.LightningDataModule):
         self._reported: set[tuple[str, str]] = set()
         self._manifests: dict[str, Manifest] = {}
         self._begin, self._begin_step = Position(), 0
+        self._looked = False
 
     def prepare_data(self) -> None:
         """Have the source write the shards, unless they are there."""
@@ -123,7 +141,9 @@ class LatentDataModule(pl.LightningDataModule):
                 " the others is new."
             )
         place = self.location.below("train")
-        stream = LatentStream(place, manifest, readers, self.trainer.global_rank, self.seed, self._begin)
+        parts = self.trainer.accumulate_grad_batches
+        rank = self.trainer.global_rank
+        stream = LatentStream(place, manifest, readers, rank, self.seed, self._begin, parts=parts)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         workers = self.num_workers
         return DataLoader(
@@ -143,8 +163,13 @@ class LatentDataModule(pl.LightningDataModule):
             return []
         manifest, world = self.manifest("val"), self.trainer.world_size
         # Batches of one size, as large as those of training allow, that leave out as little as possible.
-        own = max(1, manifest.samples // world)
-        size = own // -(-own // self._readers().batch_size)
+        own, most = manifest.samples // world, self._readers().batch_size // self.trainer.accumulate_grad_batches
+        if not own:
+            raise UserError(
+                f"the validation split in {place.place} has {manifest.samples} samples for {world} processes: add some,"
+                " take fewer processes, or remove it"
+            )
+        size = own // -(-own // most)
         stream = LatentStream(place, manifest, Readers(world, size, 0), self.trainer.global_rank, self.seed, epochs=1)
         return [DataLoader(stream, batch_size=None)]
 
@@ -167,26 +192,31 @@ class LatentDataModule(pl.LightningDataModule):
             )
         generator = torch.Generator(batch.stored.device).manual_seed(batch.seed)
         split = "train" if self.trainer is None or self.trainer.training else "val"
-        return network_latents(batch.stored, self.manifest(split), generator), batch.labels
+        latents = network_latents(batch.stored, self.manifest(split), generator)
+        if not self._looked:
+            self._looked = True
+            remark = deviation_remark(float(latents.std())) if latents.numel() > 1 else ""
+            if remark:
+                say(remark)
+        return latents, batch.labels
 
     def _readers(self) -> Readers:
         """Who reads the training split together; UserError if the batch cannot be divided among them."""
         assert self.trainer is not None
-        world = self.trainer.world_size
-        size = micro_batch(self.batch_size, world, self.trainer.accumulate_grad_batches)
-        return Readers(world, size, self.shuffle_buffer)
+        world, parts = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        return Readers(world, parts * micro_batch(self.batch_size, world, parts), self.shuffle_buffer)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, and the optimiser step that it belongs to."""
         assert self.trainer is not None
-        step = self.trainer.global_step
-        taken = (step - self._begin_step) * self.trainer.accumulate_grad_batches
-        position = self._begin.advance(self._readers(), taken, self.manifest().samples)
-        return {"position": position.to_plain(), "step": step}
+        step, samples = self.trainer.global_step, self.manifest().samples
+        place = self._begin.advance(self._readers(), step - self._begin_step, samples)
+        return asdict(StreamState(place, step, samples))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the position of a checkpoint."""
-        self._begin, self._begin_step = Position.from_plain(state_dict["position"]), state_dict["step"]
+        state = conform("LatentDataModule", state_dict, StreamState)
+        self._begin, self._begin_step = state.place, state.step
 
 
 def _words(readers: Readers) -> str:

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dcdit.data.autoencoder import network_latents
+from dcdit.data.latents import deviation_remark
 from dcdit.data.manifest import MOMENTS, Manifest, Shard
 from dcdit.data.shards import CorruptSampleError, Layout, file_digest
 from dcdit.data.storage import Location
@@ -107,6 +108,8 @@ def latents_table(location: Location, manifest: Manifest, stored: Tensor, findin
         "classes": _classes(manifest, findings),
         "skipped images": f"{len(manifest.skipped)}",
     }
+    if remark := deviation_remark(float(latents.std())):
+        rows["attention"] = remark
     if height == width:
         rows["to train on them"] = (
             f"model.grid={height} model.channels={channels} model.num_classes={len(manifest.classes)}"

@@ -4,14 +4,29 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from dcdit.checks import Bounds, Count, NotEmpty, checked
+from dcdit.checks import Bounds, Matches, NotEmpty, Size, call_checked, checked
 from dcdit.errors import UserError
-from dcdit.settings.schema import call_checked
 
 IDENTITY = "identity"
 """Autoencoder id of latents that are the images themselves, in [-1, 1]."""
 
 Scale = Annotated[float, Bounds(low=0, open_low=True)]
+Fingerprint = Annotated[str, Matches("[0-9a-f]{16}", "a digest of 16 hexadecimal digits")]
+
+
+USUAL_DEVIATION = (0.4, 2.5)
+"""Of latents as a network sees them; the noise that is added has 1."""
+
+
+def deviation_remark(deviation: float) -> str:
+    """A warning if latents are far from the deviation 1 that the noise has; else empty."""
+    low, high = USUAL_DEVIATION
+    if low <= deviation <= high:
+        return ""
+    return (
+        f"The latents have deviation {deviation:.3g} where the network sees them, not about 1: is their scale that of"
+        " their autoencoder?"
+    )
 
 
 @checked
@@ -27,12 +42,12 @@ class LatentSpec:
         fingerprint: digest of the autoencoder's weights; None if unknown.
     """
 
-    shape: tuple[Count, Count, Count]
+    shape: tuple[Size, Size, Size]
     autoencoder: str
     scale: Scale
     shift: float
     classes: Annotated[tuple[str, ...], NotEmpty("name at least one class")]
-    fingerprint: str | None = None
+    fingerprint: Fingerprint | None = None
 
     @property
     def positions(self) -> int:

@@ -1,32 +1,39 @@
 """The manifest of a directory of latent shards: everything needed to read them and to refuse a mismatch."""
 
+import hashlib
 import json
-import re
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal
 
-from dcdit.data.latents import LatentSpec
+from dcdit.checks import Count, Digest, Matches, NotEmpty, Size, call_checked, shown
+from dcdit.data.latents import Fingerprint, LatentSpec, Scale
 from dcdit.errors import UserError
-from dcdit.runtime.files import write_json
+from dcdit.runtime.files import read_json, write_json
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "manifest.json"
-SAMPLE, MOMENTS = "sample", "moments"
+SAMPLE: Final = "sample"
+MOMENTS: Final = "moments"
 """Representations: one latent (C, H, W) per image, or mean and log-variance of its posterior (2C, H, W)."""
-DTYPES = ("float16", "float32")
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # a shard's name becomes part of paths, URLs and commands
+
+Dtype = Literal["float16", "float32"]
+Representation = Literal["sample", "moments"]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its name, number of samples, size in bytes and SHA-256."""
+    """One tar file: its name, number of samples, size in bytes and SHA-256.
 
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
+    The name becomes part of paths, URLs and commands; the digest of paths.
+    """
+
+    name: Annotated[str, Matches("[A-Za-z0-9_][A-Za-z0-9._-]*", "a name of letters, digits and . _ - only")]
+    samples: Count
+    bytes: Count
+    sha256: Digest
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Manifest:
 
     Attributes:
         latent_shape: (C, H, W) of one latent as the network sees it.
-        dtype: numpy name of the stored type, ``float16`` or ``float32``.
+        dtype: numpy name of the stored type.
         representation: ``sample`` or ``moments``.
         hflip: each sample also holds the latent of the image flipped left to right.
         autoencoder: ``identity``, or what ``AutoencoderKL.from_pretrained`` takes.
@@ -55,16 +62,16 @@ class Manifest:
         extraction: settings of ``dcdit.extract``; empty for shards written otherwise.
     """
 
-    latent_shape: tuple[int, int, int]
-    dtype: str
-    representation: str
+    latent_shape: tuple[Size, Size, Size]
+    dtype: Dtype
+    representation: Representation
     hflip: bool
     autoencoder: str
-    scale: float
+    scale: Scale
     shift: float
-    classes: tuple[str, ...]
-    shards: tuple[Shard, ...]
-    fingerprint: str | None = None
+    classes: Annotated[tuple[str, ...], NotEmpty("name the classes")]
+    shards: Annotated[tuple[Shard, ...], NotEmpty("name the shards")]
+    fingerprint: Fingerprint | None = None
     skipped: tuple[Skipped, ...] = ()
     extraction: Mapping[str, Any] = field(default_factory=dict)
 
@@ -87,47 +94,46 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Write ``manifest.json`` into ``directory``, replacing it at once or not at all."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        write_json(directory / MANIFEST_NAME, content)
+        write_json(directory / MANIFEST_NAME, {**content, "digest": content_digest(content)})
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """Read and check the manifest file ``path``; :class:`UserError` if it is missing or invalid."""
+        """Read and check the manifest file ``path``.
+
+        Raises:
+            UserError: if it is missing, a value in it is not what it must be, or it was changed since it was written.
+        """
         try:
-            return cls.parse(json.loads(path.read_text()))
+            content = read_json(path, dict[str, Any], "write the shards again")
         except FileNotFoundError:
             raise UserError(f"{path} does not exist: {_why_missing(path.parent)}") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is no valid manifest ({error}): write the shards again") from error
+        try:
+            return cls.parse(content)
+        except UserError as error:
+            raise UserError(f"{path}: {error}: restore it, or write the shards again") from error
 
     @classmethod
-    def parse(cls, content: dict[str, Any]) -> "Manifest":
-        """Build a manifest from plain JSON values; ValueError if they are not those of this schema version."""
+    def parse(cls, content: Mapping[str, Any]) -> "Manifest":
+        """Build a manifest from plain JSON values; :class:`UserError` if they are not what :meth:`write` wrote."""
         values = dict(content)
-        version = values.pop("schema_version", None)
+        digest, version = values.pop("digest", None), values.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ValueError(f"schema_version is {version}, this release reads {SCHEMA_VERSION}")
-        expected = {column.name for column in fields(cls)}
-        if expected != set(values):
-            raise ValueError(f"keys differ: {sorted(expected ^ set(values))}")
-        shape = tuple(int(size) for size in values.pop("latent_shape"))
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"latent_shape is {shape}, not (C, H, W)")
-        for key, choices in (("representation", (SAMPLE, MOMENTS)), ("dtype", DTYPES)):
-            if values[key] not in choices:
-                raise ValueError(f"{key} is {values[key]!r}, this release reads {' and '.join(choices)}")
-        if not all(isinstance(values[key], int | float) for key in ("scale", "shift")) or not values["scale"]:
-            raise ValueError(f"scale is {values['scale']!r} and shift {values['shift']!r}")
-        shards = tuple(Shard(**shard) for shard in values.pop("shards"))
-        if not shards or not values["classes"]:
-            raise ValueError("it lists no shards or no classes")
-        for shard in shards:
-            if not _PLAIN_NAME.fullmatch(shard.name):
-                raise ValueError(f"{shard.name!r} is no name of a shard: letters, digits and . _ - only")
-            if shard.samples < 1 or shard.bytes < 1:
-                raise ValueError(f"{shard.name} has {shard.samples} samples in {shard.bytes} bytes")
-        skipped = tuple(Skipped(**image) for image in values.pop("skipped"))
-        classes = tuple(str(name) for name in values.pop("classes"))
-        return cls(latent_shape=shape, shards=shards, skipped=skipped, classes=classes, **values)
+            raise UserError(f"schema_version={shown(version)}, this release reads {SCHEMA_VERSION}")
+        if digest != content_digest(values):
+            raise UserError("it was changed after it was written (its digest differs)")
+        del values["schema_version"]
+        manifest = call_checked(cls, values, "")
+        for shard in manifest.shards:
+            # each of a sample's members has a header and is padded: the array must fit, however large it says it is
+            least = shard.samples * (math.prod(manifest.stored_shape) * (2 if manifest.dtype == "float16" else 4))
+            if shard.bytes < least:
+                raise UserError(f"{shard.name} has {shard.bytes} bytes, too few for its {shard.samples} samples")
+        return manifest
+
+
+def content_digest(content: Mapping[str, Any]) -> str:
+    """Of plain values; the same for equal values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _why_missing(split: Path) -> str:

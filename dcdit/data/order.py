@@ -9,13 +9,14 @@ Readers that change in the middle of an epoch (another world size, batch size or
 left of it, and no sample is seen twice.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dcdit.checks import Count, Natural
 from dcdit.errors import UserError
 
 Places = NDArray[np.int64]
@@ -38,13 +39,13 @@ class Readers:
 
     Attributes:
         world_size: number of ranks.
-        batch_size: samples per batch of one rank.
+        batch_size: samples per batch of one rank: its share of an optimiser step, however it is split.
         window: samples shuffled together; below two batches nothing is shuffled within a shard.
     """
 
-    world_size: int
-    batch_size: int
-    window: int
+    world_size: Count
+    batch_size: Count
+    window: Natural
 
     @property
     def window_batches(self) -> int:
@@ -70,8 +71,8 @@ class Position:
         done: readers of this epoch up to here, in order, each with the batches that every rank of theirs has taken.
     """
 
-    epoch: int = 0
-    done: tuple[tuple[Readers, int], ...] = ()
+    epoch: Natural = 0
+    done: tuple[tuple[Readers, Natural], ...] = ()
 
     @property
     def samples(self) -> int:
@@ -96,20 +97,6 @@ class Position:
             batches -= room
             epoch, done = epoch + 1, ((readers, 0),)
             assert readers.batches(samples), "an epoch must hold a batch"
-
-    def to_plain(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return {"epoch": self.epoch, "done": [{**asdict(readers), "batches": taken} for readers, taken in self.done]}
-
-    @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> "Position":
-        """What :meth:`to_plain` returned."""
-        done = []
-        for entry in values["done"]:
-            settings = dict(entry)
-            taken = settings.pop("batches")
-            done.append((Readers(**settings), taken))
-        return cls(values["epoch"], tuple(done))
 
 
 class EpochOrder:

@@ -13,15 +13,17 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import webdataset as wds
 from numpy.typing import NDArray
 
-from dcdit.data.manifest import SAMPLE, Manifest, Shard
+from dcdit.data.manifest import SAMPLE, Dtype, Manifest, Representation, Shard
+from dcdit.runtime.files import replacing
 
 _LONGEST_NOTE = BLOCKSIZE  # the JSON of a sample fills one block of the tar file
 _SIZE_FIELD = slice(124, 135)  # of a tar header, octal
@@ -91,8 +93,10 @@ class Layout:
     @cached_property
     def npy_header(self) -> bytes:
         """What ``numpy.save`` puts before the array; no other header, above all none of a pickle, is accepted."""
-        array = np.zeros(self.stored_shape, self.dtype)
-        return _npy(array)[: -array.nbytes]
+        buffer = io.BytesIO()
+        values = {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": self.stored_shape}
+        np.lib.format.write_array_header_1_0(buffer, values)
+        return buffer.getvalue()
 
     @cached_property
     def array_bytes(self) -> int:
@@ -148,6 +152,8 @@ class Layout:
         array = memoryview(member)[payload : payload + self.array_bytes]
         if zlib.crc32(array) != expected:
             raise CorruptSampleError(f"{where}: the checksum of its latent differs")
+        if not np.isfinite(np.frombuffer(array, self.dtype)).all():
+            raise CorruptSampleError(f"{where}: its latent is not finite")
         out[:] = np.frombuffer(array, np.uint8)
         return label
 
@@ -158,33 +164,26 @@ def write_shard(path: Path, samples: Iterable[Sample], layout: Layout) -> Shard 
     Returns:
         Its entry for the manifest; None, and no file, if there are no samples.
     """
-    draft = path.with_name(path.name + ".part")
-    count = 0
-    try:
-        # File names as strings would go through webdataset's URL opener.
-        with draft.open("wb") as file, wds.TarWriter(file, mtime=0, user="", group="") as writer:
-            for sample in samples:
-                arrays = [sample.latent] if sample.hflip is None else [sample.latent, sample.hflip]
-                for array in arrays:
-                    assert (array.shape, str(array.dtype)) == (layout.stored_shape, layout.dtype)
-                assert len(arrays) == 1 + layout.hflip
-                checksums = [zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data) for array in arrays]
-                members = {"json": _note(sample.label, checksums, sample.source)}
-                # webdataset writes the members in alphabetical order, on which the layout relies
-                members |= dict(zip(("latent.npy", "latent_hflip.npy"), map(_npy, arrays), strict=False))
-                writer.write({"__key__": sample.key, **members})
-                count += 1
-        # The rename must not reach the disk before the content does.
-        with draft.open("rb") as written:
-            os.fsync(written.fileno())
-        if count:
-            size, digest = draft.stat().st_size, file_digest(draft)
-            assert size >= count * layout.sample_bytes
-            draft.replace(path)
-            return Shard(path.name, count, size, digest)
+    samples, count = iter(samples), 0
+    first = next(samples, None)
+    if first is None:
         return None
-    finally:
-        draft.unlink(missing_ok=True)
+    # File names as strings would go through webdataset's URL opener.
+    with replacing(path) as file, wds.TarWriter(file, mtime=0, user="", group="") as writer:
+        for sample in chain([first], samples):
+            arrays = [sample.latent] if sample.hflip is None else [sample.latent, sample.hflip]
+            for array in arrays:
+                assert (array.shape, str(array.dtype)) == (layout.stored_shape, layout.dtype)
+            assert len(arrays) == 1 + layout.hflip
+            checksums = [zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data) for array in arrays]
+            members = {"json": _note(sample.label, checksums, sample.source)}
+            # webdataset writes the members in alphabetical order, on which the layout relies
+            members |= dict(zip(("latent.npy", "latent_hflip.npy"), map(_npy, arrays), strict=False))
+            writer.write({"__key__": sample.key, **members})
+            count += 1
+    size = path.stat().st_size
+    assert size >= count * layout.sample_bytes
+    return Shard(path.name, count, size, file_digest(path))
 
 
 def file_digest(path: Path) -> str:
@@ -206,7 +205,7 @@ def write_shards(
     scale: float,
     shift: float,
     samples_per_shard: int,
-    representation: str = SAMPLE,
+    representation: Representation = SAMPLE,
 ) -> Manifest:
     """Write arrays that fit in memory as shards with a manifest.
 
@@ -229,7 +228,7 @@ def write_shards(
         shards.append(shard)
     manifest = Manifest(
         latent_shape=(stored if representation == SAMPLE else stored // 2, height, width),
-        dtype=layout.dtype,
+        dtype=cast("Dtype", layout.dtype),
         representation=representation,
         hflip=False,
         autoencoder=autoencoder,

@@ -4,23 +4,22 @@ import getpass
 import hashlib
 import os
 import re
-import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from filelock import FileLock
-from webdataset import gopen
 
-from dcdit.checks import Positive, checked
+from dcdit.checks import Positive, check_credentials, checked
+from dcdit.data.download import download
 from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard
-from dcdit.data.shards import file_digest
 from dcdit.errors import UserError
+from dcdit.runtime.files import LARGEST, replacing
 from dcdit.runtime.processes import say
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
@@ -46,6 +45,7 @@ class Location:
     allow_pipe: bool = False
 
     def __post_init__(self) -> None:
+        check_credentials(self.place)
         if self.place.startswith("pipe:") and not self.allow_pipe:
             raise UserError(
                 f"directory={self.place!r} runs a shell command: set data.allow_pipe=true if you trust it with that"
@@ -119,6 +119,11 @@ class Location:
         """
         if not self.remote:
             return self.directory / shard.name
+        if shard.bytes > self.cache_gb * 1e9:
+            raise UserError(
+                f"shard {shard.name} in {self.place} has {shard.bytes} bytes, more than the whole cache: raise"
+                f" data.cache_gb={self.cache_gb:g} if that is right"
+            )
         path = self.directory / _cached_name(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -138,27 +143,13 @@ class Location:
         """Fetch ``name`` to ``path``, whole or not at all; with ``exact``, only with the checksum of ``shard``."""
         url = self.place.replace("{}", name) if "{}" in self.place else f"{self.place.rstrip('/')}/{name}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-        try:
-            try:
-                with gopen(url, "rb") as source, draft.open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-            except ValueError as error:  # gopen knows no such scheme
-                raise UserError(f"directory={self.place}: {error}") from error
-            except OSError as error:
-                if error.filename or error.errno:
-                    raise  # this machine's disk
-                raise OSError(f"{url} cannot be fetched: {_reason(error)}") from error
-            size = draft.stat().st_size
-            if not size:
-                raise OSError(f"{url} is empty")
+        digest = hashlib.sha256()
+        with replacing(path) as target:
+            size = download(url, _Hashing(target, digest), shard.bytes if shard else LARGEST)
             if shard and size != shard.bytes:
                 raise OSError(f"{url} came with {size} bytes, the manifest says {shard.bytes}")
-            if shard and exact and file_digest(draft) != shard.sha256:
+            if shard and exact and digest.hexdigest() != shard.sha256:
                 raise OSError(f"the checksum of {url} differs")
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
 
     def _make_room(self, size: int, in_use: Collection[str]) -> None:
         """Drop the shards not used for longest until ``size`` more bytes fit. Open files stay readable."""
@@ -175,17 +166,15 @@ class Location:
                 total -= bytes_
 
 
-def _reason(error: OSError) -> str:
-    """Why a download failed, from webdataset's message with the exit status of its program."""
-    status = re.search(r"exit (\d+)", str(error))
-    meanings = {
-        6: "the host is unknown",
-        7: "no server answers there",
-        22: "the server has no such file",
-        28: "too slow",
-    }
-    code = int(status[1]) if status else -1
-    return meanings.get(code, f"the program that fetches it failed with status {code}" if status else str(error))
+class _Hashing:
+    """Writes to a file, and keeps the digest of what it writes."""
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self._digest = file, digest
+
+    def write(self, content: bytes) -> int:
+        self._digest.update(content)
+        return self._file.write(content)
 
 
 def _cached_name(shard: Shard) -> str:

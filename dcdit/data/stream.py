@@ -46,8 +46,9 @@ class StoredBatch(NamedTuple):
 class LatentStream(IterableDataset[StoredBatch]):
     """Batches of one rank, epoch after epoch, beginning anywhere, with any number of loader workers.
 
-    The loader asks its workers in turn, so each reads the batches whose turn is its own, and their number does not
-    change the order. Memory is bounded by the batches in flight: the shuffle window is one of places, not of data.
+    A batch may come in several parts, one after the other, which does not change the order. The loader asks its workers
+    in turn, so each reads the parts whose turn is its own, and their number does not change the order either. Memory is
+    bounded by the batches in flight: the shuffle window is one of places, not of data.
 
     A sample that cannot be read is left out of its batch and reported with it. Where none of a batch can be read, the
     next readable sample of the rank's epoch stands in, for every rank must yield the same number of batches; where
@@ -60,6 +61,7 @@ class LatentStream(IterableDataset[StoredBatch]):
         seed: of everything random.
         position: where to begin.
         epochs: how many epochs to yield; None never ends.
+        parts: in which each batch comes.
 
     Raises:
         UserError: if the shards cannot fill one batch of every rank.
@@ -74,6 +76,7 @@ class LatentStream(IterableDataset[StoredBatch]):
         seed: int = 0,
         position: Position = Position(),  # noqa: B008  (immutable)
         epochs: int | None = None,
+        parts: int = 1,
     ) -> None:
         super().__init__()
         self.location = location
@@ -83,6 +86,7 @@ class LatentStream(IterableDataset[StoredBatch]):
         self.seed = seed
         self.position = position.join(readers)
         self.epochs = epochs
+        self.parts = parts
         self._layout = Layout.of(manifest)
         if not readers.batches(manifest.samples):
             raise UserError(
@@ -102,20 +106,23 @@ class LatentStream(IterableDataset[StoredBatch]):
             order = EpochOrder(sizes, self.seed, position)
             window: tuple[int, int] | None = None
             for number in range(order.first, order.batches):
-                if turn == worker:
-                    if window != (window := self.readers.window_of(number, order.batches)):
-                        reader.prepare(*order.neighbourhood(self.rank, number))
-                    yield self._read(reader, order, number)
-                turn = (turn + 1) % workers
+                for part in range(self.parts):
+                    if turn == worker:
+                        if window != (window := self.readers.window_of(number, order.batches)):
+                            reader.prepare(*order.neighbourhood(self.rank, number))
+                        yield self._read(reader, order, number, part)
+                    turn = (turn + 1) % workers
             position = Position(epoch + 1).join(self.readers)
 
-    def _read(self, reader: ShardReader, order: EpochOrder, number: int) -> StoredBatch:
+    def _read(self, reader: ShardReader, order: EpochOrder, number: int, part: int) -> StoredBatch:
         corrupt: list[Corruption] = []
         # The seed says where in the order the batch stands; the order itself draws from other streams.
         place = [self.seed, order.epoch, self.rank, number, order.part, 1]
-        seed = int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
-        mirror = np.random.default_rng(seed).random(self.readers.batch_size) < 0.5
-        shards, indices = order.batch(self.rank, number)
+        seeds = np.random.SeedSequence(place).generate_state(1 + part, np.uint64) >> np.uint64(1)
+        size = self.readers.batch_size // self.parts
+        rows = slice(part * size, (part + 1) * size)
+        mirror = (np.random.default_rng(int(seeds[0])).random(self.readers.batch_size) < 0.5)[rows]
+        shards, indices = (each[rows] for each in order.batch(self.rank, number))
         arrays = np.empty((len(shards), self._layout.array_bytes), np.uint8)
         labels: list[int] = []
         for shard, index, hflip in zip(shards.tolist(), indices.tolist(), mirror.tolist(), strict=True):
@@ -127,7 +134,7 @@ class LatentStream(IterableDataset[StoredBatch]):
                     self._read_sample(reader, shard, index, False, arrays, labels, corrupt)
             following += 1
         stored = arrays[: len(labels)].view(self._layout.dtype).reshape(-1, *self._layout.stored_shape)
-        return StoredBatch(torch.from_numpy(stored), torch.tensor(labels), seed, corrupt)
+        return StoredBatch(torch.from_numpy(stored), torch.tensor(labels), int(seeds[part]), corrupt)
 
     def _read_sample(
         self,

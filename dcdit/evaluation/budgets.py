@@ -1,6 +1,5 @@
 """All budgets of an evaluation: set up, measured by any number of processes, timed in turns, and shown."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def take_times(measurements: list[Measurement], rounds: int, again: bool) -> Non
 
 def table(measurements: list[Measurement]) -> Table:
     """Figures, and what they stand for."""
-    found: list[dict[str, Any]] = [json.loads(each.path.read_text()) for each in measurements]
+    found: list[dict[str, Any]] = [each.read() for each in measurements]
     plan = found[0]["plan"]
     sampler, guidance = plan["sampler"], plan["guidance"]
     title = (

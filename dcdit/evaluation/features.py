@@ -83,7 +83,7 @@ def read_weights(path: str) -> dict[str, Any]:
             return load_file(path)
         except Exception as error:  # the library has types of its own
             raise UserError(f"features.weights={path} cannot be read: {error}") from error
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, legacy=True)
     state = state.get("state_dict", state)
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"features.weights={path} holds more than parameters: save the network's state_dict")

@@ -1,6 +1,7 @@
 """Sets of images to compare with: latent shards, folders of images, and the ADM suite's ``.npz``."""
 
 import hashlib
+import math
 import os
 import zipfile
 from collections.abc import Sequence
@@ -159,6 +160,8 @@ class NpzImages:
         shape, fortran, dtype = read(file)
         if fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
             raise ValueError(f"it is {dtype} of shape {shape}")
+        if math.prod(shape) > self._archive.getinfo(self._NAME).file_size:
+            raise ValueError(f"it is too short for {shape}")
         self.count, self.size, self._start = shape[0], (shape[1], shape[2]), file.tell()
 
     def read(self, numbers: Sequence[int]) -> Tensor:

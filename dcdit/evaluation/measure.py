@@ -1,8 +1,8 @@
 """One measurement: images of one checkpoint at one budget, and the figures of them."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,7 +15,7 @@ from dcdit.compute.flops import Cost
 from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.metrics import compare
 from dcdit.evaluation.reference_images import FeatureJob, ReferenceStatistics, digest_of
-from dcdit.evaluation.results import SCHEMA
+from dcdit.evaluation.results import SCHEMA, read_result
 from dcdit.evaluation.settings import EvaluateSettings
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime.devices import device_words, fingerprint
@@ -23,6 +23,21 @@ from dcdit.runtime.display import Display
 from dcdit.runtime.files import write_json
 from dcdit.sampling.figures import save_grid
 from dcdit.sampling.setup import Sampling
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What is recorded of a chunk of sampled images.
+
+    Attributes:
+        seconds: that sampling took, decoding apart.
+        flops: that the networks' tokens cost.
+        kept: tokens kept at each step, by half: (2, steps).
+    """
+
+    seconds: float
+    flops: float
+    kept: tuple[list[int], list[int]]
 
 
 class Measurement:
@@ -61,7 +76,8 @@ class Measurement:
         self.name = f"step{sampling.model.step}_{sampler.name}{sampler.steps}_cfg{guidance.scale:g}"
         self.name += f"_drop{guidance.drop_fraction:g}_{digest_of(self.plan)}"
         self.path = out / f"{self.name}.json"
-        self._job = FeatureJob(self.path, "evaluation", {**self.plan, "chunk_size": chunk_size}, count, chunk_size)
+        job_plan = {**self.plan, "chunk_size": chunk_size}
+        self._job = FeatureJob(Sampled, self.path, "evaluation", job_plan, count, chunk_size)
         self._cost = Cost.of_network(sampling.model.network)
 
     @property
@@ -82,7 +98,11 @@ class Measurement:
     @property
     def timed(self) -> bool:
         """Whether :meth:`set_time` was called on the result."""
-        return bool(json.loads(self.path.read_text())["timing"]["rounds"])
+        return bool(self.read()["timing"]["rounds"])
+
+    def read(self) -> dict[str, Any]:
+        """The result, checked; UserError if it is not what was written."""
+        return read_result(self.path).values
 
     def lock(self) -> FileLock:
         """Held by one of several processes."""
@@ -97,7 +117,7 @@ class Measurement:
 
     def set_time(self, seconds: Sequence[float]) -> None:
         """Put what batches took into the result; the median stands for all."""
-        result = json.loads(self.path.read_text())
+        result = self.read()
         result["milliseconds_per_image"] = 1000 * median(seconds) / self._batch
         result["timing"]["rounds"] = [1000 * each / self._batch for each in seconds]
         write_json(self.path, result)
@@ -128,8 +148,7 @@ class Measurement:
             save_grid(torch.cat(first)[: self.shown], self.shown, self.path.with_suffix(".png"))
         logits = [each.logits for each in seen if each.logits is not None]
         found = Features(torch.cat([each.features for each in seen]), torch.cat(logits) if logits else None)
-        record = {"seconds": seconds, "flops": flops, "kept": kept.tolist()}
-        self._job.keep(task, found, record)
+        self._job.keep(task, found, Sampled(seconds, flops, (kept[0].tolist(), kept[1].tolist())))
 
     def finalize(self) -> bool:
         """Compute and write the result if all images and the reference are there; whether it is written."""
@@ -140,7 +159,7 @@ class Measurement:
             self._job.finalize(self.path, lambda records: self._write(reference, records))
         return self.path.is_file()
 
-    def _write(self, reference: Statistics, records: list[dict[str, Any]]) -> None:
+    def _write(self, reference: Statistics, records: list[Sampled]) -> None:
         count, model = self._job.count, self.sampling.model
         checkpoint = Path(self.sampling.plan.settings.checkpoint)
         result: dict[str, Any] = {
@@ -152,18 +171,18 @@ class Measurement:
             "training": dict(model.training),
             "plan": self.plan,
             "metrics": compare(reference, self._job.features, self.metrics),
-            "tflops_per_image": sum(record["flops"] for record in records) / count / 1e12,
+            "tflops_per_image": sum(record.flops for record in records) / count / 1e12,
             # until a quiet moment, see `set_time`: while measuring, other things may have run beside it
-            "milliseconds_per_image": 1000 * sum(record["seconds"] for record in records) / count,
+            "milliseconds_per_image": 1000 * sum(record.seconds for record in records) / count,
             "timing": {"rounds": [], "batch_size": self._batch},
             "reference": self.reference.images.place,
             "device": device_words(model.device),
         }
         if model.network.routes:
-            result["keep_ratio"] = self._keep_ratios([record["kept"] for record in records])
+            result["keep_ratio"] = self._keep_ratios([record.kept for record in records])
         write_json(self.path, result)
 
-    def _keep_ratios(self, sums: Sequence[Sequence[Sequence[int]]]) -> Mapping[str, Any]:
+    def _keep_ratios(self, sums: Sequence[tuple[list[int], list[int]]]) -> Mapping[str, Any]:
         """Keep ratio at every step, by half."""
         sampling = self.sampling
         ratios = torch.tensor(sums, dtype=torch.float64).sum(dim=0) / (

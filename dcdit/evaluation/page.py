@@ -1,9 +1,7 @@
 """The page of ``dcdit.report``: sections of curves, tables and pictures, in one file that needs no other."""
 
 import base64
-import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from matplotlib.figure import Figure
 from dcdit.evaluation.plots import keep_ratio, trade_off
 from dcdit.evaluation.results import Result, Section, arrange
 from dcdit.evaluation.settings import METRICS
+from dcdit.runtime.files import replacing, writable_folder, write_csv, write_json, write_text
 
 
 def _label(key: str) -> str:
@@ -56,7 +55,8 @@ def figures(section: Section, prefix: str, out: Path) -> Iterable[dict[str, str]
             image = io.BytesIO()
             figure.savefig(image, dpi=130, format="png")
             plt.close(figure)
-            (out / f"{prefix}{name}.png").write_bytes(image.getvalue())
+            with replacing(out / f"{prefix}{name}.png") as file:
+                file.write(image.getvalue())
             yield {"title": title, "source": _source(image.getvalue())}
 
 
@@ -99,16 +99,20 @@ def save_measurements(results: Sequence[Result], out: Path) -> None:
     """The measurements as CSV, one flat row each, and as JSON with everything that is known of them."""
     flat = [result.row() for result in results]
     columns = list(dict.fromkeys(key for row in flat for key in row))
-    with (out / "measurements.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(flat)
-    (out / "measurements.json").write_text(json.dumps([result.values for result in results], indent=1) + "\n")
+    write_csv(out / "measurements.csv", columns, flat)
+    write_json(out / "measurements.json", [result.values for result in results])
 
 
-def write_report(results: Sequence[Result], out: Path, title: str) -> Path:
-    """Write page, plots and measurements into ``out``, which is made if needed; returns the page."""
-    out.mkdir(parents=True, exist_ok=True)
+def write_report(results: Sequence[Result], out: Path, title: str, left_out: Sequence[str] = ()) -> Path:
+    """Write page, plots and measurements into ``out``, which is made if needed; returns the page.
+
+    Args:
+        results: what is reported.
+        out: the folder.
+        title: of the page.
+        left_out: what is wrong with files that are not in it.
+    """
+    writable_folder(out, f"out={out}")
     save_measurements(results, out)
     shown = []
     arranged = arrange(results)
@@ -127,5 +131,6 @@ def write_report(results: Sequence[Result], out: Path, title: str) -> Path:
     template = Environment(loader=PackageLoader("dcdit", "evaluation"), autoescape=True).get_template("report.html")
     runs = len({result.values["run"] for result in results})
     page = out / "report.html"
-    page.write_text(template.render(title=title, sections=shown, count=len(results), runs=runs))
+    text = template.render(title=title, sections=shown, count=len(results), runs=runs, left_out=left_out)
+    write_text(page, text)
     return page

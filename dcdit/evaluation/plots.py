@@ -26,7 +26,12 @@ def _colours(section: Section) -> dict[str, str]:
 
 def _label(series: Series) -> str:
     seeds = max(len(point.results) for point in series.points)
-    return f"{series.name} ({series.network}" + (f", {seeds} seeds)" if seeds > 1 else ")")
+    return verbatim(f"{series.name} ({series.network}" + (f", {seeds} seeds)" if seeds > 1 else ")"))
+
+
+def verbatim(text: str) -> str:
+    """A label as it stands: matplotlib would take dollars for formulas, and leave out what begins with "_"."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _finish(figure: Figure, axes: Axes) -> Figure:
@@ -95,7 +100,11 @@ def keep_ratio(section: Section) -> Figure | None:
             shares = np.mean([result.values["keep_ratio"]["conditional"] for result in point.results], axis=0)
             timesteps = point.results[0].values["keep_ratio"]["timesteps"]
             axes.plot(
-                timesteps, 100 * shares, style, color=colours[series.name], label=f"{series.name}, ρ {point.drop:g}"
+                timesteps,
+                100 * shares,
+                style,
+                color=colours[series.name],
+                label=verbatim(f"{series.name}, ρ {point.drop:g}"),
             )
     axes.invert_xaxis()  # sampling runs from noise on the left to the image on the right
     axes.set_ylim(bottom=0)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.images import ImageSet
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime.display import Display
-from dcdit.runtime.jobs import ImageJob
+from dcdit.runtime.files import read_arrays, replacing, writable_folder
+from dcdit.runtime.jobs import ImageJob, Record
 
 
 def default_cache() -> Path:
@@ -27,45 +29,51 @@ def digest_of(plan: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
 
 
-class FeatureJob(ImageJob):
+class FeatureJob(ImageJob[Record]):
     """A job whose tasks leave features behind.
 
     Args:
+        kind, name, plan, count, chunk_size: see :class:`ImageJob`.
         result: file in which it ends.
-        name, plan, count, chunk_size: see :class:`ImageJob`.
     """
 
-    def __init__(self, result: Path, name: str, plan: Mapping[str, Any], count: int, chunk_size: int) -> None:
-        super().__init__(result.parent, f"{name}-{digest_of(plan)}", plan, count, chunk_size)
+    def __init__(
+        self, kind: type[Record], result: Path, name: str, plan: Mapping[str, Any], count: int, chunk_size: int
+    ) -> None:
+        super().__init__(kind, result.parent, f"{name}-{digest_of(plan)}", plan, count, chunk_size)
         self.result = result
 
     def share(self, rank: int, world_size: int, work: Callable[[int], None], display: Display) -> None:
         """Do this process's share, unless the result is there; ``work`` ends with :meth:`keep`."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        writable_folder(self.directory, self.result.name)
         with self.lock():
             if self.result.is_file():
                 return
             self.begin()
         self.do(rank, world_size, work, display)
 
-    def _file(self, task: int) -> Path:
+    def part_path(self, task: int) -> Path:
+        """The features of a task."""
         return self.work / f"chunk-{task:06d}.npz"
 
-    def keep(self, task: int, found: Features, record: Mapping[str, Any]) -> None:
-        """A task is finished: keep its features, and plain values."""
+    def keep(self, task: int, found: Features, record: Record) -> None:
+        """A task is finished: keep its features, and what is recorded of it."""
         logits = np.empty((0, 0), np.float32) if found.logits is None else found.logits.numpy()
-        draft = self._file(task).with_suffix(".part")
-        with draft.open("wb") as file:
+        with replacing(self.part_path(task)) as file:
             np.savez(file, features=found.features.numpy(), logits=logits)
-        draft.replace(self._file(task))
         self.record(task, record)
 
     def features(self) -> Iterator[Features]:
         """Of all tasks, one after the other."""
         for task in range(self.tasks):
-            with np.load(self._file(task), allow_pickle=False) as stored:
-                logits = torch.from_numpy(stored["logits"])
-                yield Features(torch.from_numpy(stored["features"]), logits if logits.numel() else None)
+            stored = read_arrays(self.part_path(task), ("features", "logits"), "the same command makes it again")
+            features, logits = (torch.from_numpy(each) for each in stored.values())
+            yield Features(features, logits if logits.numel() else None)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """What is recorded of a task whose features say all."""
 
 
 class ReferenceStatistics:
@@ -93,7 +101,9 @@ class ReferenceStatistics:
         self.count = min(images.count, limit or images.count)
         self.plan = {"images": images.described(), "features": network.described(), "count": self.count}
         self.path = cache / f"reference-{digest_of(self.plan)}.npz"
-        self._job = FeatureJob(self.path, "reference", {**self.plan, "chunk_size": chunk_size}, self.count, chunk_size)
+        self._job = FeatureJob(
+            Nothing, self.path, "reference", {**self.plan, "chunk_size": chunk_size}, self.count, chunk_size
+        )
         self._numbers = np.linspace(0, images.count - 1, self.count).round().astype(int)
 
     def work(self, rank: int, world_size: int, display: Display) -> None:
@@ -107,12 +117,12 @@ class ReferenceStatistics:
             batch = numbers[start : start + self.batch_size]
             found.append(self.network(self.images.read(batch)))
             display.advance(len(batch))
-        self._job.keep(task, Features(torch.cat([each.features for each in found]), None), {})
+        self._job.keep(task, Features(torch.cat([each.features for each in found]), None), Nothing())
 
     def finalize(self) -> Statistics | None:
         """The statistics, computed from the chunks if need be; None while other processes are at work on these."""
 
-        def write(ignored: list[dict[str, Any]]) -> None:
+        def write(ignored: list[Nothing]) -> None:
             Statistics.of((chunk.features for chunk in self._job.features()), self.count).save(self.path)
 
         self._job.finalize(self.path, write)

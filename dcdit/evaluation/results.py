@@ -5,13 +5,22 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from dcdit.checks import Count, DropFraction, Natural, NonNegative, NotEmpty, OneOf, Seed, conform, shown
 from dcdit.errors import UserError
 from dcdit.evaluation.settings import METRICS
+from dcdit.runtime.files import LARGEST, read_json
 
 SCHEMA = 2
 """Of the files that :class:`dcdit.evaluation.measure.Measurement` writes."""
+
+
+def _is_png(path: Path) -> bool:
+    """Whether a file is a picture of no unusual size: it goes into the page."""
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n" and path.stat().st_size <= LARGEST
+
 
 _SEED = re.compile(r"[-_/. ]*(seed)?[-_=. ]*$")
 
@@ -61,7 +70,7 @@ class Result:
     def preview(self) -> Path | None:
         """Picture of the first images, if it is there."""
         path = self.path.with_suffix(".png")
-        return path if path.is_file() else None
+        return path if path.is_file() and not path.is_symlink() and _is_png(path) else None
 
     def row(self) -> dict[str, Any]:
         """The measurement as one flat row."""
@@ -157,11 +166,56 @@ class Section:
         )
 
 
-def read_results(places: Sequence[str]) -> list[Result]:
+_REMEDY = "evaluate again, or remove it"
+
+_KEYS: dict[str, Any] = {
+    "run": str,
+    "checkpoint": str,
+    "network.title": str,
+    "network.routes": bool,
+    "parameters": Natural,
+    "training": dict[str, Any],
+    "metrics": dict[str, float | None],
+    "tflops_per_image": NonNegative,
+    "milliseconds_per_image": NonNegative,
+    "timing.rounds": list[NonNegative],
+    "timing.batch_size": Count,
+    "reference": str,
+    "device": str,
+    "plan.weights": str,
+    "plan.step": Natural,
+    "plan.precision": str,
+    "plan.count": Count,
+    "plan.seed": Seed,
+    "plan.metrics": Annotated[list[Annotated[str, OneOf(METRICS)]], NotEmpty("it measures nothing")],
+    "plan.features.name": str,
+    "plan.features.weights": str | None,
+    "plan.reference.count": Count,
+    "plan.sampler.name": str,
+    "plan.sampler.steps": Count,
+    "plan.guidance.scale": float,
+    "plan.guidance.interval": tuple[int, int] | None,
+    "plan.guidance.drop_fraction": DropFraction,
+    "plan.guidance.uncond_drop_fraction": DropFraction | None,
+    "plan.guidance.drop_schedule": list[Any] | None,
+}
+"""What a result must hold; it holds more, which is for people."""
+
+_ROUTED: dict[str, Any] = {
+    "keep_ratio.mean": NonNegative,
+    "keep_ratio.timesteps": list[float],
+    "keep_ratio.conditional": list[NonNegative],
+}
+
+
+def read_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
     """All results in and below ``places``, by path; the newest where a run was measured twice in the same way.
 
+    Returns:
+        The results, and what is wrong with the files that are left out.
+
     Raises:
-        UserError: if a place does not exist, or there are no results.
+        UserError: if a place does not exist, or there is no result that can be used.
     """
     files: list[Path] = []
     for place in map(Path, places):
@@ -172,32 +226,59 @@ def read_results(places: Sequence[str]) -> list[Result]:
         else:
             files += [*place.rglob("evaluation/*.json"), *(place.glob("*.json") if place.name == "evaluation" else [])]
     results: dict[str, Result] = {}
-    for file in sorted(set(files), key=lambda path: (path.stat().st_mtime, path)):
-        result = _read(file)
+    left_out: list[str] = []
+    for file in sorted(set(files), key=lambda path: (path.lstat().st_mtime, path)):
+        try:
+            result = read_result(file)
+        except UserError as error:
+            left_out.append(str(error))
+            continue
         values = result.values
         results[json.dumps([values["run"], result.setting, result.kind, result.drop], sort_keys=True)] = result
     if not results:
-        raise UserError(f"runs={', '.join(places)}: no results there, python -m dcdit.evaluate writes them")
-    return sorted(results.values(), key=lambda result: result.path)
+        raise UserError(
+            left_out[0]
+            if left_out
+            else f"runs={', '.join(places)}: no results there, python -m dcdit.evaluate writes them"
+        )
+    return sorted(results.values(), key=lambda result: result.path), left_out
 
 
-def _read(file: Path) -> Result:
+def read_result(file: Path) -> Result:
     """One result; :class:`UserError` if it is none, or of another release."""
     try:
-        values = json.loads(file.read_text())
-        schema = values["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no result of dcdit.evaluate ({error!r}): remove it") from error
+        values = read_json(file, dict[str, Any], _REMEDY)
+    except FileNotFoundError:
+        raise UserError(f"{file} is a link to nowhere: remove it") from None
+    schema = values.get("schema")
+    if schema is None:
+        raise UserError(f"{file} is no result of dcdit.evaluate: remove it")
     if schema != SCHEMA:
         raise UserError(
-            f"{file} was written by another release (schema {schema}, this one reads {SCHEMA}): evaluate again"
+            f"{file} was written by another release (schema {shown(schema)}, this one reads {SCHEMA}): evaluate again"
         )
     try:
-        result = Result(file, values)
-        result.row()
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is a corrupt result of dcdit.evaluate ({error!r}): evaluate again") from error
-    return result
+        keys = {**_KEYS, **(_ROUTED if "keep_ratio" in values else {})}
+        for key, hint in keys.items():
+            conform(key, _dig(values, key), hint)
+        steps = values["plan"]["sampler"]["steps"]
+        ratios = values.get("keep_ratio")
+        if ratios is not None and {len(ratios[key]) for key in ("timesteps", "conditional")} != {steps}:
+            raise UserError(f"keep_ratio has not the {steps} steps of the sampler")
+        for name in values["plan"]["metrics"]:
+            _dig(values, f"metrics.{METRICS[name].key}")
+    except UserError as error:
+        raise UserError(f"{file} is a corrupt result of dcdit.evaluate ({error}): {_REMEDY}") from error
+    return Result(file, values)
+
+
+def _dig(values: Any, key: str) -> Any:
+    """The value at a dotted key; UserError if there is none."""
+    for name in key.split("."):
+        if not isinstance(values, dict) or name not in values:
+            raise UserError(f"{key} is missing")
+        values = values[name]
+    return values
 
 
 def _together(results: Iterable[Result], key: str) -> list[list[Result]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dcdit.errors import UserError
+from dcdit.runtime.files import read_arrays, replacing
 
 _KEPT = 10_000  # features kept of a reference, from which KID draws its subsets
 
@@ -44,18 +45,17 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         """Write ``path``, whole or not at all."""
-        draft = path.with_name(f"{path.name}.part")
-        with draft.open("wb") as file:
-            arrays = {key: getattr(self, key).numpy() for key in ("total", "outer", "features")}
+        arrays = {key: getattr(self, key).numpy() for key in ("total", "outer", "features")}
+        with replacing(path) as file:
             np.savez(file, count=self.count, **arrays)
-        draft.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
         """Read what :meth:`save` wrote; UserError if it is corrupt."""
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                total, outer, features = (torch.from_numpy(stored[key]) for key in ("total", "outer", "features"))
-                return cls(int(stored["count"]), total, outer, features)
-        except Exception as error:  # numpy and zipfile raise whatever a corrupt file provokes
-            raise UserError(f"{path} cannot be read ({error}): delete it, it is computed again") from error
+        stored = read_arrays(path, ("count", "total", "outer", "features"), "delete it, it is computed again")
+        count, total, outer, features = stored.values()
+        width = total.shape[-1] if total.ndim == 1 else 0
+        fits = count.ndim == 0 and outer.shape == (width, width) and features.shape[1:] == (width,)
+        if not (fits and 0 < len(features) <= int(count)):
+            raise UserError(f"{path} does not hold the statistics of features: delete it, it is computed again")
+        return cls(int(count), *(torch.from_numpy(each) for each in (total, outer, features)))

@@ -5,7 +5,7 @@ before. Processes share nothing but the directory.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -24,11 +24,14 @@ from dcdit.data.manifest import MOMENTS, SAMPLE, Manifest, Shard, Skipped
 from dcdit.data.shards import Layout, Sample, write_shard
 from dcdit.errors import UserError
 from dcdit.extraction.decode import Decoded, ImageBatches, as_it_is
-from dcdit.extraction.journal import ExtractionJob, shard_name
+from dcdit.extraction.journal import Encoded, ExtractionJob, shard_name
 from dcdit.extraction.settings import ExtractionSettings
 from dcdit.extraction.sources import ImageSource
 from dcdit.runtime.devices import threads
 from dcdit.runtime.signals import ignore_interrupts
+
+_NEVER_FINITE = 16
+"""Images after which an autoencoder that never gave a finite latent is given up."""
 
 
 class Watcher(Protocol):
@@ -67,6 +70,7 @@ class Extraction:
         rank, world_size: this process among all.
         workers: processes that decode images.
         strict: stop at the first image that cannot be used.
+        corrupt_limit: images that this process skips before it stops.
 
     Raises:
         UserError: if settings do not fit together.
@@ -82,10 +86,12 @@ class Extraction:
         world_size: int = 1,
         workers: int = 0,
         strict: bool = False,
+        corrupt_limit: int = 1000,
     ) -> None:
         self.directory, self.source, self.autoencoder, self.settings = directory, source, autoencoder, settings
         self.rank, self.world_size, self.workers, self.strict = rank, world_size, workers, strict
         self.layout = layout_of(settings, autoencoder)
+        self.corrupt_limit, self._corrupt, self._not_finite, self._encoded_well = corrupt_limit, 0, 0, 0
         made_by = {"autoencoder": autoencoder.fingerprint or autoencoder.name}
         self.job = ExtractionJob(directory, {**asdict(settings), **made_by, "source": source.inventory}, source.tasks)
         if strict and source.skipped:
@@ -122,7 +128,7 @@ class Extraction:
         if finished:
             return finished
         own = range(self.rank, self.source.tasks, self.world_size)
-        tasks = [task for task in own if not self.job.is_done(task)]
+        tasks = [task for task in own if self.job.forget_damaged(task)]
         sizes = [self.source.size(task) for task in tasks]
         images = sum(size for size in sizes if size is not None) if None not in sizes else None
         self._check_disk(images)
@@ -132,7 +138,7 @@ class Extraction:
             name = shard_name(task)
             skipped: list[Skipped] = []
             shard = write_shard(self.directory / name, self._samples(batches, skipped), self.layout)
-            self.job.record_shard(task, shard, skipped)
+            self.job.record(task, Encoded(shard, skipped))
             watcher.finish(name, shard.samples if shard else 0)
         return self.job.close(self._manifest)
 
@@ -216,12 +222,22 @@ class Extraction:
         seed = np.random.SeedSequence([self.settings.seed, task, place, view]).generate_state(1, np.uint64)[0]
         return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed >> np.uint64(1))))
 
+    def _count_corrupt(self, skipped: Sequence[Skipped]) -> None:
+        self._corrupt += len(skipped)
+        if self._corrupt > self.corrupt_limit:
+            raise UserError(
+                f"{self._corrupt} images could not be used (corrupt_limit={self.corrupt_limit}); the last:"
+                f" {skipped[-1].file}: {skipped[-1].reason}. Look at the source, or raise the limit; finished shards"
+                " are kept"
+            )
+
     def _samples(
         self, batches: Iterable[tuple[Decoded, list[NDArray[Any]]]], skipped: list[Skipped]
     ) -> Iterator[Sample]:
         """Samples of one shard; what must be left out is added to ``skipped``."""
         for batch, arrays in batches:
             skipped += batch.skipped
+            self._count_corrupt(batch.skipped)
             rows = zip(batch.places, batch.labels, batch.sources, *arrays, strict=True) if arrays else ()
             for place, label, source, *views in rows:
                 if not all(np.isfinite(array).all() for array in views):
@@ -229,7 +245,16 @@ class Extraction:
                     if self.strict:
                         raise UserError(f"strict=true: {source}: {reason}, try dtype=float32")
                     skipped.append(Skipped(source, reason))
+                    self._count_corrupt(skipped[-1:])
+                    self._not_finite += 1
+                    if not self._encoded_well and self._not_finite == _NEVER_FINITE:
+                        raise UserError(
+                            f"autoencoder={self.autoencoder.name!r}: the first {_NEVER_FINITE} images, {source} among"
+                            f" them, became latents that are not finite in {self.settings.dtype}: try precision=fp32"
+                            " and dtype=float32, or another autoencoder"
+                        )
                     continue
+                self._encoded_well += 1
                 yield Sample(
                     f"{batch.task:06d}-{place:06d}", label, views[0], views[1] if self.layout.hflip else None, source
                 )

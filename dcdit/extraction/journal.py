@@ -1,22 +1,30 @@
 """The journal of an extraction: records become a manifest, and a manifest becomes records where shards are lost."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard, Skipped
 from dcdit.errors import UserError
-from dcdit.runtime.files import write_json
+from dcdit.runtime.files import read_json, write_json
 from dcdit.runtime.jobs import ResumableJob
 
 
-class ExtractionJob(ResumableJob):
+@dataclass(frozen=True)
+class Encoded:
+    """What is recorded of a task: its shard, unless all of it was skipped, and the images that are not in it."""
+
+    shard: Shard | None
+    skipped: list[Skipped]
+
+
+class ExtractionJob(ResumableJob[Encoded]):
     """See :class:`dcdit.runtime.jobs.ResumableJob`; each task is a shard."""
 
     def __init__(self, directory: Path, plan: Mapping[str, Any], tasks: int) -> None:
-        super().__init__(directory, "extraction", plan, tasks)
+        super().__init__(Encoded, directory, "extraction", plan, tasks)
 
     def open(self) -> Manifest | None:
         """Begin or continue; where shards of a finished extraction are missing or cut short, they are to do again.
@@ -46,9 +54,12 @@ class ExtractionJob(ResumableJob):
             self.begin()
         return None
 
-    def record_shard(self, task: int, shard: Shard | None, skipped: Sequence[Skipped]) -> None:
-        """Record a finished task: its shard, unless all of it was skipped."""
-        self.record(task, {"shard": asdict(shard) if shard else None, "skipped": [asdict(image) for image in skipped]})
+    def read_record(self, task: int) -> Encoded:
+        """See :class:`ResumableJob`; a shard that is gone or cut short is damage too."""
+        found = super().read_record(task)
+        if found.shard and not self._is_whole(found.shard):
+            raise UserError(f"{self.directory / found.shard.name} is damaged: the same command makes it again")
+        return found
 
     def close(self, manifest: Callable[[tuple[Shard, ...], tuple[Skipped, ...]], Manifest]) -> Manifest | None:
         """Write the manifest if all tasks of all processes are done.
@@ -60,11 +71,12 @@ class ExtractionJob(ResumableJob):
             UserError: if no image could be used.
         """
 
-        def write(records: list[dict[str, Any]]) -> None:
-            before = self.work / "skipped.json"
-            known = json.loads(before.read_text()) if before.is_file() else []
-            listed = [Skipped(**image) for image in [*known, *(i for record in records for i in record["skipped"])]]
-            shards = tuple(Shard(**record["shard"]) for record in records if record["shard"])
+        def write(records: list[Encoded]) -> None:
+            before, known = self.work / "skipped.json", []
+            with suppress(FileNotFoundError):
+                known = read_json(before, list[Skipped], f"delete {self.work}, which begins the extraction anew")
+            listed = [*known, *(image for record in records for image in record.skipped)]
+            shards = tuple(record.shard for record in records if record.shard)
             if shards:
                 manifest(shards, tuple(dict.fromkeys(listed))).write(self.directory)
             else:
@@ -88,7 +100,7 @@ class ExtractionJob(ResumableJob):
         for task in range(self.tasks):
             shard = shards.get(shard_name(task))
             if shard is None or self._is_whole(shard):
-                self.record_shard(task, shard, [])
+                self.record(task, Encoded(shard, []))
         write_json(self.work / "skipped.json", [asdict(image) for image in manifest.skipped])
         write_json(self.work / "plan.json", self.plan)
         (self.directory / MANIFEST_NAME).unlink()

@@ -50,6 +50,7 @@ class ExtractSettings:
         classes: of webdataset shards: their number, or a text file with one name per line.
         autoencoder: see :func:`dcdit.data.autoencoder.load_autoencoder`.
         strict: stop at the first image that cannot be used.
+        corrupt_limit: images that each process skips before it stops.
         device: ``auto`` or a torch device.
         num_workers: processes that decode images; None takes this process's share of the cores.
     """
@@ -60,6 +61,7 @@ class ExtractSettings:
     classes: Count | str | None
     autoencoder: str
     strict: bool
+    corrupt_limit: Natural
     device: str
     num_workers: Natural | None
 

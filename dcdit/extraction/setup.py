@@ -45,7 +45,9 @@ def set_up_extraction(
     if rank == 0:
         for remark in source.remarks:
             print(remark, file=sys.stderr)
-    return Extraction(directory, source, autoencoder, settings, rank, world_size, workers, wanted.strict)
+    return Extraction(
+        directory, source, autoencoder, settings, rank, world_size, workers, wanted.strict, wanted.corrupt_limit
+    )
 
 
 def open_source(wanted: ExtractSettings, settings: ExtractionSettings, directory: Path) -> ImageSource:

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dcdit.checks import build_named
 from dcdit.network.dcdit import DCDiT
 from dcdit.network.dit import DiT
 from dcdit.network.interface import Component, Network, Output
 from dcdit.network.routing import Routing
-from dcdit.settings.schema import build_named
 
 __all__ = ["NETWORKS", "Component", "DCDiT", "DiT", "Network", "Output", "Routing", "build_network"]
 

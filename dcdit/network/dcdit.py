@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dcdit.checks import Bounds, Count, LabelDropout, Positive, checked
+from dcdit.checks import Bounds, Count, Depth, LabelDropout, Positive, Size, checked
 from dcdit.errors import UserError
 from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import ConvBlock, DiTBlock, OutputLayer
@@ -81,14 +81,14 @@ class DCDiT(Network):
 
     def __init__(
         self,
-        grid: Count,
-        channels: Count,
+        grid: Size,
+        channels: Size,
         num_classes: Count,
-        width: Count,
-        depth: Count,
-        heads: Count,
-        encoder_width: Count | None = None,
-        groups: Count = 32,
+        width: Size,
+        depth: Depth,
+        heads: Size,
+        encoder_width: Size | None = None,
+        groups: Size = 32,
         mlp_ratio: Positive = 4.0,
         router: RouterName = "predictability",
         smoothing_sigma: SmoothingSigma | None = 1.0,

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dcdit.checks import Count, LabelDropout, Positive, checked
+from dcdit.checks import Count, Depth, LabelDropout, Positive, Size, checked
 from dcdit.errors import UserError
 from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import DiTBlock, OutputLayer
@@ -31,13 +31,13 @@ class DiT(Network):
 
     def __init__(
         self,
-        grid: Count,
-        channels: Count,
+        grid: Size,
+        channels: Size,
         num_classes: Count,
-        width: Count,
-        depth: Count,
-        heads: Count,
-        patch: Count = 2,
+        width: Size,
+        depth: Depth,
+        heads: Size,
+        patch: Size = 2,
         mlp_ratio: Positive = 4.0,
         label_dropout: LabelDropout = 0.1,
         attention: Backend = "auto",

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dcdit.errors import UserError
+from dcdit.runtime.files import UnwritableError
 
 
 class Display:
@@ -89,6 +90,8 @@ def resumable(rank: int, verb: str, noun: str, out: Path) -> Iterator[Display]:
     with Display(rank, verb, noun) as display:
         try:
             yield display
+        except UnwritableError as error:
+            raise UserError(f"{error}. {kept}") from error
         except OSError as error:
             raise UserError(f"{error.filename or out}: {error.strerror or error}. {kept}") from error
         except KeyboardInterrupt:

@@ -1,13 +1,264 @@
-"""Files that are written whole or not at all."""
+"""Files: written whole or not at all, and read with a limit and a schema."""
 
+import csv
+import errno
+import io
 import json
-from collections.abc import Mapping, Sequence
+import os
+import re
+import socket
+import stat
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from dcdit.checks import call_checked, conform
+from dcdit.errors import UserError
+
+LARGEST = 64 << 20
+"""Bytes of a text file that is read at once; ours have a few hundred thousand at most."""
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_DRAFT = re.compile(r"\..+\.(?P<host>.+)-(?P<process>\d+)-\d+\.part")
+_numbers = count()
+_swept: set[Path] = set()
 
 
-def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write plain values, all at once or not at all."""
-    draft = path.with_name(f"{path.name}.part")
-    draft.write_text(json.dumps(values, indent=1) + "\n")
-    draft.replace(path)
+class UnwritableError(UserError):
+    """A file cannot be written; nothing that was there is lost."""
+
+
+class _Raw(io.FileIO):
+    """Remembers why it could not be written: what calls it may raise something else, or nothing."""
+
+    failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+class _Draft(io.BufferedWriter):
+    """Without a descriptor for others, which would write past it."""
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when the block ends: at once, and after its content is on the disk.
+
+    If the block raises, or the process dies, ``path`` stays what it was. Several processes may write the same path; the
+    last one wins. Drafts of dead processes are removed.
+
+    Raises:
+        UnwritableError: if it cannot be written, naming the file and the remedy.
+    """
+    _sweep(path.parent)
+    draft = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.part")
+    try:
+        raw = _Raw(draft, "x")
+    except OSError as error:
+        raise UnwritableError(unwritable(path, error)) from error
+    try:
+        with _Draft(raw, 1 << 20) as file:
+            yield file
+            try:
+                file.flush()
+                os.fsync(raw.fileno())
+                draft.replace(path)
+                _sync(path.parent)
+            except OSError as error:
+                raw.failure = error
+                raise
+    except Exception as error:
+        if raw.failure is not None:
+            raise UnwritableError(unwritable(path, raw.failure)) from error
+        raise
+    finally:
+        with suppress(OSError):
+            raw.close()
+        draft.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: OSError) -> str:
+    """Why ``path`` cannot be written, and what to do about it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{path} cannot be written, the disk is full: make room there, or choose another place"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{path} cannot be written ({os.strerror(error.errno)}): choose another place, or have it made writable"
+    return f"{path} cannot be written ({error.strerror or error})"
+
+
+def writable_folder(folder: Path, key: str) -> None:
+    """Make ``folder`` and see that files can be written there, before any work is done for it.
+
+    Args:
+        folder: the folder.
+        key: that named it, for the message.
+
+    Raises:
+        UserError: if not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UnwritableError(f"{key}: {unwritable(folder, error)}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, all at once or not at all; UserError if that cannot be done."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write plain values, all at once or not at all; UserError if that cannot be done."""
+    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table, all at once or not at all; missing values stay empty.
+
+    Text that a spreadsheet would take for a formula begins with an apostrophe.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [_no_formula(column) for column in columns])
+    writer.writeheader()
+    writer.writerows({_no_formula(key): _no_formula(value) for key, value in row.items()} for row in rows)
+    write_text(path, text.getvalue())
+
+
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+def read_text(path: Path) -> str:
+    """A text file of ours.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        UserError: if it cannot be read, is no file, or is larger than any that we write.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path} is no file")
+        if found.st_size > LARGEST:
+            raise UserError(f"{path} has {found.st_size} bytes, more than any file that dcdit writes there")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text: {error.reason} at byte {error.start}") from error
+
+
+def read_json(path: Path, kind: Any, remedy: str) -> Any:
+    """The plain values in a file of ours, as an instance of ``kind``.
+
+    Args:
+        path: the file.
+        kind: an annotation that says what must be in it, see :func:`dcdit.checks.conform`.
+        remedy: what a person can do if the file is not so.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UserError: naming file, key and remedy.
+    """
+    try:
+        values = json.loads(read_text(path), parse_constant=_refuse)
+        if isinstance(kind, type) and is_dataclass(kind):
+            return call_checked(kind, values, "")
+        return conform("content", values, kind)
+    except (ValueError, RecursionError) as error:
+        words = str(error) if isinstance(error, UserError) else f"it is no JSON, {error}"
+        where = "" if words.startswith(str(path)) else f"{path}: "
+        raise UserError(f"{where}{words}: {remedy}") from error
+
+
+def read_arrays(path: Path, names: Sequence[str], remedy: str) -> "dict[str, NDArray[Any]]":
+    """Arrays of numbers in an ``.npz`` of ours: uncompressed, checksums verified, nothing allocated beyond its size.
+
+    Args:
+        path: the file.
+        names: of the arrays.
+        remedy: what a person can do if the file is not so.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UserError: if it is damaged, lacks an array, or a number in it is not finite.
+    """
+    import numpy as np
+
+    found: dict[str, Any] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in names:
+                member = archive.getinfo(f"{name}.npy")
+                if member.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"{name} is compressed")
+                with archive.open(member) as file:
+                    if np.lib.format.read_magic(file) != (1, 0):
+                        raise ValueError(f"{name} is no array of ours")
+                    shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
+                    if by_column or dtype.kind not in "fiu":
+                        raise ValueError(f"{name} is no array of ours")
+                    found[name] = np.frombuffer(bytearray(file.read()), dtype).reshape(shape)
+                if not np.isfinite(found[name]).all():
+                    raise ValueError(f"{name} is not finite everywhere")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # numpy and zipfile raise whatever a damaged file provokes
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise UserError(f"{constant} is not a finite number")
+
+
+def _sync(folder: Path) -> None:
+    """Have the disk keep a rename; not every file system lets a folder be opened."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove drafts of processes of this machine that are gone; looked for once by each process."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            found = _DRAFT.fullmatch(name)
+            if found and found["host"] == socket.gethostname() and not _alive(int(found["process"])):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

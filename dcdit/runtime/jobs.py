@@ -4,25 +4,49 @@ A killed job goes on where it was, any number of processes shares it, and whiche
 result. Extraction, generation, evaluation and the statistics of references are such jobs.
 """
 
-import json
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from filelock import FileLock
 
+from dcdit.checks import Natural, conform
 from dcdit.errors import UserError
 from dcdit.runtime.display import Display
-from dcdit.runtime.files import write_json
+from dcdit.runtime.files import read_json, write_json
+
+Record = TypeVar("Record")
+"""A dataclass of plain values: what is recorded of a task."""
 
 
-class ResumableJob:
+@dataclass(frozen=True)
+class Part:
+    """A file that a task leaves behind: its size and checksum."""
+
+    bytes: Natural
+    crc32: Natural
+
+    @classmethod
+    def of(cls, path: Path) -> "Part":
+        """What a file is now."""
+        size, checksum = 0, 0
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+        return cls(size, checksum)
+
+
+class ResumableJob(Generic[Record]):
     """The plan of a job in tasks and a record of every finished task, until the job is finalized.
 
-    Processes share nothing else.
+    Processes share nothing else. A record that cannot be read, or whose part is no longer what it was, counts as none:
+    the task is done again.
 
     Args:
+        kind: of the records.
         directory: of the results, which exists.
         name: what the job is called in messages, and in the name of its folder of records.
         plan: plain values that must be the same whenever the job is continued; ``source``, if there is one, maps names
@@ -30,8 +54,8 @@ class ResumableJob:
         tasks: how many tasks there are.
     """
 
-    def __init__(self, directory: Path, name: str, plan: Mapping[str, Any], tasks: int) -> None:
-        self.directory, self.name, self.plan, self.tasks = directory, name, plan, tasks
+    def __init__(self, kind: type[Record], directory: Path, name: str, plan: Mapping[str, Any], tasks: int) -> None:
+        self.kind, self.directory, self.name, self.plan, self.tasks = kind, directory, name, plan, tasks
         self.work = directory / f".{name}"
         self.finalized = False
         """Whether this process finalized the job."""
@@ -47,30 +71,58 @@ class ResumableJob:
             UserError: naming the first difference.
         """
         path = self.work / "plan.json"
-        if path.is_file():
-            self.compare(json.loads(path.read_text()))
-        else:
+        remedy = f"delete {self.work}, which begins the {self.name} anew"
+        try:
+            before = read_json(path, dict[str, Any], remedy)
+        except FileNotFoundError:
             self.work.mkdir(exist_ok=True)
             write_json(path, self.plan)
+        else:
+            self.compare(before)
 
     def record_path(self, task: int) -> Path:
         """File of a task's record."""
         return self.work / f"task-{task:06d}.json"
 
+    def part_path(self, task: int) -> Path | None:
+        """File that a task leaves behind; None if it leaves none, or one that is looked after elsewhere."""
+        return None
+
+    def record(self, task: int, values: Record) -> None:
+        """Record a finished task, whose part is written."""
+        part = self.part_path(task)
+        values_of_part = asdict(Part.of(part)) if part else None
+        write_json(self.record_path(task), {"part": values_of_part, "record": asdict(values)})  # type: ignore[call-overload]
+
     def is_done(self, task: int) -> bool:
-        """Whether a task is finished."""
+        """Whether a task is recorded as finished."""
         return self.record_path(task).is_file()
 
-    def record(self, task: int, values: Mapping[str, Any]) -> None:
-        """Record a finished task with plain values."""
-        write_json(self.record_path(task), values)
+    def read_record(self, task: int) -> Record:
+        """What was recorded of a finished task; raises UserError or FileNotFoundError if that is no longer there."""
+        path, part, damage = self.record_path(task), self.part_path(task), "the same command makes it again"
+        entry = read_json(path, _Entry, damage)
+        if part and (not part.is_file() or Part.of(part) != entry.part):
+            raise UserError(f"{part} is damaged: {damage}")
+        return conform(f"{path}: record", entry.record, self.kind)
 
-    def finalize(self, result: Path, write: Callable[[list[dict[str, Any]]], None]) -> None:
+    def forget_damaged(self, task: int) -> bool:
+        """Remove a record that is not to be relied on; whether the task has to be done."""
+        if not self.is_done(task):
+            return True
+        try:
+            self.read_record(task)
+            return False
+        except (UserError, FileNotFoundError):
+            self.record_path(task).unlink(missing_ok=True)
+            return True
+
+    def finalize(self, result: Path, write: Callable[[list[Record]], None]) -> None:
         """If all tasks are done and ``result`` is not there yet, write it from the records and forget them."""
         with self.lock():
             if result.is_file() or not all(self.is_done(task) for task in range(self.tasks)):
                 return
-            write([json.loads(self.record_path(task).read_text()) for task in range(self.tasks)])
+            write([self.read_record(task) for task in range(self.tasks)])
             shutil.rmtree(self.work)
             self.finalized = True
 
@@ -90,17 +142,27 @@ class ResumableJob:
                 raise UserError(f"{key}={value}, but the {self.name} there was begun with {before.get(key)}: {remedy}")
 
 
-class ImageJob(ResumableJob):
+@dataclass(frozen=True)
+class _Entry:
+    """The file of a record."""
+
+    part: Part | None
+    record: dict[str, Any]
+
+
+class ImageJob(ResumableJob[Record]):
     """A job over numbered images, a task of which is a chunk of so many of them in a row.
 
     Args:
-        directory, name, plan: see :class:`ResumableJob`.
+        kind, directory, name, plan: see :class:`ResumableJob`.
         count: number of images.
         chunk_size: images of a task; the last may have fewer.
     """
 
-    def __init__(self, directory: Path, name: str, plan: Mapping[str, Any], count: int, chunk_size: int) -> None:
-        super().__init__(directory, name, plan, -(-count // chunk_size))
+    def __init__(
+        self, kind: type[Record], directory: Path, name: str, plan: Mapping[str, Any], count: int, chunk_size: int
+    ) -> None:
+        super().__init__(kind, directory, name, plan, -(-count // chunk_size))
         self.count, self.chunk_size = count, chunk_size
 
     def numbers(self, task: int) -> range:
@@ -110,7 +172,7 @@ class ImageJob(ResumableJob):
     def do(self, rank: int, world_size: int, work: Callable[[int], None], display: Display) -> None:
         """Call ``work`` for those of this process's tasks that are not done; it must :meth:`record` each."""
         own = range(rank, self.tasks, world_size)
-        left = [number for number in own if not self.is_done(number)]
+        left = [number for number in own if self.forget_damaged(number)]
         display.begin(len(own), len(own) - len(left), sum(len(self.numbers(number)) for number in left))
         for number in left:
             work(number)

@@ -1,10 +1,9 @@
 """Many images in one ``.npz``, by a resumable job."""
 
-import json
 import time
 import zipfile
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,15 +13,39 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dcdit.checks import Count
 from dcdit.compute.flops import Cost
 from dcdit.errors import UserError
 from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.display import Display
-from dcdit.runtime.files import write_json
+from dcdit.runtime.files import read_json, replacing, writable_folder, write_json
 from dcdit.runtime.jobs import ImageJob
 from dcdit.sampling.setup import Sampling
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of the files within the archive: equal images give equal bytes
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What is recorded of a chunk of images.
+
+    Attributes:
+        flops: that their tokens cost.
+        kept: tokens kept by all of them, averaged over the steps.
+        seconds: that sampling and decoding took.
+        shape: (n, height, width, 3).
+    """
+
+    flops: float
+    kept: float
+    seconds: float
+    shape: tuple[Count, Count, Count, Count]
+
+
+class _ArchiveJob(ImageJob[Sampled]):
+    def part_path(self, task: int) -> Path:
+        """The images of a task."""
+        return self.work / f"chunk-{task:06d}.npy"
 
 
 class ImageArchive:
@@ -47,7 +70,7 @@ class ImageArchive:
             "batch_size": sampling.batch_size,
             "checkpoint": fingerprint(sampling.model.network),
         }
-        self.job = ImageJob(out, "generation", self.plan, count, chunk_size)
+        self.job = _ArchiveJob(Sampled, out, "generation", self.plan, count, chunk_size)
 
     def run(self, rank: int, world_size: int, display: Display) -> bool:
         """Sample this process's share of the chunks; returns whether the file is complete.
@@ -55,7 +78,7 @@ class ImageArchive:
         Raises:
             UserError: if the folder holds other images.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
+        writable_folder(self.out, f"out={self.out}")
         with self.job.lock():
             if self.npz.is_file():
                 self._check_finished()
@@ -66,14 +89,22 @@ class ImageArchive:
         return self.npz.is_file()
 
     def _check_finished(self) -> None:
+        """Raise :class:`UserError` unless the file that is there is whole, and is what would be made."""
+        remedy = "choose another place, or delete both"
         try:
-            before = json.loads(self.summary.read_text())["plan"]
-        except (OSError, ValueError, KeyError):
-            raise UserError(f"out: {self.npz} is there, but not what it holds: choose another place") from None
+            before = read_json(self.summary, dict[str, Any], remedy).get("plan")
+        except FileNotFoundError:
+            before = None
+        if not isinstance(before, dict):
+            raise UserError(f"out: {self.npz} is there, but {self.summary.name} does not say what it holds: {remedy}")
         self.job.compare(before)
-
-    def _chunk(self, task: int) -> Path:
-        return self.job.work / f"chunk-{task:06d}.npy"
+        try:
+            with zipfile.ZipFile(self.npz) as archive:
+                damaged = archive.testzip()
+        except (OSError, zipfile.BadZipFile) as error:
+            damaged = str(error)
+        if damaged:
+            raise UserError(f"{self.npz} is damaged ({damaged}): delete it, and the same command makes it again")
 
     def _sample(self, task: int, display: Display) -> None:
         cost = Cost.of_network(self.sampling.model.network)
@@ -87,42 +118,39 @@ class ImageArchive:
         chunk = np.concatenate(images)
         if self.png:
             self._save_png(task, chunk)
-        draft = self._chunk(task).with_suffix(".part")
-        with draft.open("wb") as file:
+        with replacing(self.job.part_path(task)) as file:
             np.save(file, chunk, allow_pickle=False)
-        draft.replace(self._chunk(task))
-        seconds = time.perf_counter() - begin
-        self.job.record(task, {"flops": flops, "kept": kept, "seconds": seconds, "shape": list(chunk.shape)})
+        self.job.record(task, Sampled(flops, kept, time.perf_counter() - begin, chunk.shape))
 
     def _save_png(self, task: int, images: NDArray[np.uint8]) -> None:
         (self.out / "png").mkdir(exist_ok=True)
         for number, image in zip(self.job.numbers(task), images, strict=True):
-            Image.fromarray(image).save(self.out / "png" / f"{number:06d}.png")
+            with replacing(self.out / "png" / f"{number:06d}.png") as file:
+                Image.fromarray(image).save(file, "png")
 
-    def _join(self, records: list[dict[str, Any]]) -> None:
+    def _join(self, records: list[Sampled]) -> None:
         """Put the chunks into one file, one after the other, and say what they are."""
-        shape = (self.count, *records[0]["shape"][1:])
-        chunks = (np.load(self._chunk(task), allow_pickle=False) for task in range(self.job.tasks))
-        draft = self.out / f"{self.npz.name}.part"
-        with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as archive:
-            for name, dtype, arrays, size in (
-                ("arr_0", np.dtype(np.uint8), chunks, shape),
-                ("arr_1", np.dtype(np.int64), [self.labels.numpy()], (self.count,)),
-            ):
-                with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as file:
-                    append_npy(file, dtype, size, arrays)  # type: ignore[arg-type]
+        shape = (self.count, *records[0].shape[1:])
+        chunks = (np.load(self.job.part_path(task), allow_pickle=False) for task in range(self.job.tasks))
         model, calibration = self.sampling.model, self.sampling.calibration
-        kept = sum(record["kept"] for record in records) / self.count / model.latents.positions
+        kept = sum(record.kept for record in records) / self.count / model.latents.positions
         figures = {
             "plan": self.plan,
             "shape": list(shape),
-            "tflops_per_image": sum(record["flops"] for record in records) / self.count / 1e12,
+            "tflops_per_image": sum(record.flops for record in records) / self.count / 1e12,
             "keep_ratio": kept if model.network.routes else None,
-            "seconds_per_image": sum(record["seconds"] for record in records) / self.count,
+            "seconds_per_image": sum(record.seconds for record in records) / self.count,
             "calibration": asdict(calibration) if calibration else None,
         }
-        write_json(self.summary, figures)
-        draft.replace(self.npz)
+        with replacing(self.npz) as target:
+            with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+                for name, dtype, arrays, size in (
+                    ("arr_0", np.dtype(np.uint8), chunks, shape),
+                    ("arr_1", np.dtype(np.int64), [self.labels.numpy()], (self.count,)),
+                ):
+                    with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as file:
+                        append_npy(file, dtype, size, arrays)  # type: ignore[arg-type]
+            write_json(self.summary, figures)  # before the images are there: nobody could say what they are
 
 
 def pixels(images: Tensor) -> NDArray[np.uint8]:

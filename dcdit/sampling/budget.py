@@ -1,7 +1,7 @@
 """From a budget in TFLOPs, or as a fraction of the full cost, to the drop fraction that meets it."""
 
-import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from filelock import FileLock
 from torch import Tensor
 
 from dcdit.checkpoints.load import Model
+from dcdit.checks import DropFraction, Positive
 from dcdit.compute.flops import Cost
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler, Step
 from dcdit.diffusion.settings import BudgetSettings
 from dcdit.errors import UserError
-from dcdit.runtime.files import write_json
+from dcdit.runtime.files import read_json, write_json
 from dcdit.sampling.generate import generate
 
 TOLERANCE = 0.01  # of the cost measured on the calibration's own images; half of what is promised for others
@@ -33,9 +34,17 @@ class Calibration:
         full_tflops: measured without any drop.
     """
 
-    drop_fraction: float
-    tflops: float
-    full_tflops: float
+    drop_fraction: DropFraction
+    tflops: Positive
+    full_tflops: Positive
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What was found, and for which question."""
+
+    settings: dict[str, Any]
+    found: Calibration
 
 
 class _Meter:
@@ -148,12 +157,23 @@ def remembered(checkpoint: Path, settings: Mapping[str, Any], find: Callable[[],
         find: called without arguments if the answer is not known.
     """
     store = checkpoint.with_suffix(".budgets.json")
-    # One of several processes calibrates, the others wait and read.
-    with FileLock(store.with_name(f".{store.name}.lock")):
-        known = json.loads(store.read_text()) if store.is_file() else []
+    lock = FileLock(store.with_name(f".{store.name}.lock"))
+    # One of several processes calibrates, the others wait and read. There may be no lock: the checkpoint is somebody
+    # else's, or the file system has none.
+    with suppress(OSError, NotImplementedError):
+        lock.acquire()
+    try:
+        known: list[_Answer] = []
+        with suppress(FileNotFoundError):
+            known = read_json(store, list[_Answer], "delete it, it is found again")
         for entry in known:
-            if entry["settings"] == settings:
-                return Calibration(**entry["found"])
+            if entry.settings == settings:
+                return entry.found
         found = find()
-        write_json(store, [*known, {"settings": dict(settings), "found": asdict(found)}])
+        try:
+            write_json(store, [asdict(entry) for entry in (*known, _Answer(dict(settings), found))])
+        except UserError as error:
+            print(f"The drop fraction is not kept for the next time: {error}")
         return found
+    finally:
+        lock.release()

@@ -11,6 +11,7 @@ from torchvision.utils import save_image
 
 from dcdit.data.autoencoder import Decoder
 from dcdit.diffusion.samplers import Step
+from dcdit.runtime.files import replacing
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -66,7 +67,8 @@ def save_grid(images: Tensor, columns: int, path: Path, least_side: int = 64) ->
     """Save ``images`` (N, 1 or 3, height, width) uint8 as one PNG; small images are enlarged, pixels kept sharp."""
     factor = max(1, -(-least_side // images.shape[-1]))
     enlarged = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    save_image(enlarged.float() / 255, path, nrow=columns, padding=2, pad_value=0.5)
+    with replacing(path) as file:
+        save_image(enlarged.float() / 255, file, format="png", nrow=columns, padding=2, pad_value=0.5)
 
 
 def _outline(axes: Axes, mask: Tensor) -> None:
@@ -101,11 +103,12 @@ def save_boundaries(rows: Sequence[Sequence[Frame]], titles: Sequence[str], path
             bottom.set_xlabel(f"kept {frame.mask.float().mean():.0%}", fontsize=8)
             if number == 0:
                 top.set_title(f"t = {frame.timestep}", fontsize=9)
-        axes[2 * number][0].set_ylabel(title, fontsize=9)
+        axes[2 * number][0].set_ylabel(title, fontsize=9, parse_math=False)
         axes[2 * number + 1][0].set_ylabel("boundary p", fontsize=8)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
     figure.colorbar(shades, ax=axes, fraction=0.03, aspect=40, label="boundary probability")
-    figure.savefig(path, dpi=130)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=130)
     plt.close(figure)

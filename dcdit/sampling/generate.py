@@ -10,6 +10,7 @@ from dcdit.checkpoints.load import Model
 from dcdit.compute.flops import Cost
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler, Step, sample_generator
+from dcdit.errors import UserError
 from dcdit.runtime.devices import autocast
 
 
@@ -80,6 +81,11 @@ def generate(
                 lengths.append(_lengths(guidance, step))
                 if on_step:
                     on_step(numbers, step)
+        if not x.isfinite().all():
+            raise UserError(
+                f"sampling gave latents that are not finite (guidance.scale={guidance.settings.scale:g}, {precision}):"
+                " take a lower scale, precision=fp32, or another checkpoint"
+            )
         yield SampleBatch(numbers, x.float().cpu(), [each.cpu() for each in lengths])
 
 

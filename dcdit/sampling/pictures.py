@@ -12,6 +12,7 @@ from torch import Tensor
 from dcdit.compute.flops import Cost
 from dcdit.diffusion.samplers import Step
 from dcdit.errors import UserError
+from dcdit.runtime.files import replacing, writable_folder
 from dcdit.sampling.figures import Frames, save_boundaries, save_grid
 from dcdit.sampling.setup import Sampling
 
@@ -58,6 +59,7 @@ def sample_to_folder(
     model, steps = sampling.model, sampling.sampler.settings.steps
     labels = resolve_labels(classes, model.latents.classes, per_class)
     shown = list(range(0, len(labels), per_class))[:_SHOWN]
+    writable_folder(out, f"out={out}")
     taken = Frames(shown, frames, steps, sampling.decode)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("sampling", total=-(-len(labels) // sampling.batch_size) * steps)
@@ -69,8 +71,8 @@ def sample_to_folder(
         batches = list(sampling.generate(labels, range(len(labels)), on_step))
 
     latents = torch.cat([batch.latents for batch in batches])
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "latents.npz", latents=latents.numpy(), labels=labels.numpy())
+    with replacing(out / "latents.npz") as file:
+        np.savez(file, latents=latents.numpy(), labels=labels.numpy())
     save_grid(sampling.decode(latents), per_class, out / "samples.png")
     if frames and model.network.routes:
         titles = [model.latents.classes[int(labels[number])] for number in shown]

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from dcdit.checks import Count, Seed, checked
+from dcdit.checks import Count, Seed, build_named, call_checked, checked
 from dcdit.diffusion.settings import SAMPLERS, BudgetSettings, GuidanceSettings, SamplerSettings
 from dcdit.errors import UserError
-from dcdit.settings.schema import build_named, call_checked
 
 SECTIONS = ("sampler", "guidance", "budget")
 

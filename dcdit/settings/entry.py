@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -21,10 +22,10 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from dcdit.checks import check_credentials, suggestion
 from dcdit.errors import TrainingError, UserError
 from dcdit.settings.help import show_help
 from dcdit.settings.published import CONFIG_DIR
-from dcdit.settings.schema import suggestion
 
 USER_ERROR_STATUS = 2
 
@@ -101,6 +102,28 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
     return [*others, f"runs=[{','.join(json.dumps(path) for path in paths)}]"] if paths else others
 
 
+def quoted(arguments: Sequence[str]) -> list[str]:
+    """Command-line words for Hydra: values that its grammar does not take, such as paths with "=", become texts."""
+    parser, found = OverridesParser.create(), []
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if equals and not word.startswith("-") and not _parses(parser, word):
+            escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", value)
+            trailing = len(escaped) - len(escaped.rstrip("\\"))
+            text = f"{key}='{escaped}{chr(92) * trailing}'"
+            word = text if _parses(parser, text) else word
+        found.append(word)
+    return found
+
+
+def _parses(parser: OverridesParser, word: str) -> bool:
+    try:
+        parser.parse_override(word)
+        return True
+    except HydraException:
+        return False
+
+
 def entry_point(main: Callable[[], Any], paths: bool = False) -> None:
     """Run a command's Hydra function; a user's mistake ends in one message on stderr and exit status 2.
 
@@ -117,6 +140,9 @@ def entry_point(main: Callable[[], Any], paths: bool = False) -> None:
             return
         if paths:
             sys.argv[1:] = with_paths(sys.argv[1:])
+        for word in (*sys.argv[1:], *(os.environ.get(name, "") for name in ("DCDIT_DATA", "DCDIT_RUNS"))):
+            check_credentials(word)  # before Hydra writes down what was given
+        sys.argv[1:] = quoted(sys.argv[1:])
         _held.clear()
         main()
         if _held:
