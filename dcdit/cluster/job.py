@@ -13,6 +13,7 @@ from types import FrameType
 
 from dcdit.runs.state import State
 from dcdit.runtime.processes import processes
+from dcdit.runtime.signals import STOP_SIGNALS
 from dcdit.settings.entry import prepare
 
 MARK = ".unfinished"
@@ -29,7 +30,7 @@ def enter() -> None:
     prepare()
     logging.getLogger("submitit").propagate = False  # it prints by itself
     # Until training takes them over there is nothing to save.
-    for each in (signal.SIGTERM, signal.SIGUSR2):
+    for each in set(STOP_SIGNALS) - {signal.SIGINT}:
         signal.signal(each, _leave)
 
 

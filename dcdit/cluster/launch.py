@@ -18,10 +18,11 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from dcdit.cluster.settings import ClusterSettings, cluster_of, read_cluster, sbatch_parameters
 from dcdit.errors import UserError
+from dcdit.runs.changes import changes
 from dcdit.runs.failure import note_failure
 from dcdit.runs.lock import is_held
 from dcdit.runs.progress import progress_of
-from dcdit.runs.resume import check_same, is_finished
+from dcdit.runs.resume import checkpoints_in, is_finished
 from dcdit.runs.state import QUEUED_NAME, RunState, State
 from dcdit.runtime.processes import say
 from dcdit.settings.entry import plain
@@ -122,9 +123,9 @@ def is_due(run: Path, config: DictConfig, overrides: Sequence[str]) -> bool:
     try:
         plan = match_compute(TrainPlan.of(plain(config, without="hydra", sections=GROUPS)))
         check_network(plan)
-        if (run / "checkpoints" / "last.ckpt").exists():
-            check_same(plan.values, run)
         before = RunState.read(run)
+        if before is not None and before.settings and checkpoints_in(run / "checkpoints"):
+            changes(before.settings, plan.recorded, before.step, by_itself=True)
     except UserError as error:
         run.mkdir(parents=True, exist_ok=True)
         note_failure(error, run, tuple(overrides), sweeping=True)

@@ -9,13 +9,15 @@ from dcdit.errors import UserError
 from dcdit.runs.lock import LOCK, is_held
 from dcdit.runs.progress import progress_of
 from dcdit.runs.state import QUEUED_NAME, RunState, State
+from dcdit.settings.entry import explain
 
 
 def one_line(error: BaseException) -> str:
-    """A failure in one line."""
-    lines = str(error).strip().splitlines()
-    if isinstance(error, UserError):
-        return lines[0]
+    """A failure in one line: the sentence that a person sees, where there is one."""
+    words = explain(error)
+    lines = (words if words is not None else str(error)).strip().splitlines()
+    if words is not None:
+        return lines[0] if lines else type(error).__name__
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
@@ -43,5 +45,5 @@ def note_failure(
         state = before or RunState(State.FAILED, overrides=overrides)
         step = progress_of(run_dir, "").step
         replace(state, state=State.FAILED, step=step, reason=one_line(error), time=time.time()).write(run_dir)
-    elif {path.name for path in run_dir.iterdir()} <= {".hydra", LOCK}:
+    elif {path.name for path in run_dir.iterdir()} <= {LOCK}:
         shutil.rmtree(run_dir)

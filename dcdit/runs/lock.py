@@ -1,5 +1,6 @@
 """One writer for each run's directory."""
 
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]
         return
     lock = FileLock(run_dir / LOCK)
     try:
-        lock.acquire(timeout=patience)
+        lock.acquire(timeout=max(patience, 0.5))  # whoever asks `is_held` has it for a moment
     except Timeout:
         try:
             holder = RunState.read(run_dir)
@@ -51,14 +52,17 @@ def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]
 
 
 def is_held(run_dir: Path) -> bool:
-    """Whether a process trains in ``run_dir`` right now."""
-    path = run_dir / LOCK
-    if not path.is_file():
+    """Whether a process trains in ``run_dir`` right now. Reads only: the directory may be somebody else's."""
+    try:
+        descriptor = os.open(run_dir / LOCK, os.O_RDONLY)
+    except OSError:
         return False
     try:
-        with FileLock(path, blocking=False):
-            return False
-    except Timeout:
-        return True
-    except NotImplementedError:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks, where nobody can tell
+        return False
+    finally:
+        os.close(descriptor)

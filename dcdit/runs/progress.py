@@ -1,11 +1,12 @@
 """How far a run is, from its directory alone."""
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.markup import escape
 from rich.table import Table
 
@@ -57,7 +58,7 @@ def progress_of(run_dir: Path, name: str) -> RunProgress:
     if known and known.state not in (State.RUNNING, State.CORRUPT):
         step = known.step
     max_steps = known.max_steps if known else 0
-    rate, batch = last.get("train/images_per_s"), _batch_size(run_dir)
+    rate, batch = last.get("train/images_per_s"), known.batch_size if known else 0
     left = (max_steps - step) * batch / rate if rate and batch and state is State.RUNNING else None
     metrics = {key: value for key, value in last.items() if key.startswith("val/")}
     return RunProgress(
@@ -73,32 +74,24 @@ def progress_of(run_dir: Path, name: str) -> RunProgress:
     )
 
 
-def _batch_size(run_dir: Path) -> int | None:
-    try:
-        return int(OmegaConf.load(run_dir / "config.yaml").data.batch_size)
-    except (OSError, AttributeError, TypeError, ValueError):
-        return None
-
-
 def _last_logged(run_dir: Path) -> dict[str, float]:
     """The last value of every column of the run's CSV logs, later files winning; empty without any."""
     found: dict[str, float] = {}
-    files = sorted(run_dir.glob("logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    versions = {path: path.parent.name.removeprefix("version_") for path in run_dir.glob("logs/version_*/metrics.csv")}
+    files = sorted((path for path in versions if versions[path].isdecimal()), key=lambda path: int(versions[path]))
     for path in files:
-        with path.open(newline="") as file:
+        with suppress(OSError, UnicodeDecodeError, csv.Error), path.open(newline="") as file:
             for row in csv.DictReader(file):
                 for key, value in row.items():
-                    try:
-                        found[key] = float(value)
-                    except (TypeError, ValueError):
-                        continue
+                    with suppress(TypeError, ValueError):  # empty, cut off, or a line too long
+                        if isinstance(key, str) and math.isfinite(number := float(value)):
+                            found[key] = number
     return found
 
 
 def runs_below(folder: Path) -> list[Path]:
     """Directories of runs in and below ``folder``, by name."""
-    marks = {path.parent for name in (STATE_NAME, "config.yaml", QUEUED_NAME) for path in folder.rglob(name)}
-    return sorted(path for path in marks if path.name != ".hydra")
+    return sorted({path.parent for name in (STATE_NAME, QUEUED_NAME) for path in folder.rglob(name)})
 
 
 def duration(seconds: float | None) -> str:

@@ -1,73 +1,60 @@
 """What a run finds in its directory when it is started: an earlier part of itself, or the note that it is queued."""
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 
+from dcdit.checks import without_credentials
 from dcdit.errors import UserError
+from dcdit.runs.changes import Change
 from dcdit.runs.state import QUEUED_NAME, RunState, State
 from dcdit.runtime.processes import rank
 
+LAST = "last.ckpt"
+_STEP = re.compile(r"step_(\d{8})\.ckpt")
 
-def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
-    """The checkpoint to resume from: what ``ckpt_path`` says, or None to start afresh.
+
+def checkpoint_name(step: int) -> str:
+    """File name of the checkpoint of an optimiser step."""
+    return f"step_{step:08d}.ckpt"
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a folder by optimiser step, newest first; without ``last.ckpt``, the newest of them."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    steps = {int(found[1]): folder / name for name in names if (found := _STEP.fullmatch(name))}
+    return dict(sorted(steps.items(), reverse=True))
+
+
+def find_checkpoints(ckpt_path: str | None, run_dir: Path) -> list[Path]:
+    """The checkpoints to go on from, the first that is whole; none to start afresh.
 
     Raises:
-        UserError: if it does not exist, or a fresh start would overwrite an earlier run.
+        UserError: if ``ckpt_path`` names none that is there, or a fresh start would overwrite an earlier run.
     """
-    last = run_dir / "checkpoints" / "last.ckpt"
+    folder = run_dir / "checkpoints"
+    last = folder / LAST
+    found = [*([last] if last.exists() else []), *checkpoints_in(folder).values()]
     if ckpt_path is None:
-        if last.exists():
+        if found:
             raise UserError(
                 f"run_dir={run_dir} already holds a run: resume it with ckpt_path=last, start another with"
                 " run_name=... (or another run_dir, if you gave that), or delete the directory"
             )
-        return None
-    if ckpt_path == "auto":
-        return last if last.exists() else None
-    path = last if ckpt_path == "last" else Path(ckpt_path)
-    if not path.is_file():
-        raise UserError(f"ckpt_path={ckpt_path}: there is no checkpoint {path}; leave ckpt_path out to start anew")
-    return path
-
-
-SAME = ("compression", "seed", "model", "ratio", "multi_budget", "optimizer")
-"""What makes an experiment, and must not change unseen when a run is resumed."""
-
-
-def check_same(values: Mapping[str, Any], run_dir: Path) -> None:
-    """Raise :class:`UserError` if the run in ``run_dir`` is of another experiment than the plain ``values`` describe.
-
-    Only ``ckpt_path=auto`` asks: a sweep's directories are named by what varies in it, and the next one may vary
-    something else. ``ckpt_path=last`` may well train on with other settings.
-    """
-    stored = run_dir / "config.yaml"
-    if values["ckpt_path"] != "auto" or not stored.is_file():
-        return
-    then: Any = OmegaConf.to_container(OmegaConf.load(stored))
-    old, new = (dict(_leaves({key: each.get(key) for key in SAME}, "")) for each in (then, values))
-    for key in {**new, **old}:
-        if old.get(key) != new.get(key):
-            where = os.path.relpath(run_dir)
-            raise UserError(
-                f"{key}={new.get(key)}: the run in {where} was trained with {old.get(key)}, and ckpt_path=auto does"
-                " not go on with another experiment. Take another run_name, or, to train on with the new value,"
-                " ckpt_path=last"
-            )
-
-
-def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The single values in nested mappings, by their paths."""
-    if not isinstance(node, dict):
-        yield path, node
-        return
-    for key, value in node.items():
-        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+        return []
+    if ckpt_path in ("auto", "last"):
+        if ckpt_path == "last" and not found:
+            raise UserError(f"ckpt_path=last: there is no checkpoint {last}; leave ckpt_path out to start anew")
+        return found
+    if not Path(ckpt_path).is_file():
+        raise UserError(f"ckpt_path={ckpt_path}: there is no such checkpoint; leave ckpt_path out to start anew")
+    return [Path(ckpt_path)]
 
 
 def is_finished(before: RunState | None, max_steps: int) -> bool:
@@ -76,7 +63,15 @@ def is_finished(before: RunState | None, max_steps: int) -> bool:
 
 
 def started(
-    before: RunState | None, run_dir: Path, max_steps: int, run_id: str | None = None, max_restarts: int | None = None
+    before: RunState | None,
+    run_dir: Path,
+    max_steps: int,
+    *,
+    run_id: str | None = None,
+    max_restarts: int | None = None,
+    batch_size: int = 0,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    found: tuple[Change, ...] = (),
 ) -> RunState:
     """The state of the run once it trains.
 
@@ -86,13 +81,19 @@ def started(
         max_steps: of the whole run.
         run_id: of its curves; None keeps the one it has, or makes one.
         max_restarts: restarts without another checkpoint in between after which a run is given up; None never does.
+        batch_size: samples of an optimiser step.
+        settings: what is trained with, see :func:`dcdit.runs.changes.recorded`.
+        found: what of it changed.
 
     Raises:
         UserError: if it died too often without getting any further.
     """
-    newest = max((int(path.stem[5:]) for path in (run_dir / "checkpoints").glob("step_*.ckpt")), default=0)
+    newest = next(iter(checkpoints_in(run_dir / "checkpoints")), 0)
     died_here = before is not None and before.state is State.RUNNING and before.began == newest
     starts = before.starts + 1 if before and died_here else 1
+    if before is None:  # a job that SLURM queued again did start before, whatever became of the state
+        queued_again = os.environ.get("SLURM_RESTART_COUNT", "")
+        starts += int(queued_again) if queued_again.isdecimal() else 0
     # The first process alone decides: by now the others may read what it wrote about this very start.
     if max_restarts is not None and starts > max_restarts + 1 and not rank():
         raise UserError(
@@ -100,14 +101,25 @@ def started(
             " without another checkpoint in between. Look at job.log, save more often"
             " (callbacks.checkpoint.every_n_steps) if it had too little time, and submit it again"
         )
-    state = RunState(State.RUNNING, 0, max_steps, overrides=task_overrides(), began=newest, starts=starts)
+    state = RunState(
+        State.RUNNING,
+        0,
+        max_steps,
+        overrides=task_overrides(),
+        began=newest,
+        starts=starts,
+        batch_size=batch_size,
+        settings=settings,
+        changes=(*(before.changes if before else ()), *found),
+    )
     known = run_id or (before.id if before else None)
     return replace(state, id=known) if known else state
 
 
 def task_overrides() -> tuple[str, ...]:
-    """What was given on the command line; nothing where there is none."""
-    return tuple(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
+    """What was given on the command line, passwords left out; nothing where there is none."""
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    return tuple(map(without_credentials, words))
 
 
 def note(state: RunState, run_dir: Path) -> None:

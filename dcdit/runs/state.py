@@ -1,6 +1,5 @@
 """What a run says of itself, kept in its directory for whoever resumes it, sums up a sweep, or asks how far it is."""
 
-import json
 import math
 import secrets
 import socket
@@ -9,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Annotated, Any
 
+from dcdit.checks import Bounds, Count, Matches, Natural, call_checked, conform
 from dcdit.errors import UserError
-from dcdit.runtime.files import write_json
-from dcdit.settings.schema import call_checked
+from dcdit.runs.changes import Change
+from dcdit.runtime.files import read_json, write_json
 
 STATE_NAME, QUEUED_NAME = "state.json", ".queued"
 """The second stands for a job that waits for its turn: a file of its own, so that neither a job nor whoever queues it
@@ -58,6 +59,9 @@ class Outcome:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+RunId = Annotated[str, Matches("[A-Za-z0-9_-]{1,64}", "a name of up to 64 letters, digits and _ -")]
+
+
 @dataclass(frozen=True)
 class RunState:
     """The content of ``state.json``.
@@ -71,21 +75,27 @@ class RunState:
         time: seconds since the epoch.
         overrides: what was given on the command line.
         id: of the run, for services that draw its curves; the same after every resume.
-        began: step of the newest checkpoint when the run was started last.
+        began: step of the newest checkpoint when the run was started last; -1 if the last start is no sign of trouble.
         starts: how often in a row it was started there.
+        batch_size: samples of an optimiser step.
+        settings: what :func:`dcdit.runs.changes.recorded` says of the configuration.
+        changes: the values that changed when the run went on, and from which step on.
     """
 
     state: State
-    step: int = 0
-    max_steps: int = 0
+    step: Natural = 0
+    max_steps: Natural = 0
     reason: str = ""
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # numbers, NaN among them
     host: str = field(default_factory=socket.gethostname)
     time: float = field(default_factory=time.time)
     overrides: tuple[str, ...] = ()
-    id: str = field(default_factory=lambda: secrets.token_hex(4))
-    began: int = 0
-    starts: int = 1
+    id: RunId = field(default_factory=lambda: secrets.token_hex(4))
+    began: Annotated[int, Bounds(low=-1)] = 0
+    starts: Count = 1
+    batch_size: Natural = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
 
     def write(self, run_dir: Path) -> None:
         """Replace what ``run_dir`` says."""
@@ -102,15 +112,14 @@ class RunState:
             UserError: if the file is corrupt: it holds the run's id and how often it was started in vain.
         """
         path = run_dir / STATE_NAME
+        remedy = "restore it, or delete it, which gives the run a new id and leaves its checkpoints as they are"
         try:
-            values = json.loads(path.read_text())
-            values["state"] = State(values["state"])
-            values["metrics"] = {key: math.nan if value is None else value for key, value in values["metrics"].items()}
-            return call_checked(cls, values, "")
+            values = read_json(path, dict[str, Any], remedy)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{path} is corrupt ({error}): restore it, or delete it, which gives the run a new id and leaves its"
-                " checkpoints as they are"
-            ) from error
+        try:
+            found = conform("metrics", values.get("metrics"), dict[str, float | None])
+            metrics = {key: math.nan if value is None else value for key, value in found.items()}
+            return call_checked(cls, {**values, "state": State(values.get("state")), "metrics": metrics}, "")
+        except ValueError as error:
+            raise UserError(f"{path} is corrupt ({error}): {remedy}") from error

@@ -1,6 +1,5 @@
 """Sweeps: directories named by what varies, and a summary at the end. Hydra calls it, see ``configs/train.yaml``."""
 
-import csv
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 from dcdit.errors import UserError
 from dcdit.runs.progress import RunProgress, progress_of, runs_below
 from dcdit.runs.state import State
+from dcdit.runtime.files import write_csv
 
 SUMMARY = "summary.csv"
 
@@ -75,12 +75,12 @@ class SweepSummary(Callback):
 def write_summary(found: Sequence[RunProgress], path: Path) -> None:
     """One row for each run, as CSV."""
     metrics = sorted({name for each in found for name in each.metrics})
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "state", "step", "max_steps", "reason", *metrics])
-        for each in found:
-            values = [each.metrics.get(name, "") for name in metrics]
-            writer.writerow([each.name, each.state.value, each.step, each.max_steps, each.reason, *values])
+    columns = ["run", "state", "step", "max_steps", "reason", *metrics]
+    rows = []
+    for each in found:
+        fixed = (each.name, each.state.value, each.step, each.max_steps, each.reason)
+        rows.append({**dict(zip(columns, fixed, strict=False)), **each.metrics})
+    write_csv(path, columns, rows)
 
 
 def sweep_table(found: Sequence[RunProgress]) -> Table:

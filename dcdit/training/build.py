@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments import (
 )
 from omegaconf import DictConfig
 
+from dcdit.checks import call_checked, suggestion
 from dcdit.compute.matching import steps_matching
 from dcdit.data.datamodule import LatentDataModule
 from dcdit.data.latents import LatentSpec
@@ -25,7 +26,6 @@ from dcdit.runtime.devices import without_memory
 from dcdit.runtime.processes import launched, say
 from dcdit.settings.entry import model_config
 from dcdit.settings.help import choices
-from dcdit.settings.schema import call_checked, suggestion
 from dcdit.training.batching import accumulation, world_size
 from dcdit.training.callbacks.checkpoint import AtomicCheckpointIO
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
@@ -108,19 +108,23 @@ def build_each(nodes: Any, section: str) -> list[Any]:
             cause = error.__cause__
             if isinstance(cause, UserError):
                 raise UserError(f"{where}.{cause}") from cause
-            if isinstance(cause, TypeError | ValueError) or cause is None:
-                raise UserError(f"{where}: {cause or str(error).splitlines()[0]}") from error
+            if isinstance(cause, TypeError | ValueError | ImportError | AttributeError) or cause is None:
+                words = str(cause) if cause else str(error).splitlines()[0]
+                raise UserError(f"{where}: {' '.join(words.split())}") from error
             raise cause from error
     return found
 
 
-def build_trainer(plan: TrainPlan, config: DictConfig, interrupt: StopOnInterrupt) -> pl.Trainer:
+def build_trainer(
+    plan: TrainPlan, config: DictConfig, interrupt: StopOnInterrupt, opened: Mapping[str, Any] | None = None
+) -> pl.Trainer:
     """The Trainer with its callbacks and loggers.
 
     Args:
         plan: what is trained.
         config: whose callbacks and loggers are built.
         interrupt: stops at a signal.
+        opened: content of the checkpoint that the run goes on from.
 
     Raises:
         UserError: if a value is wrong.
@@ -139,7 +143,7 @@ def build_trainer(plan: TrainPlan, config: DictConfig, interrupt: StopOnInterrup
         arguments["val_check_interval"] *= accumulate  # Lightning counts micro-batches
     arguments["enable_progress_bar"] = (config.callbacks or {}).get("progress") is not None
     environment = cluster_environment()
-    plugins = [AtomicCheckpointIO(), *([environment] if environment else [])]
+    plugins = [AtomicCheckpointIO(dict(opened) if opened else None), *([environment] if environment else [])]
     return _trainer({**arguments, "callbacks": callbacks, "logger": loggers or False, "plugins": plugins})
 
 

@@ -33,6 +33,32 @@ def routing_metrics(routing: Routing, world_size: int) -> dict[str, Tensor]:
     return found
 
 
+class BatchMetrics:
+    """What the micro-batches of an optimiser step found, put together: the metrics of the whole batch."""
+
+    def __init__(self) -> None:
+        self._parts: list[dict[str, Tensor]] = []
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Those of another micro-batch, all of one size."""
+        self._parts.append({name: value.detach().float() for name, value in metrics.items()})
+
+    def take(self) -> dict[str, Tensor]:
+        """Those of the batch: means, sums of tokens, and least and greatest values where the name says so."""
+        parts, self._parts = self._parts, []
+        found = {}
+        for name in parts[0]:
+            values = torch.stack([part[name] for part in parts])
+            ending = name.rpartition("_")[2]
+            if "tokens" in name:
+                found[name] = values.sum()
+            elif ending in ("min", "max"):
+                found[name] = values.amin() if ending == "min" else values.amax()
+            else:
+                found[name] = values.mean()
+        return found
+
+
 def over_ranks(metrics: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
     """What all ranks found, in one exchange: means, and least and greatest values where the name says so."""
     own = torch.stack([value.float() for value in metrics.values()])

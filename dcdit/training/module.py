@@ -9,17 +9,17 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from dcdit.data.latents import LatentSpec
+from dcdit.checks import call_checked
 from dcdit.data.stream import Batch
 from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss
 from dcdit.diffusion.schedule import Posterior, add_noise
 from dcdit.diffusion.settings import TRAIN_STEPS
 from dcdit.errors import TrainingError, UserError
 from dcdit.network import Output, build_network
-from dcdit.settings.schema import call_checked
 from dcdit.training.callbacks.throughput import logging_interval
-from dcdit.training.metrics import over_ranks, routing_metrics, step_metrics
+from dcdit.training.metrics import BatchMetrics, over_ranks, routing_metrics, step_metrics
 from dcdit.training.objective import balanced_timesteps, drop_fraction_at, ratio_loss, target_compression
+from dcdit.training.resume import prepare, same_on_all, tidy
 from dcdit.training.settings import MultiBudgetSettings, OptimizerSettings, RatioSettings
 
 _ALL_RANKS = 2**32 - 1
@@ -77,8 +77,11 @@ class DCDiTModule(pl.LightningModule):
         self.seed = seed
         self.nonfinite_limit = nonfinite_limit
         self.balance_timesteps = balance_timesteps
+        self.settings: Mapping[str, Any] = {}
+        """What :func:`dcdit.runs.changes.recorded` says of the configuration; saved with the checkpoint."""
         self.tables = Posterior.linear()
         self.skipped = torch.zeros(2)  # steps skipped: in all, and in a row
+        self._batch = BatchMetrics()
 
     # ---- steps -------------------------------------------------------------------------------------------------
 
@@ -106,13 +109,14 @@ class DCDiTModule(pl.LightningModule):
             ratio = ratio_loss(output.routing.prob, output.routing.natural_mask, target, self.ratio.group)
             loss = loss + self.ratio.weight * ratio
             metrics |= {"train/ratio_loss": ratio, **routing_metrics(output.routing, world)}
-        self._log({**metrics, "train/loss": loss})
+        self._batch.add({**metrics, "train/loss": loss})
+        if micro + 1 == self.trainer.accumulate_grad_batches:
+            self._log(self._batch.take())
         # A non-finite loss poisons the gradients of every rank, whose norm then makes all of them skip the step.
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         """Log what all ranks found, at the steps that are logged."""
-        metrics = {name: value.detach() for name, value in metrics.items()}
         self.log_dict({"loss": metrics["train/loss"]}, prog_bar=True, logger=False)
         trainer = self.trainer
         if trainer.world_size > 1 and not (trainer.global_step + 1) % logging_interval(trainer):
@@ -187,18 +191,23 @@ class DCDiTModule(pl.LightningModule):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
+    @property
+    def healthy(self) -> bool:
+        """Whether the last step was finite, and the weights are."""
+        weights = torch.stack([parameter.detach().float().norm() for parameter in self.parameters()])
+        return not bool(self.skipped[1]) and bool(weights.isfinite().all())
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the count of skipped steps."""
+        """Store the count of skipped steps, and what is trained with."""
         checkpoint["skipped"] = self.skipped.cpu()
+        tidy(checkpoint, self.settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the count of skipped steps; UserError if the checkpoint was trained on latents of another kind."""
-        stored = checkpoint["hyper_parameters"]["latents"]
-        found = LatentSpec.from_plain(self.hparams["latents"], "latents")
-        difference = LatentSpec.from_plain(stored, "the checkpoint's latents").difference(found)
-        if difference:
-            raise UserError(
-                f"the checkpoint was trained on other latents than the shards hold: {difference}. Point data.directory"
-                " at the shards it was trained on, or start another run"
-            )
+        """Restore the count of skipped steps; learning rate, weight decay and schedule are the configuration's."""
         self.skipped = checkpoint["skipped"].to(self.device)
+        fresh: Any = self.configure_optimizers()
+        prepare(checkpoint, self.trainer, fresh["optimizer"], fresh["lr_scheduler"]["scheduler"])
+
+    def on_train_start(self) -> None:
+        """All processes must go on from the same step."""
+        same_on_all(self.trainer, self.trainer.global_step)

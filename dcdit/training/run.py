@@ -14,11 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from dcdit.data.datamodule import LatentDataModule
 from dcdit.data.manifest import Manifest
-from dcdit.errors import UserError
+from dcdit.errors import TrainingError, UserError
 from dcdit.network.blocks import set_execution
+from dcdit.runs.changes import changes, remarks
 from dcdit.runs.lock import sole_writer
-from dcdit.runs.resume import check_same, find_checkpoint, is_finished, leave_queue, note, started
+from dcdit.runs.resume import find_checkpoints, is_finished, leave_queue, note, started
 from dcdit.runs.state import Outcome, RunState, State
+from dcdit.runtime.files import write_text
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.runtime.processes import rank, say
 from dcdit.settings.entry import plain
@@ -26,6 +28,7 @@ from dcdit.training.batching import check_devices
 from dcdit.training.build import build_data, build_module, build_trainer, check_network, match_compute
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
 from dcdit.training.module import DCDiTModule
+from dcdit.training.resume import check_resumed, open_first_whole
 from dcdit.training.settings import GROUPS, TrainPlan
 
 
@@ -48,20 +51,31 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
     # 1. Check what was asked for, before any data are written.
     plan = match_compute(TrainPlan.of(plain(config, sections=GROUPS)))
     check_network(plan)
+    settings = plan.recorded
     with sole_writer(run_dir, rank(), patience):
-        # 2. Look for an earlier part of the run.
-        checkpoint, before = find_checkpoint(plan.run.ckpt_path, run_dir), RunState.read(run_dir)
-        if checkpoint:
-            check_same(plan.values, run_dir)
-        if checkpoint and before and is_finished(before, plan.trainer.max_steps):
+        # 2. Look for an earlier part of the run. Nothing of it is written to before all is known to fit.
+        before, paths = RunState.read(run_dir), find_checkpoints(plan.run.ckpt_path, run_dir)
+        by_itself = plan.run.ckpt_path == "auto"
+        if paths and before and is_finished(before, plan.trainer.max_steps):
+            changes(before.settings, settings, before.step, by_itself)
             leave_queue(None, run_dir)
             where = f"{os.path.relpath(run_dir)} is finished, at step {before.step}"
             say(f"{where}: train on with a larger trainer.max_steps")
             return Outcome(State.FINISHED, before.step, before.metrics)
-        leave_queue(before, run_dir)
         check_devices(plan)
-        restarts = plan.values["cluster"].get("max_restarts")
-        state = started(before, run_dir, plan.trainer.max_steps, plan.run.run_id, restarts)
+        resumed = open_first_whole(paths)
+        step = resumed.step if resumed else 0
+        found = changes(resumed.settings, settings, step, by_itself) if resumed else ()
+        state = started(
+            before,
+            run_dir,
+            plan.trainer.max_steps,
+            run_id=plan.run.run_id,
+            max_restarts=plan.values["cluster"].get("max_restarts"),
+            batch_size=plan.batch_size,
+            settings=settings,
+            found=found,
+        )
         config.run_id = state.id
         # 3. Open the data, and see that the network takes them.
         data, manifest = open_data(plan)
@@ -69,20 +83,28 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         keep_freed_memory()
         pl.seed_everything(plan.run.seed, workers=True, verbose=False)
         module = build_module(plan, manifest.spec)
+        module.settings = settings
         manifest.spec.check_network(module.network)
         module.network.to(memory_format=torch.channels_last)  # which convolutions prefer, on CPUs and tensor cores
         set_execution(module.network, plan.execution.compile, plan.execution.activation_checkpointing)
         interrupt = StopOnInterrupt()
-        trainer = build_trainer(plan, config, interrupt)
+        if resumed:
+            check_resumed(resumed, module.network, manifest.spec, manifest.samples)
+        trainer = build_trainer(plan, config, interrupt, resumed.trained.values if resumed else None)
+        path, resumed = resumed.path if resumed else None, None  # Lightning gives its memory back
         # 5. Write down what is trained.
-        say(words(module, plan, trainer.world_size, state.began if checkpoint else 0))
+        leave_queue(before, run_dir)
+        say(words(module, plan, trainer.world_size, step))
+        if found:
+            say(remarks(found))
         save_settings(plan, state, trainer, run_dir)
         note(state, run_dir)
         # 6. Train.
         try:
-            trainer.fit(module, data, ckpt_path=checkpoint)
+            trainer.fit(module, data, ckpt_path=path)
         finally:
             end_curves()
+        check_trained(module, trainer.global_step)
         # 7. Write down how it ended.
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         outcome = Outcome(interrupt.outcome(trainer), trainer.global_step, metrics)
@@ -91,6 +113,18 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         say(next_words(outcome, run_dir, inside_job))
         trainer.strategy.barrier()  # a process that leaves a job early takes the others with it
         return outcome
+
+
+def check_trained(module: DCDiTModule, step: int) -> None:
+    """Raise :class:`TrainingError` if the last steps, or all, were skipped: such a run is not finished."""
+    total, in_a_row = (int(count) for count in module.skipped)
+    if in_a_row:
+        which = "none of the steps" if total >= step else f"none of the last {in_a_row} steps"
+        raise TrainingError(
+            f"{which} up to step {step} had finite gradients: the run is not finished. The newest checkpoint is from"
+            " before. Look at the latents (python -m dcdit.inspect_latents), lower optimizer.lr, or use"
+            " trainer.precision=32-true, and resume with ckpt_path=last"
+        )
 
 
 def open_data(plan: TrainPlan) -> tuple[LatentDataModule, Manifest]:
@@ -114,7 +148,7 @@ def save_settings(plan: TrainPlan, state: RunState, trainer: pl.Trainer, run_dir
         "trainer": {**plan.values["trainer"], **asdict(plan.trainer)},
     }
     if not rank():
-        OmegaConf.save(OmegaConf.create(dict(settings)), run_dir / "config.yaml")
+        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(settings))))
     for logger in trainer.loggers:
         logger.log_hyperparams(dict(settings))
 

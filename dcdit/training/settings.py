@@ -1,7 +1,7 @@
 """What a user may say about training. No torch here, so that mistakes show at once."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from dcdit.checks import (
@@ -13,11 +13,13 @@ from dcdit.checks import (
     NonNegative,
     Positive,
     Seed,
+    call_checked,
     checked,
     conform,
 )
 from dcdit.errors import UserError
-from dcdit.settings.schema import call_checked
+from dcdit.runs.changes import recorded
+from dcdit.runs.state import RunId
 
 
 @checked
@@ -173,7 +175,7 @@ class RunSettings:
     run_name: str
     run_dir: str
     ckpt_path: str | None
-    run_id: str | None
+    run_id: RunId | None
     nonfinite_limit: Count
     balance_timesteps: bool
 
@@ -214,6 +216,11 @@ class TrainPlan:
     def batch_size(self) -> int:
         """Samples of an optimiser step over all processes and micro-batches."""
         return int(conform("data.batch_size", self.values["data"].get("batch_size"), Count))
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Of all this, by key, what the course of a run depends on."""
+        return recorded({**self.values, "trainer": {**self.values["trainer"], **asdict(self.trainer)}})
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "TrainPlan":

@@ -12,39 +12,49 @@ from lightning.pytorch import callbacks
 
 from dcdit.checks import Count, checked
 from dcdit.errors import UserError
+from dcdit.runs.resume import LAST, checkpoint_name, checkpoints_in
+from dcdit.runtime.files import UnwritableError, replacing, unwritable
+from dcdit.runtime.processes import say
+from dcdit.runtime.signals import shielded
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to disk and renames; reads tensors and plain values only."""
+    """Writes whole checkpoints or none; hands over the one that a run goes on from, which was read and checked before.
+
+    Args:
+        opened: that checkpoint's content; None if the run begins.
+    """
+
+    def __init__(self, opened: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self._opened = opened
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Replace ``path`` by ``checkpoint`` at once or not at all; UserError if the disk does not take it."""
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.part")
         try:
-            with draft.open("wb") as file:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            draft.unlink(missing_ok=True)
-            raise UserError(
-                f"checkpoint {target} cannot be written ({error}): make room on the disk, then resume with"
-                " ckpt_path=last; earlier checkpoints are whole"
-            ) from error
-        draft.replace(target)
+        except (UnwritableError, OSError) as error:
+            words = unwritable(target, error) if isinstance(error, OSError) else str(error)
+            raise UserError(f"{words}; earlier checkpoints are whole: resume with ckpt_path=last") from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Load ``path`` onto the CPU, without ever running pickled code."""
-        return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
+        """The checkpoint that was opened; its memory is given back with Lightning's own reference."""
+        assert self._opened is not None
+        opened, self._opened = self._opened, None
+        return {**opened, "pytorch-lightning_version": pl.__version__}  # ours: there is nothing to migrate
 
 
 @checked
 class Checkpoint(callbacks.Checkpoint):
     """A checkpoint every k optimiser steps and at the end of the run; ``last.ckpt`` is the newest of them.
+
+    It is written when all that its step logs is written; one more before every validation. While steps are skipped,
+    because their gradients are not finite, or weights are not, none is written: every checkpoint is one to go on from.
 
     Args:
         dirpath: where to.
@@ -65,43 +75,62 @@ class Checkpoint(callbacks.Checkpoint):
         """Where a run begins or goes on there is nothing to save."""
         self._saved = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Save every k optimiser steps."""
-        if trainer.global_step % self.every_n_steps == 0:
+        """Save the step before, if it is one of every k."""
+        if batch_idx % trainer.accumulate_grad_batches == 0 and trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save first: a validation may take long or fail, and whoever stops the run need not wait for it."""
+        self.save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the final step too, wherever it falls. Later than here the average has replaced the raw weights."""
         self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Save the current step unless that has been done, and drop what need not stay."""
+        """Save the current step unless that has been done or must not be, and drop what need not stay."""
         step = trainer.global_step
         if step == self._saved or trainer.sanity_checking:
             return
-        path = self.folder / f"step_{step:08d}.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)  # all of it: moments and position too
         self._saved = step
-        if trainer.is_global_zero:
-            self._point_to(path)
-            self._prune()
+        if not trainer.lightning_module.healthy:
+            say(f"No checkpoint of step {step}: its gradients or weights are not finite")
+            return
+        with shielded():
+            path = self.folder / checkpoint_name(step)
+            trainer.save_checkpoint(path, weights_only=False)  # all of it: moments and position too
+            if trainer.is_global_zero:
+                link(path, self.folder / LAST)
+                self._prune()
 
-    def _point_to(self, path: Path) -> None:
-        """Make ``last.ckpt`` the same file as ``path``; a copy where the file system has no links."""
-        draft = self.folder / ".last.ckpt.part"
-        draft.unlink(missing_ok=True)
-        try:
-            os.link(path, draft)
-        except OSError:
-            shutil.copyfile(path, draft)
-        draft.replace(self.folder / "last.ckpt")
+    def protect(self, name: str) -> Path | None:
+        """Keep the newest checkpoint under ``name``, which is not pruned; None if there is none."""
+        newest = next(iter(self._steps().values()), None)
+        if newest is None:
+            return None
+        link(newest, self.folder / name)
+        return self.folder / name
+
+    def _steps(self) -> dict[int, Path]:
+        return checkpoints_in(self.folder)
 
     def _prune(self) -> None:
-        if self.keep is None:
-            return
-        steps = {int(path.stem.removeprefix("step_")): path for path in self.folder.glob(f"step_{'[0-9]' * 8}.ckpt")}
-        for step in sorted(steps)[: -self.keep]:
-            if self.milestone_every is None or step % self.milestone_every:
-                steps[step].unlink(missing_ok=True)
+        if self.keep is not None:
+            for step, path in list(self._steps().items())[self.keep :]:
+                if self.milestone_every is None or step % self.milestone_every:
+                    path.unlink(missing_ok=True)
+
+
+def link(path: Path, name: Path) -> None:
+    """Make ``name`` another name of the file ``path``, at once; a copy where the file system has no links."""
+    draft = name.with_name(f".{name.name}.link")
+    draft.unlink(missing_ok=True)
+    try:
+        os.link(path, draft)
+    except OSError:
+        with replacing(draft) as target, path.open("rb") as source:
+            shutil.copyfileobj(source, target, 1 << 22)
+    draft.replace(name)

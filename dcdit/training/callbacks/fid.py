@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from dcdit.checkpoints.load import Model
-from dcdit.checks import Count, DropFraction, Natural, NotEmpty, Seed, TimeFraction, checked
+from dcdit.checks import Count, DropFraction, Natural, NotEmpty, Seed, TimeFraction, build_named, call_checked, checked
 from dcdit.compute.flops import Cost
 from dcdit.data.autoencoder import LatentDecoder, load_decoder
 from dcdit.data.latents import LatentSpec
@@ -30,7 +30,6 @@ from dcdit.runtime.processes import say
 from dcdit.sampling.figures import Frames, save_boundaries, save_grid
 from dcdit.sampling.generate import generate
 from dcdit.sampling.setup import check_guidance
-from dcdit.settings.schema import build_named, call_checked
 
 _CHUNK = 500  # images of a task on the reference
 

@@ -9,11 +9,14 @@ from lightning.pytorch.callbacks import Callback
 
 from dcdit.runs.state import State
 from dcdit.runtime.processes import say
-from dcdit.runtime.signals import STOP_SIGNALS
+from dcdit.runtime.signals import STOP_SIGNALS, interrupt
 
 
 class StopOnInterrupt(Callback):
-    """On Ctrl-C, SIGTERM or SIGUSR2 finish the step, save, and say how to resume; a second Ctrl-C stops at once.
+    """On Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 finish the step, save, and say how to resume.
+
+    A second Ctrl-C stops at once, but does not tear a checkpoint that is being written. A validation that is not due is
+    not run; one that is, after the checkpoint.
 
     Several processes agree every few steps, for the signal need not reach all of them, nor in the same step.
     """
@@ -27,11 +30,13 @@ class StopOnInterrupt(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the signals, after Lightning, whose own handler of SIGTERM stops without saving."""
-        self._previous = {each: signal.signal(each, self._handle) for each in STOP_SIGNALS}
+        # Who started this with nohup wants it to outlive the terminal.
+        ignored = {each for each in STOP_SIGNALS if signal.getsignal(each) is signal.SIG_IGN}
+        self._previous = {each: signal.signal(each, self._handle) for each in STOP_SIGNALS if each not in ignored}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signalled:
-            raise KeyboardInterrupt
+            interrupt()
         if self.signalled:
             return  # SLURM sends several, one after the other
         self.signalled = True
@@ -50,6 +55,9 @@ class StopOnInterrupt(Callback):
             self.signalled = trainer.strategy.reduce_boolean_decision(self.signalled, all=False)
         if self.signalled:
             trainer.should_stop = True
+            every = trainer.val_check_batch
+            if not isinstance(every, int) or (batch_idx + 1) % every:  # Lightning would validate before it stops
+                trainer.limit_val_batches = 0
 
     def outcome(self, trainer: pl.Trainer) -> State:
         """How training ended; a signal that came in the last step interrupted nothing."""

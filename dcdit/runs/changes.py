@@ -1,0 +1,147 @@
+"""What may change when a run goes on, and what may not."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from dcdit.checks import Natural, shown
+from dcdit.errors import UserError
+
+
+class Kind(Enum):
+    """Of a configuration value, for a run that goes on."""
+
+    UNSEEN = "changes nothing that is computed: not recorded"
+    EFFECT = "may change, takes effect, and is recorded"
+    REMARK = "may change, with a remark: the run is no longer one experiment"
+    NEVER = "may not change"
+
+
+KINDS: dict[str, Kind] = {
+    "model": Kind.NEVER,
+    "seed": Kind.NEVER,
+    "callbacks.ema": Kind.NEVER,
+    "compression": Kind.REMARK,
+    "ratio": Kind.REMARK,
+    "multi_budget": Kind.REMARK,
+    "balance_timesteps": Kind.REMARK,
+    "trainer.precision": Kind.REMARK,
+    "trainer.gradient_clip_val": Kind.REMARK,
+    "data.batch_size": Kind.REMARK,
+    "data.shuffle_buffer": Kind.REMARK,
+    "optimizer": Kind.EFFECT,
+    "trainer": Kind.EFFECT,
+    "execution": Kind.EFFECT,
+    "nonfinite_limit": Kind.EFFECT,
+    "data.num_workers": Kind.EFFECT,
+    "data.corrupt_limit": Kind.EFFECT,
+    "callbacks.checkpoint.every_n_steps": Kind.EFFECT,
+    "callbacks.checkpoint.keep": Kind.EFFECT,
+    "callbacks.checkpoint.milestone_every": Kind.EFFECT,
+    "callbacks": Kind.UNSEEN,
+    "cluster": Kind.UNSEEN,
+    "ckpt_path": Kind.UNSEEN,
+    "data": Kind.UNSEEN,  # what the latents are is compared by itself, wherever they lie
+    "logger": Kind.UNSEEN,
+    "match_compute": Kind.UNSEEN,  # which comes to trainer.max_steps
+    "paths": Kind.UNSEEN,
+    "resolution": Kind.UNSEEN,  # whose values stand in the model
+    "run_dir": Kind.UNSEEN,
+    "run_id": Kind.UNSEEN,
+    "run_name": Kind.UNSEEN,
+}
+"""By the key, or the section that holds it; the longest that fits decides."""
+
+EXPERIMENT = ("compression", "ratio", "multi_budget", "optimizer")
+"""What may change when it is asked for, but not by ``ckpt_path=auto``: a sweep's directories are named by what varies
+in it, and the next sweep may vary something else."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A value that a run took up when it went on.
+
+    Attributes:
+        step: the last optimiser step with the value before.
+        key: of the configuration.
+        before, now: as a user would write them.
+    """
+
+    step: Natural
+    key: str
+    before: str
+    now: str
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return f"{self.key}={self.now} from step {self.step} on, {self.before} before"
+
+
+def kind_of(key: str) -> Kind:
+    """The kind of a configuration value; KeyError if the table has forgotten it."""
+    place = key
+    while place not in KINDS:
+        place, dot, _ = place.rpartition(".")
+        if not dot:
+            raise KeyError(key)
+    return KINDS[place]
+
+
+def recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a training configuration, by key, what the course of a run depends on; no paths, names or accounts."""
+    found = {key: value for key, value in leaves(values) if kind_of(key) is not Kind.UNSEEN}
+    return {key: value for key, value in found.items() if not key.endswith("._target_")}
+
+
+def leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The single values in nested mappings, by their keys."""
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping):
+            yield from leaves(value, where)
+        else:
+            yield where, value
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], step: int, by_itself: bool) -> tuple[Change, ...]:
+    """What differs between what :func:`recorded` returned then and returns now.
+
+    Args:
+        before, now: by key.
+        step: that the run has come to.
+        by_itself: whether the run goes on because there is one (``ckpt_path=auto``), and not because somebody said so.
+
+    Raises:
+        UserError: naming both values, if one may not change.
+    """
+    found = []
+    for key in {**now, **before}:
+        if before.get(key) == now.get(key):
+            continue
+        change = Change(step, key, shown(before.get(key)), shown(now.get(key)))
+        if kind_of(key) is Kind.NEVER:
+            raise UserError(
+                f"{key}={change.now}: the run was trained with {change.before} up to step {step}, and cannot go on with"
+                f" another value. Set {key}={change.before}, or start another run with run_name=..."
+            )
+        if by_itself and key.split(".")[0] in EXPERIMENT:
+            raise UserError(
+                f"{key}={change.now}: the run was trained with {change.before} up to step {step}, and ckpt_path=auto"
+                " does not go on with another experiment. Take another run_name, or, to train on with the new value,"
+                " ckpt_path=last"
+            )
+        found.append(change)
+    return tuple(found)
+
+
+def remarks(found: tuple[Change, ...]) -> str:
+    """What to tell about changes; empty if there are none."""
+    if not found:
+        return ""
+    lines = [f"Going on with other values than before: {'; '.join(change.words for change in found)}."]
+    mixed = [change.key for change in found if kind_of(change.key) is Kind.REMARK]
+    if mixed:
+        lines.append(f"From here on this is another experiment ({', '.join(mixed)}): its figures stand for a mixture.")
+    return "\n".join(lines)

@@ -1,0 +1,63 @@
+"""Notices a run that explodes while its numbers are still finite."""
+
+from collections import deque
+from statistics import median
+from typing import Annotated, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from dcdit.checks import Bounds, Count, checked
+from dcdit.runtime.processes import say
+from dcdit.training.callbacks.checkpoint import Checkpoint
+from dcdit.training.callbacks.throughput import logging_interval
+
+Factor = Annotated[float, Bounds(1, open_low=True, hint="5 warns when the loss is five times its running median")]
+
+
+@checked
+class LossWatch(Callback):
+    """Warns when the logged loss is far above its running median, and keeps the newest checkpoint from before.
+
+    The checkpoint stays as ``before_step_*.ckpt``, whatever is pruned later. One warning for each time the loss leaves
+    its range.
+
+    Args:
+        factor: how far above the median is far.
+        window: logged losses that the median is taken of; none is judged before there are so many.
+
+    Raises:
+        UserError: if a number is out of range.
+    """
+
+    def __init__(self, factor: Factor, window: Count) -> None:
+        self.factor, self.window = factor, window
+        self._seen: deque[float] = deque(maxlen=window)
+        self._far = False
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss when it is logged."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % logging_interval(trainer):
+            return
+        loss = float(trainer.callback_metrics["train/loss"])
+        usual = median(self._seen) if len(self._seen) == self.window else None
+        far = usual is not None and not loss <= self.factor * usual
+        if far and not self._far:
+            self._warn(trainer, loss, usual)
+        self._far = far
+        if not far:
+            self._seen.append(loss)
+
+    def _warn(self, trainer: pl.Trainer, loss: float, usual: float | None) -> None:
+        kept = None
+        if trainer.is_global_zero:
+            for each in trainer.checkpoint_callbacks:
+                if isinstance(each, Checkpoint):
+                    kept = each.protect(f"before_step_{trainer.global_step:08d}.ckpt")
+        where = f"The newest checkpoint from before stays as {kept}." if kept else "There is no checkpoint before it."
+        say(
+            f"Step {trainer.global_step}: the loss is {loss:.4g}, its median of {self.window} logged ones {usual:.4g}."
+            f" {where} If it does not come back, go on from there with ckpt_path=... and a lower optimizer.lr"
+        )

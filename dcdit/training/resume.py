@@ -1,0 +1,202 @@
+"""How a run goes on: a checkpoint is read and compared as a whole before anything is written.
+
+A checkpoint counts in optimiser steps and samples. What Lightning counts in micro-batches, and what follows from the
+configuration (learning rate, weight decay, schedule), is put together anew when a run goes on: another split of the
+batch does not shift it, and a changed value takes effect.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import callbacks
+from torch import Tensor
+
+from dcdit.checkpoints.load import Trained, read_trained
+from dcdit.checkpoints.read import DamagedError
+from dcdit.checks import conform, shown
+from dcdit.data.datamodule import StreamState
+from dcdit.data.latents import LatentSpec
+from dcdit.errors import UserError
+from dcdit.network import Network
+from dcdit.runtime.processes import say
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint that a run goes on from.
+
+    Attributes:
+        path: the file.
+        trained: its content.
+        settings: what :func:`dcdit.runs.changes.recorded` said when it was written.
+        position: the place in the data.
+    """
+
+    path: Path
+    trained: Trained
+    settings: Mapping[str, Any]
+    position: StreamState
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return self.trained.step
+
+
+def open_first_whole(paths: Sequence[Path]) -> Resumed | None:
+    """The first of several checkpoints that is whole; says which are not. None if there are none.
+
+    Raises:
+        UserError: if none is whole, or the first whole one cannot be gone on from.
+    """
+    damaged: list[DamagedError] = []
+    for path in paths:
+        try:
+            found = _open(path)
+        except DamagedError as error:
+            if len(paths) == 1:
+                raise
+            damaged.append(error)
+            continue
+        for each in damaged:
+            say(f"{each}. Going on from the one before it, {path.name}, step {found.step}")
+        return found
+    if damaged:
+        raise UserError(
+            f"none of the {len(damaged)} checkpoints in {paths[0].parent} is whole, the newest: {damaged[0]}. Restore"
+            " one, or start another run with run_name=..."
+        )
+    return None
+
+
+def _open(path: Path) -> Resumed:
+    trained = read_trained(path)
+    values = trained.values
+    try:
+        settings = conform("settings", values["settings"], dict[str, Any])
+        position = conform("LatentDataModule", values["LatentDataModule"], StreamState)
+        conform("skipped", values["skipped"], Tensor)
+        states = conform("optimizer_states", values["optimizer_states"], list[dict[str, Any]])
+        moments = conform("state", states[0]["state"], dict[str, Any])
+        for number, state in moments.items():
+            conform(f"state.{number}", state, dict[str, Tensor])
+    except (KeyError, IndexError) as error:
+        raise UserError(f"ckpt_path={path} was not written by dcdit.train: it lacks {error}") from None
+    except UserError as error:
+        raise UserError(f"ckpt_path={path} cannot be gone on from: {error}") from None
+    return Resumed(path, trained, settings, position)
+
+
+def check_resumed(resumed: Resumed, network: Network, latents: LatentSpec, samples: int) -> None:
+    """See that a run can go on from a checkpoint.
+
+    Args:
+        resumed: the checkpoint.
+        network: that is trained.
+        latents: what the shards hold.
+        samples: of an epoch.
+
+    Raises:
+        UserError: with both values, if the latents differ, or the checkpoint contradicts itself.
+    """
+    difference = resumed.trained.latents.difference(latents)
+    if difference:
+        raise UserError(
+            f"the checkpoint was trained on other latents than the shards hold: {difference}. Point data.directory"
+            " at the shards it was trained on, or start another run"
+        )
+    position = resumed.position
+    if position.step != resumed.step or position.samples != samples or position.place.samples > samples:
+        raise UserError(
+            f"the checkpoint stands at step {position.step} in an epoch of {position.samples} samples, the shards hold"
+            f" {samples}: point data.directory at the shards it was trained on, or start another run"
+        )
+    shapes = [parameter.shape for parameter in network.parameters()]
+    moments = resumed.trained.values["optimizer_states"][0]["state"]
+    for number, state in moments.items():
+        wanted = shapes[number] if isinstance(number, int) and number < len(shapes) else None
+        for name, tensor in state.items():
+            if tensor.numel() != 1 and tensor.shape != wanted:
+                raise UserError(f"ckpt_path={resumed.path}: {name} of parameter {number} is not shaped as it is")
+    if resumed.trained.values["skipped"].shape != (2,):
+        raise UserError(f"ckpt_path={resumed.path}: skipped is not two counts")
+
+
+def tidy(checkpoint: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Leave out of a checkpoint what :func:`prepare` puts together anew, and put in what was trained with."""
+    for key in ("loops", "lr_schedulers", "epoch", "hparams_name", "pytorch-lightning_version"):
+        checkpoint.pop(key, None)
+    checkpoint["optimizer_states"] = [{"state": each["state"]} for each in checkpoint["optimizer_states"]]
+    checkpoint["settings"] = dict(settings)
+
+
+def prepare(
+    checkpoint: dict[str, Any],
+    trainer: pl.Trainer,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+) -> None:
+    """Make of a stored checkpoint what Lightning restores.
+
+    Args:
+        checkpoint: as it was stored; is changed.
+        trainer: that goes on.
+        optimizer, schedule: as the configuration says now, at their beginning.
+    """
+    step = int(checkpoint["global_step"])
+    rates = [
+        base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]  # as LambdaLR computes them
+    groups = optimizer.state_dict()["param_groups"]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    checkpoint["optimizer_states"] = [{**checkpoint["optimizer_states"][0], "param_groups": groups}]
+    place = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    checkpoint["lr_schedulers"] = [{**schedule.state_dict(), **place}]
+    checkpoint["loops"] = {"fit_loop": _loops(trainer, step)}
+    checkpoint["epoch"] = 0  # there is one, without end
+    known = checkpoint.get("callbacks", {})
+    own = {each.state_key: each for each in trainer.callbacks}  # type: ignore[attr-defined]
+    checkpoint["callbacks"] = {
+        key: {"latest_update_step": step} if isinstance(own[key], callbacks.WeightAveraging) else state
+        for key, state in known.items()
+        # what writes checkpoints is told where by the configuration alone, never by a file
+        if key in own and not isinstance(own[key], callbacks.Checkpoint)
+    }
+
+
+def _loops(trainer: pl.Trainer, step: int) -> dict[str, Any]:
+    """The state of Lightning's loops after so many optimiser steps of one endless epoch, before their validation."""
+    batches = step * trainer.accumulate_grad_batches
+    state: dict[str, Any] = trainer.fit_loop.state_dict()
+    counts = {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+    steps = {"ready": step, "completed": step}
+    state["epoch_loop.state_dict"] = {"_batches_that_stepped": step - 1}
+    state["epoch_loop.batch_progress"] |= {"total": counts, "current": dict(counts)}
+    state["epoch_loop.scheduler_progress"] = {"total": steps, "current": dict(steps)}
+    zeroed = {**steps, "started": step}
+    state["epoch_loop.automatic_optimization.optim_progress"] = {
+        "optimizer": {
+            "step": {"total": dict(steps), "current": dict(steps)},
+            "zero_grad": {"total": zeroed, "current": dict(zeroed)},
+        }
+    }
+    first = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    state["epoch_progress"] = {"total": first, "current": dict(first)}
+    return state
+
+
+def same_on_all(trainer: pl.Trainer, step: int) -> None:
+    """Raise :class:`UserError` if the processes of a run go on from different steps."""
+    if trainer.world_size > 1:
+        first = trainer.strategy.broadcast(step)
+        agreed = trainer.strategy.reduce_boolean_decision(first == step)
+        if not agreed:
+            raise UserError(
+                f"ckpt_path: the processes of the run see different checkpoints (step {shown(first)} and others):"
+                " wait until the file system shows the same everywhere, or name a checkpoint with ckpt_path=..."
+            )
