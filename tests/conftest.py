@@ -63,6 +63,7 @@ def tiny(digits: Path, tmp_path: Path):
         train(compose_config(*TINY, f"data.directory={digits}", *overrides), run_dir)
         return run_dir
 
+    run.folder = tmp_path  # type: ignore[attr-defined]
     return run
 
 

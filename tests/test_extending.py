@@ -157,11 +157,11 @@ def test_a_router(follow, trained, tmp_path):
 
 def test_a_sampler_follows_the_same_way_as_ddim(follow):
     follow("A sampler")
+    from dcdit.checks import build_named
     from dcdit.diffusion.guidance import GuidedOutput
     from dcdit.diffusion.samplers import Sampler, sample_generator
     from dcdit.diffusion.schedule import linear_betas
     from dcdit.diffusion.settings import DDIM, SAMPLERS
-    from dcdit.settings.schema import build_named
 
     alpha_bar = (1 - linear_betas()).cumprod(0)
 

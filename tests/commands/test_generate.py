@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from support.configs import compose_config
+from support.damage import damaged
 
 from dcdit import generate, sample
 from dcdit.errors import UserError
@@ -81,6 +82,31 @@ def test_any_number_of_processes_and_any_break_make_the_same_bytes(run, monkeypa
     assert (folder / "samples.npz").read_bytes() == whole
 
 
+def test_a_finished_file_that_was_damaged_is_noticed(run):
+    folder = run("out")
+    whole = (folder / "samples.npz").read_bytes()
+    for place, share in (("flip", 0.3), ("cut", 0.9)):
+        (folder / "samples.npz").write_bytes(damaged(whole, (place, share, 2)))
+        with pytest.raises(UserError, match=r"samples\.npz is damaged .*delete it"):
+            run("out")
+    (folder / "samples.npz").unlink()
+    run("out")
+    assert (folder / "samples.npz").read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", [("cut", 0.0, 0), ("cut", 0.7, 0), ("flip", 0.6, 1)])
+@pytest.mark.parametrize("which", ["chunk-000000.npy", "task-000000.json"])
+def test_parts_that_a_power_loss_has_damaged_are_made_again(run, monkeypatch, damage, which):
+    whole = (run("whole") / "samples.npz").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "processes", lambda: (0, 2))  # one of two: nothing is joined yet
+        folder = run("broken")
+    path = folder / ".generation" / which
+    path.write_bytes(damaged(path.read_bytes(), damage))
+    run("broken")
+    assert (folder / "samples.npz").read_bytes() == whole
+
+
 def test_other_images_are_not_mixed_in(run, tmp_path):
     run("out")
     for override, message in (
@@ -93,7 +119,7 @@ def test_other_images_are_not_mixed_in(run, tmp_path):
             run("out", override)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "samples.npz").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"samples.npz is there, but not what it holds"):
+    with pytest.raises(UserError, match=r"samples.npz is there, but samples.json does not say what it holds"):
         run("foreign")
 
 

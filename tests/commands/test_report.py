@@ -1,5 +1,6 @@
 """The page of quality against compute, also as a browser shows it."""
 
+import base64
 import csv
 import json
 import re
@@ -63,7 +64,7 @@ def written(runs: Path, out: Path, *overrides: str) -> Path:
 
 
 def test_seeds_are_one_curve_and_baselines_points(runs):
-    (section,) = arrange(read_results([str(runs)]))
+    (section,) = arrange(read_results([str(runs)])[0])
     plain, small = sorted(section.series, key=lambda series: series.name)
     assert (plain.name, plain.network, len(plain.points)) == ("plain <DiT>", "DiT/2", 1)
     assert (small.name, small.network) == ("small", "DC-DiT")
@@ -78,7 +79,7 @@ def test_what_was_measured_again_counts_once(runs, tmp_path):
     values["plan"]["batch_size"], values["metrics"]["fid_torch"] = 7, -1.0
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "again.json").write_text(json.dumps(values))
-    before, after = (read_results(places) for places in ([str(runs)], [str(runs), str(tmp_path)]))
+    before, after = (read_results(places)[0] for places in ([str(runs)], [str(runs), str(tmp_path)]))
     assert len(after) == len(before)
     assert [each.values["metrics"]["fid_torch"] for each in after].count(-1.0) == 1  # the newer one
 
@@ -86,10 +87,10 @@ def test_what_was_measured_again_counts_once(runs, tmp_path):
 def test_other_settings_are_another_section(runs, tmp_path):
     (path, *_) = (runs / "small_sweep").rglob("evaluation/*.json")
     values = json.loads(path.read_text())
-    values["plan"]["sampler"]["steps"] = 4
+    values["plan"]["guidance"]["scale"] = 4.0
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "other.json").write_text(json.dumps(values))
-    sections = arrange(read_results([str(runs), str(tmp_path)]))
+    sections = arrange(read_results([str(runs), str(tmp_path)])[0])
     assert [sum(len(p.results) for s in section.series for p in s.points) for section in sections] in ([5, 1], [1, 5])
     page = written(runs, tmp_path / "report", f"runs=[{runs},{tmp_path}]")
     plots = {file.name for file in page.parent.glob("*.png")}
@@ -163,7 +164,64 @@ def test_mistakes(tmp_path):
 
 def test_a_damaged_result_is_named(tmp_path):
     (tmp_path / "evaluation").mkdir()
-    for content, message in (("{", "is no result"), ('{"schema": 0}', "another release"), ("{}", "is no result")):
+    for content, message in (("{", "it is no JSON"), ('{"schema": 0}', "another release"), ("{}", "is no result")):
         (tmp_path / "evaluation" / "x.json").write_text(content)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=rf"x\.json.*{message}"):
             read_results([str(tmp_path)])
+
+
+def change(values: dict, key: str, value: object) -> None:
+    """Set a dotted key of nested values."""
+    *way, last = key.split(".")
+    for name in way:
+        values = values[name]
+    values[last] = value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("run", ["x"], r"run=\['x'\] is not a text"),
+        ("tflops_per_image", -1.0, "tflops_per_image=-1 is negative"),
+        ("metrics.fid_torch", "low", "metrics.fid_torch='low' is not a number"),
+        ("plan.metrics", ["fid", "best"], "plan.metrics='best' is not one of"),
+        ("plan.guidance.drop_fraction", 1.5, r"plan.guidance.drop_fraction=1.5 is outside"),
+        ("plan.sampler.steps", 10**12, "keep_ratio has not the 1000000000000 steps"),
+        ("keep_ratio.timesteps", [1.0], "keep_ratio has not the"),
+        ("training", None, "training=null is no section"),
+    ],
+)
+def test_one_bad_result_does_not_take_the_report_down(runs, tmp_path, capsys, key, value, message):
+    (path, *_) = (runs / "small_sweep").rglob("evaluation/*.json")
+    values = json.loads(path.read_text())
+    change(values, key, value)
+    (tmp_path / "evaluation").mkdir()
+    bad = tmp_path / "evaluation" / "bad.json"
+    bad.write_text(json.dumps(values))
+    results, left_out = read_results([str(runs), str(tmp_path)])
+    assert len(results) == 5
+    assert len(left_out) == 1
+    assert re.search(message, left_out[0])
+    assert str(bad) in left_out[0]
+    page = written(runs, tmp_path / "report", f"runs=[{runs},{tmp_path}]")
+    assert "Left out: " in capsys.readouterr().out
+    assert "Left out: " in page.read_text()
+
+
+def test_what_a_stranger_may_call_a_run_is_shown_as_it_is(runs, tmp_path):
+    """Formulas, markup and links: nothing of it is followed, and the page is drawn."""
+    (path, *_) = (runs / "small_sweep").rglob("evaluation/*.json")
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(path.with_suffix(".png").read_bytes() + b"do not follow")
+    for number, name in enumerate(("a$\\frac{$b", "<script>alert(1)</script>", "=cmd()", "_hidden", "[red]x[/]")):
+        values = json.loads(path.read_text()) | {"run": name}
+        file = tmp_path / "stranger" / str(number) / "evaluation" / "x.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(values))
+        file.with_suffix(".png").symlink_to(secret)
+    page = report.run(compose_config(f"runs=[{tmp_path}/stranger]", f"out={tmp_path}/report", name="report"))
+    text = page.read_text()
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert base64.b64encode(secret.read_bytes()).decode() not in text
+    assert "'=cmd()" in (tmp_path / "report" / "measurements.csv").read_text()

@@ -1,5 +1,6 @@
 """The order of samples, without any files."""
 
+from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dcdit.checks import conform
 from dcdit.data.order import EpochOrder, Position, Readers
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -56,7 +58,7 @@ def test_entering_at_any_batch_continues_the_order(sizes, readers, seed, start, 
 
     uninterrupted = from_the_start()
     whole = [next(uninterrupted) for _ in range(start + more)]
-    position = Position.from_plain(Position().advance(readers, start, sum(sizes)).to_plain())
+    position = conform("place", asdict(Position().advance(readers, start, sum(sizes))), Position)
     for expected in whole[start:]:
         order = EpochOrder(sizes, seed, position.join(readers))
         if order.first == order.batches:

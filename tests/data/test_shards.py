@@ -1,4 +1,3 @@
-import json
 import os
 from dataclasses import replace
 
@@ -123,32 +122,6 @@ def test_missing_and_cut_shards_are_named(tmp_path):
         Location(str(tmp_path / "else" / "where")).manifest()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"schema_version": 99}, "schema_version is 99"),
-        ({"latent_shape": [4]}, "latent_shape"),
-        ({"surprise": 1}, "surprise"),
-        ({"representation": "median"}, "representation is 'median', this release reads sample and moments"),
-        ({"dtype": "object"}, "dtype is 'object'"),
-        ({"scale": 0}, "scale is 0"),
-        ({"scale": "1"}, "scale is '1'"),
-        ({"shards": [{"name": "x.tar", "samples": 0, "bytes": 1, "sha256": ""}]}, "0 samples"),
-        ({"shards": []}, "no shards"),
-        ({"shards": [{"name": "../x.tar", "samples": 1, "bytes": 1, "sha256": ""}]}, "no name of a shard"),
-    ],
-)
-def test_damaged_manifests_are_refused(tmp_path, change, message):
-    write(tmp_path)
-    path = tmp_path / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError, match=message):
-        Manifest.read(path)
-    path.write_text("{")
-    with pytest.raises(UserError, match="no valid manifest"):
-        Manifest.read(path)
-
-
 def test_latents_of_another_kind_are_told_apart(tmp_path):
     here = write(tmp_path)[0].spec
     assert here.difference(here) is None
@@ -160,9 +133,10 @@ def test_latents_of_another_kind_are_told_apart(tmp_path):
         ({"classes": ("a", "c", "b")}, "class 1 is 'b' there and 'c' here"),
     ):
         assert words in here.difference(replace(here, **change))
-    moved = replace(here, autoencoder="/elsewhere", fingerprint="f")
-    assert replace(here, fingerprint="f").difference(moved) is None
-    assert "fingerprint is f there and g here" in moved.difference(replace(moved, fingerprint="g"))
+    moved = replace(here, autoencoder="/elsewhere", fingerprint="f" * 16)
+    assert replace(here, fingerprint="f" * 16).difference(moved) is None
+    words = moved.difference(replace(moved, fingerprint="a" * 16))
+    assert f"fingerprint is {'f' * 16} there and {'a' * 16} here" in words
 
 
 def test_a_spec_survives_a_checkpoint_and_refuses_nonsense(tmp_path):
@@ -170,7 +144,7 @@ def test_a_spec_survives_a_checkpoint_and_refuses_nonsense(tmp_path):
     assert LatentSpec.from_plain(here.to_plain(), "latents") == here
     for change, words in (
         ({"shape": [3, 2]}, "latents.shape=\\[3, 2\\] has 2 elements, 3 are needed"),
-        ({"shape": [3, 0, 2]}, "latents.shape=0 is not a positive number"),
+        ({"shape": [3, 0, 2]}, "latents.shape=0 is outside"),
         ({"scale": float("nan")}, "latents.scale=nan is not a finite number"),
         ({"classes": []}, "latents.classes=\\[\\] asks for nothing"),
         ({"clases": []}, "did you mean classes"),

@@ -3,13 +3,13 @@ import pytest
 import torch
 from support.configs import golden_folders
 
+from dcdit.checks import build_named
 from dcdit.diffusion.guidance import Guidance, GuidedOutput
 from dcdit.diffusion.samplers import Sampler, sample_generator
 from dcdit.diffusion.schedule import linear_betas
 from dcdit.diffusion.settings import DDIM, DDPM, SAMPLERS, DPMSolver, GuidanceSettings
 from dcdit.errors import UserError
 from dcdit.network import Output
-from dcdit.settings.schema import build_named
 
 ALPHA_BAR = (1 - linear_betas()).cumprod(0)
 

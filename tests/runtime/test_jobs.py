@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,18 @@ MOMENTS = ("before", "half written", "unrecorded", "recorded")
 """When a process may die within a task."""
 
 
+@dataclass(frozen=True)
+class First:
+    """What is recorded of a task."""
+
+    first: int
+
+
+class Squares(ImageJob[First]):
+    def part_path(self, task: int) -> Path:
+        return self.work / f"chunk-{task}.json"
+
+
 class Process:
     """One process of a job whose tasks write the squares of their numbers, and whose result joins them.
 
@@ -33,7 +46,7 @@ class Process:
     """
 
     def __init__(self, folder: Path, count: int, chunk_size: int, death: tuple[int, str] | None = None) -> None:
-        self.job = ImageJob(folder, "squares", {"count": count, "chunk_size": chunk_size}, count, chunk_size)
+        self.job = Squares(First, folder, "squares", {"count": count, "chunk_size": chunk_size}, count, chunk_size)
         self.result, self.death, self.done = folder / "result.json", death, []
 
     def run(self, rank: int, world_size: int) -> None:
@@ -54,7 +67,7 @@ class Process:
         draft.write_text(content)
         draft.replace(draft.with_suffix(".json"))
         self._die("unrecorded")
-        self.job.record(task, {"first": task * self.job.chunk_size})
+        self.job.record(task, First(task * self.job.chunk_size))
         self.done.append(task)
         if self.death == (len(self.done) - 1, "recorded"):
             raise Killed
@@ -63,9 +76,9 @@ class Process:
         if self.death == (len(self.done), moment):
             raise Killed
 
-    def _join(self, records: list[dict]) -> None:
+    def _join(self, records: list[First]) -> None:
         chunks = [json.loads((self.job.work / f"chunk-{task}.json").read_text()) for task in range(self.job.tasks)]
-        assert [record["first"] for record in records] == [task * self.job.chunk_size for task in range(self.job.tasks)]
+        assert [record.first for record in records] == [task * self.job.chunk_size for task in range(self.job.tasks)]
         self.result.write_text(json.dumps([square for chunk in chunks for square in chunk]))
 
 
@@ -109,7 +122,7 @@ def test_another_plan_is_refused_and_the_first_difference_named(tmp_path):
         ({"a": "1 file", "b": "3 files"}, r"'b' has changed .*2 files before, 3 files now"),
     ):
         with pytest.raises(UserError, match=words):
-            ImageJob(tmp_path, "squares", {"source": source}, 1, 1).compare(plans)
+            Squares(First, tmp_path, "squares", {"source": source}, 1, 1).compare(plans)
 
 
 def test_only_one_of_several_processes_finalizes(tmp_path):

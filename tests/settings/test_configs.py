@@ -75,6 +75,31 @@ def test_cpu_precision_follows_the_processor(tmp_path, monkeypatch):
     assert cpu_precision() == "bf16-mixed"
 
 
+@pytest.mark.parametrize(
+    "value", ["a=b/last.ckpt", "a#b", "a b", "grün/日本.ckpt", "it's", "a(1).ckpt", "back\\slash", "a{b"]
+)
+def test_any_path_can_be_given_without_quotes_of_its_own(tmp_path, capsys, value):
+    assert compose_config(*entry.quoted([f"ckpt_path={value}"])).ckpt_path == value
+    result = typed(capsys, tmp_path, "sample", f"checkpoint={value}")
+    assert result.status == 2
+    assert "mismatched" not in result.words
+    assert value.split()[0] in result.words
+
+
+def test_what_hydra_takes_stays_as_it_is():
+    words = [
+        "-m",
+        "seed=0,1",
+        "drop_fractions=[0,0.5]",
+        "++x.y={a:1}",
+        "~model.init",
+        "experiment=b_n4",
+        "--cfg",
+        "job",
+    ]
+    assert entry.quoted(words) == words
+
+
 def test_the_config_of_a_job_is_readable(tmp_path, capsys):
     result = typed(capsys, tmp_path, "train", "experiment=b_n4", "--cfg", "job")
     assert result.status == 0

@@ -47,7 +47,15 @@ TEXT_OR_NUMBER = {"trainer.precision", "trainer.devices", "classes", "trainer.st
 """Numbers, or words that stand for some."""
 
 MAY_BE_ZERO = {
-    *("seed", "data.seed", "data.num_workers", "data.shuffle_buffer", "data.corrupt_limit", "num_workers"),
+    *(
+        "seed",
+        "data.seed",
+        "data.num_workers",
+        "data.shuffle_buffer",
+        "data.corrupt_limit",
+        "corrupt_limit",
+        "num_workers",
+    ),
     *("optimizer.weight_decay", "optimizer.lr_warmup_steps", "ratio.weight", "ratio.curriculum_steps"),
     *("multi_budget.full_budget_steps", "model.label_dropout", "trainer.gradient_clip_val", "guidance.scale"),
     *("callbacks.ema.decay", "callbacks.fid.frames", "callbacks.fid.seed", "callbacks.fid.guidance.scale"),

@@ -1,0 +1,340 @@
+"""A run goes on as if nothing had happened, takes up what was changed, and is refused without being touched."""
+
+import csv
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from support.configs import TINY, compose_config
+from support.processes import Command
+from support.runs import differences, load, logged, start, wait_for
+
+from dcdit.errors import TrainingError, UserError
+from dcdit.runs.changes import KINDS, Kind, kind_of, leaves
+from dcdit.runs.progress import progress_of
+from dcdit.runs.state import RunState, State
+from dcdit.runtime.signals import STOP_SIGNALS, interrupt, shielded
+from dcdit.settings.entry import plain
+from dcdit.settings.help import choices
+from dcdit.training.callbacks import Checkpoint, LossWatch, StopOnInterrupt
+from dcdit.training.module import DCDiTModule
+from dcdit.training.run import train
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_every_key_has_a_kind():
+    groups = ("model", "data", "trainer", "multi_budget", "callbacks", "logger", "cluster", "experiment")
+    for group in groups:
+        for choice in choices(group):
+            for key, _ in leaves(plain(compose_config(f"{group}={choice}"), without="hydra")):
+                kind_of(key)
+    with pytest.raises(KeyError):
+        kind_of("surprise.x")
+
+
+def test_the_documents_have_the_table():
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+    for key, kind in KINDS.items():
+        assert f"| `{key}` | {kind.value.split(':')[0]}" in page, key
+
+
+def test_changed_values_take_effect_and_are_recorded(tiny, caplog):
+    run = tiny("run", "trainer.max_steps=3", "optimizer.lr=0.002", "optimizer.schedule=constant")
+    caplog.clear()
+    tiny("run", "trainer.max_steps=6", "optimizer.lr=0.0005", "optimizer.weight_decay=0.1", "ckpt_path=last")
+    assert "optimizer.lr=0.0005 from step 3 on, 0.002 before" in caplog.text
+    recorded = {change.key: (change.step, change.before, change.now) for change in RunState.read(run).changes}
+    assert recorded["optimizer.lr"] == (3, "0.002", "0.0005")
+    assert recorded["trainer.max_steps"] == (3, "3", "6")
+    assert load(run)["hyper_parameters"]["optimizer"]["lr"] == 0.0005
+    # the same steps by hand: the next three, from the state after three, with the new values
+    other = tiny("other", "trainer.max_steps=3", "optimizer.lr=0.002", "optimizer.schedule=constant")
+    seen = []
+    original = torch.optim.AdamW.step
+
+    def step(self, *arguments, **named):
+        seen.append((self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]))
+        return original(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        tiny("other", "trainer.max_steps=6", "optimizer.lr=0.0005", "optimizer.weight_decay=0.1",
+             "optimizer.schedule=constant", "ckpt_path=last")  # fmt: skip
+    assert seen == [(0.0005, 0.1)] * 3
+    assert other
+
+
+def test_a_changed_schedule_is_that_of_the_whole_run(tiny):
+    """Resumed with another length, the learning rate is what a run of that length has at these steps."""
+    seen: dict[str, list[float]] = {}
+
+    def watch(name: str):
+        original = torch.optim.AdamW.step
+
+        def step(self, *arguments, **named):
+            seen.setdefault(name, []).append(self.param_groups[0]["lr"])
+            return original(self, *arguments, **named)
+
+        return step
+
+    for name, parts in (("whole", [8]), ("parts", [3, 8])):
+        for number, steps in enumerate(parts):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.optim.AdamW, "step", watch(name))
+                tiny(name, "optimizer.schedule=cosine", f"trainer.max_steps={steps}", *(["ckpt_path=last"] * number))
+    assert seen["parts"][3:] == seen["whole"][3:]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("seed=1", "seed=1: the run was trained with 0 up to step 2"),
+        ("model.depth=2", "model.depth=2: the run was trained with 1"),
+        ("callbacks.ema.decay=0.5", "callbacks.ema.decay=0.5: the run was trained with"),
+        ("~callbacks.ema", "callbacks.ema.decay=null: the run was trained with"),
+    ],
+)
+def test_what_may_not_change_is_refused_and_nothing_is_touched(tiny, change, words):
+    run = tiny("run", "trainer.max_steps=2")
+    before = content(run)
+    with pytest.raises(UserError) as caught:
+        tiny("run", "trainer.max_steps=4", "ckpt_path=last", change)
+    assert words in str(caught.value)
+    assert content(run) == before
+    tiny("run", "trainer.max_steps=3", "ckpt_path=last")  # and the right command is not
+    assert load(run)["global_step"] == 3
+
+
+def test_a_mixture_is_told(tiny, caplog):
+    tiny("run", "trainer.max_steps=2")
+    tiny("run", "trainer.max_steps=3", "compression=8", "ckpt_path=last")
+    assert "From here on this is another experiment (compression)" in caplog.text
+
+
+def test_other_latents_are_refused_and_nothing_is_touched(tiny, tmp_path, digits):
+    from support.damage import sign
+
+    run = tiny("run", "trainer.max_steps=2")
+    other = Path(shutil.copytree(digits, tmp_path / "other"))
+    sign(other / "train" / "manifest.json", scale=0.5)
+    before = content(run)
+    with pytest.raises(UserError, match=r"scale is 1\.0 there and 0\.5 here"):
+        tiny("run", "trainer.max_steps=4", "ckpt_path=last", f"data.directory={other}")
+    assert content(run) == before
+
+
+@pytest.mark.parametrize(("first", "then"), [("null", "2"), ("2", "null"), ("4", "2")])
+def test_another_split_of_the_batch_goes_on_at_the_next_sample(tiny, first, then):
+    """The samples of every step are those of an undisturbed run, whatever its micro-batches."""
+    steps: dict[str, dict[int, list[int]]] = {}
+
+    def watched(name: str, *overrides: str) -> None:
+        original = DCDiTModule.training_step
+
+        def step(self, batch, number):
+            steps.setdefault(name, {}).setdefault(self.trainer.global_step, []).extend(
+                latent.sum().item() for latent in batch[0].double()
+            )
+            return original(self, batch, number)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DCDiTModule, "training_step", step)
+            tiny(name, "trainer.val_check_interval=3", *overrides)
+
+    watched("whole", "trainer.max_steps=7")
+    watched("parts", "trainer.max_steps=4", f"execution.max_micro_batch={first}")
+    watched("parts", "trainer.max_steps=7", f"execution.max_micro_batch={then}", "ckpt_path=last")
+    assert steps["parts"] == steps["whole"]
+    whole, parts = (tiny.folder / name for name in ("whole", "parts"))
+    assert load(whole)["LatentDataModule"] == load(parts)["LatentDataModule"]
+    assert validated(whole) == validated(parts) == [2, 5]
+
+
+def validated(run: Path) -> list[int]:
+    """Steps, counted from 0, that were validated."""
+    found = []
+    for file in sorted(run.glob("logs/version_*/metrics.csv")):
+        with file.open() as stream:
+            found += [int(row["step"]) for row in csv.DictReader(stream) if row.get("val/diffusion_loss")]
+    return found
+
+
+def test_what_is_logged_is_that_of_the_whole_batch(tiny):
+    settings = ("trainer.max_steps=1", "multi_budget=none", "ratio.group=null", "model.label_dropout=0")
+    losses: list[float] = []
+    original = DCDiTModule.training_step
+
+    def step(self, batch, number):
+        losses.append(original(self, batch, number))
+        return losses[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DCDiTModule, "training_step", step)
+        run = tiny("run", *settings, "execution.max_micro_batch=2")
+    assert len(losses) == 4
+    assert float(logged(run)[0, "train/loss"]) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-6)
+
+
+# ---- stopping ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_every_stop_signal_saves_at_once_and_validates_nothing(tiny, number):
+    run, seen = [], []
+
+    def send(self, trainer, *ignored):
+        if trainer.global_step == 3 and not seen:
+            seen.append(1)
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "on_train_batch_start", send)
+        run = tiny("run", "trainer.max_steps=50", "trainer.val_check_interval=40")
+    state = RunState.read(run)
+    assert (state.state, state.step) == (State.INTERRUPTED, 4)
+    assert load(run)["global_step"] == 4
+    assert validated(run) == []
+
+
+def test_a_signal_within_a_due_validation_finds_the_step_saved(tiny):
+    found = []
+
+    def look(self, *ignored):
+        found.append((self.trainer.global_step, sorted(path.name for path in tiny.folder.rglob("*.ckpt"))))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DCDiTModule, "on_validation_epoch_start", look, raising=False)
+        tiny("run", "trainer.max_steps=4", "trainer.val_check_interval=2")
+    assert [step for step, _ in found] == [2, 4]
+    assert "step_00000002.ckpt" in found[0][1]
+
+
+def test_a_second_interrupt_does_not_tear_a_save():
+    done = []
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - when it is raised is the point
+        with shielded():
+            interrupt()
+            with shielded():
+                done.append("inner")
+            done.append("outer")
+        done.append("never")
+    assert done == ["inner", "outer"]
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    with shielded():
+        pass
+
+
+def test_who_ignores_hangups_is_not_stopped_by_them(tiny):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        callback = StopOnInterrupt()
+        callback.on_train_start(None, None)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGUSR1) == callback._handle
+        callback.teardown(None, None, "fit")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_in_a_real_process(digits, tmp_path):
+    run = tmp_path / "run"
+    process = start(run, digits, "trainer.max_steps=100000", "callbacks.checkpoint.every_n_steps=1")
+    wait_for(lambda: progress_of(run, "").step > 3 or process.poll() is not None)
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+    assert process.wait(60) in (0, 130)
+    last = load(run)
+    assert last["global_step"] > 3
+    assert not list((run / "checkpoints").glob(".*"))
+    assert isinstance(process, Command)
+
+
+# ---- health ------------------------------------------------------------------------------------------------------
+
+
+def spoil(steps: range):
+    """Training whose gradients are not finite at ``steps``."""
+    original = DCDiTModule.training_step
+
+    def step(self, batch, number):
+        loss = original(self, batch, number)
+        return loss * float("nan") if self.trainer.global_step in steps else loss
+
+    return step
+
+
+def test_no_checkpoint_is_written_within_a_streak_of_skipped_steps(tiny):
+    settings = ("callbacks.checkpoint.every_n_steps=2", "callbacks.checkpoint.keep=1", "nonfinite_limit=4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DCDiTModule, "training_step", spoil(range(5, 100)))
+        with pytest.raises(TrainingError, match="resume with ckpt_path=last"):
+            tiny("run", *settings, "trainer.max_steps=30")
+    run = tiny.folder / "run"
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "step_00000004.ckpt"}
+    tiny("run", *settings, "trainer.max_steps=8", "ckpt_path=last")
+    tiny("undisturbed", *settings, "trainer.max_steps=8")
+    for key in ("state_dict", "current_model_state", "optimizer_states"):
+        assert differences(load(run)[key], load(tiny.folder / "undisturbed")[key]) == []
+
+
+def test_a_loss_that_explodes_keeps_a_checkpoint_from_before(tiny, caplog):
+    settings = ("callbacks.checkpoint.every_n_steps=2", "callbacks.checkpoint.keep=1", "callbacks.loss_watch.window=4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DCDiTModule, "_log", _louder(DCDiTModule._log))
+        run = tiny("run", *settings, "trainer.max_steps=12")
+    assert caplog.text.count("the loss is") == 1
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        "last.ckpt", "step_00000012.ckpt", "before_step_00000008.ckpt"
+    }  # fmt: skip
+    assert load(run, "before_step_00000008.ckpt")["global_step"] == 6
+    with pytest.raises(UserError, match="factor=1 must be greater than 1"):
+        LossWatch(factor=1.0, window=4)
+
+
+def _louder(log):
+    def louder(self, metrics):
+        if self.trainer.global_step >= 7:
+            metrics["train/loss"] = metrics["train/loss"] * 100
+        log(self, metrics)
+
+    return louder
+
+
+# ---- what a run says of itself -------------------------------------------------------------------------------------
+
+
+def test_a_failure_through_instantiate_is_told_as_a_person_would_see_it(tmp_path, digits):
+    from dcdit.runs.failure import one_line
+
+    (tmp_path / "run").mkdir()
+    config = compose_config(*TINY, f"data.directory={digits}", "+callbacks.x._target_=nowhere.Thing")
+    try:
+        train(config, tmp_path / "run")
+    except Exception as error:
+        words = one_line(error)
+    assert "InstantiationException" not in words
+    assert "callbacks.x" in words
+
+
+def test_attempts_are_counted_when_the_state_was_lost(tmp_path, monkeypatch):
+    from dcdit.runs.resume import started
+
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert started(None, tmp_path, 10).starts == 4
+    with pytest.raises(UserError, match="the run died 3 times in a row"):
+        started(None, tmp_path, 10, max_restarts=2)
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert started(None, tmp_path, 10).starts == 1
+
+
+def test_keys_of_each_kind():
+    keys = {"optimizer.lr": Kind.EFFECT, "model.width": Kind.NEVER, "compression": Kind.REMARK, "run_name": Kind.UNSEEN}
+    assert {key: kind_of(key) for key in keys} == keys
