@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from dcdit.errors import UserError
 from dcdit.runs.lock import LOCK, is_held
 from dcdit.runs.progress import progress_of
 from dcdit.runs.state import QUEUED_NAME, RunState, State
+from dcdit.runtime.files import UnwritableError
 from dcdit.settings.entry import explain
 
 
@@ -44,6 +46,8 @@ def note_failure(
     if before or sweeping:
         state = before or RunState(State.FAILED, overrides=overrides)
         step = progress_of(run_dir, "").step
-        replace(state, state=State.FAILED, step=step, reason=one_line(error), time=time.time()).write(run_dir)
+        failed = replace(state, state=State.FAILED, step=step, reason=one_line(error), time=time.time())
+        with suppress(UnwritableError):  # a full disk may be the very reason, which is told all the same
+            failed.write(run_dir)
     elif {path.name for path in run_dir.iterdir()} <= {LOCK}:
         shutil.rmtree(run_dir)

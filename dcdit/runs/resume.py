@@ -40,7 +40,8 @@ def find_checkpoints(ckpt_path: str | None, run_dir: Path) -> list[Path]:
     """
     folder = run_dir / "checkpoints"
     last = folder / LAST
-    found = [*([last] if last.exists() else []), *checkpoints_in(folder).values()]
+    # A kill between the two leaves a newest checkpoint of which `last.ckpt` does not know yet.
+    found = [*checkpoints_in(folder).values(), *([last] if last.exists() else [])]
     if ckpt_path is None:
         if found:
             raise UserError(

@@ -9,6 +9,7 @@ from dcdit.checks import (
     Compression,
     Count,
     DropFraction,
+    Matches,
     Natural,
     NonNegative,
     Positive,
@@ -172,7 +173,7 @@ class RunSettings:
 
     compression: Compression
     seed: Seed
-    run_name: str
+    run_name: Annotated[str, Matches(r".*\S.*", "a name")]
     run_dir: str
     ckpt_path: str | None
     run_id: RunId | None

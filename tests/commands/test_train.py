@@ -1,6 +1,7 @@
 """Runs as a user types them: training, resuming, stopping, sampling."""
 
 import os
+import random
 import signal
 import time
 
@@ -12,6 +13,7 @@ from support.configs import PLAIN_DIT, TINY, compose_config
 from support.runs import STATE, assert_same_end, differences, load, logged, start, wait_for
 
 from dcdit.errors import UserError
+from dcdit.runs.resume import checkpoints_in
 from dcdit.training.run import train
 
 
@@ -130,20 +132,27 @@ def test_an_earlier_run_is_not_overwritten(tiny):
     assert load(run)["global_step"] == 4
 
 
+def newest(run) -> int:
+    """The step of the newest checkpoint."""
+    return next(iter(checkpoints_in(run / "checkpoints")), 0)
+
+
 def test_killed_and_interrupted_runs_lose_nothing(tiny, digits, tmp_path):
-    """SIGKILL at no particular moment, then Ctrl-C, then to the end: as if nothing had happened."""
-    overrides = ["trainer.max_steps=120", "optimizer.schedule=constant"]
+    """SIGKILL at random moments, then Ctrl-C, then to the end: as if nothing had happened."""
+    overrides = ["trainer.max_steps=200", "optimizer.schedule=constant"]
     whole = tiny("whole", *overrides)
     overrides.append("callbacks.checkpoint.every_n_steps=1")
     run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
 
-    process = start(run, digits, *overrides)
-    wait_for(lambda: last.exists() or process.poll() is not None)
-    time.sleep(0.3)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    killed_at = load(run)["global_step"]
-    assert 0 < killed_at < 120
+    killed_at, chance = 0, random.Random(0)
+    for _ in range(4):
+        process = start(run, digits, *overrides)
+        wait_for(lambda: newest(run) > killed_at or process.poll() is not None)  # noqa: B023 - called in the loop
+        time.sleep(chance.uniform(0, 0.5))
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        killed_at = newest(run)
+    assert 0 < killed_at < 200
 
     process = start(run, digits, *overrides)
     before = os.stat(last).st_mtime_ns
@@ -153,7 +162,7 @@ def test_killed_and_interrupted_runs_lose_nothing(tiny, digits, tmp_path):
     assert "Stopped and saved at step" in process.err
     assert "ckpt_path=last" in process.err
     stopped_at = load(run)["global_step"]
-    assert killed_at < stopped_at < 120
+    assert killed_at < stopped_at < 200
 
     assert start(run, digits, *overrides).wait() == 0
     assert_same_end(whole, run)

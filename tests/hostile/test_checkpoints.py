@@ -35,7 +35,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def go_on(run: Path, digits: Path, *overrides: str) -> None:
-    given = ("ckpt_path=last", "trainer.max_steps=5", *overrides)
+    given = (f"ckpt_path={run}/checkpoints/last.ckpt", "trainer.max_steps=5", *overrides)
     train(compose_config(*TINY, f"data.directory={digits}", *given), run)
 
 

@@ -17,6 +17,7 @@ from support.damage import damaged, damages, nothing_outside
 from dcdit import generate, status
 from dcdit.errors import UserError
 from dcdit.evaluation.statistics import Statistics
+from dcdit.runs.failure import note_failure
 from dcdit.runs.progress import progress_of
 from dcdit.runs.state import RunState, State
 from dcdit.runtime import files
@@ -68,6 +69,11 @@ def test_training_on_a_full_disk(tiny, small, digits):
     with pytest.raises(UserError, match=r"cannot be written, the disk is full"):
         tiny("run", "trainer.max_steps=4", "ckpt_path=last")
     assert {path: path.read_bytes() for path in run.rglob("*.ckpt")} == before
+    state = RunState.read(run)
+    note_failure(UserError("the reason"), run, (), sweeping=False)  # cannot be noted, which is no other error
+        UserError("the reason"), run, (), sweeping=False
+    )  # cannot be noted, and is no reason for another error
+    assert RunState.read(run) == state
     (small / "filler").unlink()
     tiny("run", "trainer.max_steps=4", "ckpt_path=last")
     assert RunState.read(run).state is State.FINISHED
