@@ -71,8 +71,6 @@ def test_training_on_a_full_disk(tiny, small, digits):
     assert {path: path.read_bytes() for path in run.rglob("*.ckpt")} == before
     state = RunState.read(run)
     note_failure(UserError("the reason"), run, (), sweeping=False)  # cannot be noted, which is no other error
-        UserError("the reason"), run, (), sweeping=False
-    )  # cannot be noted, and is no reason for another error
     assert RunState.read(run) == state
     (small / "filler").unlink()
     tiny("run", "trainer.max_steps=4", "ckpt_path=last")
