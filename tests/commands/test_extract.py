@@ -294,6 +294,33 @@ def test_a_latent_that_overflows_is_not_stored(run, monkeypatch):
         run("strict-overflow", "precision=bf16", "strict=true")
 
 
+def test_an_encoder_that_is_never_finite_is_given_up_early(run, monkeypatch):
+    from dcdit.data.autoencoder import Diffusers
+
+    encode, seen = Diffusers.encode, []
+
+    def nothing(self, batch, precision):
+        seen.append(len(batch))
+        return encode(self, batch, precision) * torch.nan
+
+    monkeypatch.setattr(Diffusers, "encode", nothing)
+    with pytest.raises(
+        UserError, match=r"the first 16 images, class_\S+ among them, became latents that are not finite"
+    ):
+        run("nan")
+    assert sum(seen) < 40  # of 50
+
+
+def test_too_many_images_that_cannot_be_used_stop_an_extraction(run, images, tmp_path):
+    root = tmp_path / "some"
+    shutil.copytree(images, root)
+    for number in range(7):
+        (root / "class_1" / f"broken_{number}.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"could not be used \(corrupt_limit=5\); the last: class_1/broken_"):
+        run("out", f"source={root}", "corrupt_limit=5")
+    assert len(manifest_of(run("out", f"source={root}", "corrupt_limit=7")).skipped) == 7
+
+
 def write_tars(folder: Path, images: Path) -> None:
     folder.mkdir()
     paths = sorted(images.glob("*/*.jpg"))

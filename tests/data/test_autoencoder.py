@@ -32,7 +32,7 @@ def test_identity_encodes_pixels_as_they_are():
     assert log_variance.max() < -20
 
 
-def test_a_diffusers_autoencoder_is_loaded_by_path(tiny_vae, tmp_path):
+def test_a_diffusers_autoencoder_is_loaded_by_path(tiny_vae, tmp_path, caplog):
     vae = AutoencoderKL.from_pretrained(tiny_vae, low_cpu_mem_usage=False).eval()
     latents = torch.randn(5, 4, 4, 4)
     spec = LatentSpec((4, 4, 4), str(tiny_vae), 0.18215, 0.1, ("a",))
@@ -50,7 +50,12 @@ def test_a_diffusers_autoencoder_is_loaded_by_path(tiny_vae, tmp_path):
         load_decoder(replace(spec, autoencoder=str(tmp_path / "nowhere")), CPU)
     with pytest.raises(UserError, match=r"has weights [0-9a-f]{16}, the latents were made with 0{16}"):
         load_decoder(replace(spec, fingerprint="0" * 16), CPU)
+    caplog.clear()
     assert load_decoder(replace(spec, fingerprint="0" * 16), CPU, instead=str(tiny_vae)) is not None
+    assert f"the latents were made with {spec.autoencoder!r}, weights {'0' * 16}" in caplog.text
+    caplog.clear()
+    assert load_decoder(spec, CPU, instead=str(tiny_vae)) is not None
+    assert "another autoencoder" not in caplog.text
     with pytest.raises(UserError, match=r"has 4 channels, the latents 3"):
         load_decoder(replace(spec, shape=(3, 4, 4)), CPU)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import threading
 from contextlib import suppress
@@ -98,6 +99,39 @@ def test_runs_of_others_can_be_looked_at(trained_run, monkeypatch):
     with nothing_outside():
         assert progress_of(trained_run, "x").state is State.FINISHED
         status.run(compose_config(f"runs=[{trained_run}]", name="status"))
+
+
+def test_a_run_directory_of_a_stranger_is_shown_or_said(trained_run, tmp_path, capsys):
+    """A bomb of references in its configuration is not read at all; a state that cannot be takes down its own row."""
+    folder = tmp_path / "runs"
+    shutil.copytree(trained_run, folder / "good")
+    shutil.copytree(trained_run, folder / "bad")
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))]
+    (folder / "good" / "config.yaml").write_text("\n".join(lines))
+    (folder / "bad" / "state.json").write_text('{"state": "finished", "step": "/etc"}')
+    (folder / "bad" / "logs" / "version_x").mkdir(parents=True)
+    (folder / "bad" / "logs" / "version_x" / "metrics.csv").write_bytes(b"\xff\x00")
+    found = {each.name: each for each in status.run(compose_config(f"runs=[{folder}]", name="status"))}
+    assert found["good"].state is State.FINISHED
+    assert found["bad"].state is State.CORRUPT
+    assert "state.json" in found["bad"].reason
+    assert "bad: " in capsys.readouterr().out
+
+
+def test_a_calibration_works_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
+    from dcdit.sampling.budget import Calibration, FileLock, remembered
+
+    def refuse(*ignored, **named):
+        raise PermissionError(13, "Permission denied")
+
+    found = Calibration(0.5, 1.0, 2.0)
+    assert remembered(tmp_path / "x.ckpt", {"a": 1}, lambda: found) == found
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    monkeypatch.setattr(files, "_Raw", refuse)
+    assert remembered(tmp_path / "x.ckpt", {"a": 1}, refuse) == found  # known already
+    other = Calibration(0.1, 1.9, 2.0)
+    assert remembered(tmp_path / "x.ckpt", {"a": 2}, lambda: other) == other
+    assert "not kept for the next time" in capsys.readouterr().out
 
 
 def test_writers_that_meet_both_end_well(tmp_path):
