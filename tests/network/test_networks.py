@@ -162,7 +162,7 @@ def test_bf16_autocast_keeps_the_router_in_float32():
     ("changes", "message"),
     [
         ({"heads": 5}, "heads=5 does not divide width=64"),
-        ({"width": 0}, "width=0 is not a positive number"),
+        ({"width": 0}, "width=0 is outside"),
         ({"width": 62, "heads": 2, "groups": 2}, "width=62 is not divisible by 4"),
         ({"width": 48}, "width=48 is not a multiple of 32"),
         ({"groups": 32}, "groups=32 does not suit 32 channels"),
