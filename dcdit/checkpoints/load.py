@@ -15,8 +15,7 @@ from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.runtime.devices import without_memory
 
-PREFIX = "network."
-"""Of the network's parameters within a checkpoint."""
+_PREFIX = "network."  # of the network's parameters within a checkpoint
 
 Step = Annotated[int, Bounds(0, 99_999_999, hint="it is a number of optimiser steps")]
 
@@ -103,7 +102,7 @@ def check_shapes(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Siz
 def _weights(key: str, state: Any) -> dict[str, Tensor]:
     """The network's parameters among those of the LightningModule."""
     found = conform(key, state, dict[str, Tensor])
-    return {name.removeprefix(PREFIX): tensor for name, tensor in found.items() if name.startswith(PREFIX)}
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in found.items() if name.startswith(_PREFIX)}
 
 
 def load_model(path: str, weights: str = "ema", device: torch.device | str = "cpu") -> Model:

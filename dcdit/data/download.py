@@ -35,8 +35,8 @@ def download(url: str, target: Writable, most: int) -> int:
         The number of bytes.
 
     Raises:
-        OSError: if it cannot be had, naming the URL and the reason; without one, if this machine's disk is the reason.
-        UserError: if there is no such scheme.
+        OSError: if it cannot be had, naming the URL and the reason.
+        UserError: if there is no such scheme; what ``target`` raises passes through.
     """
     size, begin = 0, time.monotonic()
     for chunk in _chunks(url):

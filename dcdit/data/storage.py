@@ -116,6 +116,7 @@ class Location:
 
         Raises:
             OSError: if it cannot be fetched whole.
+            UserError: if it is larger than the cache, or the disk does not take it.
         """
         if not self.remote:
             return self.directory / shard.name
