@@ -41,10 +41,12 @@ class Bounds:
         above = self.low is None or value > self.low or (value == self.low and not self.open_low)
         below = self.high is None or value < self.high or (value == self.high and not self.open_high)
         if not (above and below):
-            raise UserError(f"{name}={shown(value)} {self._fault()}" + (f": {self.hint}" if self.hint else ""))
+            fault = self._fault(below and self.high is not None and self.high >= 10**7)
+            raise UserError(f"{name}={shown(value)} {fault}" + (f": {self.hint}" if self.hint else ""))
 
-    def _fault(self) -> str:
-        if self.low is not None and self.high is not None:
+    def _fault(self, plainly: bool) -> str:
+        """What is wrong; ``plainly`` where nobody cares for the upper end."""
+        if self.low is not None and self.high is not None and not plainly:
             brackets = "(["[not self.open_low], ")]"[not self.open_high]
             return f"is outside {brackets[0]}{shown(self.low)}, {shown(self.high)}{brackets[1]}"
         if self.low is None:
@@ -106,7 +108,8 @@ class Matches:
             raise UserError(f"{name}={shown(value)} is not {self.hint}")
 
 
-Count = Annotated[int, Bounds(low=1)]
+Count = Annotated[int, Bounds(1, 10**12)]
+Images = Annotated[int, Bounds(1, 10**7, hint="it is a number of images")]
 Size = Annotated[int, Bounds(1, 65_536)]
 Depth = Annotated[int, Bounds(1, 1_000)]
 Natural = Annotated[int, Bounds(low=0)]

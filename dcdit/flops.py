@@ -10,8 +10,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.checks import Compression, DropFraction, NotEmpty, call_checked, checked
 from dcdit.diffusion.settings import Steps
+from dcdit.errors import UserError
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 
 
@@ -22,6 +24,8 @@ class FlopsSettings:
 
     Attributes:
         model: the network, see :func:`dcdit.network.build_network`.
+        checkpoint: count its network instead, see :func:`dcdit.checkpoints.locate.locate`.
+        assume: what it cannot say.
         compression: the router keeps 1 / N of the positions before any drop.
         drop_fractions: tail drops, one column each.
         steps: sampling steps of an image.
@@ -30,6 +34,8 @@ class FlopsSettings:
     """
 
     model: dict[str, Any]
+    checkpoint: str | None
+    assume: AssumeSettings
     compression: Compression
     drop_fractions: Annotated[list[DropFraction], NotEmpty("name at least one, such as 0")]
     steps: Steps
@@ -40,8 +46,12 @@ class FlopsSettings:
 def check(config: DictConfig) -> FlopsSettings:
     """What ``config`` asks for; UserError if a value is wrong, the network's own apart."""
     values = plain(config)
-    del values["resolution"]  # the model says what it makes of it
-    return call_checked(FlopsSettings, values, "")
+    del values["resolution"], values["paths"]  # the model says what it makes of the one
+    settings = call_checked(FlopsSettings, values, "")
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    if settings.checkpoint and any(word.split("=")[0].split(".")[0] == "model" for word in given):
+        raise UserError(f"checkpoint={settings.checkpoint}: it says itself what its network is, leave model out")
+    return settings
 
 
 def run(config: DictConfig) -> None:
@@ -53,13 +63,22 @@ def run(config: DictConfig) -> None:
     from dcdit.network import build_network
     from dcdit.runtime.devices import without_memory
 
+    spec, name = settings.model, ""
+    if settings.checkpoint:
+        from dcdit.checkpoints.load import read_weights
+        from dcdit.checkpoints.locate import locate
+
+        spec, name = (
+            dict(read_weights(locate(settings.checkpoint, config.paths.runs), settings.assume).model),
+            settings.checkpoint,
+        )
     with without_memory():
-        network = build_network(settings.model)
+        network = build_network(spec)
     drops = {
         f"drop {drop:g}": (drop, drop if settings.uncond_drop_fraction is None else settings.uncond_drop_fraction)
         for drop in settings.drop_fractions
     }
-    name = HydraConfig.get().runtime.choices["model"] if HydraConfig.initialized() else network.title
+    name = name or (HydraConfig.get().runtime.choices["model"] if HydraConfig.initialized() else network.title)
     Console().print(flops_table(network, name, settings.compression, drops, settings.steps, settings.guided))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checks import Count, call_checked, checked
+from dcdit.checks import Images, call_checked, checked
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
 from dcdit.sampling.settings import SamplingPlan
@@ -31,8 +31,8 @@ class GenerateSettings:
     """
 
     out: str
-    count: Count
-    chunk_size: Count
+    count: Images
+    chunk_size: Images
     png: bool
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checks import Count, Natural, NotEmpty, call_checked, checked
+from dcdit.checks import Bounds, Natural, NotEmpty, call_checked, checked
 from dcdit.sampling.settings import SamplingPlan
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 
@@ -21,7 +21,7 @@ class SampleSettings:
     """What to sample: the keys of ``configs/sample.yaml`` that are its own.
 
     Attributes:
-        out: folder for the results; None takes ``samples`` beside the checkpoint's folder.
+        out: folder for the results; None takes ``samples`` in the run's directory.
         classes: labels or class names; None takes the first ten.
         per_class: samples of each class.
         frames: columns of ``boundaries.png``; 0 leaves the picture out.
@@ -29,7 +29,7 @@ class SampleSettings:
 
     out: str | None
     classes: Annotated[list[int | str], NotEmpty("name at least one class")] | None
-    per_class: Count
+    per_class: Annotated[int, Bounds(1, 10**4, hint="for more images take dcdit.generate")]
     frames: Natural
 
 
@@ -45,8 +45,9 @@ def run(config: DictConfig) -> Path:
     from dcdit.sampling.pictures import sample_to_folder
     from dcdit.sampling.setup import set_up_sampling
 
-    out = Path(settings.out) if settings.out else Path(plan.settings.checkpoint).resolve().parent.parent / "samples"
-    print(sample_to_folder(set_up_sampling(plan), settings.classes, settings.per_class, settings.frames, out))
+    sampling = set_up_sampling(plan)
+    out = Path(settings.out) if settings.out else sampling.place.home / "samples"
+    print(sample_to_folder(sampling, settings.classes, settings.per_class, settings.frames, out))
     return out
 
 

@@ -1,23 +1,80 @@
-"""A trained network and what its latents are, rebuilt from its checkpoint alone."""
+"""A trained network and what its latents are, from whatever file or folder holds its weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
+from dcdit.checkpoints.foreign import described_by_shapes, diffusers_network, published_latents
+from dcdit.checkpoints.locate import Place, locate, weights_of_folder
 from dcdit.checkpoints.read import read_checkpoint
+from dcdit.checkpoints.settings import AS_PUBLISHED, AssumeSettings
 from dcdit.checks import Bounds, conform
 from dcdit.data.latents import LatentSpec
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
+from dcdit.network.pretrained import check_shapes, read_config, read_tensors, shapes_of
 from dcdit.runtime.devices import without_memory
+from dcdit.runtime.files import read_json
+from dcdit.settings.published import published_scales
 
-_PREFIX = "network."  # of the network's parameters within a checkpoint
+_PREFIX = "network."  # of the network's parameters within a checkpoint of ours
 
 Step = Annotated[int, Bounds(0, 99_999_999, hint="it is a number of optimiser steps")]
+Kind = Literal["ema", "raw"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a network, and all that their file says of them.
+
+    Attributes:
+        source: what holds them, for people, such as ``checkpoint of dcdit.train``.
+        model: plain mapping for :func:`dcdit.network.build_network`.
+        latents: what was trained on; None if neither the file nor the user says it.
+        step: optimiser steps trained; None if that is not known.
+        ema, raw: parameters by name; None where the file does not hold these.
+        training: how it was trained: hyper-parameters, as far as they are known.
+    """
+
+    source: str
+    model: Mapping[str, Any]
+    latents: LatentSpec | None
+    step: int | None
+    ema: Mapping[str, Tensor] | None
+    raw: Mapping[str, Tensor] | None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def of_kind(self, kind: Kind) -> Mapping[str, Tensor]:
+        """EMA weights or raw ones; UserError if the file does not hold them."""
+        found = self.raw if kind == "raw" else self.ema
+        if found is None:
+            other = "ema" if kind == "raw" else "raw"
+            raise UserError(f"weights={kind}: this {self.source} holds weights={other} alone")
+        return found
+
+    @property
+    def scale(self) -> str:
+        """The published scale that the network has, such as ``XL``; empty if none."""
+        sizes = {key: self.model.get(key) for key in ("width", "depth", "heads")}
+        return next((name.upper() for name, values in published_scales().items() if values == sizes), "")
+
+
+@dataclass(frozen=True)
+class Trained(Weights):
+    """A checkpoint of ``dcdit.train``, whole and checked.
+
+    Attributes:
+        values: everything that the file holds.
+    """
+
+    latents: LatentSpec
+    step: int
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -27,13 +84,13 @@ class Model:
     Attributes:
         network: in evaluation mode.
         latents: what it was trained on.
-        step: optimiser steps trained.
-        training: how it was trained: the other hyper-parameters of its checkpoint.
+        step: optimiser steps trained; None if that is not known.
+        training: how it was trained, as far as that is known.
     """
 
     network: Network
     latents: LatentSpec
-    step: int
+    step: int | None
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -42,26 +99,81 @@ class Model:
         return next(self.network.parameters()).device
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A checkpoint of ``dcdit.train``, whole and checked.
+def load_model(
+    checkpoint: str | PathLike[str] | Place,
+    weights: Kind = "ema",
+    device: torch.device | str = "cpu",
+    assume: AssumeSettings = AS_PUBLISHED,
+) -> Model:
+    """Rebuild a trained network from its checkpoint alone; nothing in a file is executed.
 
-    Attributes:
-        path: the file.
-        step: optimiser steps trained.
-        model: plain mapping for :func:`dcdit.network.build_network`.
-        latents: what was trained on.
-        ema, raw: parameters by name; the same where no average was kept.
-        values: everything that the file holds.
+    Args:
+        checkpoint: what names it, see :func:`dcdit.checkpoints.locate.locate`.
+        weights: ``ema`` or ``raw``.
+        device: where the network goes.
+        assume: what a file of another program cannot say.
+
+    Raises:
+        UserError: if there is no such checkpoint, it is damaged, holds no such weights, or nobody says what its
+            latents are.
     """
+    place = checkpoint if isinstance(checkpoint, Place) else locate(str(checkpoint), "runs")
+    return build_model(read_weights(place, assume), weights, device)
 
-    path: str
-    step: int
-    model: Mapping[str, Any]
-    latents: LatentSpec
-    ema: Mapping[str, Tensor]
-    raw: Mapping[str, Tensor]
-    values: Mapping[str, Any]
+
+def build_model(found: Weights, kind: Kind, device: torch.device | str = "cpu") -> Model:
+    """The network whose weights were found, in evaluation mode; see :func:`load_model`."""
+    if found.latents is None:
+        raise UserError(
+            f"this {found.source} does not say what its latents are: give assume.autoencoder=... and assume.scale=..."
+        )
+    network = build_network(found.model)
+    network.load_state_dict(found.of_kind(kind))
+    network.to(device).eval()
+    network.to(memory_format=torch.channels_last)  # which convolutions on CPUs and on tensor cores prefer
+    return Model(network, found.latents, found.step, found.training)
+
+
+def title_of(network: Network, found: Weights) -> str:
+    """The network with its published scale, if it has one: ``DC-DiT-XL``, ``DiT-XL/2``."""
+    name, slash, patch = network.title.partition("/")
+    return name + (f"-{found.scale}" if found.scale else "") + slash + patch
+
+
+def words(found: Weights, network: Network, kind: Kind) -> str:
+    """What was found, for people: what holds it, the network, its step, EMA weights or raw ones."""
+    size = sum(parameter.numel() for parameter in network.parameters())
+    step = f"step {found.step}" if found.step is not None else "at an unknown step"
+    weights = {"ema": "EMA weights", "raw": "raw weights"}[kind]
+    return f"{found.source}, {title_of(network, found)} with {size / 1e6:.1f}M parameters, {step}, {weights}"
+
+
+def read_weights(place: Place, assume: AssumeSettings = AS_PUBLISHED) -> Weights:
+    """The weights at a place, whole and checked, and what is known of them.
+
+    Raises:
+        UserError: if they are damaged, or of no network that is known here.
+    """
+    path = place.path
+    try:
+        if path.is_dir():
+            return _read_folder(path, assume)
+        if path.suffix == ".safetensors":
+            return _of_names({"ema": read_tensors(path)}, None, assume)
+        values = read_checkpoint(path, legacy=path.suffix != ".ckpt")
+        if "hyper_parameters" in values or path.suffix == ".ckpt":
+            found = trained(values)
+            assume.check_unused(found.source)
+            return found
+        states = {
+            name: conform(name, values[key], dict[str, Tensor])
+            for name, key in (("ema", "ema"), ("raw", "model"))
+            if values.get(key)
+        }
+        return _of_names(states or {"ema": conform("state", values, dict[str, Tensor])}, values.get("opt"), assume)
+    except UserError as error:
+        text = str(error)
+        raise type(error)(text if str(path) in text else f"checkpoint={place.name}: {text}") from error
 
 
 def read_trained(path: str | PathLike[str]) -> Trained:
@@ -72,54 +184,90 @@ def read_trained(path: str | PathLike[str]) -> Trained:
     Raises:
         UserError: if the file is missing or damaged, was not written by ``dcdit.train``, or a value is out of range.
     """
-    values = read_checkpoint(path)
+    try:
+        return trained(read_checkpoint(path))
+    except UserError as error:
+        text = str(error)
+        raise type(error)(text if str(path) in text else f"checkpoint={path} {text}") from error
+
+
+def trained(values: dict[str, Any]) -> Trained:
+    """What the values of a checkpoint of ``dcdit.train`` say; UserError if they are not such."""
     try:
         settings = conform("hyper_parameters", values["hyper_parameters"], dict[str, Any])
         step = conform("global_step", values["global_step"], Step)
         model = conform("model", settings["model"], dict[str, Any])
-        with without_memory():
-            wanted = {name: tensor.shape for name, tensor in build_network(model).state_dict().items()}
         latents = LatentSpec.from_plain(settings["latents"], "latents")
-        ema = _weights("state_dict", values["state_dict"])
-        raw = _weights("current_model_state", values.get("current_model_state", values["state_dict"]))
-        for weights in (ema, raw):
-            check_shapes({name: tensor.shape for name, tensor in weights.items()}, wanted)
+        ema = _of_module("state_dict", values["state_dict"])
+        raw = _of_module("current_model_state", values.get("current_model_state", values["state_dict"]))
+        check_weights(model, ema, raw)
     except KeyError as error:
-        raise UserError(f"checkpoint={path} was not written by dcdit.train: it lacks {error}") from None
+        raise UserError(f"was not written by dcdit.train: it lacks {error}") from None
     except UserError as error:
-        raise UserError(f"checkpoint={path} was not written by this release of dcdit.train: {error}") from None
-    return Trained(str(path), step, model, latents, ema, raw, values)
+        raise UserError(f"was not written by this release of dcdit.train: {error}") from None
+    training = {key: value for key, value in settings.items() if key != "latents"}
+    return Trained("checkpoint of dcdit.train", model, latents, step, ema, raw, training, values)
 
 
-def check_shapes(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:
-    """Raise :class:`UserError`, naming the first difference, unless shapes by name are those ``wanted``."""
-    for name in {**wanted, **found}:
-        if found.get(name) != wanted.get(name):
-            has, needs = (list(each[name]) if name in each else "none" for each in (found, wanted))
-            raise UserError(f"parameter {name} has shape {has}, the network that is described needs {needs}")
+def check_weights(model: Mapping[str, Any], *states: Mapping[str, Tensor]) -> None:
+    """Raise :class:`UserError`, naming the first difference, unless states are those of the network described."""
+    with without_memory():
+        wanted = shapes_of(build_network(model).state_dict())
+    for state in states:
+        check_shapes(shapes_of(state), wanted)
 
 
-def _weights(key: str, state: Any) -> dict[str, Tensor]:
+def _of_module(key: str, state: Any) -> dict[str, Tensor]:
     """The network's parameters among those of the LightningModule."""
     found = conform(key, state, dict[str, Tensor])
     return {name.removeprefix(_PREFIX): tensor for name, tensor in found.items() if name.startswith(_PREFIX)}
 
 
-def load_model(path: str, weights: str = "ema", device: torch.device | str = "cpu") -> Model:
-    """Rebuild a trained network from its checkpoint alone; nothing in the file is executed.
+def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
+    """What ``dcdit export`` wrote, or a network of diffusers."""
+    config = read_json(folder / "config.json", dict[str, Any], "download or export it again")
+    state: dict[str, Tensor] = {}
+    for file in weights_of_folder(folder):
+        state |= (
+            read_tensors(file)
+            if file.suffix == ".safetensors"
+            else conform(file.name, read_checkpoint(file, legacy=True), dict[str, Tensor])
+        )
+    if "_class_name" in config:
+        kind, model, weights = diffusers_network(folder, state, assume)
+        return Weights(kind.title, model, published_latents(model, assume), None, weights, None, {"model": model})
+    config = read_config(folder)
+    model = conform("network", config["network"], dict[str, Any])
+    check_weights(model, state)
+    if config.get("latents") is not None:
+        assume.check_unused("exported network")
+        latents: LatentSpec | None = LatentSpec.from_plain(config["latents"], "latents")
+    else:
+        latents = published_latents(model, assume) if assume.autoencoder else None
+    kind_of = conform("weights", config.get("weights", "ema"), Kind)
+    return Weights(
+        "exported network",
+        model,
+        latents,
+        conform("step", config.get("step"), Step | None),
+        state if kind_of == "ema" else None,
+        state if kind_of == "raw" else None,
+        {"model": model, **conform("training", config.get("training", {}), dict[str, Any])},
+    )
 
-    Args:
-        path: a checkpoint that ``dcdit.train`` wrote.
-        weights: ``ema`` or ``raw``.
-        device: where the network goes.
 
-    Raises:
-        UserError: if the file is missing, damaged, or no checkpoint of ``dcdit.train``.
-    """
-    trained = read_trained(path)
-    network = build_network(trained.model)
-    network.load_state_dict(trained.raw if weights == "raw" else trained.ema)
-    training = {key: value for key, value in trained.values["hyper_parameters"].items() if key != "latents"}
-    network.to(device).eval()
-    network.to(memory_format=torch.channels_last)  # which convolutions on CPUs and on tensor cores prefer
-    return Model(network, trained.latents, trained.step, training)
+def _of_names(states: Mapping[str, Mapping[str, Tensor]], optimizer: Any, assume: AssumeSettings) -> Weights:
+    """Weights that are told by their names alone; the first of ``states`` describes the network."""
+    described = {kind: described_by_shapes(state, assume) for kind, state in states.items()}
+    title, model = next((kind.title, model) for kind, model, _ in described.values())
+    weights = {kind: weights for kind, (_, _, weights) in described.items()}
+    latents = published_latents(model, assume)
+    return Weights(title, model, latents, _steps(optimizer), weights.get("ema"), weights.get("raw"), {"model": model})
+
+
+def _steps(optimizer: Any) -> int | None:
+    """Steps that the state of an Adam has counted; None if there is none."""
+    try:
+        return int(conform("step", float(next(iter(optimizer["state"].values()))["step"]), Step))
+    except (KeyError, TypeError, AttributeError, StopIteration, ValueError, UserError):
+        return None

@@ -18,6 +18,7 @@ from dcdit.evaluation.images import open_images
 from dcdit.evaluation.measure import Measurement
 from dcdit.evaluation.metrics import check_metrics
 from dcdit.evaluation.reference_images import ReferenceStatistics, default_cache
+from dcdit.evaluation.results import step_words
 from dcdit.evaluation.settings import METRICS, EvaluateSettings
 from dcdit.runtime.display import Display
 from dcdit.sampling.setup import Sampling
@@ -60,8 +61,7 @@ def measurements_of(sampling: Sampling, settings: EvaluateSettings, features: Di
     chunk_size = max(settings.chunk_size, _REFERENCE_CHUNK)
     reference = ReferenceStatistics(images, network, cache, settings.reference_count, chunk_size, sampling.batch_size)
     check_metrics(settings.metrics, network, settings.count, reference.count)
-    run_dir = Path(sampling.plan.settings.checkpoint).resolve().parent.parent
-    out = Path(settings.out) if settings.out else run_dir / "evaluation"
+    out = Path(settings.out) if settings.out else sampling.place.home / "evaluation"
     return [Measurement(each, reference, network, settings, out) for each in budgets]
 
 
@@ -96,7 +96,7 @@ def table(measurements: list[Measurement]) -> Table:
     plan = found[0]["plan"]
     sampler, guidance = plan["sampler"], plan["guidance"]
     title = (
-        f"{found[0]['run']}, step {plan['step']}, {plan['weights']} weights, {plan['precision']}:"
+        f"{found[0]['run']}, {step_words(plan['step'])}, {plan['weights']} weights, {plan['precision']}:"
         f" {plan['count']} images, {sampler['name']} {sampler['steps']} steps, guidance {guidance['scale']:g}."
         f" Features of {plan['features']['name']}, against {plan['reference']['count']} of {found[0]['reference']}."
         f" Time on {found[0]['device']}, batches of {found[0]['timing']['batch_size']}"

@@ -73,7 +73,8 @@ class Measurement:
             "metrics": self.metrics,
         }
         guidance, sampler = sampling.guidance.settings, sampling.sampler.settings
-        self.name = f"step{sampling.model.step}_{sampler.name}{sampler.steps}_cfg{guidance.scale:g}"
+        step = "" if sampling.model.step is None else f"step{sampling.model.step}_"
+        self.name = f"{step}{sampler.name}{sampler.steps}_cfg{guidance.scale:g}"
         self.name += f"_drop{guidance.drop_fraction:g}_{digest_of(self.plan)}"
         self.path = out / f"{self.name}.json"
         job_plan = {**self.plan, "chunk_size": chunk_size}
@@ -161,11 +162,11 @@ class Measurement:
 
     def _write(self, reference: Statistics, records: list[Sampled]) -> None:
         count, model = self._job.count, self.sampling.model
-        checkpoint = Path(self.sampling.plan.settings.checkpoint)
+        place = self.sampling.place
         result: dict[str, Any] = {
             "schema": SCHEMA,
-            "run": run_name(checkpoint),
-            "checkpoint": str(checkpoint),
+            "run": place.run,
+            "checkpoint": place.name,
             "network": {"title": model.network.title, "routes": model.network.routes},
             "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
             "training": dict(model.training),
@@ -197,10 +198,3 @@ class Measurement:
             "conditional": ratios[0].tolist(),
             "unconditional": [ratio if ran else None for ratio, ran in zip(ratios[1].tolist(), guided, strict=True)],
         }
-
-
-def run_name(checkpoint: Path) -> str:
-    """Name of the run that ``checkpoint`` belongs to; with that of its sweep, if it is part of one."""
-    run = checkpoint.resolve().parent.parent
-    sweep = run.parent.name
-    return f"{sweep.removesuffix('_sweep')}/{run.name}" if sweep.endswith("_sweep") else run.name

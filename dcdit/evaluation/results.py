@@ -166,6 +166,11 @@ class Section:
         )
 
 
+def step_words(step: int | None) -> str:
+    """Optimiser steps trained, for people."""
+    return "at an unknown step" if step is None else f"step {step}"
+
+
 _REMEDY = "evaluate again, or remove it"
 
 _KEYS: dict[str, Any] = {
@@ -183,7 +188,7 @@ _KEYS: dict[str, Any] = {
     "reference": str,
     "device": str,
     "plan.weights": str,
-    "plan.step": Natural,
+    "plan.step": Natural | None,
     "plan.precision": str,
     "plan.count": Count,
     "plan.seed": Seed,
@@ -242,6 +247,22 @@ def read_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
             else f"runs={', '.join(places)}: no results there, python -m dcdit.evaluate writes them"
         )
     return sorted(results.values(), key=lambda result: result.path), left_out
+
+
+def figures_of(home: Path, step: int | None, weights: str) -> list[dict[str, Any]]:
+    """What was measured of a checkpoint, one row for each measurement; nothing if nothing was."""
+    try:
+        results, _ = read_results([str(home)])
+    except UserError:
+        return []
+    keys = ("drop_fraction", "sampler_name", "sampler_steps", "guidance_scale", "count", "features", "reference_count")
+    found = []
+    for result in results:
+        if (result.plan["step"], result.plan["weights"]) == (step, weights):
+            row = result.row()
+            costs = ("tflops_per_image", "keep_ratio")
+            found.append({key: row[key] for key in (*keys, *result.values["metrics"], *costs)})
+    return found
 
 
 def read_result(file: Path) -> Result:
@@ -309,7 +330,7 @@ def _series(results: Sequence[Result]) -> tuple[Series, ...]:
         if lite is not None:
             name = base = f"{base}, unconditional half {lite:g}"
         if name in taken:
-            name = f"{base}, step {group[0].plan['step']}"
+            name = f"{base}, {step_words(group[0].plan['step'])}"
         number = 2
         while name in taken:
             name, number = f"{base} ({number})", number + 1

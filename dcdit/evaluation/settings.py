@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
-from dcdit.checks import Count, DropFraction, Natural, NotEmpty, OneOf, checked
+from dcdit.checks import Count, DropFraction, Images, Natural, NotEmpty, OneOf, checked
 
 
 class MetricName(NamedTuple):
@@ -38,7 +38,7 @@ class EvaluateSettings:
         drop_fractions: budgets to measure; None takes the one that ``guidance`` or ``budget`` says.
         count: images at each budget.
         chunk_size: images of a task; what a kill loses at most, on each process.
-        out: folder for the results; None takes ``evaluation`` beside the checkpoint's folder.
+        out: folder for the results; None takes ``evaluation`` in the run's directory.
         shown: images of the preview that is kept of each measurement.
         reference_count: take so many images of the reference, evenly spaced; None takes all.
         time_rounds: rounds in which all budgets take turns to sample a batch against the clock, at the end; 0 leaves
@@ -51,10 +51,10 @@ class EvaluateSettings:
     reference: str
     metrics: Annotated[list[Annotated[str, OneOf(METRICS)]], NotEmpty(f"take some of {', '.join(METRICS)}")]
     drop_fractions: Annotated[list[DropFraction], NotEmpty("name at least one, such as 0")] | None
-    count: Count
-    chunk_size: Count
+    count: Images
+    chunk_size: Images
     out: str | None
-    shown: Count
+    shown: Images
     reference_count: Count | None
     time_rounds: Natural
     time_again: bool

@@ -10,7 +10,7 @@ from dcdit.errors import UserError
 from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import ConvBlock, DiTBlock, OutputLayer
 from dcdit.network.dechunk import dechunk, straight_through
-from dcdit.network.embeddings import Conditioning, position_table
+from dcdit.network.embeddings import Conditioning, FreqShift, position_table
 from dcdit.network.init import InitScheme, xavier_init, zero_init
 from dcdit.network.interface import Component, Network, Output
 from dcdit.network.packing import Packing, make_packing, pack
@@ -67,8 +67,13 @@ class DCDiT(Network):
         router: one of :data:`dcdit.network.routing.ROUTERS`: ``predictability``, or ``cosine`` (ablation).
         smoothing_sigma: width of the de-chunk smoothing in grid positions (1 at 256px, 2 at 512px); None turns
             smoothing off (ablation).
-        label_dropout: probability of the null class in training mode.
+        label_dropout: probability of the null class in a training step.
         init: ``released`` (what the published numbers came from) or ``paper`` (adaLN-Zero, zero residual projection).
+        position_patch: side of the patches in which the backbone's positions count: that of the plain DiT from which
+            its blocks were taken over; 1 where they were trained from scratch.
+        condition_norm: a LayerNorm on the conditioning vector of the encoder and the decoder: adapts it to them where
+            blocks and conditioning were taken over (paper, section 4.4).
+        freq_shift: frequencies of the timestep embedding, see :data:`dcdit.network.embeddings.FreqShift`.
         attention: ``auto``, ``sdpa``, ``varlen`` or ``flash_attn``.
 
     Raises:
@@ -94,6 +99,9 @@ class DCDiT(Network):
         smoothing_sigma: SmoothingSigma | None = 1.0,
         label_dropout: LabelDropout = 0.1,
         init: InitScheme = "released",
+        position_patch: Size = 1,
+        condition_norm: bool = False,
+        freq_shift: FreqShift = 0,
         attention: Backend = "auto",
     ) -> None:
         super().__init__(grid, channels, num_classes, label_dropout)
@@ -103,33 +111,35 @@ class DCDiT(Network):
         self.smoothing_sigma = smoothing_sigma
         inner = encoder_width or width // 4
 
-        self.condition = Conditioning(width, num_classes, label_dropout)
+        self.condition = Conditioning(width, num_classes, freq_shift)
         self.embed = xavier_init(nn.Conv2d(channels, inner, 3, padding=1))
         self.encoder = ConvStack(
             [ConvBlock(inner, inner, width, groups), ConvBlock(inner, width, width, groups)], width
         )
         self.residual = {"paper": zero_init, "released": xavier_init}[init](nn.Linear(width, width))
         self.router = ROUTERS[router](width)
-        self.register_buffer("pos_embed", position_table(grid, grid, width), persistent=False)
+        self.register_buffer("pos_embed", position_table(grid, grid, width, position_patch), persistent=False)
         blocks = [DiTBlock(width, heads, mlp_ratio, init, attention) for _ in range(depth)]
         self.backbone = Backbone(blocks, width)
         self.decoder = ConvStack(
             [ConvBlock(width, inner, width, groups), ConvBlock(inner, inner, width, groups)], inner
         )
         self.output = OutputLayer(inner, width, 2 * channels)
+        self.condition_norm = nn.LayerNorm(width) if condition_norm else nn.Identity()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Output:
         """Predict the noise and the variance of ``x``, as in figure 2 of the paper; see :class:`Network`."""
         self.check_inputs(x, t, y)
         c = self.condition(t, y)  # (B, D)
-        features = self.encoder(self.embed(x), c)  # (B, H, W, D)
+        adapted = self.condition_norm(c)
+        features = self.encoder(self.embed(x), adapted)  # (B, H, W, D)
         routing = self.route(features, drop_fraction)
         packing = make_packing(routing.mask)
         positions = self.pos_embed.index_select(0, packing.index % packing.bound)
         kept = pack(features.flatten(1, 2), packing) + positions
         tokens = self.backbone(kept, c, packing)  # (T, D)
         combined = self.combine(tokens, features, routing, packing)  # (B, H, W, D)
-        decoded = self.decoder(combined.permute(0, 3, 1, 2), c)  # (B, H, W, E)
+        decoded = self.decoder(combined.permute(0, 3, 1, 2), adapted)  # (B, H, W, E)
         prediction = self.output(decoded.flatten(1, 2), c)  # (B, L, 2C)
         return Output(prediction.transpose(1, 2).unflatten(2, self.grid), routing)
 

@@ -6,7 +6,7 @@ from dcdit.checks import Count, Depth, LabelDropout, Positive, Size, checked
 from dcdit.errors import UserError
 from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import DiTBlock, OutputLayer
-from dcdit.network.embeddings import Conditioning, position_table
+from dcdit.network.embeddings import Conditioning, FreqShift, position_table
 from dcdit.network.init import xavier_init
 from dcdit.network.interface import Component, Network, Output
 from dcdit.network.packing import full_packing
@@ -21,7 +21,7 @@ class DiT(Network):
         channels: latent channels C.
         num_classes: real classes; label ``num_classes`` is the null class.
         patch: patch side; must divide ``grid``.
-        width, depth, heads, mlp_ratio, label_dropout, attention: as in :class:`dcdit.network.DCDiT`.
+        width, depth, heads, mlp_ratio, label_dropout, freq_shift, attention: as in :class:`dcdit.network.DCDiT`.
 
     Raises:
         UserError: if the sizes do not fit each other or a name is unknown.
@@ -40,6 +40,7 @@ class DiT(Network):
         patch: Size = 2,
         mlp_ratio: Positive = 4.0,
         label_dropout: LabelDropout = 0.1,
+        freq_shift: FreqShift = 0,
         attention: Backend = "auto",
     ) -> None:
         super().__init__(grid, channels, num_classes, label_dropout)
@@ -49,7 +50,7 @@ class DiT(Network):
         self.patch = patch
         side = grid // patch
 
-        self.condition = Conditioning(width, num_classes, label_dropout)
+        self.condition = Conditioning(width, num_classes, freq_shift)
         self.embed = xavier_init(nn.Conv2d(channels, width, patch, stride=patch))
         self.register_buffer("pos_embed", position_table(side, side, width), persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, "paper", attention) for _ in range(depth))

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from dcdit.errors import UserError
+from dcdit.network.pretrained import Pretrained
 from dcdit.network.routing import Routing
 
 
@@ -44,7 +46,14 @@ class Component:
     counted_by_paper: bool = True
 
 
-class Network(nn.Module, ABC):
+class Network(
+    Pretrained,
+    nn.Module,
+    ABC,
+    library_name="dcdit",
+    paper_url="https://arxiv.org/abs/2603.06351",
+    tags=["diffusion", "dc-dit"],
+):
     """A denoiser: noisy latents, timesteps and labels to noise and variance.
 
     Everything that is registered in :data:`dcdit.network.NETWORKS` is one, and nothing outside this package asks which.
@@ -54,7 +63,7 @@ class Network(nn.Module, ABC):
         grid: side of the square latent grid.
         channels: latent channels C.
         num_classes: real classes; label ``num_classes`` is the null class.
-        label_dropout: probability of the null class in training mode; guidance needs it above 0.
+        label_dropout: probability of the null class in :meth:`drop_labels`; guidance needs it above 0.
 
     Attributes:
         routes: whether a router chooses tokens, so that a drop fraction means something and cost varies.
@@ -86,6 +95,13 @@ class Network(nn.Module, ABC):
             UserError: if the shapes do not fit the network or the drop fraction cannot be had.
         """
 
+    def drop_labels(self, y: Tensor) -> Tensor:
+        """Labels (B,) for a training step: each is replaced by the null class with probability ``label_dropout``."""
+        if not self.label_dropout:
+            return y
+        dropped = torch.rand(y.shape, device=y.device) < self.label_dropout
+        return y.masked_fill(dropped, self.null_class)
+
     def refuse_drop(self, drop_fraction: float | Tensor) -> None:
         """For networks that do not route: :class:`UserError` unless ``drop_fraction`` is the number 0."""
         if isinstance(drop_fraction, Tensor) or drop_fraction != 0:
@@ -99,6 +115,10 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def components(self) -> list[Component]:
         """The parts of a forward pass, in its order."""
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What may be frozen, or learn at a rate of its own, by name; together all parameters, in their order."""
+        return {name: part for name, part in self.named_children() if next(part.parameters(), None) is not None}
 
     @property
     def positions(self) -> int:

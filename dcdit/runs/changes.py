@@ -20,6 +20,7 @@ class Kind(Enum):
 
 KINDS: dict[str, Kind] = {
     "model": Kind.NEVER,
+    "init": Kind.NEVER,
     "seed": Kind.NEVER,
     "callbacks.ema": Kind.NEVER,
     "compression": Kind.REMARK,
@@ -39,6 +40,9 @@ KINDS: dict[str, Kind] = {
     "callbacks.checkpoint.every_n_steps": Kind.EFFECT,
     "callbacks.checkpoint.keep": Kind.EFFECT,
     "callbacks.checkpoint.milestone_every": Kind.EFFECT,
+    "init.checkpoint": Kind.UNSEEN,  # where the weights lie; what they are is compared by itself
+    "init.teacher": Kind.UNSEEN,
+    "init.assume": Kind.UNSEEN,
     "callbacks": Kind.UNSEEN,
     "cluster": Kind.UNSEEN,
     "ckpt_path": Kind.UNSEEN,

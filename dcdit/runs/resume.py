@@ -17,7 +17,7 @@ from dcdit.runs.state import QUEUED_NAME, RunState, State
 from dcdit.runtime.processes import rank
 
 LAST = "last.ckpt"
-_STEP = re.compile(r"step_(\d{8})\.ckpt")
+STEP_NAME = re.compile(r"step_(\d{8})\.ckpt")
 
 
 def checkpoint_name(step: int) -> str:
@@ -28,7 +28,7 @@ def checkpoint_name(step: int) -> str:
 def checkpoints_in(folder: Path) -> dict[int, Path]:
     """The checkpoints in a folder by optimiser step, newest first; without ``last.ckpt``, the newest of them."""
     names = os.listdir(folder) if folder.is_dir() else []
-    steps = {int(found[1]): folder / name for name in names if (found := _STEP.fullmatch(name))}
+    steps = {int(found[1]): folder / name for name in names if (found := STEP_NAME.fullmatch(name))}
     return dict(sorted(steps.items(), reverse=True))
 
 

@@ -123,3 +123,16 @@ class RunState:
             return call_checked(cls, {**values, "state": State(values.get("state")), "metrics": metrics}, "")
         except ValueError as error:
             raise UserError(f"{path} is corrupt ({error}): {remedy}") from error
+
+
+def command_of(run_dir: Path) -> str:
+    """The command that trained a run, without its paths; empty if that is not known."""
+    try:
+        state = RunState.read(run_dir)
+    except UserError:
+        return ""
+    if state is None or not state.overrides:
+        return ""
+    private = ("run_name=", "run_dir=", "ckpt_path=")
+    words = [word for word in state.overrides if "/" not in word and not word.startswith(private)]
+    return " ".join(["dcdit train", *words])

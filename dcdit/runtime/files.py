@@ -97,6 +97,8 @@ def unwritable(path: Path, error: OSError) -> str:
         return f"{path} cannot be written, the disk is full: make room there, or choose another place"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{path} cannot be written ({os.strerror(error.errno)}): choose another place, or have it made writable"
+    if error.errno == errno.ENOENT:
+        return f"{path} cannot be written, its folder is gone: was it moved or deleted meanwhile?"
     return f"{path} cannot be written ({error.strerror or error})"
 
 

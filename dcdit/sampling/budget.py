@@ -148,15 +148,16 @@ def _solve(function: Callable[[float], float], wanted: float) -> float:
     return (low + high) / 2
 
 
-def remembered(checkpoint: Path, settings: Mapping[str, Any], find: Callable[[], Calibration]) -> Calibration:
-    """What ``find()`` returns, kept beside the checkpoint for the next time the same is asked.
+def remembered(store: Path, settings: Mapping[str, Any], find: Callable[[], Calibration]) -> Calibration:
+    """What ``find()`` returns, kept for the next time the same is asked.
 
     Args:
-        checkpoint: file whose ``.budgets.json`` is the store.
+        store: file that keeps it.
         settings: plain values that identify the question.
         find: called without arguments if the answer is not known.
     """
-    store = checkpoint.with_suffix(".budgets.json")
+    with suppress(OSError):
+        store.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(store.with_name(f".{store.name}.lock"))
     # One of several processes calibrates, the others wait and read. There may be no lock: the checkpoint is somebody
     # else's, or the file system has none.

@@ -82,4 +82,4 @@ def sample_to_folder(
     if model.network.routes:
         lengths = torch.cat([chunk for batch in batches for chunk in batch.lengths]).double()
         words += f", {lengths.mean() / model.latents.positions:.1%} of the tokens kept"
-    return f"{len(labels)} samples of step {model.step}{words}: {out}"
+    return f"{len(labels)} samples{words}: {out}"

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from dcdit.checks import Count, Seed, build_named, call_checked, checked
+from dcdit.checkpoints.settings import AssumeSettings
+from dcdit.checks import Images, Seed, build_named, call_checked, checked
 from dcdit.diffusion.settings import SAMPLERS, BudgetSettings, GuidanceSettings, SamplerSettings
 from dcdit.errors import UserError
 
-SECTIONS = ("sampler", "guidance", "budget")
+SECTIONS = ("assume", "sampler", "guidance", "budget", "paths")
 
 
 @checked
@@ -17,7 +18,7 @@ class SamplingSettings:
     """Keys at the top of ``configs/sampling/default.yaml``.
 
     Attributes:
-        checkpoint: a checkpoint that ``dcdit.train`` wrote.
+        checkpoint: what names the weights, see :func:`dcdit.checkpoints.locate.locate`.
         weights: EMA weights or raw ones.
         seed: with a sample's number, the only source of randomness.
         batch_size: samples per forward pass; changes the speed, and the images by no more than rounding.
@@ -30,7 +31,7 @@ class SamplingSettings:
     checkpoint: str
     weights: Literal["ema", "raw"]
     seed: Seed
-    batch_size: Count
+    batch_size: Images
     device: str
     precision: Literal["auto", "fp32", "bf16"]
     autoencoder: str | None
@@ -43,13 +44,17 @@ class SamplingPlan:
 
     Attributes:
         settings: what holds whatever is sampled.
+        assume: what a checkpoint of another program cannot say.
         sampler, guidance, budget: the sections of those names.
+        runs: folder of all runs.
     """
 
     settings: SamplingSettings
+    assume: AssumeSettings
     sampler: SamplerSettings
     guidance: GuidanceSettings
     budget: BudgetSettings
+    runs: str
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> tuple["SamplingPlan", dict[str, Any]]:
@@ -64,8 +69,9 @@ class SamplingPlan:
         sampler = build_named(SAMPLERS, values.get("sampler"), "sampler")
         guidance = call_checked(GuidanceSettings, values.get("guidance"), "guidance")
         budget = call_checked(BudgetSettings, values.get("budget"), "budget")
+        assume = call_checked(AssumeSettings, values.get("assume"), "assume")
         settings = call_checked(SamplingSettings, {key: values[key] for key in values if key in names}, "")
-        plan = cls(settings, sampler, guidance, budget)
+        plan = cls(settings, assume, sampler, guidance, budget, str(values["paths"]["runs"]))
         if plan.budget.given and (plan.guidance.drop_schedule is not None or plan.guidance.drop_fraction):
             raise UserError("budget: guidance.drop_fraction and drop_schedule are what it replaces, leave them out")
         return plan, own

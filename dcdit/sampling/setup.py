@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dcdit.checkpoints.load import Model, load_model
+from dcdit.checkpoints.load import Model, build_model, read_weights, words
+from dcdit.checkpoints.locate import Place, locate
 from dcdit.data.autoencoder import LatentDecoder, load_decoder
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
@@ -28,6 +28,7 @@ class Sampling:
 
     Attributes:
         plan: what was asked for.
+        place: where the checkpoint is, and where what is made of it goes.
         model, guidance, sampler: what computes.
         decode: latents to images.
         precision: ``fp32`` or ``bf16``.
@@ -35,6 +36,7 @@ class Sampling:
     """
 
     plan: SamplingPlan
+    place: Place
     model: Model
     guidance: Guidance
     sampler: Sampler
@@ -92,7 +94,11 @@ def set_up_sampling(plan: SamplingPlan) -> Sampling:
     """
     settings = plan.settings
     keep_freed_memory()
-    model = load_model(settings.checkpoint, settings.weights, pick_device(settings.device))
+    device = pick_device(settings.device)
+    place = locate(settings.checkpoint, plan.runs)
+    found = read_weights(place, plan.assume)
+    model = build_model(found, settings.weights, device)
+    print(f"{place.name}: {words(found, model.network, settings.weights)}")
     set_execution(model.network, compiled=settings.compile)
     check_guidance(model.network, plan.guidance)
     precision = settings.precision
@@ -100,7 +106,7 @@ def set_up_sampling(plan: SamplingPlan) -> Sampling:
         precision = "bf16" if model.device.type == "cuda" else "fp32"
     decode = load_decoder(model.latents, model.device, settings.autoencoder)
     guidance = Guidance(model.network, model.network.null_class, plan.guidance)
-    sampling = Sampling(plan, model, guidance, Sampler(plan.sampler), decode, precision, None)
+    sampling = Sampling(plan, place, model, guidance, Sampler(plan.sampler), decode, precision, None)
     return meet_budget(sampling) if plan.budget.given else sampling
 
 
@@ -115,7 +121,7 @@ def meet_budget(sampling: Sampling) -> Sampling:
         "precision": sampling.precision,
     }
     found = remembered(
-        Path(plan.settings.checkpoint),
+        sampling.place.home / "budgets.json",
         question,
         lambda: calibrate(
             model, sampling.guidance, sampling.sampler, plan.budget, sampling.batch_size, sampling.precision

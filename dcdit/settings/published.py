@@ -12,6 +12,9 @@ CONFIG_DIR = str(_PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _P
 
 SCALES = ("s", "b", "l", "xl")
 
+AUTOENCODER, LATENT_SCALE = "stabilityai/sd-vae-ft-ema", 0.18215
+"""Of all published weights of DC-DiT and DiT, whose files do not say it."""
+
 
 @cache
 def published_scales() -> dict[str, dict[str, Any]]:

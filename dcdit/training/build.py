@@ -73,6 +73,7 @@ def build_module(plan: TrainPlan, latents: LatentSpec | None) -> DCDiTModule:
         seed=plan.run.seed,
         nonfinite_limit=plan.run.nonfinite_limit,
         balance_timesteps=plan.run.balance_timesteps,
+        init={},
     )
 
 

@@ -1,6 +1,7 @@
 """The LightningModule: network, diffusion loss, ratio loss and the sampled drop fraction."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from dcdit.diffusion.settings import TRAIN_STEPS
 from dcdit.errors import TrainingError, UserError
 from dcdit.network import Output, build_network
 from dcdit.training.callbacks.throughput import logging_interval
+from dcdit.training.distillation import Distillation, watched
 from dcdit.training.metrics import BatchMetrics, over_ranks, routing_metrics, step_metrics
 from dcdit.training.objective import balanced_timesteps, drop_fraction_at, ratio_loss, target_compression
 from dcdit.training.resume import prepare, same_on_all, tidy
@@ -24,6 +26,24 @@ from dcdit.training.settings import MultiBudgetSettings, OptimizerSettings, Rati
 
 _ALL_RANKS = 2**32 - 1
 """Stands for a rank in the seed of what all ranks sample alike."""
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """A batch on its way to noise.
+
+    Attributes:
+        x: (B, C, H, W) noisy latents.
+        t: (B,) timesteps.
+        labels: (B,), as the network sees them.
+        latents, noise: what ``x`` is made of.
+    """
+
+    x: Tensor
+    t: Tensor
+    labels: Tensor
+    latents: Tensor
+    noise: Tensor
 
 
 class DCDiTModule(pl.LightningModule):
@@ -43,6 +63,7 @@ class DCDiTModule(pl.LightningModule):
         seed: seed of everything random.
         nonfinite_limit: steps with non-finite gradients in a row after which training stops.
         balance_timesteps: give each of several ranks about as many tokens.
+        init: what training started from, see :class:`dcdit.training.init.Start`; empty from scratch.
 
     Raises:
         UserError: if a value is unknown, of the wrong type or out of range.
@@ -60,6 +81,7 @@ class DCDiTModule(pl.LightningModule):
         seed: int,
         nonfinite_limit: int,
         balance_timesteps: bool,
+        init: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -73,10 +95,16 @@ class DCDiTModule(pl.LightningModule):
                 f"multi_budget.fractions={self.multi_budget.fractions}: {self.network.title} drops no tokens, set"
                 " multi_budget=none"
             )
+        for part in self.optimizer.lr_scale:
+            if part not in self.network.parts():
+                known = ", ".join(self.network.parts())
+                raise UserError(f"optimizer.lr_scale: {self.network.title} has no part {part}, but {known}")
         self.max_steps = max_steps
         self.seed = seed
         self.nonfinite_limit = nonfinite_limit
         self.balance_timesteps = balance_timesteps
+        self.distillation: Distillation | None = None
+        """Matches the hidden states of a teacher, which is no part of this module or its checkpoints."""
         self.settings: Mapping[str, Any] = {}
         """What :func:`dcdit.runs.changes.recorded` says of the configuration; saved with the checkpoint."""
         self.tables = Posterior.linear()
@@ -88,6 +116,8 @@ class DCDiTModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Move what is no parameter or buffer to the device."""
         self.tables = self.tables.to(self.device)
+        if self.distillation is not None:
+            self.distillation.to(self.device)
         self.skipped = self.skipped.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -101,7 +131,10 @@ class DCDiTModule(pl.LightningModule):
         if world > 1 and self.balance_timesteps:
             seed = self._stream(step, _ALL_RANKS, micro)
             balanced = balanced_timesteps(seed, TRAIN_STEPS, world, self.global_rank, len(batch[0])).to(self.device)
-        output, diffusion = self._diffuse(batch, drop, balanced)
+        noisy = self._diffuse(batch, balanced)
+        with watched(self.distillation, self.network, step) as hidden:
+            output = self.network(noisy.x, noisy.t, noisy.labels, drop)
+        diffusion = self._loss(noisy, output)
         loss, metrics = diffusion.total.mean(), step_metrics(diffusion, drop)
         if output.routing is not None:
             curriculum = self.ratio.curriculum_start, self.ratio.curriculum_steps
@@ -109,6 +142,10 @@ class DCDiTModule(pl.LightningModule):
             ratio = ratio_loss(output.routing.prob, output.routing.natural_mask, target, self.ratio.group)
             loss = loss + self.ratio.weight * ratio
             metrics |= {"train/ratio_loss": ratio, **routing_metrics(output.routing, world)}
+        if hidden is not None and self.distillation is not None:
+            distilled = self.distillation.loss(hidden, noisy.x, noisy.t, noisy.labels)
+            loss = loss + self.distillation.weight_at(step) * distilled
+            metrics |= {"train/distil_loss": distilled}
         self._batch.add({**metrics, "train/loss": loss})
         if micro + 1 == self.trainer.accumulate_grad_batches:
             self._log(self._batch.take())
@@ -127,7 +164,9 @@ class DCDiTModule(pl.LightningModule):
         """Diffusion loss at the full budget; the same timesteps and noise at every validation."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self._stream(0, self.global_rank, batch_idx))
-            output, diffusion = self._diffuse(batch, 0.0)
+            noisy = self._diffuse(batch)
+        output = self.network(noisy.x, noisy.t, noisy.labels)
+        diffusion = self._loss(noisy, output)
         size = len(batch[0])
         self.log("val/diffusion_loss", diffusion.total.mean(), sync_dist=True, batch_size=size)
         if output.routing is not None:
@@ -138,24 +177,33 @@ class DCDiTModule(pl.LightningModule):
         """Seed of the random stream at ``position`` (step, rank, micro-batch) of this run."""
         return int(np.random.SeedSequence([self.seed, *position]).generate_state(1, np.uint64)[0])
 
-    def _diffuse(self, batch: Batch, drop_fraction: float, t: Tensor | None = None) -> tuple[Output, DiffusionLoss]:
+    def _diffuse(self, batch: Batch, t: Tensor | None = None) -> Noisy:
+        """Noise a batch, at random timesteps unless they are given; in training drop labels as well."""
         latents, labels = batch
         if t is None:
             t = torch.randint(TRAIN_STEPS, (len(latents),), device=self.device)
         noise = torch.randn_like(latents)
-        noisy = add_noise(self.tables, latents, noise, t)
-        output = self.network(noisy, t, labels, drop_fraction)
+        if self.training:
+            labels = self.network.drop_labels(labels)
+        return Noisy(add_noise(self.tables, latents, noise, t), t, labels, latents, noise)
+
+    def _loss(self, noisy: Noisy, output: Output) -> DiffusionLoss:
         with torch.autocast(self.device.type, enabled=False):
-            return output, diffusion_loss(self.tables, output.prediction, latents, noisy, noise, t)
+            return diffusion_loss(self.tables, output.prediction, noisy.latents, noisy.x, noisy.noise, noisy.t)
 
     # ---- optimisation ------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Fused AdamW over all parameters, and the learning-rate schedule by optimiser step."""
+        """Fused AdamW, part by part, and the learning-rate schedule by optimiser step."""
         from diffusers.optimization import get_scheduler
 
         config = self.optimizer
-        adamw = torch.optim.AdamW(self.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        parts = self.network.parts()
+        groups = [
+            {"params": list(part.parameters()), "lr": config.lr * config.lr_scale.get(name, 1.0)}
+            for name, part in parts.items()
+        ]
+        adamw = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         schedule = get_scheduler(
             config.schedule, adamw, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.max_steps
         )

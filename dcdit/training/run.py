@@ -1,6 +1,7 @@
 """A run from its configuration to its outcome, in phases."""
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -20,15 +21,17 @@ from dcdit.runs.changes import changes, remarks
 from dcdit.runs.lock import sole_writer
 from dcdit.runs.resume import find_checkpoints, is_finished, leave_queue, note, started
 from dcdit.runs.state import Outcome, RunState, State
-from dcdit.runtime.files import write_text
+from dcdit.runtime.files import write_json, write_text
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.runtime.processes import rank, say
 from dcdit.settings.entry import plain
 from dcdit.training.batching import check_devices
 from dcdit.training.build import build_data, build_module, build_trainer, check_network, match_compute
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
+from dcdit.training.distillation import Distillation
+from dcdit.training.init import Start, start_from
 from dcdit.training.module import DCDiTModule
-from dcdit.training.resume import check_resumed, open_first_whole
+from dcdit.training.resume import Resumed, check_resumed, open_first_whole
 from dcdit.training.settings import GROUPS, TrainPlan
 
 
@@ -62,6 +65,8 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
             where = f"{os.path.relpath(run_dir)} is finished, at step {before.step}"
             say(f"{where}: train on with a larger trainer.max_steps")
             return Outcome(State.FINISHED, before.step, before.metrics)
+        if before and not paths and config.callbacks and config.callbacks.get("checkpoint"):
+            check_record(before, run_dir)
         check_devices(plan)
         resumed = open_first_whole(paths)
         step = resumed.step if resumed else 0
@@ -87,6 +92,8 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         manifest.spec.check_network(module.network)
         module.network.to(memory_format=torch.channels_last)  # which convolutions prefer, on CPUs and tensor cores
         set_execution(module.network, plan.execution.compile, plan.execution.activation_checkpointing)
+        begun = start_from(plan.init, module.network, manifest.spec, plan.values["paths"]["runs"], step)
+        begin(module, begun, resumed)
         interrupt = StopOnInterrupt()
         if resumed:
             check_resumed(resumed, module.network, manifest.spec, manifest.samples)
@@ -94,6 +101,9 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         path, resumed = resumed.path if resumed else None, None  # Lightning gives its memory back
         # 5. Write down what is trained.
         leave_queue(before, run_dir)
+        if begun[0].source and not step:
+            say(begun[0].words)
+            save_start(begun[0], run_dir)
         say(words(module, plan, trainer.world_size, step))
         if found:
             say(remarks(found))
@@ -113,6 +123,34 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         say(next_words(outcome, run_dir, inside_job))
         trainer.strategy.barrier()  # a process that leaves a job early takes the others with it
         return outcome
+
+
+def check_record(before: RunState, run_dir: Path) -> None:
+    """Raise :class:`UserError` if an earlier part of the run was saved, and its checkpoints are gone."""
+    if before.step and before.state in (State.FINISHED, State.INTERRUPTED):
+        raise UserError(
+            f"run_dir={run_dir}: {before.step} steps of this run were done and saved, but its checkpoints are gone."
+            " Restore them, or delete the directory to start anew, or take another run_name"
+        )
+
+
+def begin(module: DCDiTModule, begun: tuple[Start, Distillation | None], resumed: Resumed | None) -> None:
+    """Have the module say what it started from, and match the teacher; UserError if that was another one."""
+    start, module.distillation = begun
+    before = resumed.trained.training.get("init") if resumed else None
+    if before and start.record and before.get("fingerprint") != start.fingerprint:
+        raise UserError(
+            f"init: the run was started from {before.get('source')}, weights {before.get('fingerprint')}; now it is"
+            f" {start.source}, weights {start.fingerprint}. Name the same, or start another run with run_name=..."
+        )
+    module.hparams["init"] = dict(before or start.record)
+
+
+def save_start(start: Start, run_dir: Path) -> None:
+    """Write down, name by name, what was taken over, what is new and what was left behind."""
+    if not rank():
+        names = {key: list(getattr(start, key)) for key in ("loaded", "new", "left")}
+        write_json(run_dir / "init.json", {**start.record, **names})
 
 
 def check_trained(module: DCDiTModule, step: int) -> None:
@@ -174,9 +212,10 @@ def words(module: DCDiTModule, plan: TrainPlan, world_size: int, began: int) -> 
 
 def next_words(outcome: Outcome, run_dir: Path, inside_job: bool) -> str:
     """How it ended, and what to do next."""
-    last = Path(os.path.relpath(run_dir / "checkpoints" / "last.ckpt"))
+    last = run_dir / "checkpoints" / "last.ckpt"
+    word = shlex.quote(f"checkpoint={os.path.relpath(run_dir)}")
     if outcome.state is State.INTERRUPTED:
         resume = "" if inside_job else " Resume: the same command with ckpt_path=last"
         return f"Stopped and saved at step {outcome.step}.{resume}"
-    sample = f" Sample: python -m dcdit.sample checkpoint={last}" if last.exists() else ""
+    sample = f" Sample: python -m dcdit.sample {word}" if last.exists() else ""
     return f"Finished at step {outcome.step}.{sample}"

@@ -1,9 +1,10 @@
 """What a user may say about training. No torch here, so that mistakes show at once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
+from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.checks import (
     Bounds,
     Compression,
@@ -14,6 +15,7 @@ from dcdit.checks import (
     NonNegative,
     Positive,
     Seed,
+    build_named,
     call_checked,
     checked,
     conform,
@@ -33,12 +35,14 @@ class OptimizerSettings:
         weight_decay: decoupled weight decay.
         schedule: a schedule name of ``diffusers.optimization.get_scheduler``.
         lr_warmup_steps: linear warm-up of the learning rate; ``constant`` has none, ``constant_with_warmup`` does.
+        lr_scale: learning rate over ``lr`` by part of the network, see :meth:`dcdit.network.Network.parts`.
     """
 
     lr: Positive
     weight_decay: NonNegative
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     lr_warmup_steps: Natural
+    lr_scale: dict[str, Positive]
 
 
 @checked
@@ -110,6 +114,67 @@ class ExecutionSettings:
     max_micro_batch: Count | None
 
 
+Differing = Literal["classes", "grid", "router", "latents"]
+
+
+@checked
+@dataclass(frozen=True)
+class FromScratch:
+    """No weights but fresh ones."""
+
+
+@checked
+@dataclass(frozen=True)
+class FromWeights:
+    """Training that starts from weights that exist: step 0, a new optimiser, a new average.
+
+    Attributes:
+        checkpoint: what names them, see :func:`dcdit.checkpoints.locate.locate`.
+        weights: EMA weights or raw ones.
+        adapt: what may differ between them and what is trained; the parts that it touches start anew.
+        freeze: parts that are not trained, see :meth:`dcdit.network.Network.parts`.
+        assume: what the checkpoint cannot say.
+    """
+
+    checkpoint: str
+    weights: Literal["ema", "raw"]
+    adapt: list[Differing]
+    freeze: list[str]
+    assume: AssumeSettings
+
+
+@checked
+@dataclass(frozen=True)
+class FromTeacher:
+    """A DC-DiT that takes the blocks and embedders of a plain DiT over, and matches its hidden states for a while.
+
+    Attributes:
+        teacher: what names the plain DiT, see :func:`dcdit.checkpoints.locate.locate`.
+        weights, adapt, freeze, assume: as of :class:`FromWeights`.
+        distil_steps: optimiser steps in which hidden states are matched.
+        distil_weight: weight of that loss beside the diffusion loss.
+        distil_decay: whether the weight falls linearly to 0 over these steps.
+    """
+
+    teacher: str
+    weights: Literal["ema", "raw"]
+    adapt: list[Differing]
+    freeze: list[str]
+    assume: AssumeSettings
+    distil_steps: Natural
+    distil_weight: NonNegative
+    distil_decay: bool
+
+
+InitSettings = FromScratch | FromWeights | FromTeacher
+
+INITS: dict[str, Callable[..., InitSettings]] = {
+    "none": FromScratch,
+    "weights": FromWeights,
+    "upcycle": FromTeacher,
+}
+"""What ``init.name`` may say."""
+
 Precision = Literal[
     "bf16-mixed", "16-mixed", "32-true", "bf16-true", "16-true", "64-true", "transformer-engine", "bf16", 16, 32, 64
 ]
@@ -173,7 +238,7 @@ class RunSettings:
 
     compression: Compression
     seed: Seed
-    run_name: Annotated[str, Matches(r".*\S.*", "a name")]
+    run_name: Annotated[str, Matches(r"(?!(.*/)?\.\.(/|$)).*\S.*", "a name (for another place there is run_dir)")]
     run_dir: str
     ckpt_path: str | None
     run_id: RunId | None
@@ -191,7 +256,7 @@ SECTIONS: dict[str, Any] = {
 GROUPS = ("model", "data", "trainer", "cluster")
 """Sections whose keys others refer to."""
 
-_BUILT_LATER = ("model", "data", "trainer", "callbacks", "logger", "cluster", "paths", "resolution", *SECTIONS)
+_BUILT_LATER = ("init", "model", "data", "trainer", "callbacks", "logger", "cluster", "paths", "resolution", *SECTIONS)
 
 
 @dataclass(frozen=True)
@@ -200,11 +265,12 @@ class TrainPlan:
 
     Attributes:
         run: the keys at the top.
-        ratio, multi_budget, optimizer, match_compute, execution, trainer: the sections of those names.
+        init, ratio, multi_budget, optimizer, match_compute, execution, trainer: the sections of those names.
         values: everything as plain values, for what builds the rest.
     """
 
     run: RunSettings
+    init: InitSettings
     ratio: RatioSettings
     multi_budget: MultiBudgetSettings
     optimizer: OptimizerSettings
@@ -231,7 +297,10 @@ class TrainPlan:
             UserError: naming key, value and remedy.
         """
         run = call_checked(RunSettings, {key: values[key] for key in values if key not in _BUILT_LATER}, "")
+        init = build_named(INITS, values.get("init"), "init")
         sections = {name: call_checked(kind, values.get(name), name) for name, kind in SECTIONS.items()}
         trainer = values["trainer"]
         ranged = {key: value for key, value in trainer.items() if key in TrainerSettings.__dataclass_fields__}
-        return cls(run, **sections, trainer=call_checked(TrainerSettings, ranged, "trainer"), values=values)
+        if isinstance(init, FromTeacher) and values["model"].get("name") == "dit":
+            raise UserError("init=upcycle makes a DC-DiT of a plain DiT: choose a dcdit model, such as model=dcdit_xl")
+        return cls(run, init, **sections, trainer=call_checked(TrainerSettings, ranged, "trainer"), values=values)

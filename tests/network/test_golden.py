@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.configs import golden_folders
+from support.configs import golden_folders, golden_network
 from torch import Tensor
 
 from dcdit import DCDiT
-from dcdit.checkpoints.reference import load_reference, rename
+from dcdit.checkpoints.names import REFERENCE
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.loss import diffusion_loss
 from dcdit.diffusion.schedule import Posterior, add_noise
@@ -37,7 +37,7 @@ class Golden(NamedTuple):
         state = load_file(self.folder / "state.safetensors")
         if self.size == 16:
             state |= load_file(self.folder / "state_in16_pos_embed.safetensors")
-        return load_reference(state, heads=HEADS)
+        return golden_network(state, heads=HEADS)
 
 
 GOLDEN = [
@@ -129,14 +129,14 @@ def test_loss_and_gradient(golden: Golden, case: str, drop: float, group: int | 
     total.backward()
     gradients = {name: p.grad for name, p in net.named_parameters()}
     summary = json.loads((golden.folder / "meta.json").read_text())["grad_summary"][f"in{golden.size}"]
-    assert {rename(name) for name in summary} == set(gradients)
+    assert {REFERENCE.ours(name) for name in summary} == set(gradients)
     for name, expected in summary.items():
         expected = expected["drop03_rb4"] if drop else expected
-        assert gradients[rename(name)].norm().item() == pytest.approx(expected["norm"], rel=2e-5), name
+        assert gradients[REFERENCE.ours(name)].norm().item() == pytest.approx(expected["norm"], rel=2e-5), name
     stored = golden.folder / f"grads_f_in{golden.size}.safetensors"
     if not drop and stored.exists():
         for name, expected in load_file(stored).items():
-            assert (gradients[rename(name)] - expected).norm() <= 2e-5 * expected.norm(), name
+            assert (gradients[REFERENCE.ours(name)] - expected).norm() <= 2e-5 * expected.norm(), name
 
 
 def test_decoder_likelihood(golden: Golden) -> None:

@@ -127,14 +127,14 @@ def test_drop_fractions_per_sample_equal_one_at_a_time():
 
 
 @torch.no_grad()
-def test_labels_are_dropped_in_training_only():
+def test_labels_are_dropped_on_request_only():
     net = lively(label_dropout=0.5)
     x, t, _ = inputs(1)
     x, t, y = x.expand(64, -1, -1, -1), t.expand(64), torch.full((64,), 2)
-    null = net(x[:1], t[:1], torch.tensor([5])).prediction
-    same_as_null = [torch.allclose(p, null[0], atol=1e-4) for p in net.train()(x, t, y).prediction]
+    null = net(x[:1], t[:1], torch.tensor([net.null_class])).prediction
+    same_as_null = [torch.allclose(p, null[0], atol=1e-4) for p in net(x, t, net.drop_labels(y)).prediction]
     assert 10 < sum(same_as_null) < 54
-    assert not any(torch.allclose(p, null[0], atol=1e-4) for p in net.eval()(x, t, y).prediction)
+    assert not any(torch.allclose(p, null[0], atol=1e-4) for p in net.train()(x, t, y).prediction)
 
 
 @torch.no_grad()

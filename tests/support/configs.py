@@ -8,6 +8,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from dcdit.checkpoints.foreign import described_by_shapes
+from dcdit.checkpoints.settings import AssumeSettings
+from dcdit.network import DCDiT, build_network
 from dcdit.settings.entry import CONFIG_DIR, plain
 from dcdit.training.settings import TrainPlan
 
@@ -51,6 +54,14 @@ def golden_folders() -> dict[str, Path]:
     if "DCDIT_GOLDEN" in os.environ and dev.is_dir():
         folders["dev"] = dev
     return folders
+
+
+def golden_network(state: dict[str, torch.Tensor], heads: int) -> DCDiT:
+    """The network of a state dict with the reference's names."""
+    _, spec, weights = described_by_shapes(state, AssumeSettings(heads=heads))
+    network = build_network(spec)
+    network.load_state_dict(weights)
+    return network.eval()
 
 
 def perturb(module: torch.nn.Module, seed: int = 0) -> None:

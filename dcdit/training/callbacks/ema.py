@@ -1,9 +1,10 @@
 """EMA weights: the exponential moving average of the weights."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dcdit.checks import Bounds, checked
@@ -20,14 +21,21 @@ class EMA(WeightAveraging):
 
     Args:
         decay: weight of the old average at every optimiser step, 0.9999 as published.
+        warmup: a smaller one at first, (1 + n) / (10 + n) at step n: the average is over the last tenth of the steps
+            done, until that is longer than ``decay`` allows.
 
     Raises:
         UserError: if ``decay`` is outside [0, 1).
     """
 
-    def __init__(self, decay: Decay) -> None:
+    def __init__(self, decay: Decay, warmup: bool) -> None:
+        def update(average: Any, current: Any, count: int | Tensor) -> None:
+            done = int(count)
+            now = min(decay, (1 + done) / (10 + done)) if warmup else decay
+            get_ema_multi_avg_fn(now)(average, current, count)
+
         # Buffers are constant tables: nothing to average.
-        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        super().__init__(use_buffers=False, multi_avg_fn=update)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Create the average when fitting begins."""

@@ -12,7 +12,18 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from dcdit.checkpoints.load import Model
-from dcdit.checks import Count, DropFraction, Natural, NotEmpty, Seed, TimeFraction, build_named, call_checked, checked
+from dcdit.checks import (
+    Count,
+    DropFraction,
+    Images,
+    Natural,
+    NotEmpty,
+    Seed,
+    TimeFraction,
+    build_named,
+    call_checked,
+    checked,
+)
 from dcdit.compute.flops import Cost
 from dcdit.data.autoencoder import LatentDecoder, load_decoder
 from dcdit.data.latents import LatentSpec
@@ -88,11 +99,11 @@ class FID(Callback):
         sampler: Any,
         guidance: Any,
         drop_fractions: Annotated[list[DropFraction], NotEmpty("name at least one, such as 0")],
-        count: Count,
-        batch_size: Count,
+        count: Images,
+        batch_size: Images,
         every: Count,
         max_time_fraction: TimeFraction,
-        shown: Count,
+        shown: Images,
         frames: Natural,
         seed: Seed,
         autoencoder: str | None,

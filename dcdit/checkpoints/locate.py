@@ -1,0 +1,204 @@
+"""From what a user names to the file or folder that holds the weights: here, or on the Hugging Face hub."""
+
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dcdit.errors import UserError
+from dcdit.runs.resume import LAST, STEP_NAME
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+SHIPPED = {"digits": Path(__file__).parent / "digits"}
+"""Networks that come with this package, by the name that stands for their folder."""
+
+_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
+_CONFIG = "config.json"
+_HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<early>[^/@]+))?(?P<path>/[^@]*)?(?:@(?P<late>.+))?")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint is.
+
+    Attributes:
+        name: as the user gave it.
+        path: the file or folder that holds the weights.
+        run: what results call it; with that of its sweep, if it is of one.
+        home: the folder for what is made of it: the run's, or one of its own among the runs.
+    """
+
+    name: str
+    path: Path
+    run: str
+    home: Path
+
+
+def locate(name: str, runs: str) -> Place:
+    """Where the checkpoint ``name`` is; one on the hub is fetched, unless it is there already.
+
+    Args:
+        name: a checkpoint file, a run's directory, an exported folder, a folder of diffusers, a name in
+            :data:`SHIPPED`, or ``hf://<owner>/<repository>[/<file or folder>][@<revision>]``.
+        runs: folder of all runs.
+
+    Raises:
+        UserError: if there is no such checkpoint, naming what was found instead.
+    """
+    if name in SHIPPED:
+        return _elsewhere(name, SHIPPED[name], f"pretrained_{name}", runs)
+    if name.startswith("hf:"):
+        return _elsewhere(name, _fetch(name), re.sub(r"\W+", "_", name.removeprefix("hf:")).strip("_"), runs)
+    path = Path(name)
+    if not path.exists():
+        hub = f", or hf://{name} if it is on the hub" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else ""
+        raise UserError(f"checkpoint={name} does not exist: give a file, a run's directory, an exported folder{hub}")
+    if path.is_dir():
+        names = [each.relative_to(path).as_posix() for part in (".", *_PARTS) for each in (path / part).glob("*")]
+        path = path / pick(names, name)[0]
+    folder = path.resolve().parent
+    if folder.name == "checkpoints":
+        run = folder.parent
+        sweep = run.parent.name
+        return Place(
+            name, path, f"{sweep.removesuffix('_sweep')}/{run.name}" if sweep.endswith("_sweep") else run.name, run
+        )
+    return _elsewhere(name, path, path.resolve().name if path.is_dir() else path.resolve().stem, runs)
+
+
+def _elsewhere(name: str, path: Path, run: str, runs: str) -> Place:
+    return Place(name, path, run, Path(runs) / run)
+
+
+_PARTS = ("checkpoints", "transformer")
+
+
+def pick(names: Collection[str], place: str) -> tuple[str, list[str]]:
+    """Which of the files in a folder are the checkpoint.
+
+    Args:
+        names: of the files, relative to the folder.
+        place: the folder, for messages.
+
+    Returns:
+        The file or folder that holds the weights, and all files that belong to it; relative.
+
+    Raises:
+        UserError: if there is none, or more than one.
+    """
+    for part in ("", "transformer/"):
+        if part + _CONFIG in names:
+            return part or ".", [part + _CONFIG, *_weights_of_folder(names, part)]
+    for part in ("checkpoints/", ""):
+        steps = sorted(name for name in names if name.startswith(part) and STEP_NAME.fullmatch(name[len(part) :]))
+        if part + LAST in names or steps:
+            found = part + LAST if part + LAST in names else steps[-1]
+            return found, [found]
+    files = [name for name in names if name.endswith(_SUFFIXES) and "/" not in name]
+    if len(files) != 1:
+        what = f"several: {', '.join(sorted(files)[:8])}; name one of them" if files else "none"
+        seen = ", ".join(sorted({name.split("/")[0] for name in names})[:8]) or "nothing"
+        raise UserError(
+            f"checkpoint={place}: of checkpoint files this folder holds {what}"
+            + ("" if files else f" (it holds {seen}); give a run's directory, an exported folder, or a file")
+        )
+    return files[0], files
+
+
+def _weights_of_folder(names: Collection[str], part: str) -> list[str]:
+    """Files of weights beside a ``config.json``: one, or all pieces of one; no variants of lower precision."""
+    files = sorted(name for name in names if name.startswith(part) and "/" not in name[len(part) :])
+    for suffix in (".safetensors", ".bin"):
+        whole = [name for name in files if re.fullmatch(rf"\w+{re.escape(suffix)}", name[len(part) :])]
+        pieces = [name for name in files if re.fullmatch(rf"\w+-\d+-of-\d+{re.escape(suffix)}", name[len(part) :])]
+        if whole or pieces:
+            return whole or pieces
+    raise UserError(f"beside {part}{_CONFIG} there are no weights (.safetensors): the folder is incomplete")
+
+
+def weights_of_folder(folder: Path) -> list[Path]:
+    """The files of weights in a folder with a ``config.json``; UserError if there are none."""
+    return [folder / name for name in _weights_of_folder(os.listdir(folder), "")]
+
+
+# ---- the hub -------------------------------------------------------------------------------------------------------
+
+
+def _fetch(address: str) -> Path:
+    """The file or folder at an address of the hub, in the cache of huggingface_hub."""
+    found = _HUB.fullmatch(address)
+    if not found or (found["early"] and found["late"]):
+        raise UserError(
+            f"checkpoint={address} is no address: write hf://<owner>/<repository>[/<file or folder>][@<revision>], such"
+            " as hf://amd/DynamicChunkingDiT/S-256"
+        )
+    repository, revision = found["repository"], found["early"] or found["late"]
+    path = (found["path"] or "").strip("/")
+    from huggingface_hub import HfApi
+    from huggingface_hub import errors as hub
+
+    api = HfApi()
+    try:
+        names = _names_on_hub(api, repository, revision)
+        cached = names is None
+        if names is None:
+            folder = Path(api.snapshot_download(repository, revision=revision, local_files_only=True))
+            names = [each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()]
+        if path in names:
+            target, files = path, [path]
+        else:
+            inside = [name.removeprefix(f"{path}/") for name in names if not path or name.startswith(f"{path}/")]
+            if not inside:
+                top = ", ".join(sorted({name.split("/")[0] for name in names})[:8])
+                raise UserError(f"checkpoint={address}: {repository} holds no {path}; it holds {top}")
+            target, files = pick(inside, address)
+            target, files = _below(path, target), [_below(path, name) for name in files]
+        local = [
+            Path(api.hf_hub_download(repository, name, revision=revision, local_files_only=cached)) for name in files
+        ]
+        return local[0] if target == files[0] else local[0].parent
+    except hub.RevisionNotFoundError as error:
+        raise UserError(f"checkpoint={address}: {repository} has no revision {revision}") from error
+    except hub.GatedRepoError as error:
+        raise UserError(
+            f"checkpoint={address}: its owners ask you to accept their terms: do so on the page of {repository}, then"
+            " `hf auth login`"
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise UserError(
+            f"checkpoint={address}: the hub has no {repository}, or you may not see it: log in with `hf auth login`"
+        ) from error
+    except (hub.HTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+        where = f" {path}/*" if path and not path.endswith(_SUFFIXES) else f" {path}" if path else ""
+        raise UserError(
+            f"checkpoint={address}: the hub cannot be reached ({_reason(error)}), and the files are not in its cache"
+            f" here. Where it can be reached, `hf download {repository}{where} --local-dir weights`; then copy the"
+            f" folder and give checkpoint=weights{f'/{path}' if path else ''}"
+        ) from error
+
+
+def _names_on_hub(api: "HfApi", repository: str, revision: str | None) -> list[str] | None:
+    """Names of all files; None if the hub cannot be asked, but the cache perhaps can."""
+    from huggingface_hub import errors as hub
+
+    try:
+        return list(api.list_repo_files(repository, revision=revision))
+    except (hub.RevisionNotFoundError, hub.RepositoryNotFoundError):
+        raise
+    except (hub.HTTPError, hub.OfflineModeIsEnabled, OSError):
+        return None
+
+
+def _below(folder: str, name: str) -> str:
+    return "/".join(part for part in (folder, name) if part and part != ".") or "."
+
+
+def _reason(error: Exception) -> str:
+    root: BaseException = error
+    while root.__cause__ is not None or root.__context__ is not None:
+        root = root.__cause__ or root.__context__  # type: ignore[assignment]
+    return (str(root) or type(root).__name__).splitlines()[0]

@@ -1,0 +1,92 @@
+"""Hand a trained network on: ``python -m dcdit.export checkpoint=runs/b_n4 out=exported/b_n4``.
+
+Writes a folder with ``model.safetensors``, ``config.json`` and a model card, which ``DCDiT.from_pretrained`` and every
+command of dcdit load, and which ``push=<owner>/<repository>`` uploads to the Hugging Face hub. With
+``format=reference`` it writes a file for the authors' own implementation.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import hydra
+from omegaconf import DictConfig
+
+from dcdit.checkpoints.settings import AssumeSettings
+from dcdit.checks import Matches, call_checked, checked
+from dcdit.errors import UserError
+from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+
+
+@checked
+@dataclass(frozen=True)
+class ExportSettings:
+    """What to export: the keys of ``configs/export.yaml``.
+
+    Attributes:
+        checkpoint: what names the weights, see :func:`dcdit.checkpoints.locate.locate`.
+        assume: what it cannot say.
+        weights: EMA weights or raw ones.
+        out: folder, or file of ``format=reference``.
+        format: ours, or that of the authors' implementation.
+        dtype: of the numbers in ``model.safetensors``.
+        license, note: for the model card.
+        push: repository on the hub that receives the folder; None for none.
+        private: whether a new repository is private.
+    """
+
+    checkpoint: str
+    assume: AssumeSettings
+    weights: Literal["ema", "raw"]
+    out: str
+    format: Literal["dcdit", "reference"]
+    dtype: Literal["fp32", "bf16", "fp16"]
+    license: str | None
+    note: str | None
+    push: Annotated[str, Matches(r"[\w.-]+/[\w.-]+", "a repository, such as me/dcdit-b")] | None
+    private: bool
+
+    def __post_init__(self) -> None:
+        if self.format == "reference" and (self.push or self.dtype != "fp32"):
+            key, value = ("push", self.push) if self.push else ("dtype", self.dtype)
+            raise UserError(f"{key}={value} is for format=dcdit, leave it out")
+
+
+def check(config: DictConfig) -> ExportSettings:
+    """What ``config`` asks for; UserError if a value is wrong, before anything is loaded."""
+    values = plain(config)
+    del values["paths"]
+    return call_checked(ExportSettings, values, "")
+
+
+def run(config: DictConfig) -> Path:
+    """Export what ``config`` asks for; returns the folder or file."""
+    settings = check(config)
+    from dcdit.checkpoints.export import Card, push, write_exported, write_reference
+    from dcdit.checkpoints.load import read_weights
+    from dcdit.checkpoints.locate import locate
+    from dcdit.evaluation.results import figures_of
+    from dcdit.runs.state import command_of
+
+    place, out = locate(settings.checkpoint, config.paths.runs), Path(settings.out)
+    found = read_weights(place, settings.assume)
+    if settings.format == "reference":
+        write_reference(out, found, settings.weights)
+        print(f"{out}: for the reference implementation")
+        return out
+    figures = figures_of(place.home, found.step, settings.weights)
+    card = Card(settings.license, settings.note, command_of(place.home), figures)
+    print(write_exported(out, found, settings.weights, settings.dtype, card))
+    if settings.push:
+        print(f"{settings.push}: {push(out, settings.push, settings.private)}")
+    return out
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="export")
+def main(config: DictConfig) -> None:
+    """Hydra entry point."""
+    hold(run, config)
+
+
+if __name__ == "__main__":
+    entry_point(main)

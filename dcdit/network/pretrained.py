@@ -1,0 +1,136 @@
+"""Networks as folders that others load with one line: ``config.json`` and ``model.safetensors``."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from dcdit.checks import conform
+from dcdit.errors import UserError
+from dcdit.runtime.files import read_json, replacing, write_text
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+Self = TypeVar("Self", bound="Pretrained")
+
+
+class Pretrained(ModelHubMixin):
+    """``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` of huggingface_hub, with nothing pickled.
+
+    A constructor's arguments are remembered and saved; they are plain values.
+    """
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What :func:`dcdit.network.build_network` makes this network of: its name and the constructor's arguments."""
+        from dcdit.network import NETWORKS
+
+        name = next((name for name, kind in NETWORKS.items() if kind is type(self)), None)
+        if name is None:
+            raise UserError(f"{type(self).__name__} is no network of dcdit.network.NETWORKS: register it there")
+        return {"name": name, **conform("config", self._hub_mixin_config, dict[str, Any])}
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        assert isinstance(self, nn.Module)
+        write_folder(save_directory, {"network": self.spec}, self.state_dict())
+
+    @classmethod
+    def _from_pretrained(cls: type[Self], *, model_id: str, **download: Any) -> Self:
+        from dcdit.network import build_network
+
+        folder = Path(model_id)
+        if not folder.is_dir():
+            options = {key: download[key] for key in _DOWNLOAD if key in download}
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                folder = Path(hf_hub_download(model_id, name, **options)).parent
+        network = build_network(read_config(folder)["network"])
+        if not isinstance(network, cls):
+            raise UserError(f"{model_id} holds a {network.title}: load it with {type(network).__name__}")
+        state = read_tensors(folder / WEIGHTS_FILE)
+        check_shapes(shapes_of(state), shapes_of(network.state_dict()))
+        network.load_state_dict(state)
+        return network.eval()
+
+
+_DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+
+
+def write_folder(
+    folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``, each whole or not at all.
+
+    Args:
+        folder: where; made if needed.
+        config: plain values; ``network`` is what :func:`dcdit.network.build_network` takes.
+        state: parameters by name.
+        dtype: of the floating-point numbers in the file.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
+        for name, tensor in state.items()
+    }
+    with replacing(folder / WEIGHTS_FILE) as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, allow_nan=False) + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The values of a ``config.json`` that describes one of our networks in ``network``.
+
+    Raises:
+        UserError: if there is none, or it describes something else.
+    """
+    path = folder / CONFIG_FILE
+    remedy = "export the network again (dcdit export), or download the folder again"
+    try:
+        config = conform("config", read_json(path, dict[str, Any], remedy), dict[str, Any])
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {CONFIG_FILE}: it is no folder that dcdit export wrote") from None
+    if "network" not in config:
+        raise UserError(f"{path} describes no network of dcdit: it lacks the key `network`")
+    return config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file by name, floating-point ones as float32, whole and finite.
+
+    Raises:
+        UserError: if the file is missing or damaged, or a number in it is not finite.
+    """
+    try:
+        found = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: the folder lacks its weights") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged or no safetensors file ({reason}): download or export it again") from error
+    for name, tensor in found.items():
+        if tensor.is_floating_point():
+            if not bool(tensor.isfinite().all()):
+                raise UserError(f"{path} is no trained network: {name} is not finite")
+            found[name] = tensor.float()
+    return found
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Shapes by name."""
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def check_shapes(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:
+    """Raise :class:`UserError`, naming the first difference, unless shapes by name are those ``wanted``."""
+    for name in {**wanted, **found}:
+        if found.get(name) != wanted.get(name):
+            has, needs = (list(each[name]) if name in each else "none" for each in (found, wanted))
+            raise UserError(f"parameter {name} has shape {has}, the network that is described needs {needs}")

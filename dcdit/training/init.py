@@ -1,0 +1,286 @@
+"""Where training starts from: fresh weights, weights that exist, or the blocks of a plain DiT."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dcdit.checkpoints.load import Weights, read_weights, words
+from dcdit.checkpoints.locate import locate
+from dcdit.checks import shown
+from dcdit.data.latents import LatentSpec
+from dcdit.errors import UserError
+from dcdit.network import DiT, Network, build_network
+from dcdit.runtime.devices import fingerprint, without_memory
+from dcdit.training.distillation import Distillation
+from dcdit.training.settings import FromScratch, FromTeacher, FromWeights, InitSettings
+
+TOUCHES = {
+    "classes": ("condition.label.table.",),
+    "router": ("router.",),
+    "latents": ("embed.", "output."),
+    "grid": (),
+}
+"""Parameters that start anew, if they do not fit, where something is adapted, by the beginning of their names."""
+
+_LABELS = "condition.label.table.weight"
+_SAME = ("heads", "groups", "position_patch", "freq_shift", "patch", "router")
+"""Of a network's description what no shape tells, and what must be equal nevertheless."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from.
+
+    Attributes:
+        source: what the weights are of, in words; empty from scratch.
+        fingerprint: digest of the network that they are of.
+        loaded, new, left: names of parameters that were taken over, that start anew, and that were not taken.
+    """
+
+    source: str = ""
+    fingerprint: str = ""
+    loaded: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+
+    @property
+    def record(self) -> dict[str, str]:
+        """For checkpoints; empty from scratch."""
+        return {"source": self.source, "fingerprint": self.fingerprint} if self.source else {}
+
+    @property
+    def words(self) -> str:
+        """What became of the parameters, part by part; name by name where it is not all of a part."""
+        lines = [f"Starting from {self.source}: {len(self.loaded)} parameters taken over"]
+        others = (*self.loaded, *self.new, *self.left)
+        for title, names in (("new", self.new), ("left behind", self.left)):
+            if names:
+                lines.append(f"  {title}: {', '.join(_by_part(names, [n for n in others if n not in names]))}")
+        return "\n".join(lines)
+
+
+def _by_part(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Names, those of a part that has no others in one."""
+    found: dict[str, None] = {}
+    for name in names:
+        part = name.split(".")[0]
+        whole = not any(other.split(".")[0] == part for other in others)
+        found[f"{part} ({sum(each.split('.')[0] == part for each in names)})" if whole else name] = None
+    return list(found)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How weights fit a network."""
+
+    take: dict[str, Tensor] = field(default_factory=dict)
+    new: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+def start_from(
+    settings: InitSettings, network: Network, latents: LatentSpec, runs: str, step: int
+) -> tuple[Start, Distillation | None]:
+    """Put the weights that training starts from into ``network``, and freeze what is not trained.
+
+    Args:
+        settings: where from.
+        network: fresh, or about to be loaded from a checkpoint of this very run.
+        latents: what it is trained on.
+        runs: folder of all runs.
+        step: optimiser steps done; above 0 nothing is loaded but the teacher, while it is needed.
+
+    Returns:
+        What became of the parameters, and what matches hidden states, if anything does.
+
+    Raises:
+        UserError: naming tensor and both shapes, or key and both values, where something does not fit.
+    """
+    if isinstance(settings, FromScratch):
+        return Start(), None
+    freeze(network, settings.freeze)
+    if isinstance(settings, FromWeights):
+        if step:
+            return Start(), None
+        found = read_weights(locate(settings.checkpoint, runs), settings.assume)
+        key = f"init.checkpoint={settings.checkpoint}"
+    else:
+        if step >= max(1, settings.distil_steps):
+            return Start(), None
+        found = read_weights(locate(settings.teacher, runs), settings.assume)
+        key = f"init.teacher={settings.teacher}"
+    _check_latents(key, found, latents, settings.adapt)
+    with without_memory():
+        other = build_network(found.model)
+    state = dict(found.of_kind(settings.weights))
+    source = f"{key}, {words(found, other, settings.weights)}"
+    if isinstance(settings, FromTeacher):
+        teacher = _teacher(key, found, network, state, settings)
+        fit = _fit(key, network, _blocks_and_embedders(state), settings.adapt, partly=True)
+        fit.left.extend(name for name in state if not name.startswith(("blocks.", "condition.")))
+        digest, distillation = fingerprint(teacher), None
+        if step < settings.distil_steps and settings.distil_weight:
+            distillation = Distillation(teacher, settings.distil_steps, settings.distil_weight, settings.distil_decay)
+    else:
+        _check_network(key, found, network, settings.adapt)
+        fit, distillation = _fit(key, network, state, settings.adapt), None
+        whole = build_network(found.model)
+        whole.load_state_dict(state)
+        digest = fingerprint(whole)
+    if not step:
+        _load(network, fit.take)
+    return Start(source, digest, tuple(fit.take), tuple(fit.new), tuple(fit.left)), distillation
+
+
+def freeze(network: Network, parts: Sequence[str]) -> None:
+    """Have the named parts of ``network`` keep their weights.
+
+    Raises:
+        UserError: if there is no such part, or nothing would be left to train.
+    """
+    known = network.parts()
+    for name in parts:
+        if name not in known:
+            raise UserError(f"init.freeze={list(parts)}: {network.title} has no part {name}, but {', '.join(known)}")
+        known[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UserError(f"init.freeze={list(parts)} leaves nothing to train: leave a part out")
+
+
+def _check_latents(key: str, found: Weights, latents: LatentSpec, adapt: Sequence[str]) -> None:
+    """Raise unless the latents are those of the weights, but for what is adapted."""
+    if found.latents is None:
+        raise UserError(f"{key} does not say what its latents are: give init.assume.autoencoder and .scale")
+    own, theirs = latents, found.latents
+    if found.source.startswith("checkpoint of dcdit") or found.source.startswith("exported"):
+        classes = theirs.classes != own.classes
+    else:  # names of classes that the file does not hold
+        classes = len(theirs.classes) != len(own.classes)
+    differing = [
+        ("classes", classes, f"{len(theirs.classes)} classes there", f"{len(own.classes)} here"),
+        ("grid", theirs.shape[1:] != own.shape[1:], f"a grid of {theirs.shape[1]} there", f"{own.shape[1]} here"),
+    ]
+    for name, differs, there, here in differing:
+        if differs and name not in adapt:
+            what = f"{there} and {here}" if there.split()[0] != here.split()[0] else "classes of other names"
+            raise UserError(f"{key} does not fit the data: {what}. To adapt it, add init.adapt=[{name}]")
+    same = LatentSpec(own.shape, theirs.autoencoder, theirs.scale, theirs.shift, own.classes, theirs.fingerprint)
+    difference = same.difference(own) or (
+        f"{theirs.shape[0]} channels there and {own.shape[0]} here" if theirs.shape[0] != own.shape[0] else None
+    )
+    if difference and "latents" not in adapt:
+        raise UserError(
+            f"{key} was trained on other latents than the shards hold: {difference}. Point data.directory at such"
+            " latents, or start from it nevertheless with init.adapt=[latents]"
+        )
+
+
+def _check_network(key: str, found: Weights, network: Network, adapt: Sequence[str]) -> None:
+    """Raise where the networks differ in what no shape tells."""
+    own = network.spec
+    if own["name"] != found.model["name"]:
+        hint = (
+            ": init=upcycle makes a DC-DiT of a DiT" if (own["name"], found.model["name"]) == ("dcdit", "dit") else ""
+        )
+        raise UserError(f"{key} holds model.name={found.model['name']}, model.name={own['name']} is trained{hint}")
+    with without_memory():
+        theirs = build_network(found.model).spec
+    for name in _SAME:
+        if own.get(name) != theirs.get(name) and name not in adapt:
+            remedy = ", or add init.adapt=[router]" if name == "router" else ""
+            raise UserError(
+                f"model.{name}={shown(own.get(name))}: {key} was trained with {shown(theirs.get(name))}, set"
+                f" model.{name}={shown(theirs.get(name))}{remedy}"
+            )
+
+
+def _fit(key: str, network: Network, state: Mapping[str, Tensor], adapt: Sequence[str], partly: bool = False) -> _Fit:
+    """Which of the parameters in ``state`` the network takes over.
+
+    Args:
+        key: names the weights, for messages.
+        network: that takes them.
+        state: by the network's names.
+        adapt: what may differ.
+        partly: whether parameters that ``state`` lacks start anew.
+    """
+    fit = _Fit()
+    touched = {start: name for name, starts in TOUCHES.items() for start in starts}
+    own = network.state_dict()
+    for name in {**own, **state}:
+        reason = next((each for start, each in touched.items() if name.startswith(start)), None)
+        mine, theirs = own.get(name), state.get(name)
+        if mine is not None and theirs is not None and mine.shape == theirs.shape:
+            if reason == "classes" and reason in adapt:
+                fit.take[name] = _with_null_class(mine, theirs)
+                fit.new.append(f"{name} but for the null class")
+            else:
+                fit.take[name] = theirs
+        elif mine is not None and theirs is None and partly:
+            fit.new.append(name)
+        elif reason in adapt:
+            if reason == "classes" and mine is not None and theirs is not None:
+                fit.take[name] = _with_null_class(mine, theirs)
+                fit.new.append(f"{name} but for the null class")
+                continue
+            if mine is not None:
+                fit.new.append(name)
+            if theirs is not None:
+                fit.left.append(name)
+        else:
+            has, needs = (list(each.shape) if each is not None else "none" for each in (theirs, mine))
+            remedy = f", or adapt it with init.adapt=[{reason}]" if reason else ""
+            raise UserError(
+                f"{key} does not fit model: parameter {name} has shape {has} there and {needs} here. Choose the model"
+                f" that it was trained with{remedy}"
+            )
+    return fit
+
+
+def _with_null_class(mine: Tensor, theirs: Tensor) -> Tensor:
+    """A label table of fresh rows, whose last is that of the null class there."""
+    return torch.cat([mine[:-1], theirs[-1:]])
+
+
+def _load(network: Network, take: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in network.state_dict().items():
+            if name in take:
+                parameter.copy_(take[name])
+
+
+def _blocks_and_embedders(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a DC-DiT takes over from a plain DiT, by the names that it has there."""
+    found = {name: tensor for name, tensor in state.items() if name.startswith("condition.")}
+    return found | {f"backbone.{name}": tensor for name, tensor in state.items() if name.startswith("blocks.")}
+
+
+def _teacher(key: str, found: Weights, network: Network, state: Mapping[str, Tensor], settings: FromTeacher) -> DiT:
+    """The plain DiT that a DC-DiT is made of; UserError with both values if it does not fit."""
+    teacher = build_network(found.model)
+    if not isinstance(teacher, DiT):
+        raise UserError(
+            f"{key} holds a {teacher.title}: upcycling starts from a plain DiT, fine-tuning is init=weights"
+        )
+    own, theirs = network.spec, teacher.spec
+    for name in ("width", "depth", "heads", "mlp_ratio", "freq_shift"):
+        if own.get(name) != theirs[name]:
+            raise UserError(
+                f"model.{name}={shown(own.get(name))} does not fit {key}, whose {name} is {shown(theirs[name])}: choose"
+                f" the scale of the teacher, or set model.{name}={shown(theirs[name])}"
+            )
+    if own["position_patch"] != teacher.patch:
+        raise UserError(
+            f"model.position_patch={own['position_patch']}: {key} has patches of {teacher.patch}, set"
+            f" model.position_patch={teacher.patch}"
+        )
+    for name in ("grid", "channels", "num_classes"):
+        if settings.distil_steps and own[name] != theirs[name]:
+            raise UserError(
+                f"init.distil_steps={settings.distil_steps}: {key} has {name} {theirs[name]} and the data {own[name]},"
+                " so it cannot see the same batches; take init.distil_steps=0 and init.adapt, or other data"
+            )
+    teacher.load_state_dict(state)
+    return teacher.eval().requires_grad_(False)

@@ -1,0 +1,101 @@
+"""A hub on the loopback interface, for huggingface_hub itself to talk to."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """Repositories as folders.
+
+    Attributes:
+        address: of the server.
+        asked: paths that were asked for.
+        gated: repositories whose terms nobody here has accepted.
+    """
+
+    def __init__(self, repositories: dict[str, Path]) -> None:
+        self.repositories, self.asked, self.gated = repositories, [], set()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                hub.answer(self, body=False)
+
+            def do_GET(self) -> None:
+                hub.answer(self, body=True)
+
+            def log_message(self, *ignored) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+
+    def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
+        path = unquote(request.path.split("?")[0])
+        self.asked.append(path)
+        words = path.strip("/").split("/")
+        repository = "/".join(words[2:4] if words[0] == "api" else words[:2])
+        revision = (words[5] if len(words) > 5 else "main") if words[0] == "api" else words[3]
+        if repository not in self.repositories:
+            return self.send(request, 404, b"", {"X-Error-Code": "RepoNotFound"}, body)
+        if repository in self.gated and words[0] != "api":
+            return self.send(request, 403, b"", {"X-Error-Code": "GatedRepo"}, body)
+        if revision not in ("main", "v1", COMMIT):
+            return self.send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
+        folder = self.repositories[repository]
+        if words[0] == "api":
+            files = [each for each in folder.rglob("*") if each.is_file()]
+            tree = [
+                {"type": "file", "oid": "0", "path": each.relative_to(folder).as_posix(), "size": each.stat().st_size}
+                for each in files
+            ]
+            return self.send(request, 200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
+        file = folder.joinpath(*words[4:])
+        if not file.is_file():
+            return self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound"}, body)
+        content = file.read_bytes()
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        return self.send(request, 200, content, headers, body)
+
+    def send(self, request: BaseHTTPRequestHandler, status: int, content: bytes, headers: dict, body: bool) -> None:
+        request.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            request.send_header(key, value)
+        request.end_headers()
+        if body:
+            request.wfile.write(content)
+
+
+@contextmanager
+def hub_of(repositories: dict[str, Path], cache: Path) -> Iterator[Hub]:
+    """A hub of these repositories, which huggingface_hub in this process talks to, and an empty cache."""
+    hub = Hub(repositories)
+    thread = threading.Thread(target=hub.server.serve_forever, daemon=True)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """No network, as HF_HUB_OFFLINE=1 says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield
