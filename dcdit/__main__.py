@@ -11,6 +11,7 @@ COMMANDS = {
     "report": "quality against compute on one page",
     "status": "how far runs are",
     "flops": "what a network costs",
+    "export": "hand a trained network on: a folder, the hub, or the reference implementation",
     "extract": "images to latent shards",
     "inspect_latents": "what is in a directory of latent shards",
 }

@@ -25,7 +25,18 @@ STOREYS = (
 )
 """From the ground up: a room imports from its own storey's files and from those below, never from above or beside."""
 
-COMMANDS = {"train", "sample", "generate", "evaluate", "report", "status", "flops", "extract", "inspect_latents"}
+COMMANDS = {
+    "train",
+    "sample",
+    "generate",
+    "evaluate",
+    "report",
+    "status",
+    "flops",
+    "export",
+    "extract",
+    "inspect_latents",
+}
 
 FORBIDDEN = {
     "network": ("lightning", "hydra", "omegaconf", "diffusers", "timm", "torchvision", "webdataset"),

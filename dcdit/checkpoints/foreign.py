@@ -14,7 +14,7 @@ from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.checks import Size, conform
 from dcdit.data.latents import IDENTITY, LatentSpec
 from dcdit.errors import UserError
-from dcdit.network import DCDiT, build_network
+from dcdit.network import Network, build_network
 from dcdit.network.embeddings import position_table
 from dcdit.network.pretrained import shapes_of
 from dcdit.runtime.devices import without_memory
@@ -217,13 +217,17 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(ImageNetInfo().label_names())
 
 
-def reference_state(network: torch.nn.Module) -> dict[str, Tensor]:
+def reference_state(network: Network) -> dict[str, Tensor]:
     """The parameters of a network by the names of the implementation that it was published in.
 
     Raises:
         UserError: if it has parts that are not known there.
     """
-    kind = next(each for each in NAME_MAPS if each.network == ("dcdit" if isinstance(network, DCDiT) else "dit"))
+    spec = network.spec
+    kind = next(each for each in NAME_MAPS if each.network == spec["name"])
+    for key, value in (("groups", 32), ("freq_shift", 0)):
+        if spec.get(key, value) != value:
+            raise UserError(f"format=reference: model.{key}={spec[key]}, the reference implementation has {value}")
     found: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         theirs = kind.theirs(name)

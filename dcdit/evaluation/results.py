@@ -262,7 +262,7 @@ def figures_of(home: Path, step: int | None, weights: str) -> list[dict[str, Any
             row = result.row()
             costs = ("tflops_per_image", "keep_ratio")
             found.append({key: row[key] for key in (*keys, *result.values["metrics"], *costs)})
-    return found
+    return sorted(found, key=lambda row: (row["guidance_scale"], row["drop_fraction"]))
 
 
 def read_result(file: Path) -> Result:

@@ -40,7 +40,7 @@ def groups_of(file: Path) -> dict[str, Any]:
             continue
         if group == "sampling":  # part of the command rather than a choice
             found |= groups_of(Path(CONFIG_DIR, group, f"{choice}.yaml"))
-        elif group not in ("paths", "local"):
+        elif group not in ("paths", "local", "assume"):
             found[group] = choice
     return found
 
@@ -56,7 +56,11 @@ def _keys(file: Path) -> list[str]:
     text = re.sub(r"(?m)^defaults:\n(?:[ -].*\n|#.*\n)*", "", file.read_text())
     text = re.sub(r"(?ms)^hydra:.*", "", text)
     lines = [line for line in text.splitlines() if not line.startswith("#")]
-    included = re.findall(r"^ +- sampling: (\w+)", file.read_text(), flags=re.M)
-    for choice in included:
-        lines += ["", *_keys(Path(CONFIG_DIR, "sampling", f"{choice}.yaml"))]
+    included = re.findall(r"^ +- /?(sampling|assume)(?:@assume)?: (\w+)", file.read_text(), flags=re.M)
+    for group, choice in included:
+        own = Path(CONFIG_DIR, group, f"{choice}.yaml")
+        if group == "assume":
+            lines += ["", f"assume:  {own.read_text().splitlines()[0]}", *(f"  {line}" for line in _keys(own))]
+        else:
+            lines += ["", *_keys(own)]
     return "\n".join(lines).strip().splitlines()

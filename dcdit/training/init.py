@@ -34,11 +34,13 @@ class Start:
     """What training starts from.
 
     Attributes:
-        source: what the weights are of, in words; empty from scratch.
+        place: as the user gave it, such as ``init.teacher=runs/dit``; empty from scratch.
+        source: what is there, in words.
         fingerprint: digest of the network that they are of.
         loaded, new, left: names of parameters that were taken over, that start anew, and that were not taken.
     """
 
+    place: str = ""
     source: str = ""
     fingerprint: str = ""
     loaded: tuple[str, ...] = ()
@@ -47,13 +49,13 @@ class Start:
 
     @property
     def record(self) -> dict[str, str]:
-        """For checkpoints; empty from scratch."""
-        return {"source": self.source, "fingerprint": self.fingerprint} if self.source else {}
+        """For checkpoints; empty from scratch. No path of this machine."""
+        return {"source": self.source, "fingerprint": self.fingerprint} if self.place else {}
 
     @property
     def words(self) -> str:
         """What became of the parameters, part by part; name by name where it is not all of a part."""
-        lines = [f"Starting from {self.source}: {len(self.loaded)} parameters taken over"]
+        lines = [f"Starting from {self.place}, {self.source}: {len(self.loaded)} parameters taken over"]
         others = (*self.loaded, *self.new, *self.left)
         for title, names in (("new", self.new), ("left behind", self.left)):
             if names:
@@ -115,7 +117,7 @@ def start_from(
     with without_memory():
         other = build_network(found.model)
     state = dict(found.of_kind(settings.weights))
-    source = f"{key}, {words(found, other, settings.weights)}"
+    source = words(found, other, settings.weights)
     if isinstance(settings, FromTeacher):
         teacher = _teacher(key, found, network, state, settings)
         fit = _fit(key, network, _blocks_and_embedders(state), settings.adapt, partly=True)
@@ -131,7 +133,7 @@ def start_from(
         digest = fingerprint(whole)
     if not step:
         _load(network, fit.take)
-    return Start(source, digest, tuple(fit.take), tuple(fit.new), tuple(fit.left)), distillation
+    return Start(key, source, digest, tuple(fit.take), tuple(fit.new), tuple(fit.left)), distillation
 
 
 def freeze(network: Network, parts: Sequence[str]) -> None:

@@ -95,7 +95,7 @@ class DCDiTModule(pl.LightningModule):
                 f"multi_budget.fractions={self.multi_budget.fractions}: {self.network.title} drops no tokens, set"
                 " multi_budget=none"
             )
-        for part in self.optimizer.lr_scale:
+        for part in self.optimizer.lr_scale or ():
             if part not in self.network.parts():
                 known = ", ".join(self.network.parts())
                 raise UserError(f"optimizer.lr_scale: {self.network.title} has no part {part}, but {known}")
@@ -131,6 +131,8 @@ class DCDiTModule(pl.LightningModule):
         if world > 1 and self.balance_timesteps:
             seed = self._stream(step, _ALL_RANKS, micro)
             balanced = balanced_timesteps(seed, TRAIN_STEPS, world, self.global_rank, len(batch[0])).to(self.device)
+        if self.distillation is not None and not self.distillation.weight_at(step):
+            self._end_distillation()
         noisy = self._diffuse(batch, balanced)
         with watched(self.distillation, self.network, step) as hidden:
             output = self.network(noisy.x, noisy.t, noisy.labels, drop)
@@ -151,6 +153,13 @@ class DCDiTModule(pl.LightningModule):
             self._log(self._batch.take())
         # A non-finite loss poisons the gradients of every rank, whose norm then makes all of them skip the step.
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+    def _end_distillation(self) -> None:
+        """Let the teacher go, and its metric: Lightning would log the last value for ever."""
+        self.distillation = None
+        results: Any = self.trainer._results
+        for key in [key for key in results or () if key.endswith("train/distil_loss")]:
+            del results[key]
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         """Log what all ranks found, at the steps that are logged."""
@@ -198,10 +207,10 @@ class DCDiTModule(pl.LightningModule):
         from diffusers.optimization import get_scheduler
 
         config = self.optimizer
-        parts = self.network.parts()
+        scale = config.lr_scale or {}
         groups = [
-            {"params": list(part.parameters()), "lr": config.lr * config.lr_scale.get(name, 1.0)}
-            for name, part in parts.items()
+            {"params": list(part.parameters()), "lr": config.lr * scale.get(name, 1.0)}
+            for name, part in self.network.parts().items()
         ]
         adamw = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         schedule = get_scheduler(

@@ -101,7 +101,7 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         path, resumed = resumed.path if resumed else None, None  # Lightning gives its memory back
         # 5. Write down what is trained.
         leave_queue(before, run_dir)
-        if begun[0].source and not step:
+        if begun[0].place and not step:
             say(begun[0].words)
             save_start(begun[0], run_dir)
         say(words(module, plan, trainer.world_size, step))

@@ -42,7 +42,7 @@ class OptimizerSettings:
     weight_decay: NonNegative
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     lr_warmup_steps: Natural
-    lr_scale: dict[str, Positive]
+    lr_scale: dict[str, Positive] | None
 
 
 @checked

@@ -21,6 +21,7 @@ COMMANDS = {
     "report": ("runs=[x]",),
     "status": ("runs=[x]",),
     "flops": ("model=dcdit_digits",),
+    "export": (CHECKPOINT, "out=x"),
     "extract": ("source=x", "out=x"),
     "inspect_latents": ("directory=x",),
 }
@@ -57,7 +58,13 @@ MAY_BE_ZERO = {
         "num_workers",
     ),
     *("optimizer.weight_decay", "optimizer.lr_warmup_steps", "ratio.weight", "ratio.curriculum_steps"),
-    *("multi_budget.full_budget_steps", "model.label_dropout", "trainer.gradient_clip_val", "guidance.scale"),
+    *(
+        "multi_budget.full_budget_steps",
+        "model.label_dropout",
+        "model.freq_shift",
+        "trainer.gradient_clip_val",
+        "guidance.scale",
+    ),
     *("callbacks.ema.decay", "callbacks.fid.frames", "callbacks.fid.seed", "callbacks.fid.guidance.scale"),
     *("guidance.drop_fraction", "guidance.uncond_drop_fraction", "uncond_drop_fraction", "sampler.eta"),
     *("callbacks.fid.sampler.eta", "frames", "time_rounds", "images", "trainer.num_sanity_val_steps"),

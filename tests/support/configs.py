@@ -30,6 +30,7 @@ TINY = (
 
 PLAIN_DIT = (
     *(f"~model.{key}" for key in ("encoder_width", "groups", "router", "smoothing_sigma", "init")),
+    *("~model.position_patch", "~model.condition_norm"),
     "model.name=dit",
     "+model.patch=2",
     "multi_budget=none",

@@ -1,0 +1,224 @@
+"""Weights of any origin, as users take them: into every command, and out again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.commands import Result, typed
+from support.foreign import write_reference
+from support.hub import hub_of
+
+from dcdit import DCDiT, DiT
+from dcdit.checkpoints.load import load_model
+from dcdit.data.shards import write_shards
+from dcdit.network.interface import Network
+
+HEADS = "assume.heads=4"
+QUICK = ("sampler.steps=2", "seed=1")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Path:
+    """A repository with a checkpoint in the reference's form."""
+    folder = tmp_path_factory.mktemp("repository")
+    write_reference(folder / "S-256" / "0700000.pt")
+    return folder
+
+
+def ended(result: Result) -> Result:
+    assert result.status == 0, result.words
+    return result
+
+
+@pytest.mark.parametrize("named_by", ["file", "folder", "hub"])
+def test_weights_of_the_reference_in_every_command(reference, tiny_vae, tmp_path, capsys, named_by):
+    name = {"file": f"{reference}/S-256/0700000.pt", "folder": f"{reference}/S-256", "hub": "hf://amd/small/S-256"}
+    about = (f"checkpoint={name[named_by]}", HEADS, f"autoencoder={tiny_vae}")
+    home = tmp_path / "runs" / {"file": "0700000", "folder": "0700000", "hub": "amd_small_S_256"}[named_by]
+
+    def run(command: str, *words: str) -> Result:
+        return ended(typed(capsys, tmp_path, command, *words))
+
+    with hub_of({"amd/small": reference}, tmp_path / "cache"):
+        said = run("sample", *about, *QUICK, "classes=[0,3]", "per_class=2").words
+        assert "reference DC-DiT checkpoint, DC-DiT with 0.8M parameters, step 700, EMA weights" in said
+        assert {path.name for path in (home / "samples").iterdir()} == {"samples.png", "boundaries.png", "latents.npz"}
+        run("generate", *about, *QUICK, "out=images", "count=4", "budget.fraction=0.9")
+        with np.load(tmp_path / "images" / "samples.npz") as images:
+            assert images["arr_0"].shape == (4, 32, 32, 3)
+        assert (home / "budgets.json").exists()
+        np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8))
+        features = ("features=digits", "count=4", "metrics=[kid]", "time_rounds=1", "cache=statistics")
+        run("evaluate", *about, *QUICK, "reference=real.npz", "drop_fractions=[0,0.5]", *features)
+        assert len(list((home / "evaluation").glob("*.json"))) == 2
+        run("report", str(home))
+        assert "amd_small_S_256" in (tmp_path / "report" / "report.html").read_text() or named_by != "hub"
+        assert "residual projection" in run("flops", about[0], HEADS, "compression=4").out
+        write_shards(
+            tmp_path / "latents" / "train",
+            np.random.default_rng(0).standard_normal((16, 4, 8, 8)).astype(np.float16),
+            np.arange(16) % 4,
+            classes=("a", "b", "c", "d"),
+            autoencoder="stabilityai/sd-vae-ft-ema",
+            scale=0.18215,
+            shift=0.0,
+            samples_per_shard=8,
+        )
+        sizes = {"grid": 8, "num_classes": 4, "width": 128, "depth": 1, "heads": 4, "encoder_width": 64}
+        said = run(
+            "train",
+            *(f"model.{key}={value}" for key, value in sizes.items()),
+            *(
+                "data.directory=latents",
+                "data.batch_size=8",
+                "data.num_workers=0",
+                "trainer=cpu",
+                "trainer.max_steps=2",
+            ),
+            *("init=weights", about[0].replace("checkpoint", "init.checkpoint"), "init.assume.heads=4"),
+            *("run_name=tuned", "optimizer.lr=1e-9", "callbacks.progress=null"),
+        ).words
+        assert "parameters taken over" in said
+        assert "new:" not in said
+        tuned, before = load_model(tmp_path / "runs" / "tuned"), load_file_of(reference)
+        assert (tuned.network.residual.weight - before["hnet.residual_proj.weight"]).abs().max() < 1e-6
+
+
+def load_file_of(reference: Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(__file__).parents[1] / "golden" / "mini" / "state.safetensors")
+
+
+@torch.no_grad()
+def test_what_is_exported_is_loaded_bit_for_bit(trained_run, tmp_path, capsys):
+    said = ended(typed(capsys, tmp_path, "export", f"checkpoint={trained_run}", "out=handed on", "license=mit"))
+    folder = tmp_path / "handed on"
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert "checkpoint of dcdit.train, DC-DiT with 0.1M parameters, step 3, EMA weights" in said.words
+    before = load_model(trained_run)
+    networks = [load_model(folder).network, DCDiT.from_pretrained(folder), Network.from_pretrained(str(folder))]
+    for network in networks:
+        torch.testing.assert_close(network.state_dict(), before.network.state_dict(), rtol=0, atol=0)
+        assert not network.training
+    after = load_model(folder)
+    assert (after.latents, after.step, after.training) == (before.latents, before.step, before.training)
+    folders = []
+    for name, checkpoint in (("one", trained_run), ("two", folder)):
+        folders.append(tmp_path / name)
+        ended(typed(capsys, tmp_path, "sample", f"checkpoint={checkpoint}", *QUICK, f"out={name}", "per_class=1"))
+    one, two = (np.load(each / "latents.npz")["latents"] for each in folders)
+    assert np.array_equal(one, two)
+    card = (folder / "README.md").read_text()
+    for word in ("license: mit", "library_name: dcdit", "DCDiT.from_pretrained", "images themselves", "after 3 steps"):
+        assert word in card
+    config = json.loads((folder / "config.json").read_text())
+    assert config["network"]["name"] == "dcdit"
+    assert config["diffusion"]["prediction"] == "noise"
+    assert str(tmp_path) not in card + json.dumps(config)
+
+
+def test_figures_that_were_measured_go_along(trained_run, digits, tmp_path, capsys):
+    place = f"checkpoint={trained_run}"
+    options = (
+        "features=digits",
+        "count=40",
+        "metrics=[fid]",
+        "time_rounds=0",
+        "cache=cache",
+        f"reference={digits}/val",
+    )
+    ended(typed(capsys, tmp_path, "evaluate", place, *QUICK, *options, "drop_fractions=[0,0.5]"))
+    ended(typed(capsys, tmp_path, "export", place, "out=x", "note=Made for a test."))
+    figures = json.loads((tmp_path / "x" / "config.json").read_text())["figures"]
+    assert [each["drop_fraction"] for each in figures] == [0.0, 0.5]
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "| drop_fraction | " in card
+    assert "Made for a test." in card
+    ended(typed(capsys, tmp_path, "export", place, "out=raw", "weights=raw"))
+    assert json.loads((tmp_path / "raw" / "config.json").read_text())["figures"] == []
+
+
+def test_half_precision_and_a_library_user_who_saves(trained_run, tmp_path, capsys):
+    ended(typed(capsys, tmp_path, "export", f"checkpoint={trained_run}", "out=half", "dtype=fp16"))
+    ended(typed(capsys, tmp_path, "export", f"checkpoint={trained_run}", "out=whole"))
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.6 * sizes[1]
+    halved = load_model(tmp_path / "half").network
+    assert all(parameter.dtype == torch.float32 for parameter in halved.parameters())
+    network = DCDiT(8, 1, 3, width=32, depth=1, heads=2, encoder_width=16, groups=8, smoothing_sigma=None)
+    network.save_pretrained(tmp_path / "own")
+    again = DCDiT.from_pretrained(tmp_path / "own")
+    assert again.spec == network.spec
+    torch.testing.assert_close(again.state_dict(), network.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="holds a DC-DiT: load it with DCDiT"):
+        DiT.from_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"does not say what its latents are: give assume.autoencoder"):
+        load_model(tmp_path / "own")
+    said = typed(capsys, tmp_path, "sample", "checkpoint=own", "assume.autoencoder=identity", *QUICK)
+    assert ended(said)
+
+
+def test_a_file_for_the_reference_implementation_and_back(reference, trained_run, tmp_path, capsys):
+    ended(typed(capsys, tmp_path, "export", f"checkpoint={reference}/S-256", HEADS, "out=back.pt", "format=reference"))
+    state = torch.load(tmp_path / "back.pt", weights_only=True)["ema"]
+    golden = load_file_of(reference)
+    assert state.keys() == golden.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, golden[name].float(), rtol=0, atol=1e-6 if name == "pos_embed" else 0)
+    refused = typed(capsys, tmp_path, "export", f"checkpoint={trained_run}", "out=own.pt", "format=reference")
+    assert "model.groups=8, the reference implementation has 32" in refused.words
+    refused = typed(capsys, tmp_path, "export", f"checkpoint={trained_run}", "out=x", "format=reference", "dtype=fp16")
+    assert "dtype=fp16 is for format=dcdit" in refused.words
+    odd = DCDiT(8, 1, 3, width=64, depth=1, heads=2, encoder_width=64, condition_norm=True)
+    odd.save_pretrained(tmp_path / "odd")
+    refused = typed(capsys, tmp_path, "export", "checkpoint=odd", "out=odd.pt", "format=reference")
+    assert (refused.status, "no counterpart of condition_norm.weight" in refused.words) == (2, True)
+
+
+def test_folders_that_are_not_whole_are_refused(trained_run, tmp_path, capsys):
+    ended(typed(capsys, tmp_path, "export", f"checkpoint={trained_run}", "out=whole"))
+
+    def refused(change, words: str) -> None:
+        folder = tmp_path / "changed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", folder)
+        change(folder)
+        result = typed(capsys, tmp_path, "sample", "checkpoint=changed", *QUICK)
+        assert (result.status, words in result.words) == (2, True), result.words
+
+    def edit(**changes):
+        def change(folder: Path) -> None:
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+        return change
+
+    def cut(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-10])
+
+    refused(cut, "is damaged")
+    refused(lambda folder: (folder / "model.safetensors").unlink(), "there are no weights")
+    refused(lambda folder: (folder / "config.json").write_text("{"), "it is no JSON")
+    refused(edit(network={"name": "os.system"}), "name='os.system' is not one of")
+    refused(edit(network=None), "network=null is no section")
+    refused(edit(step=-1), "step=-1")
+    refused(edit(weights="best"), "weights='best' is not one of")
+    refused(edit(latents={"shape": [1, 8, 8]}), "latents.autoencoder is not set")
+    spec = json.loads((tmp_path / "whole" / "config.json").read_text())["network"]
+    refused(edit(network={**spec, "width": 64}), "has shape")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    result = typed(capsys, tmp_path, "export", f"checkpoint={trained_run}", "out=mine")
+    assert "out=mine holds other files" in result.words
+
+
+def test_a_hub_that_refuses_leaves_the_folder(trained_run, tmp_path, capsys):
+    with hub_of({}, tmp_path / "cache"):
+        words = (f"checkpoint={trained_run}", "out=x", "push=me/mine")
+        result = typed(capsys, tmp_path, "export", *words)
+    assert (result.status, "The folder x is complete" in result.words) == (2, True), result.words
+    assert (tmp_path / "x" / "model.safetensors").exists()
