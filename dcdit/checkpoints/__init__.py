@@ -1,1 +1,1 @@
-"""Checkpoint files read safely: a trained network from its file, and weights of the reference implementation."""
+"""Weights in and out: found by name, read safely, told by other programs' names, and handed on."""
