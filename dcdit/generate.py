@@ -1,4 +1,4 @@
-"""Many images in one file: ``python -m dcdit.generate checkpoint=runs/b_n4/checkpoints/last.ckpt out=samples/b_n4``.
+"""Many images in one file: ``python -m dcdit.generate checkpoint=runs/b_n4 out=samples/b_n4``.
 
 Writes what the ADM evaluation suite reads: ``samples.npz`` with ``arr_0``, (N, height, width, 3) uint8, and the labels
 as ``arr_1``. Images are sampled in chunks that are kept as files: a killed run goes on where it was, any number of

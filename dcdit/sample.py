@@ -1,4 +1,4 @@
-"""Sample from a checkpoint: ``python -m dcdit.sample checkpoint=runs/digits/checkpoints/last.ckpt``.
+"""Sample from a checkpoint: ``python -m dcdit.sample checkpoint=runs/digits``.
 
 Writes the samples as one picture, their way from noise with the router's boundaries as another, and the latents.
 """

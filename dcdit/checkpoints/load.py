@@ -17,7 +17,7 @@ from dcdit.checks import Bounds, conform
 from dcdit.data.latents import LatentSpec
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
-from dcdit.network.pretrained import check_shapes, read_config, read_tensors, shapes_of
+from dcdit.network.pretrained import WEIGHTS_FILE, check_shapes, read_config, read_tensors, shapes_of
 from dcdit.runtime.devices import without_memory
 from dcdit.runtime.files import read_json
 from dcdit.settings.published import published_scales
@@ -226,18 +226,19 @@ def _of_module(key: str, state: Any) -> dict[str, Tensor]:
 def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
     """What ``dcdit export`` wrote, or a network of diffusers."""
     config = read_json(folder / "config.json", dict[str, Any], "download or export it again")
-    state: dict[str, Tensor] = {}
-    for file in weights_of_folder(folder):
-        state |= (
-            read_tensors(file)
-            if file.suffix == ".safetensors"
-            else conform(file.name, read_checkpoint(file, legacy=True), dict[str, Tensor])
-        )
     if "_class_name" in config:
+        state: dict[str, Tensor] = {}
+        for file in weights_of_folder(folder):
+            state |= (
+                read_tensors(file)
+                if file.suffix == ".safetensors"
+                else conform(file.name, read_checkpoint(file, legacy=True), dict[str, Tensor])
+            )
         kind, model, weights = diffusers_network(folder, state, assume)
         return Weights(kind.title, model, published_latents(model, assume), None, weights, None, {"model": model})
     config = read_config(folder)
     model = conform("network", config["network"], dict[str, Any])
+    state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
     check_weights(model, state)
     if config.get("latents") is not None:
         assume.check_unused("exported network")

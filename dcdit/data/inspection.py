@@ -20,7 +20,7 @@ from torch import Tensor
 from dcdit.data.autoencoder import network_latents
 from dcdit.data.latents import deviation_remark
 from dcdit.data.manifest import MOMENTS, Manifest, Shard
-from dcdit.data.shards import CorruptSampleError, Layout, file_digest
+from dcdit.data.shards import CorruptSampleError, Layout
 from dcdit.data.storage import Location
 from dcdit.errors import UserError
 

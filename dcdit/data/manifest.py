@@ -1,7 +1,5 @@
 """The manifest of a directory of latent shards: everything needed to read them and to refuse a mismatch."""
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from dcdit.checks import Count, Digest, Matches, NotEmpty, Size, call_checked, shown
 from dcdit.data.latents import Fingerprint, LatentSpec, Scale
 from dcdit.errors import UserError
-from dcdit.runtime.files import read_json, write_json
+from dcdit.runtime.files import content_digest, read_json, write_json
 
 SCHEMA_VERSION = 4
 MANIFEST_NAME = "manifest.json"
@@ -129,11 +127,6 @@ class Manifest:
             if shard.bytes < least:
                 raise UserError(f"{shard.name} has {shard.bytes} bytes, too few for its {shard.samples} samples")
         return manifest
-
-
-def content_digest(content: Mapping[str, Any]) -> str:
-    """Of plain values; the same for equal values."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _why_missing(split: Path) -> str:

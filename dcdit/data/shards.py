@@ -5,7 +5,6 @@ A sample is ``<key>.json`` with label, checksums and the image's name, ``<key>.l
 i of a shard begins at i times the sample's size, this one reads any sample with one call, without an index.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -23,7 +22,7 @@ import webdataset as wds
 from numpy.typing import NDArray
 
 from dcdit.data.manifest import SAMPLE, Dtype, Manifest, Representation, Shard
-from dcdit.runtime.files import replacing
+from dcdit.runtime.files import file_digest, replacing
 
 _LONGEST_NOTE = BLOCKSIZE  # the JSON of a sample fills one block of the tar file
 _SIZE_FIELD = slice(124, 135)  # of a tar header, octal
@@ -184,15 +183,6 @@ def write_shard(path: Path, samples: Iterable[Sample], layout: Layout) -> Shard 
     size = path.stat().st_size
     assert size >= count * layout.sample_bytes
     return Shard(path.name, count, size, file_digest(path))
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_shards(

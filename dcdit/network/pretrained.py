@@ -1,5 +1,6 @@
 """Networks as folders that others load with one line: ``config.json`` and ``model.safetensors``."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from dcdit.checks import conform
+from dcdit.checks import Digest, conform
 from dcdit.errors import UserError
-from dcdit.runtime.files import read_json, replacing, write_text
+from dcdit.runtime.files import content_digest, file_digest, read_json, replacing, write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -49,10 +50,11 @@ class Pretrained(ModelHubMixin):
             options = {key: download[key] for key in _DOWNLOAD if key in download}
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 folder = Path(hf_hub_download(model_id, name, **options)).parent
-        network = build_network(read_config(folder)["network"])
+        config = read_config(folder)
+        network = build_network(config["network"])
         if not isinstance(network, cls):
             raise UserError(f"{model_id} holds a {network.title}: load it with {type(network).__name__}")
-        state = read_tensors(folder / WEIGHTS_FILE)
+        state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
         check_shapes(shapes_of(state), shapes_of(network.state_dict()))
         network.load_state_dict(state)
         return network.eval()
@@ -65,6 +67,8 @@ def write_folder(
     folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> None:
     """Write ``config.json`` and ``model.safetensors``, each whole or not at all.
+
+    The first holds a digest of the second, and one of itself.
 
     Args:
         folder: where; made if needed.
@@ -80,16 +84,18 @@ def write_folder(
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
         for name, tensor in state.items()
     }
+    content = save(tensors, metadata={"format": "pt"})
     with replacing(folder / WEIGHTS_FILE) as file:
-        file.write(save(tensors, metadata={"format": "pt"}))
-    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, allow_nan=False) + "\n")
+        file.write(content)
+    values = {**config, "sha256": hashlib.sha256(content).hexdigest()}
+    write_text(folder / CONFIG_FILE, json.dumps({**values, "digest": content_digest(values)}, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The values of a ``config.json`` that describes one of our networks in ``network``.
 
     Raises:
-        UserError: if there is none, or it describes something else.
+        UserError: if there is none, it describes something else, or was changed since it was written.
     """
     path = folder / CONFIG_FILE
     remedy = "export the network again (dcdit export), or download the folder again"
@@ -99,16 +105,26 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no {CONFIG_FILE}: it is no folder that dcdit export wrote") from None
     if "network" not in config:
         raise UserError(f"{path} describes no network of dcdit: it lacks the key `network`")
+    digest = config.pop("digest", None)
+    if digest != content_digest(config):
+        raise UserError(f"{path} is not as it was written, its digest differs: {remedy}")
+    conform("sha256", config.get("sha256"), Digest)
     return config
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file by name, floating-point ones as float32, whole and finite.
+
+    Args:
+        path: the file.
+        sha256: digest of its content; None if nobody says it.
 
     Raises:
         UserError: if the file is missing or damaged, or a number in it is not finite.
     """
     try:
+        if sha256 is not None and file_digest(path) != sha256:
+            raise ValueError("its digest is not the one in config.json")
         found = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: the folder lacks its weights") from None

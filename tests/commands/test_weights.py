@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.commands import Result, typed
+from support.damage import sign
 from support.foreign import write_reference
 from support.hub import hub_of
 
@@ -191,17 +192,22 @@ def test_folders_that_are_not_whole_are_refused(trained_run, tmp_path, capsys):
 
     def edit(**changes):
         def change(folder: Path) -> None:
-            config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps({**config, **changes}))
+            sign(folder / "config.json", **changes)
 
         return change
+
+    def unsigned(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(file.read_text().replace('"smoothing_sigma": 1.0', '"smoothing_sigma": 3.0'))
 
     def cut(folder: Path) -> None:
         file = folder / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-10])
 
-    refused(cut, "is damaged")
+    refused(cut, "its digest is not the one in config.json")
+    refused(unsigned, "is not as it was written, its digest differs")
     refused(lambda folder: (folder / "model.safetensors").unlink(), "there are no weights")
+    refused(edit(sha256="../../x"), "sha256='../../x' is not a digest")
     refused(lambda folder: (folder / "config.json").write_text("{"), "it is no JSON")
     refused(edit(network={"name": "os.system"}), "name='os.system' is not one of")
     refused(edit(network=None), "network=null is no section")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 
-from dcdit.data.manifest import content_digest
+from dcdit.runtime.files import content_digest
 
 KINDS = ("cut", "flip", "zero", "grow")
 damages = st.tuples(st.sampled_from(KINDS), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
