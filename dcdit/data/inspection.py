@@ -23,6 +23,7 @@ from dcdit.data.manifest import MOMENTS, Manifest, Shard
 from dcdit.data.shards import CorruptSampleError, Layout
 from dcdit.data.storage import Location
 from dcdit.errors import UserError
+from dcdit.runtime.files import file_digest
 
 
 @dataclass
