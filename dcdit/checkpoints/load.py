@@ -188,7 +188,7 @@ def read_trained(path: str | PathLike[str]) -> Trained:
         return trained(read_checkpoint(path))
     except UserError as error:
         text = str(error)
-        raise type(error)(text if str(path) in text else f"checkpoint={path} {text}") from error
+        raise type(error)(text if str(path) in text else f"checkpoint={path}: {text}") from error
 
 
 def trained(values: dict[str, Any]) -> Trained:
@@ -197,14 +197,15 @@ def trained(values: dict[str, Any]) -> Trained:
         settings = conform("hyper_parameters", values["hyper_parameters"], dict[str, Any])
         step = conform("global_step", values["global_step"], Step)
         model = conform("model", settings["model"], dict[str, Any])
+        check_weights(model)
         latents = LatentSpec.from_plain(settings["latents"], "latents")
         ema = _of_module("state_dict", values["state_dict"])
         raw = _of_module("current_model_state", values.get("current_model_state", values["state_dict"]))
         check_weights(model, ema, raw)
     except KeyError as error:
-        raise UserError(f"was not written by dcdit.train: it lacks {error}") from None
+        raise UserError(f"it was not written by dcdit.train: it lacks {error}") from None
     except UserError as error:
-        raise UserError(f"was not written by this release of dcdit.train: {error}") from None
+        raise UserError(f"it was not written by this release of dcdit.train: {error}") from None
     training = {key: value for key, value in settings.items() if key != "latents"}
     return Trained("checkpoint of dcdit.train", model, latents, step, ema, raw, training, values)
 

@@ -14,7 +14,7 @@ from dcdit.settings.help import choices
 @pytest.mark.parametrize(
     ("command", "words", "shown", "files"),
     [
-        ("sample", ["checkpoint={run}/checkpoints/last.ckpt", "sampler.steps=2", "out=out"], "40 samples of", {"out"}),
+        ("sample", ["checkpoint={run}/checkpoints/last.ckpt", "sampler.steps=2", "out=out"], "40 samples, ", {"out"}),
         ("flops", ["model=dcdit_b", "drop_fractions=[0,0.2]"], "without residual projection, as published", set()),
         ("inspect_latents", ["directory={digits}", "picture=picture.png"], "all right", {"picture.png"}),
         ("status", ["{run}"], "finished", set()),

@@ -151,7 +151,7 @@ def test_a_budget_is_calibrated_once(tiny, tmp_path, capsys):
     found = figures["calibration"]
     assert found["drop_fraction"] == figures["plan"]["guidance"]["drop_fraction"] > 0
     assert figures["tflops_per_image"] == pytest.approx(0.8 * found["full_tflops"], rel=0.03)
-    store = checkpoint.with_suffix(".budgets.json")
+    store = checkpoint.parents[1] / "budgets.json"
     before = store.read_bytes()
     generate.run(compose_config(*arguments[:1], f"out={tmp_path}/again", *settings, name="generate"))
     assert store.read_bytes() == before

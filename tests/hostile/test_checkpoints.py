@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.configs import TINY, compose_config
 from support.damage import damaged, damages, nothing_outside, repack, rewrite
 from support.runs import differences, load
 
 from dcdit import evaluate
-from dcdit.checkpoints.load import load_model, read_trained
+from dcdit.checkpoints.export import Card, write_exported
+from dcdit.checkpoints.load import load_model, read_trained, read_weights
+from dcdit.checkpoints.locate import locate
 from dcdit.checkpoints.read import read_checkpoint
 from dcdit.errors import UserError
 from dcdit.runs.state import RunState
@@ -73,7 +76,7 @@ def poison(values: dict) -> None:
     [
         (poison, r"state_dict\.network\.embed\.weight is not finite"),
         (lambda v: v.pop("state_dict"), "lacks 'state_dict'"),
-        (lambda v: v.update(global_step=-1), r"global_step=-1 is outside"),
+        (lambda v: v.update(global_step=-1), r"global_step=-1 is negative"),
         (lambda v: v.update(global_step=10**12), r"global_step=1000000000000 is outside"),
         (lambda v: v["hyper_parameters"]["model"].update(depth=10**6), r"depth=1000000 is outside"),
         (lambda v: v["hyper_parameters"]["model"].update(width=2**16), r"has shape \[.*\], the network that is"),
@@ -147,6 +150,34 @@ def test_any_damage_is_an_error_or_no_difference(three_steps, tmp_path, damage):
             assert str(file) in str(error)  # noqa: PT017 - whether it raises depends on the place
         else:
             assert differences(dict(found), load(three_steps)) == []
+
+
+@pytest.fixture(scope="module")
+def exported(three_steps, tmp_path_factory):
+    """The folder that ``dcdit export`` writes of a small network."""
+    out = tmp_path_factory.mktemp("exported") / "network"
+    found = read_weights(locate(str(three_steps), "runs"))
+    write_exported(out, found, "ema", "fp32", Card(None, None, "", []))
+    return out
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damages, st.sampled_from(["config.json", "model.safetensors"]))
+def test_any_damage_of_an_exported_folder_is_an_error_or_no_difference(exported, tmp_path, damage, name):
+    whole = read_weights(locate(str(exported), "runs"))
+    folder = tmp_path / "network"
+    shutil.copytree(exported, folder, dirs_exist_ok=True)
+    (folder / name).write_bytes(damaged((exported / name).read_bytes(), damage))
+    with nothing_outside(tmp_path):
+        try:
+            found = read_weights(locate(str(folder), "runs"))
+        except UserError as error:
+            assert str(folder) in str(error)  # noqa: PT017 - whether it raises depends on the place
+        else:
+            assert (found.model, found.latents, found.step, found.training) == (
+                *(whole.model, whole.latents, whole.step, whole.training),
+            )
+            assert differences(dict(found.ema), dict(whole.ema)) == []
 
 
 SPOILED = {

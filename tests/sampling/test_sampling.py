@@ -134,8 +134,9 @@ def test_budgets_that_cannot_be(model):
             calibrate(model, plain, SAMPLER, target, 16, "fp32")
     values = {"sampler": {"name": "ddpm", "steps": 6}, "guidance": {"drop_fraction": 0.1}, "budget": {"fraction": 0.8}}
     settings = {"checkpoint": "x", "weights": "ema", "seed": 0, "batch_size": 1, "device": "cpu", "precision": "fp32"}
+    others = {"autoencoder": None, "compile": False, "assume": {}, "paths": {"runs": "runs"}}
     with pytest.raises(UserError, match="are what it replaces"):
-        SamplingPlan.of({**values, **settings, "autoencoder": None, "compile": False})
+        SamplingPlan.of({**values, **settings, **others})
 
 
 def test_what_was_calibrated_is_remembered(model, tmp_path):
