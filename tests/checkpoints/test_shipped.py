@@ -1,0 +1,30 @@
+"""The network that comes with the package: small, and good at its digits."""
+
+import numpy as np
+import pytest
+import torch
+from support.commands import typed
+
+from dcdit.checkpoints.load import load_model
+from dcdit.checkpoints.locate import SHIPPED
+from dcdit.data.autoencoder import load_decoder
+from dcdit.evaluation.features import DigitsClassifier
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_is_small(name):
+    files = {path.name: path.stat().st_size for path in SHIPPED[name].iterdir()}
+    assert set(files) == {"config.json", "model.safetensors", "README.md"}
+    assert sum(files.values()) < 2_000_000
+
+
+def test_its_digits_are_read_as_what_was_asked_for(tmp_path, capsys):
+    words = ("checkpoint=digits", "guidance.scale=3", "sampler=dpm++", "sampler.steps=20", "per_class=10")
+    said = typed(capsys, tmp_path, "sample", *words)
+    assert said.status == 0, said.words
+    folder = tmp_path / "runs" / "pretrained_digits" / "samples"
+    assert {path.name for path in folder.iterdir()} == {"samples.png", "boundaries.png", "latents.npz"}
+    stored = np.load(folder / "latents.npz")
+    decode = load_decoder(load_model("digits").latents, torch.device("cpu"))
+    seen = DigitsClassifier()(decode(torch.from_numpy(stored["latents"]))).logits.argmax(1)
+    assert (seen.numpy() == stored["labels"]).mean() > 0.9
