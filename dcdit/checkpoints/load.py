@@ -173,7 +173,7 @@ def read_weights(place: Place, assume: AssumeSettings = AS_PUBLISHED) -> Weights
         return _of_names(states or {"ema": conform("state", values, dict[str, Tensor])}, values.get("opt"), assume)
     except UserError as error:
         text = str(error)
-        raise type(error)(text if str(path) in text else f"checkpoint={place.name}: {text}") from error
+        raise type(error)(text if str(path) in text else f"{place.words}: {text}") from error
 
 
 def read_trained(path: str | PathLike[str]) -> Trained:

@@ -27,6 +27,7 @@ class Place:
 
     Attributes:
         name: as the user gave it.
+        key: that named it.
         path: the file or folder that holds the weights.
         run: what results call it; with that of its sweep, if it is of one.
         home: the folder for what is made of it: the run's, or one of its own among the runs.
@@ -36,42 +37,49 @@ class Place:
     path: Path
     run: str
     home: Path
+    key: str = "checkpoint"
+
+    @property
+    def words(self) -> str:
+        """Key and name, as messages begin."""
+        return f"{self.key}={self.name}"
 
 
-def locate(name: str, runs: str) -> Place:
+def locate(name: str, runs: str, key: str = "checkpoint") -> Place:
     """Where the checkpoint ``name`` is; one on the hub is fetched, unless it is there already.
 
     Args:
         name: a checkpoint file, a run's directory, an exported folder, a folder of diffusers, a name in
             :data:`SHIPPED`, or ``hf://<owner>/<repository>[/<file or folder>][@<revision>]``.
         runs: folder of all runs.
+        key: that names it, for messages.
 
     Raises:
         UserError: if there is no such checkpoint, naming what was found instead.
     """
     if name in SHIPPED:
-        return _elsewhere(name, SHIPPED[name], f"pretrained_{name}", runs)
+        return _elsewhere(name, SHIPPED[name], f"pretrained_{name}", runs, key)
     if name.startswith("hf:"):
-        return _elsewhere(name, _fetch(name), re.sub(r"\W+", "_", name.removeprefix("hf:")).strip("_"), runs)
+        slug = re.sub(r"\W+", "_", name.removeprefix("hf:")).strip("_")
+        return _elsewhere(name, _fetch(name, f"{key}={name}"), slug, runs, key)
     path = Path(name)
     if not path.exists():
         hub = f", or hf://{name} if it is on the hub" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else ""
-        raise UserError(f"checkpoint={name} does not exist: give a file, a run's directory, an exported folder{hub}")
+        raise UserError(f"{key}={name} does not exist: give a file, a run's directory, an exported folder{hub}")
     if path.is_dir():
         names = [each.relative_to(path).as_posix() for part in (".", *_PARTS) for each in (path / part).glob("*")]
-        path = path / pick(names, name)[0]
+        path = path / pick(names, f"{key}={name}")[0]
     folder = path.resolve().parent
     if folder.name == "checkpoints":
         run = folder.parent
         sweep = run.parent.name
-        return Place(
-            name, path, f"{sweep.removesuffix('_sweep')}/{run.name}" if sweep.endswith("_sweep") else run.name, run
-        )
-    return _elsewhere(name, path, path.resolve().name if path.is_dir() else path.resolve().stem, runs)
+        called = f"{sweep.removesuffix('_sweep')}/{run.name}" if sweep.endswith("_sweep") else run.name
+        return Place(name, path, called, run, key)
+    return _elsewhere(name, path, path.resolve().name if path.is_dir() else path.resolve().stem, runs, key)
 
 
-def _elsewhere(name: str, path: Path, run: str, runs: str) -> Place:
-    return Place(name, path, run, Path(runs) / run)
+def _elsewhere(name: str, path: Path, run: str, runs: str, key: str) -> Place:
+    return Place(name, path, run, Path(runs) / run, key)
 
 
 _PARTS = ("checkpoints", "transformer")
@@ -82,7 +90,7 @@ def pick(names: Collection[str], place: str) -> tuple[str, list[str]]:
 
     Args:
         names: of the files, relative to the folder.
-        place: the folder, for messages.
+        place: key and name of the folder, for messages.
 
     Returns:
         The file or folder that holds the weights, and all files that belong to it; relative.
@@ -103,7 +111,7 @@ def pick(names: Collection[str], place: str) -> tuple[str, list[str]]:
         what = f"several: {', '.join(sorted(files)[:8])}; name one of them" if files else "none"
         seen = ", ".join(sorted({name.split("/")[0] for name in names})[:8]) or "nothing"
         raise UserError(
-            f"checkpoint={place}: of checkpoint files this folder holds {what}"
+            f"{place}: of checkpoint files this folder holds {what}"
             + ("" if files else f" (it holds {seen}); give a run's directory, an exported folder, or a file")
         )
     return files[0], files
@@ -128,12 +136,12 @@ def weights_of_folder(folder: Path) -> list[Path]:
 # ---- the hub -------------------------------------------------------------------------------------------------------
 
 
-def _fetch(address: str) -> Path:
-    """The file or folder at an address of the hub, in the cache of huggingface_hub."""
+def _fetch(address: str, said: str) -> Path:
+    """The file or folder at an address of the hub, in the cache of huggingface_hub; ``said`` begins messages."""
     found = _HUB.fullmatch(address)
     if not found or (found["early"] and found["late"]):
         raise UserError(
-            f"checkpoint={address} is no address: write hf://<owner>/<repository>[/<file or folder>][@<revision>], such"
+            f"{said} is no address: write hf://<owner>/<repository>[/<file or folder>][@<revision>], such"
             " as hf://amd/DynamicChunkingDiT/S-256"
         )
     repository, revision = found["repository"], found["early"] or found["late"]
@@ -142,8 +150,9 @@ def _fetch(address: str) -> Path:
     from huggingface_hub import errors as hub
 
     api = HfApi()
+    unreachable: list[Exception] = []
     try:
-        names = _names_on_hub(api, repository, revision)
+        names = _names_on_hub(api, repository, revision, unreachable)
         cached = names is None
         if names is None:
             folder = Path(api.snapshot_download(repository, revision=revision, local_files_only=True))
@@ -154,42 +163,45 @@ def _fetch(address: str) -> Path:
             inside = [name.removeprefix(f"{path}/") for name in names if not path or name.startswith(f"{path}/")]
             if not inside:
                 top = ", ".join(sorted({name.split("/")[0] for name in names})[:8])
-                raise UserError(f"checkpoint={address}: {repository} holds no {path}; it holds {top}")
-            target, files = pick(inside, address)
+                raise UserError(f"{said}: {repository} holds no {path}; it holds {top}")
+            target, files = pick(inside, said)
             target, files = _below(path, target), [_below(path, name) for name in files]
         local = [
             Path(api.hf_hub_download(repository, name, revision=revision, local_files_only=cached)) for name in files
         ]
         return local[0] if target == files[0] else local[0].parent
     except hub.RevisionNotFoundError as error:
-        raise UserError(f"checkpoint={address}: {repository} has no revision {revision}") from error
+        raise UserError(f"{said}: {repository} has no revision {revision}") from error
     except hub.GatedRepoError as error:
         raise UserError(
-            f"checkpoint={address}: its owners ask you to accept their terms: do so on the page of {repository}, then"
-            " `hf auth login`"
+            f"{said}: its owners ask you to accept their terms: do so on the page of {repository}, then `hf auth login`"
         ) from error
     except hub.RepositoryNotFoundError as error:
         raise UserError(
-            f"checkpoint={address}: the hub has no {repository}, or you may not see it: log in with `hf auth login`"
+            f"{said}: the hub has no {repository}, or you may not see it: log in with `hf auth login`"
         ) from error
     except (hub.HTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
         where = f" {path}/*" if path and not path.endswith(_SUFFIXES) else f" {path}" if path else ""
+        reason = _reason((*unreachable, error)[0])
         raise UserError(
-            f"checkpoint={address}: the hub cannot be reached ({_reason(error)}), and the files are not in its cache"
+            f"{said}: the hub cannot be reached ({reason}), and the files are not in its cache"
             f" here. Where it can be reached, `hf download {repository}{where} --local-dir weights`; then copy the"
             f" folder and give checkpoint=weights{f'/{path}' if path else ''}"
         ) from error
 
 
-def _names_on_hub(api: "HfApi", repository: str, revision: str | None) -> list[str] | None:
-    """Names of all files; None if the hub cannot be asked, but the cache perhaps can."""
+def _names_on_hub(
+    api: "HfApi", repository: str, revision: str | None, unreachable: list[Exception]
+) -> list[str] | None:
+    """Names of all files; None, and why, if the hub cannot be asked, but the cache perhaps can."""
     from huggingface_hub import errors as hub
 
     try:
         return list(api.list_repo_files(repository, revision=revision))
     except (hub.RevisionNotFoundError, hub.RepositoryNotFoundError):
         raise
-    except (hub.HTTPError, hub.OfflineModeIsEnabled, OSError):
+    except (hub.HTTPError, hub.OfflineModeIsEnabled, OSError) as error:
+        unreachable.append(error)
         return None
 
 

@@ -106,13 +106,12 @@ def start_from(
     if isinstance(settings, FromWeights):
         if step:
             return Start(), None
-        found = read_weights(locate(settings.checkpoint, runs), settings.assume)
-        key = f"init.checkpoint={settings.checkpoint}"
+        place = locate(settings.checkpoint, runs, "init.checkpoint")
     else:
         if step >= max(1, settings.distil_steps):
             return Start(), None
-        found = read_weights(locate(settings.teacher, runs), settings.assume)
-        key = f"init.teacher={settings.teacher}"
+        place = locate(settings.teacher, runs, "init.teacher")
+    found, key = read_weights(place, settings.assume), place.words
     _check_latents(key, found, latents, settings.adapt)
     with without_memory():
         other = build_network(found.model)
