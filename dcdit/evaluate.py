@@ -11,6 +11,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from dcdit.checkpoints.locate import locate
 from dcdit.checks import call_checked
 from dcdit.errors import UserError
 from dcdit.evaluation.settings import EvaluateSettings
@@ -36,12 +37,13 @@ def check(config: DictConfig) -> tuple[SamplingPlan, EvaluateSettings]:
 def run(config: DictConfig) -> list[Path]:
     """Measure what ``config`` asks for; returns the files of the finished measurements."""
     plan, settings = check(config)
+    place = locate(plan.settings.checkpoint, plan.runs)
     from rich.console import Console
 
     from dcdit.evaluation.budgets import measure, measurements_of, table, take_times
     from dcdit.sampling.setup import set_up_sampling
 
-    measurements = measurements_of(set_up_sampling(plan), settings, config.features)
+    measurements = measurements_of(set_up_sampling(plan, place), settings, config.features)
     out, (rank, world_size) = measurements[0].out, processes()
     with resumable(rank, "evaluating", "chunk", out):
         finished = measure(measurements, rank, world_size)

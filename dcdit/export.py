@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import hydra
 from omegaconf import DictConfig
 
+from dcdit.checkpoints.locate import locate
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.checks import Matches, call_checked, checked
 from dcdit.errors import UserError
@@ -62,13 +63,12 @@ def check(config: DictConfig) -> ExportSettings:
 def run(config: DictConfig) -> Path:
     """Export what ``config`` asks for; returns the folder or file."""
     settings = check(config)
+    place, out = locate(settings.checkpoint, config.paths.runs), Path(settings.out)
     from dcdit.checkpoints.export import Card, push, write_exported, write_reference
     from dcdit.checkpoints.load import read_weights
-    from dcdit.checkpoints.locate import locate
     from dcdit.evaluation.results import figures_of
     from dcdit.runs.state import command_of
 
-    place, out = locate(settings.checkpoint, config.paths.runs), Path(settings.out)
     found = read_weights(place, settings.assume)
     if settings.format == "reference":
         write_reference(out, found, settings.weights)

@@ -10,6 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from dcdit.checkpoints.locate import locate
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.checks import Compression, DropFraction, NotEmpty, call_checked, checked
 from dcdit.diffusion.settings import Steps
@@ -57,21 +58,18 @@ def check(config: DictConfig) -> FlopsSettings:
 def run(config: DictConfig) -> None:
     """Print the table."""
     settings = check(config)
+    place = locate(settings.checkpoint, config.paths.runs) if settings.checkpoint else None
     from rich.console import Console
 
     from dcdit.compute.table import flops_table
     from dcdit.network import build_network
     from dcdit.runtime.devices import without_memory
 
-    spec, name = settings.model, ""
-    if settings.checkpoint:
+    spec, name = settings.model, settings.checkpoint
+    if place is not None:
         from dcdit.checkpoints.load import read_weights
-        from dcdit.checkpoints.locate import locate
 
-        spec, name = (
-            dict(read_weights(locate(settings.checkpoint, config.paths.runs), settings.assume).model),
-            settings.checkpoint,
-        )
+        spec = dict(read_weights(place, settings.assume).model)
     with without_memory():
         network = build_network(spec)
     drops = {

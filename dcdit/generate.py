@@ -11,6 +11,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from dcdit.checkpoints.locate import locate
 from dcdit.checks import Images, call_checked, checked
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
@@ -45,11 +46,12 @@ def check(config: DictConfig) -> tuple[SamplingPlan, GenerateSettings]:
 def run(config: DictConfig) -> Path:
     """Generate what ``config`` asks for; returns the folder."""
     plan, settings = check(config)
+    place = locate(plan.settings.checkpoint, plan.runs)
     from dcdit.sampling.archive import ImageArchive
     from dcdit.sampling.setup import set_up_sampling
 
     out, (rank, world_size) = Path(settings.out), processes()
-    archive = ImageArchive(set_up_sampling(plan), out, settings.count, settings.chunk_size, settings.png)
+    archive = ImageArchive(set_up_sampling(plan, place), out, settings.count, settings.chunk_size, settings.png)
     with resumable(rank, "sampling", "chunk", out) as display:
         complete = archive.run(rank, world_size, display)
     if complete and (archive.job.finalized or rank == 0):

@@ -47,7 +47,7 @@ def run(config: DictConfig) -> Path:
     runs = len({result.values["run"] for result in results})
     for reason in left_out:
         print(f"Left out: {reason}")
-    print(f"{len(results)} measurements of {runs} runs: {page}")
+    print(f"{len(results)} measurement{'s'[: len(results) > 1]} of {runs} run{'s'[: runs > 1]}: {page}")
     return page
 
 

@@ -64,7 +64,11 @@ def locate(name: str, runs: str, key: str = "checkpoint") -> Place:
         return _elsewhere(name, _fetch(name, f"{key}={name}"), slug, runs, key)
     path = Path(name)
     if not path.exists():
-        hub = f", or hf://{name} if it is on the hub" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else ""
+        hub = (
+            f", or hf://{name} if it is on the hub"
+            if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.startswith(f"{runs}/")
+            else ""
+        )
         raise UserError(f"{key}={name} does not exist: give a file, a run's directory, an exported folder{hub}")
     if path.is_dir():
         names = [each.relative_to(path).as_posix() for part in (".", *_PARTS) for each in (path / part).glob("*")]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dcdit.checkpoints.load import Model, build_model, read_weights, words
-from dcdit.checkpoints.locate import Place, locate
+from dcdit.checkpoints.locate import Place
 from dcdit.data.autoencoder import LatentDecoder, load_decoder
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
@@ -86,8 +86,8 @@ class Sampling:
         }
 
 
-def set_up_sampling(plan: SamplingPlan) -> Sampling:
-    """Load what ``plan`` names, and meet its budget.
+def set_up_sampling(plan: SamplingPlan, place: Place) -> Sampling:
+    """Load the checkpoint at ``place``, which ``plan`` names, and meet its budget.
 
     Raises:
         UserError: naming key, value and remedy.
@@ -95,7 +95,6 @@ def set_up_sampling(plan: SamplingPlan) -> Sampling:
     settings = plan.settings
     keep_freed_memory()
     device = pick_device(settings.device)
-    place = locate(settings.checkpoint, plan.runs)
     found = read_weights(place, plan.assume)
     model = build_model(found, settings.weights, device)
     print(f"{place.name}: {words(found, model.network, settings.weights)}")
