@@ -80,7 +80,7 @@ def describe(
     """
     block = "backbone.blocks" if kind.network == "dcdit" else "blocks"
     rows, width = weights["condition.label.table.weight"].shape
-    heads = assume.heads or known.pop("heads", None) or _published_heads().get(width)
+    heads = assume.heads or known.get("heads") or _published_heads().get(width)
     if heads is None:
         raise UserError(f"width {width} is no published scale, and no shape tells the heads: give assume.heads=...")
     depth = 1 + max(int(name.split(".")[block.count(".") + 1]) for name in weights if name.startswith(f"{block}."))
@@ -91,10 +91,12 @@ def describe(
         "num_classes": rows - 1,
         "width": width,
         "depth": depth,
-        "heads": heads,
         "mlp_ratio": weights[f"{block}.0.mlp.fc1.weight"].shape[0] / width,
         **known,
+        "heads": heads,
     }
+    if assume.freq_shift is not None:
+        spec["freq_shift"] = assume.freq_shift
     if kind.network == "dcdit":
         sigma = assume.smoothing_sigma
         spec["encoder_width"] = weights["embed.weight"].shape[0]

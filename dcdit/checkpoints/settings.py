@@ -1,6 +1,7 @@
 """What a user may say about a checkpoint of another program, which it cannot say itself. No torch here."""
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from dcdit.checks import NonNegative, Positive, Size, checked
 from dcdit.errors import UserError
@@ -14,12 +15,15 @@ class AssumeSettings:
     Attributes:
         heads: attention heads; published for widths 384, 768, 1024 and 1152.
         smoothing_sigma: de-chunk smoothing in grid positions, 0 for none; published: 1, or 2 on a 64 x 64 grid.
+        freq_shift: of the timestep embedding: 0 as published; 1 is what diffusers' DiT computes, whatever its weights
+            were trained with.
         autoencoder: of the latents; published: ``stabilityai/sd-vae-ft-ema``.
         scale, shift: the network sees (latent - shift) * scale; published: 0.18215 and 0.
     """
 
     heads: Size | None = None
     smoothing_sigma: NonNegative | None = None
+    freq_shift: Literal[0, 1] | None = None
     autoencoder: str | None = None
     scale: Positive | None = None
     shift: float | None = None

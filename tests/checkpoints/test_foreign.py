@@ -122,6 +122,9 @@ def test_dit_names_and_a_folder_of_diffusers(tmp_path):
     for name in ("folder", "pipeline"):
         found = load_model(tmp_path / name)  # its configuration tells the heads
         torch.testing.assert_close(found.network(x, t, y).prediction, expected, rtol=0, atol=2e-5)
+    with pytest.raises(UserError, match="heads=3 does not divide"):
+        load_model(tmp_path / "folder", assume=AssumeSettings(heads=3))
+    assert load_model(tmp_path / "folder", assume=AssumeSettings(freq_shift=0)).network.spec["freq_shift"] == 0
     with pytest.raises(UserError, match=r"weights=raw: this DiT checkpoint holds weights=ema alone"):
         load_model(tmp_path / "dit.pt", "raw", assume=HEADS)
 
