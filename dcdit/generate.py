@@ -15,7 +15,7 @@ from dcdit.checkpoints.locate import locate
 from dcdit.checks import Images, call_checked, checked
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
-from dcdit.sampling.settings import SamplingPlan
+from dcdit.sampling.settings import Labels, SamplingPlan
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 
 
@@ -28,11 +28,13 @@ class GenerateSettings:
         out: folder for the results.
         count: number of images.
         chunk_size: images of a task; what a kill loses at most, on each process.
+        labels: which classes they are of.
         png: write each image as a PNG too.
     """
 
     out: str
     count: Images
+    labels: Labels
     chunk_size: Images
     png: bool
 
@@ -51,7 +53,8 @@ def run(config: DictConfig) -> Path:
     from dcdit.sampling.setup import set_up_sampling
 
     out, (rank, world_size) = Path(settings.out), processes()
-    archive = ImageArchive(set_up_sampling(plan, place), out, settings.count, settings.chunk_size, settings.png)
+    sampling = set_up_sampling(plan, place)
+    archive = ImageArchive(sampling, out, settings.count, settings.chunk_size, settings.png, settings.labels)
     with resumable(rank, "sampling", "chunk", out) as display:
         complete = archive.run(rank, world_size, display)
     if complete and (archive.job.finalized or rank == 0):

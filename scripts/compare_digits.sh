@@ -21,7 +21,7 @@ checkpoints() { # of these networks, separated by commas
         printf '%s,' runs/comparison/"$network"_seed_*/checkpoints/last.ckpt
     done | sed 's/,$//'
 }
-measure="$python -m dcdit.evaluate -m reference=data/digits8/train features=digits count=500
+measure="$python -m dcdit.evaluate -m reference=data/digits8/train features=digits count=500 labels=balanced
     sampler=ddim sampler.steps=25 sampler.clip=true"
 # One after the other, for the times to be comparable
 $measure drop_fractions=[0] checkpoint="$(checkpoints dit_2 dit_4)"

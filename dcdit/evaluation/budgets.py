@@ -97,7 +97,8 @@ def table(measurements: list[Measurement]) -> Table:
     sampler, guidance = plan["sampler"], plan["guidance"]
     title = (
         f"{found[0]['run']}, {step_words(plan['step'])}, {plan['weights']} weights, {plan['precision']}:"
-        f" {plan['count']} images, {sampler['name']} {sampler['steps']} steps, guidance {guidance['scale']:g}."
+        f" {plan['count']} images, {plan['labels']} labels,"
+        f" {sampler['name']} {sampler['steps']} steps, guidance {guidance['scale']:g}."
         f" Features of {plan['features']['name']}, against {plan['reference']['count']} of {found[0]['reference']}."
         f" Time on {found[0]['device']}, batches of {found[0]['timing']['batch_size']}"
     )

@@ -22,6 +22,7 @@ from dcdit.runtime.devices import device_words, fingerprint
 from dcdit.runtime.display import Display
 from dcdit.runtime.files import write_json
 from dcdit.sampling.figures import save_grid
+from dcdit.sampling.generate import labels_of
 from dcdit.sampling.setup import Sampling
 
 
@@ -62,11 +63,13 @@ class Measurement:
         self.sampling, self.reference, self.network = sampling, reference, network
         count, chunk_size = settings.count, settings.chunk_size
         self.metrics, self.shown, self.out = settings.metrics, min(settings.shown, chunk_size, count), out
-        self.labels = torch.arange(count) % sampling.model.network.num_classes
+        seed, classes = sampling.plan.settings.seed, sampling.model.network.num_classes
+        self.labels = labels_of(settings.labels, count, classes, seed)
         self.plan = {
             **sampling.described(),
             "checkpoint": fingerprint(sampling.model.network),
             "count": count,
+            "labels": settings.labels,
             "batch_size": sampling.batch_size,
             "features": network.described(),
             "reference": reference.plan,

@@ -12,7 +12,7 @@ from dcdit.errors import UserError
 from dcdit.evaluation.settings import METRICS
 from dcdit.runtime.files import LARGEST, read_json
 
-SCHEMA = 2
+SCHEMA = 3
 """Of the files that :class:`dcdit.evaluation.measure.Measurement` writes."""
 
 
@@ -51,7 +51,7 @@ class Result:
     def setting(self) -> dict[str, Any]:
         """What two results must share to be compared."""
         guidance = {key: value for key, value in self.plan["guidance"].items() if "drop" not in key}
-        keys = ("sampler", "precision", "count", "features", "reference", "metrics", "seed")
+        keys = ("sampler", "precision", "count", "labels", "features", "reference", "metrics", "seed")
         return {**{key: self.plan[key] for key in keys}, "guidance": guidance}
 
     @property
@@ -91,6 +91,7 @@ class Result:
             **{f"guidance_{key}": value for key, value in plan["guidance"].items() if key != "drop_fraction"},
             "precision": plan["precision"],
             "count": plan["count"],
+            "labels": plan["labels"],
             "seed": plan["seed"],
             "features": plan["features"]["name"],
             "features_weights": plan["features"]["weights"],
@@ -160,7 +161,8 @@ class Section:
         if guidance["scale"] != 1 and guidance["interval"]:
             guided += f" at timesteps {guidance['interval'][0]} to {guidance['interval'][1]}"
         return (
-            f"{plan['count']:,} images, {sampler['name']} with {sampler['steps']} steps, {guided}, {plan['precision']},"
+            f"{plan['count']:,} images, {plan['labels']} labels,"
+            f" {sampler['name']} with {sampler['steps']} steps, {guided}, {plan['precision']},"
             f" seed {plan['seed']}; features of {plan['features']['name']} (weights {plan['features']['weights']})"
             f" against {plan['reference']['count']:,} images of {result.values['reference']}"
         )
@@ -191,6 +193,7 @@ _KEYS: dict[str, Any] = {
     "plan.step": Natural | None,
     "plan.precision": str,
     "plan.count": Count,
+    "plan.labels": str,
     "plan.seed": Seed,
     "plan.metrics": Annotated[list[Annotated[str, OneOf(METRICS)]], NotEmpty("it measures nothing")],
     "plan.features.name": str,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 from dcdit.checks import Count, DropFraction, Images, Natural, NotEmpty, OneOf, checked
+from dcdit.sampling.settings import Labels
 
 
 class MetricName(NamedTuple):
@@ -37,6 +38,7 @@ class EvaluateSettings:
         metrics: some of :data:`METRICS`.
         drop_fractions: budgets to measure; None takes the one that ``guidance`` or ``budget`` says.
         count: images at each budget.
+        labels: which classes they are of.
         chunk_size: images of a task; what a kill loses at most, on each process.
         out: folder for the results; None takes ``evaluation`` in the run's directory.
         shown: images of the preview that is kept of each measurement.
@@ -52,6 +54,7 @@ class EvaluateSettings:
     metrics: Annotated[list[Annotated[str, OneOf(METRICS)]], NotEmpty(f"take some of {', '.join(METRICS)}")]
     drop_fractions: Annotated[list[DropFraction], NotEmpty("name at least one, such as 0")] | None
     count: Images
+    labels: Labels
     chunk_size: Images
     out: str | None
     shown: Images

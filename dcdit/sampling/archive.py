@@ -20,6 +20,8 @@ from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.display import Display
 from dcdit.runtime.files import read_json, replacing, writable_folder, write_json
 from dcdit.runtime.jobs import ImageJob
+from dcdit.sampling.generate import labels_of
+from dcdit.sampling.settings import Labels
 from dcdit.sampling.setup import Sampling
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of the files within the archive: equal images give equal bytes
@@ -54,18 +56,20 @@ class ImageArchive:
     Args:
         sampling: what samples.
         out: folder for the results.
-        count: number of images; the classes take turns.
+        count: number of images.
         chunk_size: images of a task.
         png: write each image as a PNG too.
+        labels: of which classes they are.
     """
 
-    def __init__(self, sampling: Sampling, out: Path, count: int, chunk_size: int, png: bool) -> None:
+    def __init__(self, sampling: Sampling, out: Path, count: int, chunk_size: int, png: bool, labels: Labels) -> None:
         self.sampling, self.out, self.count, self.png = sampling, out, count, png
         self.npz, self.summary = out / "samples.npz", out / "samples.json"
-        self.labels = torch.arange(count) % sampling.model.network.num_classes
+        self.labels = labels_of(labels, count, sampling.model.network.num_classes, sampling.plan.settings.seed)
         self.plan = {
             **sampling.described(),
             "count": count,
+            "labels": labels,
             "chunk_size": chunk_size,
             "batch_size": sampling.batch_size,
             "checkpoint": fingerprint(sampling.model.network),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler, Step, sample_generator
 from dcdit.errors import UserError
 from dcdit.runtime.devices import autocast
+from dcdit.sampling.settings import Labels
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,24 @@ class SampleBatch:
         sums = [[lengths[:size].sum(), lengths[size:].sum()] for lengths in self.lengths]
         return torch.tensor(sums, dtype=torch.int64).T
 
+
+def labels_of(kind: Labels, count: int, classes: int, seed: int) -> Tensor:
+    """Labels (count,) int64 of images: that of image i depends on (seed, i) alone.
+
+    Args:
+        kind: ``random`` or ``balanced``.
+        count: number of images.
+        classes: number of classes.
+        seed: of random labels.
+    """
+    if kind == "balanced":
+        return torch.arange(count) % classes
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _LABELS])))
+    return torch.from_numpy((generator.random(count) * classes).astype(np.int64))
+
+
+_LABELS = 2**32 - 2
+"""Keeps labels apart from whatever else the seed stands for."""
 
 OnStep = Callable[[list[int], Step], None]
 """Told the samples' numbers and the step, after every step."""

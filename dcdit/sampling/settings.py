@@ -9,6 +9,10 @@ from dcdit.checks import Images, Seed, build_named, call_checked, checked
 from dcdit.diffusion.settings import SAMPLERS, BudgetSettings, GuidanceSettings, SamplerSettings
 from dcdit.errors import UserError
 
+Labels = Literal["random", "balanced"]
+"""``random``: each image's class is drawn from the seed and its number, as for published figures. ``balanced``: the
+classes take turns; FIDs come out about 0.1 lower (ImageNet)."""
+
 SECTIONS = ("assume", "sampler", "guidance", "budget", "paths")
 
 

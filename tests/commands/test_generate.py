@@ -13,6 +13,7 @@ from support.damage import damaged
 from dcdit import generate, sample
 from dcdit.errors import UserError
 from dcdit.sampling import archive
+from dcdit.sampling.generate import labels_of
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def run(trained_run, tmp_path):
 
 
 def test_what_the_file_holds(run, tmp_path):
-    folder = run("out", "png=true")
+    folder = run("out", "png=true", "labels=balanced")
     with np.load(folder / "samples.npz", allow_pickle=False) as stored:
         images, labels = stored["arr_0"], stored["arr_1"]
     assert (images.shape, images.dtype) == ((22, 8, 8, 3), np.uint8)
@@ -51,6 +52,16 @@ def test_what_the_file_holds(run, tmp_path):
     with np.load(sampled / "latents.npz") as stored:
         expected = ((stored["latents"] + 1) * 127.5 + 0.5).clip(0, 255).astype(np.uint8)
     assert np.array_equal(images[:10, :, :, 0], expected[:, 0])
+
+
+def test_random_labels_depend_on_the_seed_and_the_number_alone():
+    some, more, others = (labels_of("random", count, 10, seed) for count, seed in ((50, 0), (40_000, 0), (50, 1)))
+    assert torch.equal(some, more[:50])
+    assert not torch.equal(some, others)
+    counts = torch.bincount(more, minlength=10).double()
+    assert len(counts) == 10
+    assert ((counts - 4000) ** 2 / 4000).sum() < 30  # chi squared of 9 degrees of freedom: 4e-4 above
+    assert torch.bincount(labels_of("balanced", 22, 10, 0)).tolist() == [3, 3, *[2] * 8]
 
 
 def test_any_number_of_processes_and_any_break_make_the_same_bytes(run, monkeypatch, capsys):
