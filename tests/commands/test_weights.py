@@ -222,6 +222,22 @@ def test_folders_that_are_not_whole_are_refused(trained_run, tmp_path, capsys):
     assert "out=mine holds other files" in result.words
 
 
+def test_from_a_run_to_the_hub_and_back(trained_run, tmp_path, capsys):
+    with hub_of({}, tmp_path / "cache") as hub:
+        hub.new = tmp_path / "hub"
+        words = (f"checkpoint={trained_run}", "out=x", "push=me/mine")
+        assert "me/mine: " in ended(typed(capsys, tmp_path, "export", *words)).out
+        assert {path.name for path in (tmp_path / "hub" / "me" / "mine").iterdir()} == {
+            *("model.safetensors", "config.json", "README.md")
+        }
+        found = load_model("hf://me/mine")
+        assert found.step == 3
+        again = DCDiT.from_pretrained(str(tmp_path / "x"))
+        torch.testing.assert_close(found.network.state_dict(), again.state_dict(), rtol=0, atol=0)
+        again.push_to_hub("me/alone")
+        assert (tmp_path / "hub" / "me" / "alone" / "model.safetensors").exists()
+
+
 def test_a_hub_that_refuses_leaves_the_folder(trained_run, tmp_path, capsys):
     with hub_of({}, tmp_path / "cache"):
         words = (f"checkpoint={trained_run}", "out=x", "push=me/mine")

@@ -1,5 +1,6 @@
 """A hub on the loopback interface, for huggingface_hub itself to talk to."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -21,10 +22,12 @@ class Hub:
         address: of the server.
         asked: paths that were asked for.
         gated: repositories whose terms nobody here has accepted.
+        new: folder for repositories that are made here; None refuses to make any.
     """
 
     def __init__(self, repositories: dict[str, Path]) -> None:
         self.repositories, self.asked, self.gated = repositories, [], set()
+        self.new: Path | None = None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,6 +36,9 @@ class Hub:
 
             def do_GET(self) -> None:
                 hub.answer(self, body=True)
+
+            def do_POST(self) -> None:
+                hub.accept(self)
 
             def log_message(self, *ignored) -> None:
                 pass
@@ -66,6 +72,35 @@ class Hub:
         content = file.read_bytes()
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         return self.send(request, 200, content, headers, body)
+
+    def accept(self, request: BaseHTTPRequestHandler) -> None:
+        """Make a repository, or add to one what is sent within the request."""
+        words = unquote(request.path.split("?")[0]).strip("/").split("/")
+        content = request.rfile.read(int(request.headers["Content-Length"]))
+        answer: dict = {}
+        if self.new is None:
+            return self.send(request, 401, b"", {}, True)
+        if words[:3] == ["api", "repos", "create"]:
+            wanted = json.loads(content)
+            name = f"{wanted['organization']}/{wanted['name']}"
+            self.repositories[name] = self.new / name
+            self.repositories[name].mkdir(parents=True)
+            answer = {"url": f"{self.address}/{name}"}
+        elif words[4:5] == ["preupload"]:
+            files = json.loads(content)["files"]
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        elif words[4:5] == ["commit"]:
+            name = "/".join(words[2:4])
+            for line in map(json.loads, content.splitlines()):
+                if line["key"] == "file":
+                    file = self.repositories[name] / line["value"]["path"]
+                    file.write_bytes(base64.b64decode(line["value"]["content"]))
+            answer = {
+                "commitUrl": f"{self.address}/{name}/commit/{COMMIT}",
+                "commitOid": COMMIT,
+                "pullRequestUrl": None,
+            }
+        return self.send(request, 200, json.dumps(answer).encode(), {"Content-Type": "application/json"}, True)
 
     def send(self, request: BaseHTTPRequestHandler, status: int, content: bytes, headers: dict, body: bool) -> None:
         request.send_response(status)
