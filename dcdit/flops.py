@@ -67,11 +67,14 @@ def run(config: DictConfig) -> None:
 
     spec, name = settings.model, settings.checkpoint
     if place is not None:
-        from dcdit.checkpoints.load import read_weights
+        from dcdit.checkpoints.load import read_weights, words
 
-        spec = dict(read_weights(place, settings.assume).model)
+        found = read_weights(place, settings.assume)
+        spec = dict(found.model)
     with without_memory():
         network = build_network(spec)
+    if place is not None:
+        print(f"{place.name}: {words(found, network, 'ema')}")
     drops = {
         f"drop {drop:g}": (drop, drop if settings.uncond_drop_fraction is None else settings.uncond_drop_fraction)
         for drop in settings.drop_fractions

@@ -1,8 +1,9 @@
 """Upcycling a plain DiT into a DC-DiT on handwritten digits: ``python scripts/upcycle_digits.py`` (docs/upcycling.md).
 
 Trains a teacher for each seed, then DC-DiTs of several lengths from scratch, with the teacher's blocks copied, and
-upcycled (matched all along, dropping from the middle on); measures FID and how many digits are read as the class asked for, at several drop fractions; draws both over
-training compute, the teacher's forward passes counted. Broken off, it goes on. An hour and a half on two cores.
+upcycled (matched all along, dropping from the middle on); measures FID and how many digits are read as the class asked
+for, at several drop fractions; draws both over training compute, the teacher's forward passes counted. Broken off, it
+goes on. An hour and a half on two cores.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -70,11 +72,12 @@ def measure(run: Path, real: Statistics) -> list[dict[str, float]]:
         sampler = Sampler(DDIM(steps=25, clip=True))
         batches = list(generate(model, asked, sampler, labels, range(IMAGES), seed=0, batch_size=100))
         seen = features(decode(torch.cat([batch.latents for batch in batches])))
+        assert seen.logits is not None
         lengths = torch.cat([each for batch in batches for each in batch.lengths]).double()
         found.append(
             {
                 "drop": drop,
-                "fid": compare(real, lambda seen=seen: iter([seen]), ["fid"])["fid_torch"],
+                "fid": compare(real, partial(iter, [seen]), ["fid"])["fid_torch"],
                 "read": float((seen.logits.argmax(1) == labels).double().mean()),
                 "kept": float(lengths.mean() / model.latents.positions),
             }

@@ -80,6 +80,8 @@ def describe(
     """
     block = "backbone.blocks" if kind.network == "dcdit" else "blocks"
     rows, width = weights["condition.label.table.weight"].shape
+    if assume.heads and assume.heads != known.get("heads", assume.heads):
+        raise UserError(f"assume.heads={assume.heads}: its configuration says {known['heads']}, leave assume.heads out")
     heads = assume.heads or known.get("heads") or _published_heads().get(width)
     if heads is None:
         raise UserError(f"width {width} is no published scale, and no shape tells the heads: give assume.heads=...")
@@ -132,6 +134,8 @@ def described_by_shapes(
         UserError: if they are of no network that is known here.
     """
     kind, weights = renamed({name: tensor for name, tensor in state.items() if name != "pos_embed"})
+    if kind is DIFFUSERS:
+        raise UserError("these are the weights of a network of diffusers: give their folder, with its config.json")
     table = state.get("pos_embed")
     if table is None or table.ndim != 3:
         raise UserError(f"a {kind.title} has a table pos_embed of positions, this has none: it tells the grid")

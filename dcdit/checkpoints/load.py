@@ -39,6 +39,7 @@ class Weights:
         step: optimiser steps trained; None if that is not known.
         ema, raw: parameters by name; None where the file does not hold these.
         training: how it was trained: hyper-parameters, as far as they are known.
+        told: whether the file names its classes.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Weights:
     ema: Mapping[str, Tensor] | None
     raw: Mapping[str, Tensor] | None
     training: Mapping[str, Any] = field(default_factory=dict)
+    told: bool = True
 
     def of_kind(self, kind: Kind) -> Mapping[str, Tensor]:
         """EMA weights or raw ones; UserError if the file does not hold them."""
@@ -144,7 +146,7 @@ def words(found: Weights, network: Network, kind: Kind) -> str:
     """What was found, for people: what holds it, the network, its step, EMA weights or raw ones."""
     size = sum(parameter.numel() for parameter in network.parameters())
     step = f"step {found.step}" if found.step is not None else "at an unknown step"
-    weights = {"ema": "EMA weights", "raw": "raw weights"}[kind]
+    weights = {"ema": "EMA weights", "raw": "raw weights"}[kind] if found.told or found.raw else "weights as they are"
     return f"{found.source}, {title_of(network, found)} with {size / 1e6:.1f}M parameters, {step}, {weights}"
 
 
@@ -207,7 +209,7 @@ def trained(values: dict[str, Any]) -> Trained:
     except UserError as error:
         raise UserError(f"it was not written by this release of dcdit.train: {error}") from None
     training = {key: value for key, value in settings.items() if key != "latents"}
-    return Trained("checkpoint of dcdit.train", model, latents, step, ema, raw, training, values)
+    return Trained("checkpoint of dcdit.train", model, latents, step, ema, raw, training, values=values)
 
 
 def check_weights(model: Mapping[str, Any], *states: Mapping[str, Tensor]) -> None:
@@ -236,7 +238,9 @@ def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
                 else conform(file.name, read_checkpoint(file, legacy=True), dict[str, Tensor])
             )
         kind, model, weights = diffusers_network(folder, state, assume)
-        return Weights(kind.title, model, published_latents(model, assume), None, weights, None, {"model": model})
+        return Weights(
+            kind.title, model, published_latents(model, assume), None, weights, None, {"model": model}, False
+        )
     config = read_config(folder)
     model = conform("network", config["network"], dict[str, Any])
     state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
@@ -264,7 +268,9 @@ def _of_names(states: Mapping[str, Mapping[str, Tensor]], optimizer: Any, assume
     title, model = next((kind.title, model) for kind, model, _ in described.values())
     weights = {kind: weights for kind, (_, _, weights) in described.items()}
     latents = published_latents(model, assume)
-    return Weights(title, model, latents, _steps(optimizer), weights.get("ema"), weights.get("raw"), {"model": model})
+    return Weights(
+        title, model, latents, _steps(optimizer), weights.get("ema"), weights.get("raw"), {"model": model}, False
+    )
 
 
 def _steps(optimizer: Any) -> int | None:

@@ -1,7 +1,9 @@
 """From what a user names to the file or folder that holds the weights: here, or on the Hugging Face hub."""
 
+import hashlib
 import os
 import re
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +66,11 @@ def locate(name: str, runs: str, key: str = "checkpoint") -> Place:
         return _elsewhere(name, _fetch(name, f"{key}={name}"), slug, runs, key)
     path = Path(name)
     if not path.exists():
-        hub = (
-            f", or hf://{name} if it is on the hub"
-            if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.startswith(f"{runs}/")
-            else ""
-        )
-        raise UserError(f"{key}={name} does not exist: give a file, a run's directory, an exported folder{hub}")
+        hub = "hf://<owner>/<repository>/<folder>"
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.startswith(f"{runs}/"):
+            hub = f"hf://{name} if it is on the hub"
+        kinds = "a file, a run's directory, an exported folder, one of diffusers"
+        raise UserError(f"{key}={name} does not exist: give {kinds}, {', '.join(SHIPPED)}, or {hub}")
     if path.is_dir():
         names = [each.relative_to(path).as_posix() for part in (".", *_PARTS) for each in (path / part).glob("*")]
         path = path / pick(names, f"{key}={name}")[0]
@@ -79,7 +80,9 @@ def locate(name: str, runs: str, key: str = "checkpoint") -> Place:
         sweep = run.parent.name
         called = f"{sweep.removesuffix('_sweep')}/{run.name}" if sweep.endswith("_sweep") else run.name
         return Place(name, path, called, run, key)
-    return _elsewhere(name, path, path.resolve().name if path.is_dir() else path.resolve().stem, runs, key)
+    whole = path.resolve()
+    digest = hashlib.sha256(str(whole).encode()).hexdigest()[:6]  # two folders may have one name
+    return _elsewhere(name, path, f"{whole.name if path.is_dir() else whole.stem}-{digest}", runs, key)
 
 
 def _elsewhere(name: str, path: Path, run: str, runs: str, key: str) -> Place:
@@ -112,11 +115,11 @@ def pick(names: Collection[str], place: str) -> tuple[str, list[str]]:
             return found, [found]
     files = [name for name in names if name.endswith(_SUFFIXES) and "/" not in name]
     if len(files) != 1:
-        what = f"several: {', '.join(sorted(files)[:8])}; name one of them" if files else "none"
+        if files:
+            raise UserError(f"{place} holds several checkpoint files: {', '.join(sorted(files)[:8])}; name one of them")
         seen = ", ".join(sorted({name.split("/")[0] for name in names})[:8]) or "nothing"
         raise UserError(
-            f"{place}: of checkpoint files this folder holds {what}"
-            + ("" if files else f" (it holds {seen}); give a run's directory, an exported folder, or a file")
+            f"{place} holds no checkpoint (it holds {seen}): give a run's directory, an exported folder, or a file"
         )
     return files[0], files
 
@@ -143,7 +146,7 @@ def weights_of_folder(folder: Path) -> list[Path]:
 def _fetch(address: str, said: str) -> Path:
     """The file or folder at an address of the hub, in the cache of huggingface_hub; ``said`` begins messages."""
     found = _HUB.fullmatch(address)
-    if not found or (found["early"] and found["late"]):
+    if not found or (found["early"] and found["late"]) or {".", ".."} & set(address.split("/")):
         raise UserError(
             f"{said} is no address: write hf://<owner>/<repository>[/<file or folder>][@<revision>], such"
             " as hf://amd/DynamicChunkingDiT/S-256"
@@ -185,7 +188,8 @@ def _fetch(address: str, said: str) -> Path:
             f"{said}: the hub has no {repository}, or you may not see it: log in with `hf auth login`"
         ) from error
     except (hub.HTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
-        where = f" {path}/*" if path and not path.endswith(_SUFFIXES) else f" {path}" if path else ""
+        pattern = path if not path or path.endswith(_SUFFIXES) else f"{path}/*"
+        where = f" {shlex.quote(pattern)}" if pattern else ""
         reason = _reason((*unreachable, error)[0])
         raise UserError(
             f"{said}: the hub cannot be reached ({reason}), and the files are not in its cache"

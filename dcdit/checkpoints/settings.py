@@ -33,7 +33,7 @@ class AssumeSettings:
         given = {key: value for key, value in asdict(self).items() if value is not None}
         if given:
             key, value = next(iter(given.items()))
-            raise UserError(f"assume.{key}={value}: a {kind} says itself what it is, leave assume out")
+            raise UserError(f"assume.{key}={value}: this {kind} says itself what it is, leave assume out")
 
 
 AS_PUBLISHED = AssumeSettings()

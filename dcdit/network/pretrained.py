@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,22 @@ class Pretrained(ModelHubMixin):
         if name is None:
             raise UserError(f"{type(self).__name__} is no network of dcdit.network.NETWORKS: register it there")
         return {"name": name, **conform("config", self._hub_mixin_config, dict[str, Any])}
+
+    @classmethod
+    def from_pretrained(cls: type[Self], pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """The network in an exported folder, or in a repository of the Hugging Face hub; see huggingface_hub's mixin.
+
+        Raises:
+            UserError: if it is neither, or the folder is not whole.
+        """
+        place = str(pretrained_model_name_or_path)
+        if not Path(place).is_dir() and (Path(place).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)):
+            raise UserError(
+                f"{place} is no folder and no <owner>/<repository> of the hub: give one of them; for everything else"
+                " there is dcdit.checkpoints.load.load_model"
+            )
+        network: Self = super().from_pretrained(place, **options)
+        return network
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)

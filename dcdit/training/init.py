@@ -38,6 +38,8 @@ class Start:
         source: what is there, in words.
         fingerprint: digest of the network that they are of.
         loaded, new, left: names of parameters that were taken over, that start anew, and that were not taken.
+        frozen: parts that are not trained.
+        remark: what nobody could check.
     """
 
     place: str = ""
@@ -46,6 +48,8 @@ class Start:
     loaded: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    remark: str = ""
 
     @property
     def record(self) -> dict[str, str]:
@@ -60,6 +64,8 @@ class Start:
         for title, names in (("new", self.new), ("left behind", self.left)):
             if names:
                 lines.append(f"  {title}: {', '.join(_by_part(names, [n for n in others if n not in names]))}")
+        lines += [f"  not trained: {', '.join(self.frozen)}"] if self.frozen else []
+        lines += [f"  {self.remark}"] if self.remark else []
         return "\n".join(lines)
 
 
@@ -112,7 +118,14 @@ def start_from(
             return Start(), None
         place = locate(settings.teacher, runs, "init.teacher")
     found, key = read_weights(place, settings.assume), place.words
-    _check_latents(key, found, latents, settings.adapt)
+    upcycling = isinstance(settings, FromTeacher)
+    if upcycling and found.model["name"] != "dit":
+        raise UserError(
+            f"{key} holds no plain DiT, which upcycling starts from ({found.source}): to train one further there is"
+            " init=weights"
+        )
+    adaptable = not (isinstance(settings, FromTeacher) and settings.distil_steps)
+    _check_latents(key, found, latents, settings.adapt, adaptable)
     with without_memory():
         other = build_network(found.model)
     state = dict(found.of_kind(settings.weights))
@@ -125,14 +138,17 @@ def start_from(
         if step < settings.distil_steps and settings.distil_weight:
             distillation = Distillation(teacher, settings.distil_steps, settings.distil_weight, settings.distil_decay)
     else:
-        _check_network(key, found, network, settings.adapt)
-        fit, distillation = _fit(key, network, state, settings.adapt), None
+        sizes = _check_network(key, found, network, settings.adapt)
+        fit, distillation = _fit(key, network, state, settings.adapt, sizes), None
         whole = build_network(found.model)
         whole.load_state_dict(state)
         digest = fingerprint(whole)
     if not step:
         _load(network, fit.take)
-    return Start(key, source, digest, tuple(fit.take), tuple(fit.new), tuple(fit.left)), distillation
+    names = tuple(fit.take), tuple(fit.new), tuple(fit.left)
+    unnamed = not found.told and "classes" not in settings.adapt
+    remark = "the file does not name its classes: label i here is taken for label i there" if unnamed else ""
+    return Start(key, source, digest, *names, tuple(settings.freeze), remark), distillation
 
 
 def freeze(network: Network, parts: Sequence[str]) -> None:
@@ -150,15 +166,13 @@ def freeze(network: Network, parts: Sequence[str]) -> None:
         raise UserError(f"init.freeze={list(parts)} leaves nothing to train: leave a part out")
 
 
-def _check_latents(key: str, found: Weights, latents: LatentSpec, adapt: Sequence[str]) -> None:
+def _check_latents(key: str, found: Weights, latents: LatentSpec, adapt: Sequence[str], adaptable: bool) -> None:
     """Raise unless the latents are those of the weights, but for what is adapted."""
     if found.latents is None:
         raise UserError(f"{key} does not say what its latents are: give init.assume.autoencoder and .scale")
     own, theirs = latents, found.latents
-    if found.source.startswith("checkpoint of dcdit") or found.source.startswith("exported"):
-        classes = theirs.classes != own.classes
-    else:  # names of classes that the file does not hold
-        classes = len(theirs.classes) != len(own.classes)
+    same_number = len(theirs.classes) == len(own.classes)
+    classes = theirs.classes != own.classes if found.told else not same_number
     differing = [
         ("classes", classes, f"{len(theirs.classes)} classes there", f"{len(own.classes)} here"),
         ("grid", theirs.shape[1:] != own.shape[1:], f"a grid of {theirs.shape[1]} there", f"{own.shape[1]} here"),
@@ -166,20 +180,22 @@ def _check_latents(key: str, found: Weights, latents: LatentSpec, adapt: Sequenc
     for name, differs, there, here in differing:
         if differs and name not in adapt:
             what = f"{there} and {here}" if there.split()[0] != here.split()[0] else "classes of other names"
-            raise UserError(f"{key} does not fit the data: {what}. To adapt it, add init.adapt=[{name}]")
+            remedy = f"To adapt it, add init.adapt=[{name}]" if adaptable else "Take data that the teacher knows"
+            raise UserError(f"{key} does not fit the data: {what}. {remedy}")
     same = LatentSpec(own.shape, theirs.autoencoder, theirs.scale, theirs.shift, own.classes, theirs.fingerprint)
     difference = same.difference(own) or (
         f"{theirs.shape[0]} channels there and {own.shape[0]} here" if theirs.shape[0] != own.shape[0] else None
     )
     if difference and "latents" not in adapt:
+        told = "" if found.told else ", say what they are with init.assume.autoencoder=... and init.assume.scale=..."
         raise UserError(
             f"{key} was trained on other latents than the shards hold: {difference}. Point data.directory at such"
-            " latents, or start from it nevertheless with init.adapt=[latents]"
+            f" latents{told}, or start from it nevertheless with init.adapt=[latents]"
         )
 
 
-def _check_network(key: str, found: Weights, network: Network, adapt: Sequence[str]) -> None:
-    """Raise where the networks differ in what no shape tells."""
+def _check_network(key: str, found: Weights, network: Network, adapt: Sequence[str]) -> str:
+    """Raise where the networks differ in what no shape tells; returns in words where their shapes differ."""
     own = network.spec
     if own["name"] != found.model["name"]:
         hint = (
@@ -195,9 +211,18 @@ def _check_network(key: str, found: Weights, network: Network, adapt: Sequence[s
                 f"model.{name}={shown(own.get(name))}: {key} was trained with {shown(theirs.get(name))}, set"
                 f" model.{name}={shown(theirs.get(name))}{remedy}"
             )
+    keys = [key for key in ("width", "depth", "encoder_width", "mlp_ratio", "condition_norm") if key in own]
+    return ", ".join(f"model.{each} is {shown(theirs[each])} there" for each in keys if own[each] != theirs[each])
 
 
-def _fit(key: str, network: Network, state: Mapping[str, Tensor], adapt: Sequence[str], partly: bool = False) -> _Fit:
+def _fit(
+    key: str,
+    network: Network,
+    state: Mapping[str, Tensor],
+    adapt: Sequence[str],
+    sizes: str = "",
+    partly: bool = False,
+) -> _Fit:
     """Which of the parameters in ``state`` the network takes over.
 
     Args:
@@ -205,6 +230,7 @@ def _fit(key: str, network: Network, state: Mapping[str, Tensor], adapt: Sequenc
         network: that takes them.
         state: by the network's names.
         adapt: what may differ.
+        sizes: where the networks differ, for messages.
         partly: whether parameters that ``state`` lacks start anew.
     """
     fit = _Fit()
@@ -232,7 +258,7 @@ def _fit(key: str, network: Network, state: Mapping[str, Tensor], adapt: Sequenc
                 fit.left.append(name)
         else:
             has, needs = (list(each.shape) if each is not None else "none" for each in (theirs, mine))
-            remedy = f", or adapt it with init.adapt=[{reason}]" if reason else ""
+            remedy = (f" ({sizes})" if sizes else "") + (f", or adapt it with init.adapt=[{reason}]" if reason else "")
             raise UserError(
                 f"{key} does not fit model: parameter {name} has shape {has} there and {needs} here. Choose the model"
                 f" that it was trained with{remedy}"
@@ -261,16 +287,13 @@ def _blocks_and_embedders(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _teacher(key: str, found: Weights, network: Network, state: Mapping[str, Tensor], settings: FromTeacher) -> DiT:
     """The plain DiT that a DC-DiT is made of; UserError with both values if it does not fit."""
     teacher = build_network(found.model)
-    if not isinstance(teacher, DiT):
-        raise UserError(
-            f"{key} holds a {teacher.title}: upcycling starts from a plain DiT, fine-tuning is init=weights"
-        )
+    assert isinstance(teacher, DiT)
     own, theirs = network.spec, teacher.spec
     for name in ("width", "depth", "heads", "mlp_ratio", "freq_shift"):
         if own.get(name) != theirs[name]:
             raise UserError(
-                f"model.{name}={shown(own.get(name))} does not fit {key}, whose {name} is {shown(theirs[name])}: choose"
-                f" the scale of the teacher, or set model.{name}={shown(theirs[name])}"
+                f"model.{name}={shown(own.get(name))} does not fit {key}, whose {name} is {shown(theirs[name])}: set"
+                f" model.{name}={shown(theirs[name])}, or choose the scale of the teacher"
             )
     if own["position_patch"] != teacher.patch:
         raise UserError(

@@ -149,7 +149,7 @@ def begin(module: DCDiTModule, begun: tuple[Start, Distillation | None], resumed
 def save_start(start: Start, run_dir: Path) -> None:
     """Write down, name by name, what was taken over, what is new and what was left behind."""
     if not rank():
-        names = {key: list(getattr(start, key)) for key in ("loaded", "new", "left")}
+        names = {key: list(getattr(start, key)) for key in ("loaded", "new", "left", "frozen")}
         write_json(run_dir / "init.json", {**start.record, **names})
 
 

@@ -99,7 +99,7 @@ def test_what_the_file_does_not_say_can_be_said(tmp_path):
 
 
 def test_a_checkpoint_of_ours_says_everything_itself(trained_run):
-    with pytest.raises(UserError, match=r"assume.heads=4: a checkpoint of dcdit.train says itself"):
+    with pytest.raises(UserError, match=r"assume.heads=4: this checkpoint of dcdit.train says itself"):
         load_model(trained_run, assume=HEADS)
 
 
@@ -122,8 +122,10 @@ def test_dit_names_and_a_folder_of_diffusers(tmp_path):
     for name in ("folder", "pipeline"):
         found = load_model(tmp_path / name)  # its configuration tells the heads
         torch.testing.assert_close(found.network(x, t, y).prediction, expected, rtol=0, atol=2e-5)
-    with pytest.raises(UserError, match="heads=3 does not divide"):
+    with pytest.raises(UserError, match=r"assume.heads=3: its configuration says 4"):
         load_model(tmp_path / "folder", assume=AssumeSettings(heads=3))
+    with pytest.raises(UserError, match="give their folder"):
+        load_model(tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
     assert load_model(tmp_path / "folder", assume=AssumeSettings(freq_shift=0)).network.spec["freq_shift"] == 0
     with pytest.raises(UserError, match=r"weights=raw: this DiT checkpoint holds weights=ema alone"):
         load_model(tmp_path / "dit.pt", "raw", assume=HEADS)

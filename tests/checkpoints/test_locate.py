@@ -30,7 +30,11 @@ def test_a_run_is_named_by_its_directory_or_by_any_of_its_checkpoints(trained_ru
 
 def test_what_is_made_of_other_weights_goes_to_a_directory_of_their_own_among_the_runs(tmp_path):
     path = write_reference(tmp_path / "Downloads" / "S-256.pt")
-    assert locate(str(path), "runs").home == Path("runs/S-256")
+    home = locate(str(path), "runs").home
+    assert home.parent == Path("runs")
+    assert home.name.startswith("S-256-")
+    other = write_reference(tmp_path / "Elsewhere" / "S-256.pt")
+    assert locate(str(other), "runs").home != home  # of one name, not of one place
     assert locate(str(path.parent), "runs").path == path
     assert locate("digits", "runs").home == Path("runs/pretrained_digits")
 
@@ -40,15 +44,16 @@ def test_a_folder_with_no_checkpoint_or_several_is_refused(tmp_path):
         with pytest.raises(UserError, match=words):
             locate(name or str(tmp_path), "runs")
 
-    refuses(r"holds none \(it holds nothing\)")
+    refuses(r"holds no checkpoint \(it holds nothing\)")
     (tmp_path / "notes.txt").touch()
-    refuses(r"holds none \(it holds notes.txt\)")
+    refuses(r"holds no checkpoint \(it holds notes.txt\)")
     for name in ("a.pt", "b.safetensors"):
         (tmp_path / name).touch()
-    refuses(r"holds several: a.pt, b.safetensors; name one")
+    refuses(r"holds several checkpoint files: a.pt, b.safetensors; name one")
     refuses("does not exist: .* or hf://amd/DynamicChunkingDiT if it is on the hub", "amd/DynamicChunkingDiT")
     refuses("is no address: write hf://", "hf://amd")
     refuses("is no address", "hf://amd/x@v1/y@v2")
+    refuses("is no address", "hf://amd/x/../../etc")
     (tmp_path / "config.json").touch()
     assert pick(["config.json", "model.safetensors", "model.fp16.safetensors"], "x")[1][1:] == ["model.safetensors"]
     with pytest.raises(UserError, match="there are no weights"):
@@ -72,7 +77,7 @@ def test_a_hub_that_answers(tmp_path):
         assert not any(name.endswith("README.md") for name in hub.asked)  # nothing but the checkpoint
         refused = {
             f"{NAME}/nothing": "holds no nothing; it holds README.md, S-256, XL",
-            NAME: "holds none",
+            NAME: "holds no checkpoint",
             f"{NAME}/S-256@v9": "amd/DynamicChunkingDiT has no revision v9",
             "hf://amd/surprise": "the hub has no amd/surprise, or you may not see it: log in",
         }
@@ -84,7 +89,7 @@ def test_a_hub_that_answers(tmp_path):
             locate("hf://amd/gated/S-256", "runs")
     with hub_of({}, cache), offline():
         assert load_model(f"{NAME}/S-256", assume=heads).step == 700  # from the cache
-        with pytest.raises(UserError, match=r"cannot be reached .* `hf download amd/x S-256/\* --local-dir weights`"):
+        with pytest.raises(UserError, match=r"cannot be reached .*hf download amd/x 'S-256/\*' --local-dir weights`"):
             locate("hf://amd/x/S-256", "runs")
 
 

@@ -169,7 +169,7 @@ def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):
             run("drop_fractions=[0.1]", other, out="wrong")
     with pytest.raises(UserError, match=r"features: .*nowhere.MyNet.*No module named 'nowhere'"):
         run("features=own", "features.module._target_=nowhere.MyNet", out="wrong")
-    with pytest.raises(UserError, match="of checkpoint files this folder holds none"):
+    with pytest.raises(UserError, match="holds no checkpoint"):
         run(f"checkpoint={tmp_path}", out="wrong")
     assert not (tmp_path / "wrong").exists()
     baseline = tiny("dit", *PLAIN_DIT, "trainer.max_steps=2")

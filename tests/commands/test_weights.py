@@ -15,6 +15,7 @@ from support.hub import hub_of
 
 from dcdit import DCDiT, DiT
 from dcdit.checkpoints.load import load_model
+from dcdit.checkpoints.locate import locate
 from dcdit.data.shards import write_shards
 from dcdit.network.interface import Network
 
@@ -39,7 +40,8 @@ def ended(result: Result) -> Result:
 def test_weights_of_the_reference_in_every_command(reference, tiny_vae, tmp_path, capsys, named_by):
     name = {"file": f"{reference}/S-256/0700000.pt", "folder": f"{reference}/S-256", "hub": "hf://amd/small/S-256"}
     about = (f"checkpoint={name[named_by]}", HEADS, f"autoencoder={tiny_vae}")
-    home = tmp_path / "runs" / {"file": "0700000", "folder": "0700000", "hub": "amd_small_S_256"}[named_by]
+    own = locate(name["file"], "runs").run
+    home = tmp_path / "runs" / {"file": own, "folder": own, "hub": "amd_small_S_256"}[named_by]
 
     def run(command: str, *words: str) -> Result:
         return ended(typed(capsys, tmp_path, command, *words))
