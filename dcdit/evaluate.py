@@ -11,7 +11,6 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checkpoints.locate import locate
 from dcdit.checks import call_checked
 from dcdit.errors import UserError
 from dcdit.evaluation.settings import EvaluateSettings
@@ -37,6 +36,8 @@ def check(config: DictConfig) -> tuple[SamplingPlan, EvaluateSettings]:
 def run(config: DictConfig) -> list[Path]:
     """Measure what ``config`` asks for; returns the files of the finished measurements."""
     plan, settings = check(config)
+    from dcdit.checkpoints.locate import locate
+
     place = locate(plan.settings.checkpoint, plan.runs)
     from rich.console import Console
 

@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checkpoints.locate import locate
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.checks import Matches, call_checked, checked
 from dcdit.errors import UserError
@@ -63,6 +62,8 @@ def check(config: DictConfig) -> ExportSettings:
 def run(config: DictConfig) -> Path:
     """Export what ``config`` asks for; returns the folder or file."""
     settings = check(config)
+    from dcdit.checkpoints.locate import locate
+
     place, out = locate(settings.checkpoint, config.paths.runs), Path(settings.out)
     from dcdit.checkpoints.export import Card, push, write_exported, write_reference
     from dcdit.checkpoints.load import read_weights

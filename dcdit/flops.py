@@ -10,7 +10,6 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dcdit.checkpoints.locate import locate
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.checks import Compression, DropFraction, NotEmpty, call_checked, checked
 from dcdit.diffusion.settings import Steps
@@ -58,6 +57,8 @@ def check(config: DictConfig) -> FlopsSettings:
 def run(config: DictConfig) -> None:
     """Print the table."""
     settings = check(config)
+    from dcdit.checkpoints.locate import locate
+
     place = locate(settings.checkpoint, config.paths.runs) if settings.checkpoint else None
     from rich.console import Console
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checkpoints.locate import locate
 from dcdit.checks import Images, call_checked, checked
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
@@ -48,6 +47,8 @@ def check(config: DictConfig) -> tuple[SamplingPlan, GenerateSettings]:
 def run(config: DictConfig) -> Path:
     """Generate what ``config`` asks for; returns the folder."""
     plan, settings = check(config)
+    from dcdit.checkpoints.locate import locate
+
     place = locate(plan.settings.checkpoint, plan.runs)
     from dcdit.sampling.archive import ImageArchive
     from dcdit.sampling.setup import set_up_sampling

@@ -10,7 +10,6 @@ from typing import Annotated
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checkpoints.locate import locate
 from dcdit.checks import Bounds, Natural, NotEmpty, call_checked, checked
 from dcdit.sampling.settings import SamplingPlan
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
@@ -43,6 +42,8 @@ def check(config: DictConfig) -> tuple[SamplingPlan, SampleSettings]:
 def run(config: DictConfig) -> Path:
     """Sample what ``config`` asks for, write latents and pictures, and return their folder."""
     plan, settings = check(config)
+    from dcdit.checkpoints.locate import locate
+
     place = locate(plan.settings.checkpoint, plan.runs)
     from dcdit.sampling.pictures import sample_to_folder
     from dcdit.sampling.setup import set_up_sampling

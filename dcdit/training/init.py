@@ -1,7 +1,7 @@
 """Where training starts from: fresh weights, weights that exist, or the blocks of a plain DiT."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ TOUCHES = {
 }
 """Parameters that start anew, if they do not fit, where something is adapted, by the beginning of their names."""
 
-_LABELS = "condition.label.table.weight"
+_UNNAMED = "the file does not name its classes: label i here is taken for label i there"
 _SAME = ("heads", "groups", "position_patch", "freq_shift", "patch", "router")
 """Of a network's description what no shape tells, and what must be equal nevertheless."""
 
@@ -40,6 +40,7 @@ class Start:
         loaded, new, left: names of parameters that were taken over, that start anew, and that were not taken.
         frozen: parts that are not trained.
         remark: what nobody could check.
+        distillation: matches the hidden states of a teacher; None if nothing does.
     """
 
     place: str = ""
@@ -50,6 +51,7 @@ class Start:
     left: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     remark: str = ""
+    distillation: Distillation | None = None
 
     @property
     def record(self) -> dict[str, str]:
@@ -88,9 +90,7 @@ class _Fit:
     left: list[str] = field(default_factory=list)
 
 
-def start_from(
-    settings: InitSettings, network: Network, latents: LatentSpec, runs: str, step: int
-) -> tuple[Start, Distillation | None]:
+def start_from(settings: InitSettings, network: Network, latents: LatentSpec, runs: str, step: int) -> Start:
     """Put the weights that training starts from into ``network``, and freeze what is not trained.
 
     Args:
@@ -100,55 +100,70 @@ def start_from(
         runs: folder of all runs.
         step: optimiser steps done; above 0 nothing is loaded but the teacher, while it is needed.
 
-    Returns:
-        What became of the parameters, and what matches hidden states, if anything does.
-
     Raises:
         UserError: naming tensor and both shapes, or key and both values, where something does not fit.
     """
     if isinstance(settings, FromScratch):
-        return Start(), None
+        return Start()
     freeze(network, settings.freeze)
     if isinstance(settings, FromWeights):
         if step:
-            return Start(), None
+            return Start()
         place = locate(settings.checkpoint, runs, "init.checkpoint")
+        start, fit = _from_weights(settings, read_weights(place, settings.assume), place.words, network, latents)
     else:
         if step >= max(1, settings.distil_steps):
-            return Start(), None
+            return Start()
         place = locate(settings.teacher, runs, "init.teacher")
-    found, key = read_weights(place, settings.assume), place.words
-    upcycling = isinstance(settings, FromTeacher)
-    if upcycling and found.model["name"] != "dit":
+        start, fit = _from_teacher(settings, read_weights(place, settings.assume), place.words, network, latents)
+    if not step:
+        _load(network, fit.take)
+    return replace(
+        start,
+        place=place.words,
+        loaded=tuple(fit.take),
+        new=tuple(fit.new),
+        left=tuple(fit.left),
+        frozen=tuple(settings.freeze),
+    )
+
+
+def _from_weights(
+    settings: FromWeights, found: Weights, key: str, network: Network, latents: LatentSpec
+) -> tuple[Start, _Fit]:
+    """What a network takes over from one of its kind; ``key`` begins messages."""
+    _check_latents(key, found, latents, settings.adapt)
+    sizes = _check_network(key, found, network, settings.adapt)
+    other = build_network(found.model)
+    state = dict(found.of_kind(settings.weights))
+    other.load_state_dict(state)
+    fit = _fit(key, network, state, settings.adapt, sizes)
+    remark = "" if found.told or "classes" in settings.adapt else _UNNAMED
+    return Start(source=words(found, other, settings.weights), fingerprint=fingerprint(other), remark=remark), fit
+
+
+def _from_teacher(
+    settings: FromTeacher, found: Weights, key: str, network: Network, latents: LatentSpec
+) -> tuple[Start, _Fit]:
+    """What a DC-DiT takes over from a plain DiT, and what has it match the hidden states; ``key`` begins messages."""
+    if found.model["name"] != "dit":
         raise UserError(
             f"{key} holds no plain DiT, which upcycling starts from ({found.source}): to train one further there is"
             " init=weights"
         )
-    adaptable = not (isinstance(settings, FromTeacher) and settings.distil_steps)
-    _check_latents(key, found, latents, settings.adapt, adaptable)
-    with without_memory():
-        other = build_network(found.model)
+    _check_latents(key, found, latents, settings.adapt, adaptable=not settings.distil_steps)
     state = dict(found.of_kind(settings.weights))
-    source = words(found, other, settings.weights)
-    if isinstance(settings, FromTeacher):
-        teacher = _teacher(key, found, network, state, settings)
-        fit = _fit(key, network, _blocks_and_embedders(state), settings.adapt, partly=True)
-        fit.left.extend(name for name in state if not name.startswith(("blocks.", "condition.")))
-        digest, distillation = fingerprint(teacher), None
-        if step < settings.distil_steps and settings.distil_weight:
-            distillation = Distillation(teacher, settings.distil_steps, settings.distil_weight, settings.distil_decay)
-    else:
-        sizes = _check_network(key, found, network, settings.adapt)
-        fit, distillation = _fit(key, network, state, settings.adapt, sizes), None
-        whole = build_network(found.model)
-        whole.load_state_dict(state)
-        digest = fingerprint(whole)
-    if not step:
-        _load(network, fit.take)
-    names = tuple(fit.take), tuple(fit.new), tuple(fit.left)
-    unnamed = not found.told and "classes" not in settings.adapt
-    remark = "the file does not name its classes: label i here is taken for label i there" if unnamed else ""
-    return Start(key, source, digest, *names, tuple(settings.freeze), remark), distillation
+    teacher = _teacher(key, found, network, state, settings)
+    fit = _fit(key, network, _blocks_and_embedders(state), settings.adapt, partly=True)
+    fit.left.extend(name for name in state if not name.startswith(("blocks.", "condition.")))
+    steps, weight = settings.distil_steps, settings.distil_weight
+    start = Start(
+        source=words(found, teacher, settings.weights),
+        fingerprint=fingerprint(teacher),
+        remark="" if found.told or "classes" in settings.adapt else _UNNAMED,
+        distillation=Distillation(teacher, steps, weight, settings.distil_decay) if steps and weight else None,
+    )
+    return start, fit
 
 
 def freeze(network: Network, parts: Sequence[str]) -> None:
@@ -166,7 +181,7 @@ def freeze(network: Network, parts: Sequence[str]) -> None:
         raise UserError(f"init.freeze={list(parts)} leaves nothing to train: leave a part out")
 
 
-def _check_latents(key: str, found: Weights, latents: LatentSpec, adapt: Sequence[str], adaptable: bool) -> None:
+def _check_latents(key: str, found: Weights, latents: LatentSpec, adapt: Sequence[str], adaptable: bool = True) -> None:
     """Raise unless the latents are those of the weights, but for what is adapted."""
     if found.latents is None:
         raise UserError(f"{key} does not say what its latents are: give init.assume.autoencoder and .scale")

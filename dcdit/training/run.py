@@ -28,7 +28,6 @@ from dcdit.settings.entry import plain
 from dcdit.training.batching import check_devices
 from dcdit.training.build import build_data, build_module, build_trainer, check_network, match_compute
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
-from dcdit.training.distillation import Distillation
 from dcdit.training.init import Start, start_from
 from dcdit.training.module import DCDiTModule
 from dcdit.training.resume import Resumed, check_resumed, open_first_whole
@@ -101,9 +100,9 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         path, resumed = resumed.path if resumed else None, None  # Lightning gives its memory back
         # 5. Write down what is trained.
         leave_queue(before, run_dir)
-        if begun[0].place and not step:
-            say(begun[0].words)
-            save_start(begun[0], run_dir)
+        if begun.place and not step:
+            say(begun.words)
+            save_start(begun, run_dir)
         say(words(module, plan, trainer.world_size, step))
         if found:
             say(remarks(found))
@@ -134,9 +133,9 @@ def check_record(before: RunState, run_dir: Path) -> None:
         )
 
 
-def begin(module: DCDiTModule, begun: tuple[Start, Distillation | None], resumed: Resumed | None) -> None:
+def begin(module: DCDiTModule, start: Start, resumed: Resumed | None) -> None:
     """Have the module say what it started from, and match the teacher; UserError if that was another one."""
-    start, module.distillation = begun
+    module.distillation = start.distillation
     before = resumed.trained.training.get("init") if resumed else None
     if before and start.record and before.get("fingerprint") != start.fingerprint:
         raise UserError(
