@@ -122,6 +122,10 @@ def draw(rows: list[dict], out: Path) -> None:
         for axis in axes[row]:
             middle = sum(each[key] for each in teachers) / len(teachers)
             axis.axhline(middle, color="black", ls=":", label="its teacher")
+    for each in axes.flat:
+        for axis in (each.xaxis, each.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
     axes[0, 0].legend()
     figure.savefig(out, dpi=130)
 
