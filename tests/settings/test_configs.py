@@ -1,3 +1,4 @@
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,18 @@ def test_a_debug_run_of_a_full_size_experiment(tmp_path):
     process = run(tmp_path, "train", "experiment=b_n4", "debug=tiny", f"run_dir={tmp_path}/run")
     assert process.poll() == 0, process.said
     assert "Finished at step 2" in process.err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("sample", ("per_class=1e99",)),
+        ("sample", ("per_class=100000000000",)),
+        ("generate", ("out=x", "count=1e99")),
+        ("evaluate", ("reference=x", "features=digits", "count=1e99")),
+    ],
+)
+def test_numbers_of_images_that_no_memory_holds_are_refused(command, words):
+    module = import_module(f"dcdit.{command}")
+    with pytest.raises(UserError, match=words[-1].split("=")[0]):
+        module.check(compose_config("checkpoint=x", *words, name=command))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.configs import TINY, compose_config
+from support.configs import TINY, compose_config, plan_of
 from support.processes import Command
 from support.runs import differences, load, logged, start, wait_for
 
@@ -342,3 +342,19 @@ def test_attempts_are_counted_when_the_state_was_lost(tmp_path, monkeypatch):
 def test_keys_of_each_kind():
     keys = {"optimizer.lr": Kind.EFFECT, "model.width": Kind.NEVER, "compression": Kind.REMARK, "run_name": Kind.UNSEEN}
     assert {key: kind_of(key) for key in keys} == keys
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_record(tiny, capsys):
+    run = tiny("run", "trainer.max_steps=2")
+    before = (run / "state.json").read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    for words in (("ckpt_path=auto",), ()):
+        with pytest.raises(UserError, match="2 steps of this run were done and saved, but its checkpoints are gone"):
+            tiny("run", "trainer.max_steps=4", *words)
+    assert (run / "state.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", ".."])
+def test_a_name_of_a_run_is_no_way_out_of_the_runs(name):
+    with pytest.raises(UserError, match="run_name="):
+        plan_of("experiment=digits", f"run_name='{name}'")
