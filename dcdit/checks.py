@@ -111,6 +111,7 @@ class Matches:
 Count = Annotated[int, Bounds(1, 10**12)]
 Images = Annotated[int, Bounds(1, 10**7, hint="it is a number of images")]
 Size = Annotated[int, Bounds(1, 65_536)]
+Grid = Annotated[int, Bounds(1, 512, hint="it is the side of the latent grid: 32 at 256px, 64 at 512px")]
 Depth = Annotated[int, Bounds(1, 1_000)]
 Natural = Annotated[int, Bounds(low=0)]
 Seed = Annotated[int, Bounds(low=0, high=2**63 - 1)]

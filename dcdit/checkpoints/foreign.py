@@ -1,9 +1,7 @@
 """Weights that other programs wrote: the reference implementation, DiT and diffusers."""
 
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +62,7 @@ def renamed(state: Mapping[str, Tensor], kinds: tuple[NameMap, ...] = NAME_MAPS)
 
 
 def describe(
-    kind: NameMap, weights: Mapping[str, Tensor], grid: int, assume: AssumeSettings, **known: Any
+    kind: NameMap, weights: Mapping[str, Tensor], grid: int, assume: AssumeSettings, known: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What :func:`dcdit.network.build_network` makes of weights, read off their shapes.
 
@@ -144,7 +142,7 @@ def described_by_shapes(
     known = {"position_patch": _position_patch(table[0], side)} if kind is REFERENCE else {}
     if kind is not REFERENCE:
         _position_patch(table[0], side, (1,))
-    return kind, describe(kind, weights, side * patch, assume, **known), weights
+    return kind, describe(kind, weights, side * patch, assume, known), weights
 
 
 def _position_patch(table: Tensor, side: int, patches: tuple[int, ...] = (1, 2, 4, 8)) -> int:
@@ -160,15 +158,13 @@ def _position_patch(table: Tensor, side: int, patches: tuple[int, ...] = (1, 2, 
 
 
 def diffusers_network(
-    folder: Path, state: Mapping[str, Tensor], assume: AssumeSettings
+    config: Mapping[str, Any], state: Mapping[str, Tensor], assume: AssumeSettings
 ) -> tuple[NameMap, dict[str, Any], dict[str, Tensor]]:
     """The same of a folder that diffusers' ``save_pretrained`` wrote, whose ``config.json`` tells more.
 
     Raises:
         UserError: if it is no DiT, or one with parts that are not known here.
     """
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
     wanted = {
         "_class_name": "DiTTransformer2DModel",
         "activation_fn": "gelu-approximate",
@@ -179,17 +175,17 @@ def diffusers_network(
     }
     for key, value in wanted.items():
         if config.get(key, value) != value:
-            raise UserError(f"{path}: {key}={config[key]!r}, only {value!r} is known here")
+            raise UserError(f"config.json: {key}={config[key]!r}, only {value!r} is known here")
     kind, weights = renamed(state, (DIFFUSERS,))
     heads, grid = (conform(key, config.get(key), Size) for key in ("num_attention_heads", "sample_size"))
     channels = weights["embed.weight"].shape[1]
     if config.get("out_channels") != 2 * channels:
         raise UserError(
-            f"{path}: out_channels={config.get('out_channels')}, a DiT that predicts its variance too has"
+            f"config.json: out_channels={config.get('out_channels')}, a DiT that predicts its variance too has"
             f" {2 * channels}"
         )
     # Its sinusoids of the timestep fall a little faster than DiT's, see docs/checkpoints.md.
-    return kind, describe(kind, weights, grid, assume, heads=heads, freq_shift=1), weights
+    return kind, describe(kind, weights, grid, assume, {"heads": heads, "freq_shift": 1}), weights
 
 
 def published_latents(spec: Mapping[str, Any], assume: AssumeSettings) -> LatentSpec:

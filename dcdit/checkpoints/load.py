@@ -237,7 +237,7 @@ def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
                 if file.suffix == ".safetensors"
                 else conform(file.name, read_checkpoint(file, legacy=True), dict[str, Tensor])
             )
-        kind, model, weights = diffusers_network(folder, state, assume)
+        kind, model, weights = diffusers_network(config, state, assume)
         return Weights(
             kind.title, model, published_latents(model, assume), None, weights, None, {"model": model}, False
         )

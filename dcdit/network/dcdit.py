@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dcdit.checks import Bounds, Count, Depth, LabelDropout, Positive, Size, checked
+from dcdit.checks import Bounds, Count, Depth, Grid, LabelDropout, Positive, Size, checked
 from dcdit.errors import UserError
 from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import ConvBlock, DiTBlock, OutputLayer
@@ -86,7 +86,7 @@ class DCDiT(Network):
 
     def __init__(
         self,
-        grid: Size,
+        grid: Grid,
         channels: Size,
         num_classes: Count,
         width: Size,

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dcdit.checks import Count, Depth, LabelDropout, Positive, Size, checked
+from dcdit.checks import Count, Depth, Grid, LabelDropout, Positive, Size, checked
 from dcdit.errors import UserError
 from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import DiTBlock, OutputLayer
@@ -31,7 +31,7 @@ class DiT(Network):
 
     def __init__(
         self,
-        grid: Size,
+        grid: Grid,
         channels: Size,
         num_classes: Count,
         width: Size,

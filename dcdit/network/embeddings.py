@@ -43,15 +43,20 @@ def position_table(height: int, width: int, dim: int, patch: int = 1) -> Tensor:
     Returns:
         (height * width, dim) float32, raster order.
     """
-    # Tables are built in float64 on the CPU so that every device and precision sees the same bits.
-    row, column = torch.meshgrid(
-        (torch.arange(height, dtype=torch.float64, device="cpu") + 0.5) / patch - 0.5,
-        (torch.arange(width, dtype=torch.float64, device="cpu") + 0.5) / patch - 0.5,
-        indexing="ij",
-    )
+    # Tables are built in float64 on the CPU so that every device and precision sees the same bits; each axis by itself,
+    # so that nothing larger than the table is held.
     frequency = frequencies(dim // 2, dtype=torch.float64)
-    angles = [axis.flatten()[:, None] * frequency for axis in (column, row)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+    def features(size: int) -> Tensor:
+        angles = ((torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) / patch - 0.5)[:, None] * frequency
+        return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+    if torch.get_default_device().type == "meta":  # whoever builds at no cost does not look at it
+        return torch.empty(height * width, dim)
+    table = torch.empty(height, width, dim, device="cpu")
+    table[..., : dim // 2] = features(width)
+    table[..., dim // 2 :] = features(height)[:, None]
+    return table.flatten(0, 1)
 
 
 class TimestepEmbedding(nn.Module):

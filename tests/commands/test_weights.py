@@ -218,6 +218,8 @@ def test_folders_that_are_not_whole_are_refused(trained_run, tmp_path, capsys):
     refused(edit(latents={"shape": [1, 8, 8]}), "latents.autoencoder is not set")
     spec = json.loads((tmp_path / "whole" / "config.json").read_text())["network"]
     refused(edit(network={**spec, "width": 64}), "has shape")
+    refused(edit(network={**spec, "grid": 60_000}), "grid=60000 is outside [1, 512]")
+    refused(edit(network={**spec, "grid": 512, "width": 65_536, "heads": 1}), "has shape")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     result = typed(capsys, tmp_path, "export", f"checkpoint={trained_run}", "out=mine")
