@@ -77,6 +77,10 @@ def describe(
         UserError: if something cannot be told, or the shapes do not fit each other.
     """
     block = "backbone.blocks" if kind.network == "dcdit" else "blocks"
+    ranks = {"condition.label.table.weight": 2, "embed.weight": 4, f"{block}.0.mlp.fc1.weight": 2}
+    for name, rank in ranks.items():
+        if name not in weights or weights[name].ndim != rank or not weights[name].numel():
+            raise UserError(f"{kind.theirs(name)} is not a tensor of {rank} dimensions: this is no {kind.title}")
     rows, width = weights["condition.label.table.weight"].shape
     if assume.heads and assume.heads != known.get("heads", assume.heads):
         raise UserError(f"assume.heads={assume.heads}: its configuration says {known['heads']}, leave assume.heads out")

@@ -59,14 +59,33 @@ class Pretrained(ModelHubMixin):
         write_folder(save_directory, {"network": self.spec}, self.state_dict())
 
     @classmethod
-    def _from_pretrained(cls: type[Self], *, model_id: str, **download: Any) -> Self:
+    def _from_pretrained(
+        cls: type[Self],
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **unknown: Any,  # of the mixin's interface: arguments of the constructor, which the folder says itself
+    ) -> Self:
         from dcdit.network import build_network
 
+        if unknown:
+            raise UserError(f"from_pretrained: {', '.join(unknown)}: the folder says what the network is, leave it out")
         folder = Path(model_id)
         if not folder.is_dir():
-            options = {key: download[key] for key in _DOWNLOAD if key in download}
             for name in (CONFIG_FILE, WEIGHTS_FILE):
-                folder = Path(hf_hub_download(model_id, name, **options)).parent
+                file = hf_hub_download(
+                    *(model_id, name),
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+                folder = Path(file).parent
         config = read_config(folder)
         network = build_network(config["network"])
         if not isinstance(network, cls):
@@ -75,9 +94,6 @@ class Pretrained(ModelHubMixin):
         check_shapes(shapes_of(state), shapes_of(network.state_dict()))
         network.load_state_dict(state)
         return network.eval()
-
-
-_DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 
 def write_folder(

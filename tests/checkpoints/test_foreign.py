@@ -79,6 +79,9 @@ def test_what_does_not_fit_is_told_with_the_first_differences(tmp_path):
     )
     refuses(saved(**{"final_layer.linear.bias": None}), r"final_layer.linear.bias has shape none instead of \[8\]")
     refuses(saved(**{"final_layer.linear.bias": torch.zeros(7)}), r"1 differ: final_layer.linear.bias has shape \[7\]")
+    flat = {"y_embedder.embedding_table.weight": torch.zeros(5)}
+    refuses(saved(**flat), "y_embedder.embedding_table.weight is not a tensor of 2 dimensions")
+    refuses(saved(**{"x_embedder.proj.weight": None}), "x_embedder.proj.weight is not a tensor of 4 dimensions")
     refuses(saved(pos_embed=None), "has a table pos_embed")
     refuses(saved(pos_embed=state["pos_embed"] + 0.1), "is not the fixed sin-cos table")
     refuses(saved(**{"x_embedder.proj.weight": torch.full((64, 4, 3, 3), torch.nan)}), "is not finite")

@@ -156,6 +156,8 @@ def test_half_precision_and_a_library_user_who_saves(trained_run, tmp_path, caps
     again = DCDiT.from_pretrained(tmp_path / "own")
     assert again.spec == network.spec
     torch.testing.assert_close(again.state_dict(), network.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="from_pretrained: width: the folder says"):
+        DCDiT.from_pretrained(tmp_path / "own", width=64)
     with pytest.raises(ValueError, match="holds a DC-DiT: load it with DCDiT"):
         DiT.from_pretrained(tmp_path / "own")
     with pytest.raises(ValueError, match=r"does not say what its latents are: give assume.autoencoder"):
