@@ -19,7 +19,6 @@ from rich.progress import track
 from rich.table import Table
 
 from dcdit.checkpoints.load import Model
-from dcdit.compute.flops import Cost
 from dcdit.data.latents import IDENTITY, LatentSpec
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
@@ -86,15 +85,14 @@ def sample(network: DCDiT, budget: Budget, options: argparse.Namespace) -> tuple
 
 def rows(network: DCDiT, options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     """Lines of the table."""
-    cost = Cost.of_network(network)
     seconds: dict[str, list[float]] = {}
     flops: dict[str, float] = {}
     kept: dict[str, float] = {}
     for turn in track(range(options.rounds + 1), "measuring", console=Console(stderr=True), transient=True):
         for budget in (*BUDGETS, *GUIDED):
             spent, batch = sample(network, budget, options)
-            flops[budget.name] = batch.flops(cost).mean().item()
-            kept[budget.name] = torch.cat(batch.lengths).double().mean().item() / network.positions
+            flops[budget.name] = batch.flops.mean().item()
+            kept[budget.name] = batch.kept.mean().item() / network.positions
             if turn:  # the first round warms up
                 seconds.setdefault(budget.name, []).append(spent)
     for group in (BUDGETS, GUIDED):

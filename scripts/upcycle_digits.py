@@ -73,13 +73,13 @@ def measure(run: Path, real: Statistics) -> list[dict[str, float]]:
         batches = list(generate(model, asked, sampler, labels, range(IMAGES), seed=0, batch_size=100))
         seen = features(decode(torch.cat([batch.latents for batch in batches])))
         assert seen.logits is not None
-        lengths = torch.cat([each for batch in batches for each in batch.lengths]).double()
+        kept = torch.cat([batch.kept for batch in batches])
         found.append(
             {
                 "drop": drop,
-                "fid": compare(real, partial(iter, [seen]), ["fid"])["fid_torch"],
+                "fid": compare(real, partial(iter, [seen]), ["fid"])["fid"],
                 "read": float((seen.logits.argmax(1) == labels).double().mean()),
-                "kept": float(lengths.mean() / model.latents.positions),
+                "kept": float(kept.mean() / model.latents.positions),
             }
         )
     kept.write_text(json.dumps(found, indent=1) + "\n")

@@ -168,7 +168,7 @@ def test_a_sampler_follows_the_same_way_as_ddim(follow):
     def denoise(x, timestep, y):  # exact for data N(0.7, 0.5^2)
         bar = alpha_bar[timestep].float()
         noise = (1 - bar).sqrt() * (x - bar.sqrt() * 0.7) / (bar * 0.25 + 1 - bar)
-        return GuidedOutput(torch.cat([noise, torch.zeros_like(noise)], dim=1), None)
+        return GuidedOutput(torch.cat([noise, torch.zeros_like(noise)], dim=1), (None,))
 
     def last(settings):
         streams = [sample_generator(0, number) for number in range(4)]

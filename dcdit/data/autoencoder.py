@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcdit.data.latents import IDENTITY, LatentSpec
+from dcdit.data.latents import IDENTITY, LatentSpec, Rounding
 from dcdit.data.manifest import MOMENTS, Manifest
 from dcdit.errors import UserError
 from dcdit.runtime.devices import autocast, fingerprint
@@ -20,18 +20,36 @@ Decoder = Callable[[Tensor], Tensor]
 """Maps network-side latents (B, C, H, W) to images (B, 1 or 3, height, width), uint8."""
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8 in 0..255, rounding half up as the ADM suite's exporter does.
+class NotFiniteError(UserError):
+    """An image has values that are not finite.
+
+    Attributes:
+        row: which image of the batch.
+    """
+
+    def __init__(self, row: int) -> None:
+        super().__init__(
+            f"image {row} of the batch is not finite after decoding: try it in float32 (precision=fp32), a lower"
+            " guidance.scale, or another autoencoder=..."
+        )
+        self.row = row
+
+
+def to_uint8(images: Tensor, rounding: Rounding = "round") -> Tensor:
+    """Images (B, C, height, width) in [-1, 1] to uint8 in 0..255.
+
+    Args:
+        images: pixels.
+        rounding: ``round`` half up, as DiT and the reference implementation do; ``truncate`` as ADM does.
 
     Raises:
-        UserError: if a value is not finite, which would become black.
+        NotFiniteError: if a value is not finite, which would become black.
     """
-    if not images.isfinite().all():
-        raise UserError(
-            "decoding gave values that are not finite: try it in float32 (precision=fp32), a lower guidance.scale, or"
-            " another autoencoder=..."
-        )
-    return ((images.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
+    finite = images.isfinite()
+    if not finite.all():
+        raise NotFiniteError(int(finite.flatten(1).all(dim=1).int().argmin()))
+    half = {"round": 0.5, "truncate": 0.0}[rounding]
+    return ((images.float() + 1) * 127.5 + half).clamp(0, 255).to(torch.uint8)
 
 
 def network_latents(stored: Tensor, manifest: Manifest, generator: torch.Generator | None) -> Tensor:
@@ -83,7 +101,7 @@ class Autoencoder(ABC):
         """
 
     @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, rounding: Rounding = "round") -> Tensor:
         """Images (B, channels, height, width) uint8 on the CPU of unscaled latents (B, C, H, W)."""
 
 
@@ -95,9 +113,9 @@ class Identity(Autoencoder):
         pixels = images.float() / 127.5 - 1
         return torch.cat([pixels, torch.full_like(pixels, -30.0)], dim=1)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, rounding: Rounding = "round") -> Tensor:
         """See :class:`Autoencoder`."""
-        return to_uint8(latents).cpu()
+        return to_uint8(latents, rounding).cpu()
 
 
 @dataclass(frozen=True)
@@ -121,10 +139,15 @@ class Diffusers(Autoencoder):
         return torch.cat([posterior.mean.float(), posterior.logvar.float()], dim=1)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, rounding: Rounding = "round") -> Tensor:
         """See :class:`Autoencoder`."""
-        parts = latents.to(self.vae.device).split(self.chunk)
-        return torch.cat([to_uint8(self.vae.decode(part).sample).cpu() for part in parts])
+        images: list[Tensor] = []
+        for part in latents.to(self.vae.device).split(self.chunk):
+            try:
+                images.append(to_uint8(self.vae.decode(part).sample, rounding).cpu())
+            except NotFiniteError as error:
+                raise NotFiniteError(len(images) * self.chunk + error.row) from None
+        return torch.cat(images)
 
 
 def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
@@ -178,11 +201,13 @@ class LatentDecoder:
     Attributes:
         autoencoder: decodes.
         scale, shift: the network sees (z - shift) * scale.
+        rounding: of pixels, see :func:`to_uint8`.
     """
 
     autoencoder: Autoencoder
     scale: float
     shift: float
+    rounding: Rounding
 
     @property
     def identity(self) -> str:
@@ -191,7 +216,7 @@ class LatentDecoder:
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Images (B, 1 or 3, height, width) uint8 of network-side latents (B, C, H, W)."""
-        return self.autoencoder.decode(latents / self.scale + self.shift)
+        return self.autoencoder.decode(latents / self.scale + self.shift, self.rounding)
 
     def size(self, latents: LatentSpec, device: torch.device) -> tuple[int, int]:
         """Height and width in pixels of decoded ``latents``."""
@@ -199,13 +224,16 @@ class LatentDecoder:
         return height, width
 
 
-def load_decoder(latents: LatentSpec, device: torch.device, instead: str | None = None) -> LatentDecoder:
+def load_decoder(
+    latents: LatentSpec, device: torch.device, instead: str | None = None, rounding: Rounding = "round"
+) -> LatentDecoder:
     """The decoder for ``latents``.
 
     Args:
         latents: what they are.
         device: where to decode.
         instead: another autoencoder than the one named there, such as the same one in another place.
+        rounding: of pixels, see :func:`to_uint8`.
 
     Raises:
         UserError: if the autoencoder cannot be loaded, or its weights are not those that made the latents.
@@ -226,4 +254,4 @@ def load_decoder(latents: LatentSpec, device: torch.device, instead: str | None 
         raise UserError(
             f"autoencoder={autoencoder.name!r} has {autoencoder.channels} channels, the latents {latents.shape[0]}"
         )
-    return LatentDecoder(autoencoder, latents.scale, latents.shift)
+    return LatentDecoder(autoencoder, latents.scale, latents.shift, rounding)

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from dcdit.checks import Bounds, Matches, NotEmpty, Size, call_checked, checked
 from dcdit.errors import UserError
 
 IDENTITY = "identity"
 """Autoencoder id of latents that are the images themselves, in [-1, 1]."""
+
+Rounding = Literal["round", "truncate"]
+"""Of pixels on the way to 0..255: ``round`` as DiT and the reference implementation do, ``truncate`` as ADM does."""
 
 Scale = Annotated[float, Bounds(low=0, open_low=True)]
 Fingerprint = Annotated[str, Matches("[0-9a-f]{16}", "a digest of 16 hexadecimal digits")]

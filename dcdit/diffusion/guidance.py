@@ -1,4 +1,4 @@
-"""Classifier-free guidance as a wrapper around a denoiser."""
+"""Guidance by a weaker half as a denoiser that wraps denoisers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,58 +34,93 @@ Denoiser = Callable[[Tensor, Tensor, Tensor, "float | Tensor"], Prediction]
 """``denoiser(x, t, y, drop_fraction)``: a network."""
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: int | None) -> Tensor:
-    """eps = eps_u + s (eps_c - eps_u) on the leading channels of the conditional prediction.
+def guide(strong: Tensor, weak: Tensor, scale: float, channels: int | None) -> Tensor:
+    """eps = eps_w + s (eps_s - eps_w) on the leading channels of the strong prediction.
+
+    Classifier-free guidance where the weak half knows no class (arXiv 2207.12598), autoguidance where it knows the
+    class and is weaker otherwise (arXiv 2406.02507).
 
     Args:
-        conditional, unconditional: (B, 2C, H, W).
-        scale: guidance scale s; 1 is the conditional prediction.
+        strong, weak: (B, 2C, H, W).
+        scale: guidance scale s; 1 is the strong prediction.
         channels: how many noise channels to guide, at most C; None guides all C. The published numbers guided 3 of 4.
 
     Returns:
-        (B, 2C, H, W): the remaining noise channels and the variance are the conditional ones.
+        (B, 2C, H, W): the remaining noise channels and the variance are the strong ones.
     """
-    noise_channels = conditional.shape[1] // 2
+    noise_channels = strong.shape[1] // 2
     guided = noise_channels if channels is None else min(channels, noise_channels)
-    noise = unconditional[:, :guided] + scale * (conditional[:, :guided] - unconditional[:, :guided])
-    return torch.cat([noise, conditional[:, guided:]], dim=1)
+    noise = weak[:, :guided] + scale * (strong[:, :guided] - weak[:, :guided])
+    return torch.cat([noise, strong[:, guided:]], dim=1)
+
+
+@dataclass(frozen=True)
+class HalfRouting:
+    """A router's decision for the samples of one half, see :class:`RoutingLike`."""
+
+    prob: Tensor
+    natural_mask: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True)
 class GuidedOutput:
-    """Guided prediction (B, 2C, H, W), and the routing of the conditional and, if it ran, the unconditional half."""
+    """A guided prediction.
+
+    Attributes:
+        prediction: (B, 2C, H, W).
+        halves: routing of the strong half and, if it ran, of the weak one; None where no router is.
+    """
 
     prediction: Tensor
-    routing: RoutingLike | None
+    halves: tuple[RoutingLike | None, ...]
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """A denoiser under classifier-free guidance, with its own budget for each half (Lite-CFG).
+    """A denoiser that is guided away from a weaker one, each with its own budget (Lite-CFG).
 
     Attributes:
         denoiser: the network.
-        null_class: label of the unconditional half.
-        settings: how strong, where, and at which budgets.
+        null_class: label that stands for no class.
+        settings: how strong, where, at which budgets, and what makes the weak half weak.
+        weak: the network of the weak half; None for the same.
     """
 
     denoiser: Denoiser
     null_class: int
     settings: GuidanceSettings
+    weak: Denoiser | None = None
 
     def __call__(self, x: Tensor, timestep: int, y: Tensor) -> GuidedOutput:
-        """Guided prediction for ``x`` (B, C, H, W), ``y`` (B,) at ``timestep``; both halves run in one batch of 2B."""
-        drop, uncond_drop = self.settings.drop_at(timestep)
+        """Guided prediction for ``x`` (B, C, H, W), ``y`` (B,) at ``timestep``.
+
+        Both halves of one network run in one batch of 2B.
+        """
+        drop, weak_drop = self.settings.drop_at(timestep)
+        t = torch.full_like(y, timestep)
         if not self.settings.is_guided(timestep):
-            output = self.denoiser(x, torch.full_like(y, timestep), y, drop)
-            return GuidedOutput(output.prediction, output.routing)
-        labels = torch.cat([y, torch.full_like(y, self.null_class)])
-        fractions: float | Tensor = drop
-        if uncond_drop != drop:
-            halves = torch.tensor([drop, uncond_drop], device=x.device)
-            fractions = halves.repeat_interleave(len(y), output_size=2 * len(y))
-        output = self.denoiser(x.repeat(2, 1, 1, 1), torch.full_like(labels, timestep), labels, fractions)
-        conditional, unconditional = output.prediction.chunk(2)
-        return GuidedOutput(
-            guide(conditional, unconditional, self.settings.scale, self.settings.channels), output.routing
-        )
+            output = self.denoiser(x, t, y, drop)
+            return GuidedOutput(output.prediction, (output.routing,))
+        weak_y = y if self.settings.weak_keeps_class else torch.full_like(y, self.null_class)
+        if self.weak is not None:
+            outputs = self.denoiser(x, t, y, drop), self.weak(x, t, weak_y, weak_drop)
+            strong, weak = (output.prediction for output in outputs)
+            halves = tuple(output.routing for output in outputs)
+        else:
+            fractions: float | Tensor = drop
+            if weak_drop != drop:
+                both = torch.tensor([drop, weak_drop], device=x.device)
+                fractions = both.repeat_interleave(len(y), output_size=2 * len(y))
+            output = self.denoiser(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, weak_y]), fractions)
+            strong, weak = output.prediction.chunk(2)
+            halves = _halves(output.routing)
+        return GuidedOutput(guide(strong, weak, self.settings.scale, self.settings.channels), halves)
+
+
+def _halves(routing: RoutingLike | None) -> tuple[RoutingLike | None, ...]:
+    """The routing of each half of a batch of both."""
+    if routing is None:
+        return None, None
+    parts = zip(routing.prob.chunk(2), routing.natural_mask.chunk(2), routing.mask.chunk(2), strict=True)
+    return tuple(HalfRouting(*each) for each in parts)

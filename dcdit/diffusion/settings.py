@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from dcdit.checks import Bounds, DropFraction, NotEmpty, checked, conform
 from dcdit.errors import UserError
@@ -69,14 +69,18 @@ SAMPLERS: dict[str, Callable[..., SamplerSettings]] = {"ddpm": DDPM, "ddim": DDI
 @checked
 @dataclass(frozen=True)
 class GuidanceSettings:
-    """Classifier-free guidance, with its own budget for each half (Lite-CFG).
+    """Guidance by a weaker half: without class (classifier-free), at a smaller budget, or of another checkpoint.
 
     Attributes:
-        scale: guidance scale; 1 runs the conditional half alone.
+        scale: guidance scale; 1 runs the strong half alone.
         channels: guided noise channels, None for all. The published numbers guided 3 of 4.
-        drop_fraction: tail drop of the conditional half.
-        uncond_drop_fraction: tail drop of the unconditional half; None takes the same.
-        interval: lowest and highest timestep that is guided (arXiv 2404.07724); elsewhere the conditional half runs
+        drop_fraction: tail drop of the strong half.
+        uncond_drop_fraction: tail drop of the weak half (Lite-CFG); None takes the same.
+        weak: ``uncond``, the weak half knows no class; ``budget``, it knows the class and drops more tokens. None takes
+            ``uncond``, and with ``weak_checkpoint`` the same class.
+        weak_checkpoint: the weak half is this checkpoint, see :func:`dcdit.checkpoints.locate.locate`; None for the
+            network itself.
+        interval: lowest and highest timestep that is guided (arXiv 2404.07724); elsewhere the strong half runs
             alone. None guides all.
         drop_schedule: pairs of timestep and drop fraction, linear in between, constant beyond; in place of
             ``drop_fraction``.
@@ -89,6 +93,8 @@ class GuidanceSettings:
     channels: Annotated[int, Bounds(low=1, hint="take 3 as published, or null for all")] | None = 3
     drop_fraction: DropFraction = 0.0
     uncond_drop_fraction: DropFraction | None = None
+    weak: Literal["uncond", "budget"] | None = None
+    weak_checkpoint: str | None = None
     interval: list[Timestep] | None = None
     drop_schedule: DropSchedule | None = None
 
@@ -100,14 +106,31 @@ class GuidanceSettings:
                 raise UserError(f"drop_schedule={self.drop_schedule}: {point} is no pair of timestep and drop fraction")
             conform("drop_schedule", point[0], Timestep)
             conform("drop_schedule", point[1], DropFraction)
+        if self.scale != 1 and self.weak == "budget" and self.weak_is_strong:
+            raise UserError(
+                f"weak=budget: the weak half would drop {self.uncond_drop_fraction or 0:g} of the tokens, no more than"
+                " the strong one, and guide nowhere: give guidance.uncond_drop_fraction, such as 0.9"
+            )
+
+    @property
+    def weak_keeps_class(self) -> bool:
+        """Whether the weak half is told the class."""
+        return self.weak == "budget" or (self.weak is None and self.weak_checkpoint is not None)
+
+    @property
+    def weak_is_strong(self) -> bool:
+        """Whether nothing makes the weak half weaker than the strong one."""
+        least = min(self.drops_of_strong)
+        same_budget = self.uncond_drop_fraction is None or self.uncond_drop_fraction <= least
+        return self.weak_keeps_class and self.weak_checkpoint is None and same_budget
 
     def is_guided(self, timestep: int) -> bool:
-        """Whether both halves run at ``timestep``."""
+        """Whether the weak half runs too at ``timestep``."""
         inside = self.interval is None or self.interval[0] <= timestep <= self.interval[1]
         return self.scale != 1 and inside
 
     def drop_at(self, timestep: int) -> tuple[float, float]:
-        """Tail drop of the conditional and of the unconditional half at ``timestep``."""
+        """Tail drop of the strong and of the weak half at ``timestep``."""
         drop = self.drop_fraction
         if self.drop_schedule is not None:
             import numpy as np
@@ -117,10 +140,9 @@ class GuidanceSettings:
         return drop, drop if self.uncond_drop_fraction is None else self.uncond_drop_fraction
 
     @property
-    def drops(self) -> list[float]:
-        """All drop fractions that may occur, for whoever refuses them."""
-        timesteps = {0, TRAIN_STEPS - 1, *(int(point[0]) for point in self.drop_schedule or [])}
-        return [drop for timestep in sorted(timesteps) for drop in self.drop_at(timestep)]
+    def drops_of_strong(self) -> list[float]:
+        """Drop fractions of the strong half, between which all others lie."""
+        return [self.drop_fraction] if self.drop_schedule is None else [point[1] for point in self.drop_schedule]
 
 
 @checked

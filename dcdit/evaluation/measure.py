@@ -139,11 +139,11 @@ class Measurement:
         begin = time.perf_counter()
         while (batch := next(batches, None)) is not None:
             seconds += time.perf_counter() - begin
-            pixels = self.sampling.decode(batch.latents)
+            pixels = self.sampling.images(batch)
             if task == 0 and images < self.shown:
                 first.append(pixels)
             seen.append(self.network(pixels))
-            flops += batch.flops(self._cost).sum().item()
+            flops += batch.flops.sum().item()
             images += len(batch.indices)
             kept += batch.tokens()
             display.advance(len(batch.indices))

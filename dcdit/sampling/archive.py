@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from dcdit.checks import Count
-from dcdit.compute.flops import Cost
 from dcdit.errors import UserError
 from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.display import Display
@@ -111,13 +109,12 @@ class ImageArchive:
             raise UserError(f"{self.npz} is damaged ({damaged}): delete it, and the same command makes it again")
 
     def _sample(self, task: int, display: Display) -> None:
-        cost = Cost.of_network(self.sampling.model.network)
         begin = time.perf_counter()
         images, flops, kept = [], 0.0, 0.0
         for batch in self.sampling.generate(self.labels, self.job.numbers(task)):
-            images.append(pixels(self.sampling.decode(batch.latents)))
-            flops += batch.flops(cost).sum().item()
-            kept += torch.cat(batch.lengths).double().mean().item() * len(batch.indices)
+            images.append(pixels(self.sampling.images(batch)))
+            flops += batch.flops.sum().item()
+            kept += batch.kept.sum().item()
             display.advance(len(batch.indices))
         chunk = np.concatenate(images)
         if self.png:

@@ -17,6 +17,7 @@ from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler, Step
 from dcdit.diffusion.settings import BudgetSettings
 from dcdit.errors import UserError
+from dcdit.network import Network
 from dcdit.runtime.files import read_json, write_json
 from dcdit.sampling.generate import generate
 
@@ -57,18 +58,19 @@ class _Meter:
     def __init__(self, model: Model, guidance: Guidance, sampler: Sampler, batch_size: int, precision: str) -> None:
         self.model, self.guidance, self.sampler = model, guidance, sampler
         self.batch_size, self.precision = batch_size, precision
-        self.cost = Cost.of_network(model.network)
-        self.natural: list[tuple[Tensor, int]] = []
-        """For each step what the router kept by itself, (n,) or (2n,), and how many halves ran; of the last images."""
+        weak = guidance.weak if isinstance(guidance.weak, Network) else model.network
+        self.costs = [Cost.of_network(network) for network in (model.network, weak)]
+        self.natural: list[tuple[Tensor, ...]] = []
+        """For each step and half that ran what the router kept by itself, (n,); of the last images."""
 
     def measure(self, drop: float) -> float:
         """TFLOPs per image at ``drop``."""
         self.natural = []
 
         def note(numbers: list[int], step: Step) -> None:
-            assert step.output.routing is not None
-            lengths = step.output.routing.natural_mask.sum(dim=1)
-            self.natural.append((lengths, len(lengths) // len(numbers)))
+            none = torch.zeros(len(numbers))  # of a weak network without router
+            halves = [none if half is None else half.natural_mask.sum(dim=1) for half in step.output.halves]
+            self.natural.append(tuple(halves))
 
         settings = replace(self.guidance.settings, drop_fraction=drop)
         batches = generate(
@@ -82,18 +84,18 @@ class _Meter:
             precision=self.precision,
             on_step=note,
         )
-        spent = torch.cat([batch.flops(self.cost) for batch in batches]).mean().item() / 1e12
-        self.natural = [(lengths.cpu(), halves) for lengths, halves in self.natural]
+        spent = torch.cat([batch.flops for batch in batches]).mean().item() / 1e12
+        self.natural = [tuple(half.cpu() for half in halves) for halves in self.natural]
         return spent
 
     def predict(self, drop: float, uncond_drop: float | None) -> float:
         """TFLOPs per image if the last images had had these drop fractions, None the same for both."""
         fractions = (drop, drop if uncond_drop is None else uncond_drop)
         total = 0.0
-        for lengths, halves in self.natural:
-            for part, fraction in zip(lengths.chunk(halves), fractions, strict=False):
-                kept = (part - (part * fraction).floor()).clamp(min=1)
-                total += self.cost.of(kept).sum().item()
+        for halves in self.natural:
+            for cost, lengths, fraction in zip(self.costs, halves, fractions, strict=False):
+                kept = (lengths - (lengths * fraction).floor()).clamp(min=1)
+                total += cost.of(kept).sum().item()
         return total / _IMAGES / 1e12
 
 

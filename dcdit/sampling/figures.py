@@ -53,7 +53,7 @@ class Frames:
 
     def take(self, numbers: list[int], step: Step) -> None:
         """Look at a step of the samples ``numbers``."""
-        routing = step.output.routing
+        routing = step.output.halves[0]
         if routing is None or step.index not in self._at:
             return
         for place, number in enumerate(numbers):

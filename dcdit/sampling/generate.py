@@ -12,6 +12,7 @@ from dcdit.compute.flops import Cost
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler, Step, sample_generator
 from dcdit.errors import UserError
+from dcdit.network import Network
 from dcdit.runtime.devices import autocast
 from dcdit.sampling.settings import Labels
 
@@ -23,24 +24,29 @@ class SampleBatch:
     Attributes:
         indices: their numbers.
         latents: (n, C, H, W) float32 on the CPU, network-side scale.
-        lengths: for each step the tokens that the conditional half, then, where it ran, the unconditional half kept of
-            each sample: (n,) or (2n,) int64 on the CPU. Zeros without a router.
+        lengths: for each step the tokens that were kept of each sample by the strong half and, where it ran, by the
+            weak one: (n,) int64 each, on the CPU; None where no router is.
+        flops: of each sample over all steps and halves, (n,) float64.
     """
 
     indices: list[int]
     latents: Tensor
-    lengths: list[Tensor]
+    lengths: list[tuple[Tensor | None, ...]]
+    flops: Tensor
 
-    def flops(self, cost: Cost) -> Tensor:
-        """FLOPs of each sample over all steps and halves, (n,) float64."""
-        halves = [cost.of(lengths).view(-1, len(self.indices)).sum(dim=0) for lengths in self.lengths]
-        return torch.stack(halves).sum(dim=0)
+    @property
+    def kept(self) -> Tensor:
+        """Tokens kept of each sample in the mean of all steps and halves with a router, (n,) float64."""
+        routed = [lengths for halves in self.lengths for lengths in halves if lengths is not None]
+        return torch.stack(routed).double().mean(dim=0) if routed else torch.zeros(len(self.indices)).double()
 
     def tokens(self) -> Tensor:
-        """Tokens kept by half and step, summed over the samples, (2, steps) int64; 0 where a half did not run."""
-        size = len(self.indices)
-        sums = [[lengths[:size].sum(), lengths[size:].sum()] for lengths in self.lengths]
-        return torch.tensor(sums, dtype=torch.int64).T
+        """Tokens kept by half and step, summed over the samples, (2, steps) int64; 0 where a half did not route."""
+        sums = torch.zeros(2, len(self.lengths), dtype=torch.int64)
+        for step, halves in enumerate(self.lengths):
+            for half, lengths in enumerate(halves):
+                sums[half, step] = 0 if lengths is None else lengths.sum()
+        return sums
 
 
 def labels_of(kind: Labels, count: int, classes: int, seed: int) -> Tensor:
@@ -88,29 +94,46 @@ def generate(
         batch_size: samples per forward pass.
         precision: ``fp32`` or ``bf16``.
         on_step: told of every step.
+
+    Raises:
+        UserError: naming sample and step, if a latent is not finite.
     """
+    weak = guidance.weak if isinstance(guidance.weak, Network) else model.network
+    costs = [Cost.of_network(network) for network in (model.network, weak)]
     for start in range(0, len(indices), batch_size):
         numbers = [int(number) for number in indices[start : start + batch_size]]
         streams = [sample_generator(seed, number) for number in numbers]
         wanted = labels[numbers].to(model.device)
-        lengths: list[Tensor] = []
+        kept: list[tuple[Tensor | None, ...]] = []
+        broke = torch.full_like(wanted, _NEVER)  # at which step each sample was no longer finite; read once, at the end
         x = torch.empty(0)
         with autocast(precision, model.device):
             for step in sampler.trajectory(guidance, model.latents.shape, wanted, streams):
                 x = step.next
-                lengths.append(_lengths(guidance, step))
+                broke = torch.where(x.flatten(1).isfinite().all(dim=1), broke, broke.clamp(max=step.index))
+                kept.append(tuple(None if half is None else half.mask.sum(dim=1) for half in step.output.halves))
                 if on_step:
                     on_step(numbers, step)
-        if not x.isfinite().all():
-            raise UserError(
-                f"sampling gave latents that are not finite (guidance.scale={guidance.settings.scale:g}, {precision}):"
-                " take a lower scale, precision=fp32, or another checkpoint"
-            )
-        yield SampleBatch(numbers, x.float().cpu(), [each.cpu() for each in lengths])
+        _check_finite(numbers, broke.tolist(), sampler, f"guidance.scale={guidance.settings.scale:g}, {precision}")
+        lengths = [tuple(None if half is None else half.cpu() for half in halves) for halves in kept]
+        none = torch.zeros(len(numbers))  # of a network without router, whose cost is what it is
+        flops = [
+            cost.of(none if half is None else half)
+            for halves in lengths
+            for cost, half in zip(costs, halves, strict=False)
+        ]
+        yield SampleBatch(numbers, x.float().cpu(), lengths, torch.stack(flops).sum(dim=0))
 
 
-def _lengths(guidance: Guidance, step: Step) -> Tensor:
-    if step.output.routing is not None:
-        return step.output.routing.mask.sum(dim=1)
-    halves = 2 if guidance.settings.is_guided(step.timestep) else 1
-    return torch.zeros(halves * len(step.x), dtype=torch.long)
+_NEVER = 10**9
+
+
+def _check_finite(numbers: list[int], broke: list[int], sampler: Sampler, how: str) -> None:
+    """Raise :class:`UserError`, naming sample and step, if a sample was not finite after a step."""
+    first = min(broke)
+    if first < _NEVER:
+        timesteps = sampler.timesteps
+        raise UserError(
+            f"sample {numbers[broke.index(first)]} is not finite after step {first + 1} of {len(timesteps)} (timestep"
+            f" {timesteps[first]}; {how}): take a lower scale, precision=fp32, or another checkpoint"
+        )

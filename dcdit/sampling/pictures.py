@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from dcdit.compute.flops import Cost
 from dcdit.diffusion.samplers import Step
 from dcdit.errors import UserError
 from dcdit.runtime.files import replacing, writable_folder
@@ -71,15 +70,15 @@ def sample_to_folder(
         batches = list(sampling.generate(labels, range(len(labels)), on_step))
 
     latents = torch.cat([batch.latents for batch in batches])
+    images = torch.cat([sampling.images(batch) for batch in batches])
     with replacing(out / "latents.npz") as file:
         np.savez(file, latents=latents.numpy(), labels=labels.numpy())
-    save_grid(sampling.decode(latents), per_class, out / "samples.png")
+    save_grid(images, per_class, out / "samples.png")
     if frames and model.network.routes:
         titles = [model.latents.classes[int(labels[number])] for number in shown]
         save_boundaries(list(taken.rows.values()), titles, out / "boundaries.png")
-    cost = Cost.of_network(model.network)
-    words = f", {torch.cat([batch.flops(cost) for batch in batches]).mean() / 1e12:.3g} TFLOPs per image"
+    words = f", {torch.cat([batch.flops for batch in batches]).mean() / 1e12:.3g} TFLOPs per image"
     if model.network.routes:
-        lengths = torch.cat([chunk for batch in batches for chunk in batch.lengths]).double()
-        words += f", {lengths.mean() / model.latents.positions:.1%} of the tokens kept"
+        kept = torch.cat([batch.kept for batch in batches]).mean() / model.latents.positions
+        words += f", {kept:.1%} of the tokens kept"
     return f"{len(labels)} samples{words}: {out}"

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.checks import Images, Seed, build_named, call_checked, checked
+from dcdit.data.latents import Rounding
 from dcdit.diffusion.settings import SAMPLERS, BudgetSettings, GuidanceSettings, SamplerSettings
 from dcdit.errors import UserError
 
@@ -29,6 +30,7 @@ class SamplingSettings:
         device: ``auto`` or a torch device.
         precision: ``auto`` takes bf16 on a GPU, fp32 elsewhere.
         autoencoder: decode with this one; None takes the one that the checkpoint names.
+        rounding: of pixels, on the way to 0..255.
         compile: fuse the element-wise operations of the blocks.
     """
 
@@ -39,6 +41,7 @@ class SamplingSettings:
     device: str
     precision: Literal["auto", "fp32", "bf16"]
     autoencoder: str | None
+    rounding: Rounding
     compile: bool
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from dcdit.checkpoints.load import Model, build_model, read_weights, words
-from dcdit.checkpoints.locate import Place
-from dcdit.data.autoencoder import LatentDecoder, load_decoder
+from dcdit.checkpoints.locate import Place, locate
+from dcdit.data.autoencoder import LatentDecoder, NotFiniteError, load_decoder
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import GuidanceSettings
@@ -33,6 +33,7 @@ class Sampling:
         decode: latents to images.
         precision: ``fp32`` or ``bf16``.
         calibration: how the drop fraction was found; None if it was given.
+        weak: model of the weak half, if ``guidance.weak_checkpoint`` names one.
     """
 
     plan: SamplingPlan
@@ -43,6 +44,7 @@ class Sampling:
     decode: LatentDecoder
     precision: str
     calibration: Calibration | None
+    weak: Model | None
 
     @property
     def batch_size(self) -> int:
@@ -63,6 +65,13 @@ class Sampling:
             on_step=on_step,
         )
 
+    def images(self, batch: SampleBatch) -> Tensor:
+        """The images (n, 1 or 3, height, width) uint8 of finished samples; UserError naming one that is not finite."""
+        try:
+            return self.decode(batch.latents)
+        except NotFiniteError as error:
+            raise UserError(f"sample {batch.indices[error.row]}, decoding: {error}") from error
+
     def at_drop(self, drop_fraction: float) -> "Sampling":
         """The same at another drop fraction of the conditional half.
 
@@ -70,7 +79,7 @@ class Sampling:
             UserError: if the network cannot drop so much.
         """
         settings = replace(self.guidance.settings, drop_fraction=drop_fraction)
-        check_guidance(self.model.network, settings)
+        check_guidance(self.model.network, settings, self.weak)
         return replace(self, guidance=replace(self.guidance, settings=settings))
 
     def described(self) -> dict[str, Any]:
@@ -81,9 +90,18 @@ class Sampling:
             "seed": self.plan.settings.seed,
             "precision": self.precision,
             "sampler": described(self.sampler.settings),
-            "guidance": asdict(self.guidance.settings),
+            "guidance": self._guidance(),
             "autoencoder": self.decode.identity,
+            "rounding": self.decode.rounding,
         }
+
+    def _guidance(self) -> dict[str, Any]:
+        settings = self.guidance.settings
+        weak = "budget" if settings.weak_keeps_class else "uncond"
+        found = {**asdict(settings), "weak": weak}
+        if self.weak is not None:
+            found["weak_checkpoint"] = fingerprint(self.weak.network)
+        return found
 
 
 def set_up_sampling(plan: SamplingPlan, place: Place) -> Sampling:
@@ -99,13 +117,14 @@ def set_up_sampling(plan: SamplingPlan, place: Place) -> Sampling:
     model = build_model(found, settings.weights, device)
     print(f"{place.name}: {words(found, model.network, settings.weights)}")
     set_execution(model.network, compiled=settings.compile)
-    check_guidance(model.network, plan.guidance)
+    weak = _weak_model(plan, model)
+    check_guidance(model.network, plan.guidance, weak)
     precision = settings.precision
     if precision == "auto":
         precision = "bf16" if model.device.type == "cuda" else "fp32"
-    decode = load_decoder(model.latents, model.device, settings.autoencoder)
-    guidance = Guidance(model.network, model.network.null_class, plan.guidance)
-    sampling = Sampling(plan, place, model, guidance, Sampler(plan.sampler), decode, precision, None)
+    decode = load_decoder(model.latents, model.device, settings.autoencoder, settings.rounding)
+    guidance = Guidance(model.network, model.network.null_class, plan.guidance, weak.network if weak else None)
+    sampling = Sampling(plan, place, model, guidance, Sampler(plan.sampler), decode, precision, None, weak)
     return meet_budget(sampling) if plan.budget.given else sampling
 
 
@@ -117,6 +136,7 @@ def meet_budget(sampling: Sampling) -> Sampling:
         "sampler": described(plan.sampler),
         "guidance": asdict(plan.guidance),
         "network": fingerprint(model.network),
+        "weak": fingerprint(sampling.weak.network) if sampling.weak else None,
         "precision": sampling.precision,
     }
     found = remembered(
@@ -133,12 +153,40 @@ def meet_budget(sampling: Sampling) -> Sampling:
     return replace(sampling.at_drop(found.drop_fraction), calibration=found)
 
 
-def check_guidance(network: Network, guidance: GuidanceSettings) -> None:
-    """Raise :class:`UserError` where ``network`` cannot do what ``guidance`` asks of it."""
-    if guidance.scale != 1 and network.label_dropout == 0:
+def _weak_model(plan: SamplingPlan, model: Model) -> Model | None:
+    """The model that ``guidance.weak_checkpoint`` names, on the same device; None if it names none or is not needed."""
+    name = plan.guidance.weak_checkpoint
+    if name is None or plan.guidance.scale == 1:
+        return None
+    place = locate(name, plan.runs, "guidance.weak_checkpoint")
+    found = read_weights(place)
+    weak = build_model(found, plan.settings.weights, model.device)
+    print(f"Weak half: {name}: {words(found, weak.network, plan.settings.weights)}")
+    for what, its, ours in (
+        ("latents of shape", weak.latents.shape, model.latents.shape),
+        ("latents of scale", weak.latents.scale, model.latents.scale),
+        ("latents of shift", weak.latents.shift, model.latents.shift),
+        ("a number of classes of", weak.network.num_classes, model.network.num_classes),
+    ):
+        if its != ours:
+            raise UserError(f"{place.words} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind")
+    set_execution(weak.network, compiled=plan.settings.compile)
+    return weak
+
+
+def check_guidance(network: Network, guidance: GuidanceSettings, weak: Model | None = None) -> None:
+    """Raise :class:`UserError` where ``network``, or that of the weak half, cannot do what ``guidance`` asks of it."""
+    second = weak.network if weak else network
+    if guidance.scale != 1 and not guidance.weak_keeps_class and second.label_dropout == 0:
         raise UserError(
             f"guidance.scale={guidance.scale}: this network was trained with model.label_dropout=0, so its null class"
-            " means nothing; take scale 1, or train with 0.1"
+            " means nothing; take scale 1, a weak half that knows the class, or train with 0.1"
         )
-    if not network.routes and any(guidance.drops):
-        raise UserError(f"drop fraction {max(guidance.drops):g}: {network.title} drops no tokens, take 0")
+    halves = [(network, guidance.drops_of_strong)]
+    if guidance.scale != 1:
+        own = guidance.uncond_drop_fraction
+        halves.append((second, guidance.drops_of_strong if own is None else [own]))
+    for half, drops in halves:
+        if not half.routes and any(drops):
+            remedy = "take 0" if half is network else "take guidance.uncond_drop_fraction=0"
+            raise UserError(f"drop fraction {max(drops):g}: {half.title} drops no tokens, {remedy}")

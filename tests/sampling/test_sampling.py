@@ -5,18 +5,18 @@ import torch
 from support.configs import perturb
 
 from dcdit.checkpoints.load import Model
-from dcdit.compute.flops import Cost, count
-from dcdit.data.autoencoder import to_uint8
+from dcdit.compute.flops import count
+from dcdit.data.autoencoder import NotFiniteError, to_uint8
 from dcdit.data.latents import IDENTITY, LatentSpec
-from dcdit.diffusion.guidance import Guidance
-from dcdit.diffusion.samplers import Sampler
+from dcdit.diffusion.guidance import Guidance, GuidedOutput
+from dcdit.diffusion.samplers import Sampler, sample_generator
 from dcdit.diffusion.settings import DDPM, BudgetSettings, GuidanceSettings
 from dcdit.errors import UserError
 from dcdit.network import DCDiT, DiT
 from dcdit.sampling.budget import calibrate, remembered
-from dcdit.sampling.generate import generate
+from dcdit.sampling.generate import SampleBatch, generate
 from dcdit.sampling.settings import SamplingPlan
-from dcdit.sampling.setup import check_guidance
+from dcdit.sampling.setup import Sampling, check_guidance
 
 LATENTS = LatentSpec((1, 8, 8), IDENTITY, 1.0, 0.0, tuple("abcde"))
 SAMPLER = Sampler(DDPM(6, clip=True))
@@ -65,15 +65,14 @@ def test_flops_are_those_of_the_tokens_that_were_kept(model):
     lengths = []
 
     def note(numbers, step):
-        lengths.append(step.output.routing.mask.sum(1))
+        lengths.append(torch.cat([half.mask.sum(1) for half in step.output.halves]))
 
     (drawn,) = draw(model, range(4), 4, on_step=note, scale=2.0, drop_fraction=0.3, uncond_drop_fraction=0.6)
-    cost = Cost.of_network(model.network)
     by_hand = [
         sum(count(model.network, [int(step[half * 4 + i])]).total for step in lengths for half in (0, 1))
         for i in range(4)
     ]
-    assert drawn.flops(cost).tolist() == pytest.approx(by_hand)
+    assert drawn.flops.tolist() == pytest.approx(by_hand)
 
 
 def test_a_plain_transformer_costs_the_same_always():
@@ -81,7 +80,7 @@ def test_a_plain_transformer_costs_the_same_always():
     model = Model(net, LATENTS, 0)
     (drawn,) = draw(model, range(3), 3, scale=2.0)
     expected = 2 * 6 * count(net).total
-    assert drawn.flops(Cost.of_network(net)).tolist() == pytest.approx([expected] * 3)
+    assert drawn.flops.tolist() == pytest.approx([expected] * 3)
     with pytest.raises(UserError, match="DiT/2 has one fixed cost"):
         calibrate(model, guidance(model), SAMPLER, BudgetSettings(fraction=0.5), 16, "fp32")
 
@@ -97,11 +96,10 @@ def test_a_plain_transformer_costs_the_same_always():
 )
 def test_a_budget_is_met_by_other_images_too(model, target, guided):
     found = calibrate(model, guidance(model, **guided), SAMPLER, target, 16, "fp32")
-    cost = Cost.of_network(model.network)
 
     def spent(**changes):
         drawn = draw(model, range(64), 32, seed=9, **{**guided, **changes})
-        return torch.cat([batch.flops(cost) for batch in drawn]).mean().item() / 1e12
+        return torch.cat([batch.flops for batch in drawn]).mean().item() / 1e12
 
     full = spent(drop_fraction=0.0, uncond_drop_fraction=None)
     assert spent(drop_fraction=found.drop_fraction) == pytest.approx(target.fraction * full, rel=0.02)
@@ -134,7 +132,7 @@ def test_budgets_that_cannot_be(model):
             calibrate(model, plain, SAMPLER, target, 16, "fp32")
     values = {"sampler": {"name": "ddpm", "steps": 6}, "guidance": {"drop_fraction": 0.1}, "budget": {"fraction": 0.8}}
     settings = {"checkpoint": "x", "weights": "ema", "seed": 0, "batch_size": 1, "device": "cpu", "precision": "fp32"}
-    others = {"autoencoder": None, "compile": False, "assume": {}, "paths": {"runs": "runs"}}
+    others = {"autoencoder": None, "rounding": "round", "compile": False, "assume": {}, "paths": {"runs": "runs"}}
     with pytest.raises(UserError, match="are what it replaces"):
         SamplingPlan.of({**values, **settings, **others})
 
@@ -161,3 +159,77 @@ def test_guidance_needs_a_null_class():
     check_guidance(net, GuidanceSettings())
     with pytest.raises(UserError, match=r"guidance.scale=2.0: .* model.label_dropout=0"):
         check_guidance(net, GuidanceSettings(scale=2.0))
+
+
+@pytest.mark.parametrize(
+    ("values", "second"),
+    [
+        ({"weak": "budget", "uncond_drop_fraction": 0.8}, False),
+        ({}, True),
+        ({"weak": "uncond"}, True),
+        ({"uncond_drop_fraction": 0.5, "interval": [300, 800]}, True),
+    ],
+)
+def test_a_weak_half_of_any_kind_is_counted_and_sees_what_it_should(model, values, second):
+    torch.manual_seed(1)
+    other = DiT(grid=8, channels=1, num_classes=5, width=32, depth=1, heads=2)
+    if "uncond_drop_fraction" in values and second:
+        other = DCDiT(grid=8, channels=1, num_classes=5, width=32, depth=2, heads=2, encoder_width=16, groups=4)
+    perturb(other)
+    other.eval()
+    seen = []
+
+    def note(numbers, step):
+        seen.append((step.timestep, [None if half is None else half.mask.sum(1) for half in step.output.halves]))
+
+    settings = GuidanceSettings(scale=2.0, weak_checkpoint="other" if second else None, **values)
+    assert settings.weak_keeps_class == (values.get("weak") == "budget" or (second and "weak" not in values))
+    both = Guidance(model.network, 5, settings, other if second else None)
+    labels = torch.arange(4)
+    (found,) = generate(model, both, SAMPLER, labels, range(4), seed=0, batch_size=4, on_step=note)
+    networks = (model.network, other if second else model.network)
+    expected = torch.zeros(4).double()
+    for timestep, halves in seen:
+        assert len(halves) == (2 if settings.is_guided(timestep) else 1)
+        for network, kept in zip(networks, halves, strict=False):
+            assert (kept is None) == (not network.routes)
+            expected += torch.tensor([count(network, [] if kept is None else [int(kept[i])]).total for i in range(4)])
+    assert found.flops.tolist() == pytest.approx(expected.tolist())
+    # the first step by hand
+    x = torch.cat([torch.randn(1, 1, 8, 8, generator=sample_generator(0, i)) for i in range(4)])
+    t = torch.full((4,), seen[0][0])
+    y = labels if settings.weak_keeps_class else torch.full((4,), 5)
+    strong = networks[0](x, t, labels, 0.0).prediction
+    output = both(x, int(t[0]), labels).prediction
+    if settings.is_guided(int(t[0])):
+        weak = networks[1](x, t, y, settings.uncond_drop_fraction or 0.0).prediction
+        torch.testing.assert_close(output[:, :1], (weak + 2 * (strong - weak))[:, :1], atol=1e-5, rtol=1e-5)
+    else:
+        torch.testing.assert_close(output, strong, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sample_that_is_not_finite_is_named_with_its_step(model):
+    class Breaks:
+        """NaN in sample 6 from the third step on."""
+
+        settings = GuidanceSettings()
+        weak = None
+
+        def __call__(self, x, timestep, y):
+            prediction = torch.zeros(len(x), 2, 8, 8)
+            if timestep <= SAMPLER.timesteps[2]:
+                prediction[y == 1] = float("nan")
+            return GuidedOutput(prediction, (None,))
+
+    with pytest.raises(UserError, match=r"sample 6 is not finite after step 3 of 6 \(timestep \d+; guidance.scale=1"):
+        list(generate(model, Breaks(), SAMPLER, torch.arange(64) % 5, range(2, 10), seed=0, batch_size=5))
+
+
+def test_an_image_that_is_not_finite_is_named(model):
+    class Breaks:
+        def __call__(self, latents):
+            raise NotFiniteError(2)
+
+    batch = SampleBatch([7, 9, 30], torch.zeros(3, 1, 8, 8), [], torch.zeros(3))
+    with pytest.raises(UserError, match=r"sample 30, decoding: image 2 of the batch is not finite"):
+        Sampling(None, None, model, None, SAMPLER, Breaks(), "fp32", None, None).images(batch)

@@ -24,7 +24,6 @@ from dcdit.checks import (
     call_checked,
     checked,
 )
-from dcdit.compute.flops import Cost
 from dcdit.data.autoencoder import LatentDecoder, load_decoder
 from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.guidance import Guidance
@@ -112,6 +111,8 @@ class FID(Callback):
         self.reference, self.features, self.folder = reference, features, Path(folder)
         self.sampler = Sampler(build_named(SAMPLERS, sampler, "sampler"))
         self.guidance = call_checked(GuidanceSettings, guidance, "guidance")
+        if self.guidance.weak_checkpoint is not None:
+            raise UserError("guidance.weak_checkpoint: during training the network itself is the weak half")
         self.drop_fractions = drop_fractions
         self.count, self.batch_size, self.every, self.max_time_fraction = count, batch_size, every, max_time_fraction
         self.shown, self.frames, self.seed = shown, frames, seed
@@ -207,11 +208,10 @@ class FID(Callback):
     ) -> _Measured:
         """Sample this process's share at one budget; figures of all processes."""
         model, rank, world_size = self._model(pl_module, trainer), trainer.global_rank, trainer.world_size
-        cost = Cost.of_network(model.network)
         # the double precision of FID is not to be had on every accelerator
         place = pl_module.device if pl_module.device.type == "cuda" else torch.device("cpu")
         fid = frechet(prepared.reference, real=rank == 0).to(place)
-        sums = torch.zeros(3, dtype=torch.float64)  # FLOPs, kept tokens, forward passes
+        sums = torch.zeros(2, dtype=torch.float64)  # FLOPs, kept tokens
         first: list[Tensor] = []
         batches = generate(
             model,
@@ -229,12 +229,11 @@ class FID(Callback):
             if sum(len(each) for each in first) < self.shown:
                 first.append(images)
             fid.update(self.features(images).features.to(place), real=False)
-            lengths = torch.cat(batch.lengths)
-            sums += torch.tensor([batch.flops(cost).sum(), lengths.sum(), len(lengths)], dtype=torch.float64)
-        flops, kept, passes = trainer.strategy.reduce(sums.to(place), reduce_op="sum").tolist()
+            sums += torch.stack([batch.flops.sum(), batch.kept.sum()])
+        flops, kept = trainer.strategy.reduce(sums.to(place), reduce_op="sum").tolist()
         figures = {"fid": float(fid.compute()), "tflops": flops / self.count / 1e12}
         if model.network.routes:
-            figures["keep_ratio"] = kept / passes / model.latents.positions
+            figures["keep_ratio"] = kept / self.count / model.latents.positions
         return _Measured(figures, torch.cat(first)[: self.shown])
 
     def _save_pictures(self, trainer: pl.Trainer, images: Tensor, boundaries: Frames) -> None:
