@@ -11,3 +11,15 @@ class UserError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on, through no mistake of anyone; the message says what is saved and what to try."""
+
+
+class NotFiniteError(UserError):
+    """What was computed of an image is not finite.
+
+    Attributes:
+        row: which image of the batch.
+    """
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row

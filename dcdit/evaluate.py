@@ -1,60 +1,68 @@
 """Quality against compute: ``python -m dcdit.evaluate checkpoint=... reference=... drop_fractions=[0,0.2]``.
 
-Samples images at every budget and compares them with a reference by FID, KID and Inception Score. Each measurement is
-kept as one file; finished ones are not taken again, and a killed evaluation goes on where it was. Any number of
-processes shares the work.
+Samples images at every budget and guidance that lists name, and compares them with a reference by FID, sFID, KID,
+Inception Score, precision and recall. Each measurement is kept as one file; finished ones are not taken again, and a
+killed evaluation goes on where it was. Any number of processes shares the work. ``search=true`` looks for the best
+guidance scale at each budget.
 """
 
 import os
+import sys
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checks import call_checked
-from dcdit.errors import UserError
-from dcdit.evaluation.settings import EvaluateSettings
+from dcdit.evaluation.grid import Grid, grid_of
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
-from dcdit.sampling.settings import SamplingPlan
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 
 
-def check(config: DictConfig) -> tuple[SamplingPlan, EvaluateSettings]:
+def check(config: DictConfig) -> Grid:
     """What ``config`` asks for; UserError if a value is wrong, before anything is loaded."""
-    plan, own = SamplingPlan.of(plain(config))
-    settings = call_checked(EvaluateSettings, own, "")
-    others = plan.budget.given or plan.guidance.drop_fraction or plan.guidance.drop_schedule
-    if settings.drop_fractions is not None and others:
-        raise UserError(
-            f"drop_fractions={settings.drop_fractions}: the budget is given by budget, guidance.drop_fraction or"
-            " guidance.drop_schedule too; leave one out"
-        )
-    return plan, settings
+    return grid_of(plain(config))
 
 
 def run(config: DictConfig) -> list[Path]:
     """Measure what ``config`` asks for; returns the files of the finished measurements."""
-    plan, settings = check(config)
+    grid = check(config)
+    plan, settings = grid.points[0], grid.settings
     from dcdit.checkpoints.locate import locate
 
     place = locate(plan.settings.checkpoint, plan.runs)
     from rich.console import Console
 
-    from dcdit.evaluation.budgets import measure, measurements_of, table, take_times
-    from dcdit.sampling.setup import set_up_sampling
+    from dcdit.evaluation.measure import Deadline
+    from dcdit.evaluation.points import Evaluation, remarks, table, take_times
+    from dcdit.evaluation.search import search, write_log
+    from dcdit.sampling.setup import set_up_all
 
-    measurements = measurements_of(set_up_sampling(plan, place), settings, config.features)
-    out, (rank, world_size) = measurements[0].out, processes()
-    with resumable(rank, "evaluating", "chunk", out):
-        finished = measure(measurements, rank, world_size)
-        if len(finished) == len(measurements) and settings.time_rounds:
-            take_times(measurements, settings.time_rounds, settings.time_again and rank == 0)
+    deadline, (rank, world_size) = Deadline.in_hours(settings.max_hours), processes()
+    for words in grid.left_out if rank == 0 else ():
+        print(f"Left out: {words}")
+    samplings = set_up_all(grid.points, place)
+    evaluation = Evaluation(samplings[0], settings, config.features)
+    with resumable(rank, "evaluating", "chunk", evaluation.out):
+        if settings.search:
+            searched = search(evaluation, samplings, rank, world_size, deadline)
+            finished, complete = searched.last, searched.complete
+            print(f"The search in words: {os.path.relpath(write_log(evaluation, searched.log))}")
+        else:
+            points = [evaluation.of(sampling) for sampling in samplings]
+            finished = evaluation.measure(points, rank, world_size, deadline)
+            complete = len(finished) == len(points)
+        if complete and settings.time_rounds:
+            take_times(finished, settings.time_rounds, settings.time_again and rank == 0)
     if finished and (rank == 0 or any(each.finalized for each in finished)):
-        Console().print(table(finished))
-        print(f"Results: {os.path.relpath(out)}")
-    if len(finished) < len(measurements):
-        print(f"Process {rank} is done; what is left is measured by other processes, or by the same command again.")
+        results = [each.result for each in finished]
+        Console(width=None if sys.stdout.isatty() else 160).print(table(results))
+        print("\n".join([*remarks(results), f"Results: {os.path.relpath(evaluation.out)}"]))
+    if not complete:
+        why = "max_hours is over" if deadline.over else f"process {rank} is done"
+        print(f"Not all is measured, {why}: what is left is measured by other processes, or by the same command again.")
+    if grid.beyond:
+        print(f"max_images={settings.max_images} leaves out {grid.beyond} combinations: raise it to measure them too.")
     return [each.path for each in finished]
 
 

@@ -73,13 +73,13 @@ def measure(run: Path, real: Statistics) -> list[dict[str, float]]:
         batches = list(generate(model, asked, sampler, labels, range(IMAGES), seed=0, batch_size=100))
         seen = features(decode(torch.cat([batch.latents for batch in batches])))
         assert seen.logits is not None
-        kept = torch.cat([batch.kept for batch in batches])
+        tokens = torch.cat([batch.kept for batch in batches])
         found.append(
             {
                 "drop": drop,
                 "fid": compare(real, partial(iter, [seen]), ["fid"])["fid"],
                 "read": float((seen.logits.argmax(1) == labels).double().mean()),
-                "kept": float(kept.mean() / model.latents.positions),
+                "kept": float(tokens.mean() / model.latents.positions),
             }
         )
     kept.write_text(json.dumps(found, indent=1) + "\n")
@@ -159,7 +159,7 @@ def main() -> None:
         job.result()
     torch.set_num_threads(arguments.parallel)
     images = load_images(out / "digits8")
-    real = Statistics.of([DigitsClassifier()(images).features], len(images))
+    real = Statistics.of([DigitsClassifier()(images)], len(images))
     rows = [
         {"variant": "teacher", "steps": 2000, "seed": seed, **each}
         for seed, run in teachers.items()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +19,7 @@ from dcdit.data.latents import LatentSpec
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.pretrained import WEIGHTS_FILE, check_shapes, read_config, read_tensors, shapes_of
-from dcdit.runtime.devices import without_memory
+from dcdit.runtime.devices import fingerprint, without_memory
 from dcdit.runtime.files import read_json
 from dcdit.settings.published import published_scales
 
@@ -99,6 +100,11 @@ class Model:
     def device(self) -> torch.device:
         """Where the network lies."""
         return next(self.network.parameters()).device
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights."""
+        return fingerprint(self.network)
 
 
 def load_model(

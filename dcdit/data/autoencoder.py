@@ -12,27 +12,12 @@ from torch import Tensor
 
 from dcdit.data.latents import IDENTITY, LatentSpec, Rounding
 from dcdit.data.manifest import MOMENTS, Manifest
-from dcdit.errors import UserError
+from dcdit.errors import NotFiniteError, UserError
 from dcdit.runtime.devices import autocast, fingerprint
 from dcdit.runtime.processes import say
 
 Decoder = Callable[[Tensor], Tensor]
 """Maps network-side latents (B, C, H, W) to images (B, 1 or 3, height, width), uint8."""
-
-
-class NotFiniteError(UserError):
-    """An image has values that are not finite.
-
-    Attributes:
-        row: which image of the batch.
-    """
-
-    def __init__(self, row: int) -> None:
-        super().__init__(
-            f"image {row} of the batch is not finite after decoding: try it in float32 (precision=fp32), a lower"
-            " guidance.scale, or another autoencoder=..."
-        )
-        self.row = row
 
 
 def to_uint8(images: Tensor, rounding: Rounding = "round") -> Tensor:
@@ -45,9 +30,13 @@ def to_uint8(images: Tensor, rounding: Rounding = "round") -> Tensor:
     Raises:
         NotFiniteError: if a value is not finite, which would become black.
     """
-    finite = images.isfinite()
+    finite = images.flatten(1).isfinite().all(dim=1)
     if not finite.all():
-        raise NotFiniteError(int(finite.flatten(1).all(dim=1).int().argmin()))
+        raise NotFiniteError(
+            "a decoded image is not finite: try it in float32 (precision=fp32), a lower guidance.scale, or another"
+            " autoencoder=...",
+            row=int(finite.int().argmin()),
+        )
     half = {"round": 0.5, "truncate": 0.0}[rounding]
     return ((images.float() + 1) * 127.5 + half).clamp(0, 255).to(torch.uint8)
 
@@ -146,7 +135,7 @@ class Diffusers(Autoencoder):
             try:
                 images.append(to_uint8(self.vae.decode(part).sample, rounding).cpu())
             except NotFiniteError as error:
-                raise NotFiniteError(len(images) * self.chunk + error.row) from None
+                raise NotFiniteError(str(error), len(images) * self.chunk + error.row) from None
         return torch.cat(images)
 
 

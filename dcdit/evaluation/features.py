@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dcdit.checkpoints.read import read_checkpoint
-from dcdit.errors import UserError
+from dcdit.errors import NotFiniteError, UserError
 from dcdit.runtime.devices import fingerprint
 
 _DIGITS = Path(__file__).with_name("digits.safetensors")
@@ -24,10 +24,12 @@ class Features(NamedTuple):
     Attributes:
         features: (B, F) float32.
         logits: (B, K) float32, unnormalised; None if the network knows no classes.
+        spatial: (B, S) float32, features that know where, for sFID; None if the network has none.
     """
 
     features: Tensor
     logits: Tensor | None
+    spatial: Tensor | None = None
 
 
 class FeatureNetwork(nn.Module, ABC):
@@ -37,11 +39,17 @@ class FeatureNetwork(nn.Module, ABC):
         name: stands beside every figure.
         num_features: F.
         num_logits: K; 0 without logits.
+        num_spatial: S; 0 without spatial features.
+        resize: how images come to the size that it sees, in words.
+        archive_statistics: whether ``mu`` and ``sigma`` in an ``.npz`` reference are of its features.
     """
 
     name: str
     num_features: int
     num_logits: int
+    num_spatial: int = 0
+    resize: str
+    archive_statistics: bool = False
 
     @abstractmethod
     def see(self, images: Tensor) -> Features:
@@ -52,18 +60,26 @@ class FeatureNetwork(nn.Module, ABC):
         """Features, on the CPU, of images (B, 1 or 3, height, width) uint8 anywhere; grey becomes three equal channels.
 
         Raises:
-            UserError: if the features of an image are not finite.
+            NotFiniteError: if what is seen in an image is not finite.
         """
         device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
         with torch.autocast(device.type, enabled=False):
-            features, logits = self.see(images.to(device).expand(-1, 3, -1, -1))
-        if not features.isfinite().all():
-            raise UserError(f"features={self.name}: not all features of these images are finite numbers")
-        return Features(features.float().cpu(), None if logits is None else logits.float().cpu())
+            seen = self.see(images.to(device).expand(-1, 3, -1, -1))
+        found = [None if each is None else each.float().cpu() for each in seen]
+        for what, each in zip(Features._fields, found, strict=True):
+            if each is not None and not each.isfinite().all():
+                row = int(each.isfinite().all(dim=1).int().argmin())
+                raise NotFiniteError(f"the {what} that {self.name} sees in this image are not finite", row)
+        return Features(found[0], *found[1:])  # type: ignore[arg-type]  # features are always there
 
     def described(self) -> dict[str, Any]:
         """What features depend on beside the images, as plain values."""
-        return {"name": self.name, "weights": fingerprint(self), "num_features": self.num_features}
+        return {
+            "name": self.name,
+            "weights": fingerprint(self),
+            "num_features": self.num_features,
+            "resize": self.resize,
+        }
 
     def frozen(self) -> "FeatureNetwork":
         """Itself, ready for use."""
@@ -101,6 +117,9 @@ def _load(module: nn.Module, path: str) -> None:
 class InceptionFeatures(FeatureNetwork):
     """Inception-v3 of the published FID, as torch-fidelity converted it from TensorFlow, its resizing included.
 
+    Spatial features are the first 7 channels of the 17 x 17 map ``mixed_6/conv``, channels last, as the ADM suite's
+    sFID takes them.
+
     Args:
         weights: file with the weights that torch-fidelity publishes; None downloads them.
 
@@ -109,7 +128,9 @@ class InceptionFeatures(FeatureNetwork):
     """
 
     name = "inception-v3-compat"
-    num_features, num_logits = 2048, 1008
+    num_features, num_logits, num_spatial = 2048, 1008, 7 * 17 * 17
+    resize = "bilinear to 299 x 299 as TensorFlow 1 does"
+    archive_statistics = True
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
@@ -143,7 +164,13 @@ class InceptionFeatures(FeatureNetwork):
 
     def see(self, images: Tensor) -> Features:
         """See :class:`FeatureNetwork`."""
-        return Features(*self.network(images))
+        maps: list[Tensor] = []
+        watch = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: maps.append(call[-1]))
+        try:
+            features, logits = self.network(images)
+        finally:
+            watch.remove()
+        return Features(features, logits, maps[0][:, :7].permute(0, 2, 3, 1).flatten(1))
 
 
 class TimmFeatures(FeatureNetwork):
@@ -184,6 +211,7 @@ class TimmFeatures(FeatureNetwork):
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key]).view(1, -1, 1, 1))
         self.name = f"timm {model} {self.size[0]}px"
+        self.resize = f"bicubic, antialiased, to {self.size[0]} x {self.size[1]}"
         self.num_features = int(network.head_hidden_size)
         self.num_logits = int(network.num_classes)
         self.network = network
@@ -201,16 +229,28 @@ class OwnFeatures(FeatureNetwork):
     """A network of your own.
 
     Args:
-        module: maps images (B, 3, height, width) uint8 to features (B, F), or to a pair of features and logits (B, K).
+        module: maps images (B, 3, height, width) uint8 to features (B, F), or to a tuple of features, logits (B, K) or
+            None, and perhaps spatial features (B, S) for sFID.
         name: stands beside every figure; None takes the class's name.
         weights: file with its weights; None takes it as it was built.
-        size: side of the images of a trial run, which tells F and K.
+        size: side of the images of a trial run, which tells F, K and S.
+        archive_statistics: whether ``mu`` and ``sigma`` in an ``.npz`` reference are of these features, ``mu_s`` and
+            ``sigma_s`` of the spatial ones.
 
     Raises:
         UserError: if the weights do not fit, or the module returns something else.
     """
 
-    def __init__(self, module: nn.Module, name: str | None = None, weights: str | None = None, size: int = 64) -> None:
+    resize = "its own"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str | None = None,
+        weights: str | None = None,
+        size: int = 64,
+        archive_statistics: bool = False,
+    ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
             raise UserError(f"features.module is a {type(module).__name__}, no torch.nn.Module")
@@ -218,6 +258,7 @@ class OwnFeatures(FeatureNetwork):
             _load(module, weights)
         self.network = module
         self.name = name or type(module).__name__
+        self.archive_statistics = archive_statistics
         self.frozen()
         try:
             with torch.no_grad():
@@ -235,6 +276,7 @@ class OwnFeatures(FeatureNetwork):
                 )
         self.num_features = seen.features.shape[1]
         self.num_logits = 0 if seen.logits is None else seen.logits.shape[1]
+        self.num_spatial = 0 if seen.spatial is None else seen.spatial.shape[1]
 
     def see(self, images: Tensor) -> Features:
         """See :class:`FeatureNetwork`."""
@@ -251,6 +293,7 @@ class DigitsClassifier(FeatureNetwork):
 
     name = "digits classifier"
     num_features, num_logits = 32, 10
+    resize = "bilinear, antialiased, to 16 x 16"
 
     def __init__(self, trained: bool = True) -> None:
         super().__init__()

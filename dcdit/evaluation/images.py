@@ -4,31 +4,36 @@ import hashlib
 import math
 import os
 import zipfile
+import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dcdit.data.autoencoder import load_decoder, network_latents
+from dcdit.data.latents import Rounding
 from dcdit.data.manifest import MANIFEST_NAME
 from dcdit.data.shards import CorruptSampleError, Layout
 from dcdit.data.storage import Location, ShardReader
 from dcdit.errors import UserError
+from dcdit.evaluation.features import FeatureNetwork
+from dcdit.evaluation.statistics import Moments
 from dcdit.extraction.decode import UnusableImageError, decode_image
 from dcdit.extraction.sources import image_files
 from dcdit.runtime.processes import cores
 
 
-class ImageSet(Protocol):
+class ImageSet(ABC):
     """Images by number.
 
     Attributes:
         place: where they lie, for people.
-        count: how many.
+        count: how many; an archive may have none, and statistics alone.
         size: height and width.
     """
 
@@ -36,30 +41,39 @@ class ImageSet(Protocol):
     count: int
     size: tuple[int, int]
 
+    @abstractmethod
     def read(self, numbers: Sequence[int]) -> Tensor:
         """These images, (n, 1 or 3, height, width) uint8; UserError if one cannot be read."""
 
+    @abstractmethod
     def described(self) -> dict[str, Any]:
         """Which images they are, as plain values: other images, other values."""
 
+    def moments(self, network: FeatureNetwork) -> dict[str, Moments]:
+        """Statistics that come with the images and stand for a larger set: of ``features``, of ``spatial`` ones."""
+        return {}
 
-class LatentImages:
+
+class LatentImages(ImageSet):
     """What an autoencoder makes of the latents in shards; the mean where these hold moments.
 
     Args:
         location: a directory with a manifest, such as ``data/imagenet256/val``.
         device: where to decode.
         autoencoder: decode with this one; None takes the one that the manifest names.
+        rounding: of pixels.
 
     Raises:
         UserError: if there is no manifest, or no autoencoder.
     """
 
-    def __init__(self, location: Location, device: torch.device, autoencoder: str | None) -> None:
+    def __init__(
+        self, location: Location, device: torch.device, autoencoder: str | None, rounding: Rounding = "round"
+    ) -> None:
         self.location, self.place = location, location.place
         self.manifest = location.manifest()
         self.count = self.manifest.samples
-        self._decode = load_decoder(self.manifest.spec, device, autoencoder)
+        self._decode = load_decoder(self.manifest.spec, device, autoencoder, rounding)
         self._reader = ShardReader(location, self.manifest.shards)
         self._layout = Layout.of(self.manifest)
         self._ends = np.cumsum([shard.samples for shard in self.manifest.shards])
@@ -90,10 +104,11 @@ class LatentImages:
             "kind": "decoded latents",
             "content": hashlib.sha256(content.encode()).hexdigest()[:16],
             "autoencoder": self._decode.identity,
+            "rounding": self._decode.rounding,
         }
 
 
-class FolderImages:
+class FolderImages(ImageSet):
     """All images in and below a folder, cropped to a square as for extraction.
 
     Args:
@@ -130,45 +145,57 @@ class FolderImages:
         return {"kind": "folder", "content": listing, "crop": self.size[0]}
 
 
-class NpzImages:
-    """The images of an ``.npz``, (N, height, width, 3) uint8 as ``arr_0``, read piece by piece.
+class NpzArchive(ImageSet):
+    """An ``.npz`` as the ADM suite publishes it, read piece by piece; every array may be missing, but not all.
+
+    ``arr_0`` are images, (N, height, width, 3) uint8. ``mu``, ``sigma`` and ``mu_s``, ``sigma_s`` are means and
+    covariances of the features and of the spatial features of the whole set, of which the images are a part.
 
     Args:
         path: the file.
 
     Raises:
-        UserError: if it holds no such array.
+        UserError: if it holds neither images nor statistics.
     """
 
-    _NAME = "arr_0.npy"
+    _IMAGES = "arr_0"
+    _MOMENTS: ClassVar = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
     def __init__(self, path: Path) -> None:
-        self.path, self.place = path, str(path)
+        self.path, self.place, self.count, self.size = path, str(path), 0, (0, 0)
         try:
             self._archive = zipfile.ZipFile(path)
-            with self._archive.open(self._NAME) as file:
-                self._header(file)
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            self._names = {name.removesuffix(".npy") for name in self._archive.namelist()}
+            if self._IMAGES in self._names:
+                (self.count, *size, channels), self._start = self._header(self._IMAGES, "u1", 4)
+                self.size = (size[0], size[1])
+                if channels != 3:
+                    raise ValueError(f"{self._IMAGES} has {channels} channels, not 3")
+            elif not any(self._names.issuperset(pair) for pair in self._MOMENTS.values()):
+                raise ValueError(f"it holds {', '.join(sorted(self._names)[:5]) or 'nothing'}")
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(
-                f"reference={path} holds no images as arr_0, (N, height, width, 3) uint8 ({error}): means and"
-                " covariances alone were computed by another program's network; give the images"
+                f"reference={path} holds neither images as arr_0, (N, height, width, 3) uint8, nor statistics as mu and"
+                f" sigma ({error}): give another file"
             ) from error
 
-    def _header(self, file: Any) -> None:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-        if fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
-            raise ValueError(f"it is {dtype} of shape {shape}")
-        if math.prod(shape) > self._archive.getinfo(self._NAME).file_size:
-            raise ValueError(f"it is too short for {shape}")
-        self.count, self.size, self._start = shape[0], (shape[1], shape[2]), file.tell()
+    def _header(self, name: str, kind: str, axes: int) -> tuple[tuple[int, ...], int]:
+        """Shape of an array and where its numbers begin; ValueError if it is of another kind, or too short."""
+        with self._archive.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+            if fortran or dtype.str[1:] != kind or len(shape) != axes or not all(shape):
+                raise ValueError(f"{name} is {dtype} of shape {shape}")
+            if math.prod(shape) * dtype.itemsize > self._archive.getinfo(f"{name}.npy").file_size:
+                raise ValueError(f"{name} is too short for {shape}")
+            return shape, file.tell()
 
     def read(self, numbers: Sequence[int]) -> Tensor:
         """See :class:`ImageSet`."""
         height, width = self.size
         images = np.empty((len(numbers), height, width, 3), np.uint8)
-        with self._archive.open(self._NAME) as file:
+        with self._archive.open(f"{self._IMAGES}.npy") as file:
             for image, number in zip(images, numbers, strict=True):
                 file.seek(self._start + number * image.nbytes)
                 content = file.read(image.nbytes)
@@ -177,21 +204,63 @@ class NpzImages:
                 image[:] = np.frombuffer(content, np.uint8).reshape(image.shape)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
+    def moments(self, network: FeatureNetwork) -> dict[str, Moments]:
+        """See :class:`ImageSet`.
+
+        Raises:
+            UserError: if statistics are there that have not as many numbers as the network has features.
+        """
+        if not network.archive_statistics:
+            return {}
+        widths = {"features": network.num_features, "spatial": network.num_spatial}
+        return {
+            what: Moments.of_gaussian(self._numbers(mean, (width,)), self._numbers(covariance, (width, width)))
+            for (what, (mean, covariance)), width in zip(self._MOMENTS.items(), widths.values(), strict=True)
+            if width and self._names.issuperset((mean, covariance))
+        }
+
+    def _numbers(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """An array of float numbers of this shape."""
+        try:
+            for kind in ("f8", "f4"):
+                try:
+                    found, start = self._header(name, kind, len(shape))
+                    break
+                except ValueError:
+                    if kind == "f4":
+                        raise
+            if found != shape:
+                raise ValueError(f"it has shape {found}, the features ask for {shape}")
+            with self._archive.open(f"{name}.npy") as file:
+                file.seek(start)
+                numbers = np.frombuffer(bytearray(file.read(math.prod(shape) * int(kind[1]))), f"<{kind}")
+            if not np.isfinite(numbers).all():
+                raise ValueError("not all of it is finite")
+        except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"reference={self.path}: {name} cannot be used: {error}") from error
+        return torch.from_numpy(numbers.reshape(shape)).double()
+
     def described(self) -> dict[str, Any]:
         """See :class:`ImageSet`."""
-        member = self._archive.getinfo(self._NAME)
-        return {"kind": "npz", "content": f"{member.CRC:08x}", "bytes": member.file_size}
+        names = [self._IMAGES, *(name for pair in self._MOMENTS.values() for name in pair)]
+        contents = [self._archive.getinfo(f"{name}.npy").CRC for name in names if name in self._names]
+        return {"kind": "npz", "content": " ".join(f"{each:08x}" for each in contents)}
 
 
 def open_images(
-    place: str, size: tuple[int, int], device: torch.device, autoencoder: str | None, cache: str | None = None
+    place: str,
+    size: tuple[int, int],
+    device: torch.device,
+    autoencoder: str | None = None,
+    rounding: Rounding = "round",
+    cache: str | None = None,
 ) -> ImageSet:
     """The images at ``place``.
 
     Args:
         place: a directory of latent shards with a manifest, or its URL; a folder of images; or an ``.npz``.
         size: height and width that they must have; images of a folder are cropped to it.
-        device, autoencoder: for latents, see :class:`LatentImages`.
+        device, autoencoder, rounding: for latents, see :class:`LatentImages`.
         cache: directory for shards fetched from a URL.
 
     Raises:
@@ -200,7 +269,7 @@ def open_images(
     location, path = Location(place, cache), Path(place)
     images: ImageSet
     if location.remote or (location.directory / MANIFEST_NAME).is_file():
-        images = LatentImages(location, device, autoencoder)
+        images = LatentImages(location, device, autoencoder, rounding)
     elif path.is_dir():
         splits = [entry.name for entry in os.scandir(path) if (Path(entry.path) / MANIFEST_NAME).is_file()]
         if splits:
@@ -209,10 +278,10 @@ def open_images(
             raise UserError(f"reference={place}: a folder's images are cropped to squares, not to {size}: give an .npz")
         images = FolderImages(path, size[0])
     elif path.is_file():
-        images = NpzImages(path)
+        images = NpzArchive(path)
     else:
         raise UserError(f"reference={place} does not exist: give a folder of images or shards, or an .npz")
-    if images.size != size:
+    if images.count and images.size != size:
         raise UserError(
             f"reference={place} has images of {images.size[0]} x {images.size[1]} pixels, the checkpoint samples"
             f" {size[0]} x {size[1]}: a comparison would mostly see that; give a reference of this size"

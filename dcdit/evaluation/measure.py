@@ -1,4 +1,4 @@
-"""One measurement: images of one checkpoint at one budget, and the figures of them."""
+"""One measurement: images of one checkpoint at one budget and guidance, and the figures of them."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,49 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from dcdit.compute.flops import Cost
-from dcdit.evaluation.features import FeatureNetwork, Features
+from dcdit.errors import NotFiniteError, UserError
+from dcdit.evaluation.features import Features
 from dcdit.evaluation.metrics import compare
 from dcdit.evaluation.reference_images import FeatureJob, ReferenceStatistics, digest_of
-from dcdit.evaluation.results import SCHEMA, read_result
+from dcdit.evaluation.results import SCHEMA, Result, point_words, read_result
 from dcdit.evaluation.settings import EvaluateSettings
 from dcdit.evaluation.statistics import Statistics
-from dcdit.runtime.devices import device_words, fingerprint
+from dcdit.runtime.devices import device_words
 from dcdit.runtime.display import Display
 from dcdit.runtime.files import write_json
 from dcdit.sampling.figures import save_grid
 from dcdit.sampling.generate import labels_of
 from dcdit.sampling.setup import Sampling
+
+
+class OutOfTimeError(Exception):
+    """The time that was given is over."""
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The time that was given.
+
+    Attributes:
+        end: of it, by ``time.monotonic``; None for all the time that is needed.
+    """
+
+    end: float | None = None
+
+    @classmethod
+    def in_hours(cls, hours: float | None) -> "Deadline":
+        """So many hours from now."""
+        return cls(None if hours is None else time.monotonic() + 3600 * hours)
+
+    @property
+    def over(self) -> bool:
+        """Whether it is."""
+        return self.end is not None and time.monotonic() > self.end
+
+    def check(self) -> None:
+        """Raise :class:`OutOfTimeError` if it is over."""
+        if self.over:
+            raise OutOfTimeError
 
 
 @dataclass(frozen=True)
@@ -33,7 +63,7 @@ class Sampled:
     Attributes:
         seconds: that sampling took, decoding apart.
         flops: that the networks' tokens cost.
-        kept: tokens kept at each step, by half: (2, steps).
+        kept: tokens kept at each step by the strong and by the weak half: (2, steps).
     """
 
     seconds: float
@@ -42,52 +72,55 @@ class Sampled:
 
 
 class Measurement:
-    """Samples images at one budget and measures them; the result is ``<name>.json`` and a preview of the first as PNG.
+    """Samples images at one point and measures them; the result is ``<name>.json`` and a preview of the first as PNG.
 
     Args:
         sampling: what samples, its budget set.
-        reference: what the images are compared with.
-        network: by whose features.
-        settings: metrics, number of images, and how they are divided into tasks.
+        reference: what the images are compared with, and by whose features.
+        metrics: which.
+        settings: number of images, and how they are divided into tasks.
         out: folder of the results.
+        count: number of images, if it is another than the settings say.
     """
 
     def __init__(
         self,
         sampling: Sampling,
         reference: ReferenceStatistics,
-        network: FeatureNetwork,
+        metrics: list[str],
         settings: EvaluateSettings,
         out: Path,
+        count: int | None = None,
     ) -> None:
-        self.sampling, self.reference, self.network = sampling, reference, network
-        count, chunk_size = settings.count, settings.chunk_size
-        self.metrics, self.shown, self.out = settings.metrics, min(settings.shown, chunk_size, count), out
+        self.sampling, self.reference, self.network, self.metrics = sampling, reference, reference.network, metrics
+        count, chunk_size = count or settings.count, settings.chunk_size
+        self.shown, self.out = min(settings.shown, chunk_size, count), out
         seed, classes = sampling.plan.settings.seed, sampling.model.network.num_classes
         self.labels = labels_of(settings.labels, count, classes, seed)
         self.plan = {
             **sampling.described(),
-            "checkpoint": fingerprint(sampling.model.network),
+            "checkpoint": sampling.model.digest,
             "count": count,
             "labels": settings.labels,
             "batch_size": sampling.batch_size,
-            "features": network.described(),
+            "features": reference.plan["features"],
             "reference": reference.plan,
-            "metrics": self.metrics,
+            "metrics": metrics,
         }
         guidance, sampler = sampling.guidance.settings, sampling.sampler.settings
         step = "" if sampling.model.step is None else f"step{sampling.model.step}_"
-        self.name = f"{step}{sampler.name}{sampler.steps}_cfg{guidance.scale:g}"
-        self.name += f"_drop{guidance.drop_fraction:g}_{digest_of(self.plan)}"
+        self.name = f"{step}{sampler.name}{sampler.steps}_cfg{guidance.scale:g}_drop{guidance.drop_fraction:g}"
+        if guidance.uncond_drop_fraction is not None:
+            self.name += f"_weak{guidance.uncond_drop_fraction:g}"
+        self.name += f"_{digest_of(self.plan)}"
         self.path = out / f"{self.name}.json"
         job_plan = {**self.plan, "chunk_size": chunk_size}
         self._job = FeatureJob(Sampled, self.path, "evaluation", job_plan, count, chunk_size)
-        self._cost = Cost.of_network(sampling.model.network)
 
     @property
     def title(self) -> str:
         """For people."""
-        return f"drop fraction {self.sampling.guidance.settings.drop_fraction:g}"
+        return point_words(self.plan)
 
     @property
     def finalized(self) -> bool:
@@ -102,11 +135,12 @@ class Measurement:
     @property
     def timed(self) -> bool:
         """Whether :meth:`set_time` was called on the result."""
-        return bool(self.read()["timing"]["rounds"])
+        return bool(self.result.values["timing"]["rounds"])
 
-    def read(self) -> dict[str, Any]:
+    @property
+    def result(self) -> Result:
         """The result, checked; UserError if it is not what was written."""
-        return read_result(self.path).values
+        return read_result(self.path)
 
     def lock(self) -> FileLock:
         """Held by one of several processes."""
@@ -121,14 +155,19 @@ class Measurement:
 
     def set_time(self, seconds: Sequence[float]) -> None:
         """Put what batches took into the result; the median stands for all."""
-        result = self.read()
+        result = self.result.values
         result["milliseconds_per_image"] = 1000 * median(seconds) / self._batch
         result["timing"]["rounds"] = [1000 * each / self._batch for each in seconds]
         write_json(self.path, result)
 
-    def work(self, rank: int, world_size: int, display: Display) -> None:
-        """This process's share of the images, unless the result is there."""
-        self._job.share(rank, world_size, lambda task: self._sample(task, display), display)
+    def work(self, rank: int, world_size: int, display: Display, deadline: Deadline) -> None:
+        """This process's share of the images, unless the result is there; raises OutOfTimeError at the deadline."""
+
+        def sample(task: int) -> None:
+            deadline.check()
+            self._sample(task, display)
+
+        self._job.share(rank, world_size, sample, display)
 
     def _sample(self, task: int, display: Display) -> None:
         seen: list[Features] = []
@@ -142,7 +181,7 @@ class Measurement:
             pixels = self.sampling.images(batch)
             if task == 0 and images < self.shown:
                 first.append(pixels)
-            seen.append(self.network(pixels))
+            seen.append(self._see(pixels, batch.indices))
             flops += batch.flops.sum().item()
             images += len(batch.indices)
             kept += batch.tokens()
@@ -150,9 +189,15 @@ class Measurement:
             begin = time.perf_counter()
         if first:
             save_grid(torch.cat(first)[: self.shown], self.shown, self.path.with_suffix(".png"))
-        logits = [each.logits for each in seen if each.logits is not None]
-        found = Features(torch.cat([each.features for each in seen]), torch.cat(logits) if logits else None)
-        self._job.keep(task, found, Sampled(seconds, flops, (kept[0].tolist(), kept[1].tolist())))
+        self._job.keep(task, seen, Sampled(seconds, flops, (kept[0].tolist(), kept[1].tolist())))
+
+    def _see(self, images: Tensor, numbers: list[int]) -> Features:
+        """What the metrics need of the features of these samples."""
+        try:
+            found = self.network(images)
+        except NotFiniteError as error:
+            raise UserError(f"sample {numbers[error.row]}: {error}") from error
+        return found if "sfid" in self.metrics else found._replace(spatial=None)
 
     def finalize(self) -> bool:
         """Compute and write the result if all images and the reference are there; whether it is written."""
@@ -193,11 +238,12 @@ class Measurement:
             self._job.count * sampling.model.latents.positions
         )
         timesteps = sampling.sampler.timesteps
-        guided = torch.tensor([sampling.guidance.settings.is_guided(timestep) for timestep in timesteps])
+        routes = sampling.weak is None or sampling.weak.network.routes
+        guided = torch.tensor([routes and sampling.guidance.settings.is_guided(timestep) for timestep in timesteps])
         both = torch.cat([ratios[0], ratios[1][guided]])
         return {
             "mean": both.mean().item(),
             "timesteps": timesteps,
-            "conditional": ratios[0].tolist(),
-            "unconditional": [ratio if ran else None for ratio, ran in zip(ratios[1].tolist(), guided, strict=True)],
+            "strong": ratios[0].tolist(),
+            "weak": [ratio if ran else None for ratio, ran in zip(ratios[1].tolist(), guided, strict=True)],
         }

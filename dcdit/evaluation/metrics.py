@@ -1,21 +1,26 @@
-"""Metrics between two sets of images, computed by torchmetrics from features that are known already."""
+"""Metrics between two sets of images, computed by torchmetrics and torch-fidelity from features that are known."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork, Features
-from dcdit.evaluation.settings import METRICS
-from dcdit.evaluation.statistics import Statistics
+from dcdit.evaluation.reference_images import ReferenceStatistics
+from dcdit.evaluation.settings import heading_of
+from dcdit.evaluation.statistics import Moments, Statistics
+from dcdit.runtime.processes import processes
 
 _SUBSET, _SPLITS = 1000, 10  # of KID and of the Inception Score, torchmetrics' and the field's defaults
+_NEIGHBOURS, _ROWS = 3, 1000  # of precision and recall: k as the ADM suite has it; distances held at once are rows x N
 
 
 class _Given(nn.Module):
@@ -30,7 +35,7 @@ class _Given(nn.Module):
         return features
 
 
-def frechet(reference: Statistics, real: bool = True) -> FrechetInceptionDistance:
+def frechet(reference: Moments, real: bool = True) -> FrechetInceptionDistance:
     """torchmetrics' FID that knows its real images already; ``update(features, real=False)`` takes (n, F) features.
 
     Args:
@@ -50,71 +55,152 @@ Chunks = Callable[[], Iterator[Features]]
 
 
 def _fid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
-    fid = frechet(reference)
+    fid = frechet(reference.moments)
     for chunk in chunks():
         fid.update(chunk.features, real=False)
-    return {METRICS["fid"].key: float(fid.compute())}
+    return {"fid": float(fid.compute())}
+
+
+def _sfid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
+    fid = frechet(reference.spatial)
+    for chunk in chunks():
+        assert chunk.spatial is not None
+        fid.update(chunk.spatial, real=False)
+    return {"sfid": float(fid.compute())}
 
 
 def _kid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
     generated = torch.cat([chunk.features for chunk in chunks()])
     subset = min(_SUBSET, len(generated), len(reference.features))
-    kid = KernelInceptionDistance(_Given(len(reference.total)), subset_size=subset)
+    kid = KernelInceptionDistance(_Given(generated.shape[1]), subset_size=subset)
     kid.update(reference.features, real=True)
     kid.update(generated, real=False)
     mean, deviation = kid.compute()
-    found = {METRICS["kid"].key: float(mean), "kid_subset": subset}
+    found = {"kid": float(mean), "kid_subset": subset}
     if subset < max(len(generated), len(reference.features)):  # else all subsets are the same
         found["kid_std"] = float(deviation)
     return found
 
 
 def _inception_score(reference: Statistics, chunks: Chunks) -> dict[str, float]:
-    score = InceptionScore(_Given(len(reference.total)), splits=_SPLITS)
+    score = InceptionScore(_Given(1), splits=_SPLITS)
     for chunk in chunks():
         assert chunk.logits is not None
         score.update(chunk.logits)
     mean, deviation = score.compute()
-    key = METRICS["is"].key
-    return {key: float(mean), f"{key}_std": float(deviation)}
+    return {"inception_score": float(mean), "inception_score_std": float(deviation)}
+
+
+def _precision_recall(reference: Statistics, chunks: Chunks) -> dict[str, float]:
+    """Shares of images within the manifold of the others (arXiv 1904.06991): balls up to the third neighbour."""
+    generated = torch.cat([chunk.features for chunk in chunks()])
+    options = {"prc_neighborhood": _NEIGHBOURS, "prc_batch_size": _ROWS, "save_cpu_ram": True, "verbose": False}
+    found = prc_features_to_metric(generated, reference.features, **options)
+    return {key: found[key] for key in ("precision", "recall")}
 
 
 class Metric(NamedTuple):
     """What computes a metric.
 
     Attributes:
-        compute: from the statistics of the real images and the features of the generated ones to figures by key.
+        compute: from the statistics of the real images and the features of the generated ones to figures by key, those
+            of :data:`dcdit.evaluation.settings.METRICS` among them.
+        reference: what of the reference it needs: its ``images``, or statistics of ``features`` or ``spatial``.
         logits: whether the feature network must give class logits.
-        covariance: whether there must be more images than features.
+        least: images that there must be more than, beside those that a covariance needs.
     """
 
     compute: Callable[[Statistics, Chunks], dict[str, float]]
+    reference: str | None = "images"
     logits: bool = False
-    covariance: bool = False
+    least: int = 1
 
 
-COMPUTE = {"fid": Metric(_fid, covariance=True), "kid": Metric(_kid), "is": Metric(_inception_score, logits=True)}
+COMPUTE = {
+    "fid": Metric(_fid, "features"),
+    "sfid": Metric(_sfid, "spatial"),
+    "kid": Metric(_kid),
+    "is": Metric(_inception_score, None, logits=True),
+    "prc": Metric(_precision_recall, least=_NEIGHBOURS),
+}
 """What computes each of :data:`dcdit.evaluation.settings.METRICS`."""
 
 
-def check_metrics(wanted: Sequence[str], network: FeatureNetwork, count: int, reference: int) -> None:
-    """Raise :class:`UserError` unless these metrics can be had from so many images and this network."""
-    for key, number in (("count", count), ("reference", reference)):
-        if number < 2:
-            raise UserError(f"{key}: {number} image is too few for any metric")
-    for name in wanted:
-        metric, heading = COMPUTE[name], METRICS[name].heading
-        for key, number in (("count", count), ("reference", reference)):
-            if metric.covariance and number <= network.num_features:
+def _missing(name: str, network: FeatureNetwork, images: bool, published: Sequence[str]) -> str | None:
+    """Why a metric cannot be had, from however many images; None if it can."""
+    metric = COMPUTE[name]
+    if metric.logits and not network.num_logits:
+        return f"needs class logits, which {network.name} has not"
+    if metric.reference == "spatial" and not network.num_spatial:
+        return f"needs spatial features, which {network.name} has not"
+    if metric.reference is not None and metric.reference not in published and not images:
+        why = "images" if metric.reference == "images" else f"images, or statistics of {metric.reference}"
+        return f"needs {why}, which the reference has not" + (
+            "" if network.archive_statistics else f": its mu and sigma are not known to be of {network.name}"
+        )
+    return None
+
+
+def choose_metrics(
+    wanted: Sequence[str] | None, network: FeatureNetwork, images: bool, there: Sequence[str]
+) -> list[str]:
+    """The metrics to compute.
+
+    Args:
+        wanted: some of :data:`COMPUTE`; None takes all that can be had, and says which cannot.
+        network: whose features.
+        images: whether the reference has images.
+        there: which statistics it has.
+
+    Raises:
+        UserError: if one that is wanted cannot be had, or none can.
+    """
+    faults = {name: _missing(name, network, images, there) for name in wanted or COMPUTE}
+    found = [name for name, fault in faults.items() if fault is None]
+    refused = [f"{heading_of(name)} {fault}" for name, fault in faults.items() if fault is not None]
+    if refused and (wanted is not None or not found):
+        others = f": take metrics=[{','.join(found)}]" if found else ", and nothing else can be had either"
+        raise UserError(f"metrics: {'; '.join(refused)}{others}")
+    if processes()[0] == 0:
+        for words in refused:
+            print(f"Left out: {words}")
+    return found
+
+
+def check_counts(metrics: Sequence[str], network: FeatureNetwork, count: int, reference: ReferenceStatistics) -> int:
+    """See that there are images enough for these metrics.
+
+    Args:
+        metrics: which.
+        network: whose features.
+        count: number of generated images.
+        reference: what they are compared with.
+
+    Returns:
+        How many generated images are enough.
+
+    Raises:
+        UserError: if there are fewer, of these or of the reference.
+    """
+    enough = 2
+    for name in metrics:
+        metric, heading = COMPUTE[name], heading_of(name)
+        width = {"features": network.num_features, "spatial": network.num_spatial}.get(str(metric.reference), 0)
+        numbers = {"count": count}
+        if metric.reference is not None and metric.reference not in reference.published:
+            numbers["reference"] = reference.count
+        enough = max(enough, metric.least + 1, width + 1)
+        for key, number in numbers.items():
+            if number <= metric.least:
+                words = f"{number} image{'s'[: number != 1]} {'are' if number != 1 else 'is'}"
+                raise UserError(f"{key}: {words} too few for {heading}, more than {metric.least} are needed")
+            if number <= width:
                 raise UserError(
-                    f"{key}: {number} images are too few for {heading}, a covariance of the {network.num_features}"
-                    f" features of {network.name} needs more than {network.num_features}: take more, fewer features,"
+                    f"{key}: {number} images are too few for {heading}, a covariance of the {width}"
+                    f" features of {network.name} needs more than {width}: take more, fewer features,"
                     " or metrics=[kid]"
                 )
-        if metric.logits and not network.num_logits:
-            raise UserError(
-                f"metrics: {heading} needs class logits, which {network.name} has not: take metrics=[fid,kid]"
-            )
+    return enough
 
 
 def compare(reference: Statistics, chunks: Chunks, wanted: Sequence[str], seed: int = 0) -> dict[str, float]:
@@ -127,8 +213,11 @@ def compare(reference: Statistics, chunks: Chunks, wanted: Sequence[str], seed: 
         seed: of the subsets of KID and the splits of the Inception Score.
 
     Returns:
-        ``fid_torch``; ``kid`` and, unless every subset is the whole, ``kid_std`` over 100 subsets of ``kid_subset``
-        images; ``inception_score`` and ``inception_score_std`` over 10 splits.
+        ``fid``; ``sfid``; ``kid`` and, unless every subset is the whole, ``kid_std`` over 100 subsets of ``kid_subset``
+        images; ``inception_score`` and ``inception_score_std`` over 10 splits; ``precision`` and ``recall``.
+
+    Raises:
+        UserError: naming the metric, if one is not finite.
     """
     found: dict[str, float] = {}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -137,4 +226,7 @@ def compare(reference: Statistics, chunks: Chunks, wanted: Sequence[str], seed: 
             if name in wanted:
                 torch.manual_seed(seed)
                 found |= COMPUTE[name].compute(reference, chunks)
+    for key, value in found.items():
+        if not math.isfinite(value):
+            raise UserError(f"{key} is not a finite number, although all features are: take other images or features")
     return found

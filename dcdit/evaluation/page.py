@@ -8,49 +8,37 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as PlotFigure
 
-from dcdit.evaluation.plots import keep_ratio, trade_off
-from dcdit.evaluation.results import Result, Section, arrange
-from dcdit.evaluation.settings import METRICS
+from dcdit.evaluation.plots import keep_ratio, over_scale, trade_off
+from dcdit.evaluation.results import Result, Section, arrange, best_words, differences_from_published, pareto
 from dcdit.runtime.files import replacing, writable_folder, write_csv, write_json, write_text
-
-
-def _label(key: str) -> str:
-    """What a metric is called on the page."""
-    return next(metric.heading for metric in METRICS.values() if metric.key == key)
 
 
 def _source(image: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
+def plots(section: Section) -> Iterable[tuple[str, str, PlotFigure | None]]:
+    """Name, title and picture of each plot of a section."""
+    figure, results = section.figures[0], section.results
+    places = {f"{each.values['device']}, batches of {each.values['timing']['batch_size']}" for each in results}
+    if section.scales:
+        title = f"{figure.heading} over the guidance scale at each budget; the best of each is marked"
+        yield "guidance", title, over_scale(section, figure)
+    if len(results) > 1 and sum(len(series.points) for series in section.series) > 1:  # one point is no trade-off
+        front = " Dashed: the Pareto front" if len(results) > 2 else ""
+        title = f"{figure.heading} against TFLOPs per image, all steps.{front}"
+        yield "tflops", title, trade_off(section, figure, "tflops_per_image", "TFLOPs per image")
+        title = f"{figure.heading} against the time of sampling an image, decoding apart ({'; '.join(sorted(places))})"
+        yield "milliseconds", title, trade_off(section, figure, "milliseconds_per_image", "ms per image")
+    title = "Keep ratio of the strong half on the way from noise to image, least (solid) and greatest (dotted) drop"
+    yield "keep_ratio", title, keep_ratio(section)
+
+
 def figures(section: Section, prefix: str, out: Path) -> Iterable[dict[str, str]]:
     """Draw and save the plots of a section; yields them for the page."""
-    metric = section.metrics[0]
-    label, results = _label(metric), [result for s in section.series for point in s.points for result in point.results]
-    places = {f"{each.values['device']}, batches of {each.values['timing']['batch_size']}" for each in results}
-    words = "; ".join(sorted(places))
-
-    plots: dict[str, tuple[str, Figure | None]] = {
-        "keep_ratio": (
-            "Keep ratio on the way from noise to image, at the least (solid) and the greatest (dotted) drop",
-            keep_ratio(section),
-        ),
-    }
-    if sum(len(series.points) for series in section.series) > 1:  # a single point is no trade-off
-        plots = {
-            "tflops": (
-                f"{label} against TFLOPs per image, all steps",
-                trade_off(section, metric, "tflops_per_image", label, "TFLOPs per image"),
-            ),
-            "milliseconds": (
-                f"{label} against the time of sampling an image, decoding apart ({words})",
-                trade_off(section, metric, "milliseconds_per_image", label, "ms per image"),
-            ),
-            **plots,
-        }
-    for name, (title, figure) in plots.items():
+    for name, title, figure in plots(section):
         if figure is not None:
             image = io.BytesIO()
             figure.savefig(image, dpi=130, format="png")
@@ -67,16 +55,18 @@ def _range(values: Sequence[float]) -> str:
 
 def rows(section: Section) -> Iterable[dict[str, Any]]:
     """The table of a section."""
+    front = {id(result) for result in pareto(section.results, section.figures[0])}
     for series in section.series:
         for number, point in enumerate(series.points):
-            cells = [f"{point.drop:g}", str(len(point.results))]
-            cells += [_range(point.figures("metrics", metric)) for metric in section.metrics]
+            cells = [f"{point.at:g}", str(len(point.results))]
+            cells += [_range(point.figures("metrics", figure.key)) for figure in section.figures]
             routed = "keep_ratio" in point.results[0].values
             cells.append(_percent(point.figures("keep_ratio", "mean")) if routed else "-")
             cells.append(f"{sum(point.figures('tflops_per_image')) / len(point.results):.4g}")
             cells.append(f"{sum(point.figures('milliseconds_per_image')) / len(point.results):.4g}")
             name = f"{series.name} ({series.network}, {series.first.values['parameters'] / 1e6:.3g}M)"
-            yield {"name": name if number == 0 else "", "first": number == 0, "cells": cells}
+            best = len(section.results) > 2 and any(id(result) in front for result in point.results)
+            yield {"name": name if number == 0 else "", "first": number == 0, "front": best, "cells": cells}
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -87,7 +77,7 @@ def grids(section: Section) -> Iterable[dict[str, Any]]:
     """For each curve the previews of its first run."""
     for series in section.series:
         previews = [
-            {"drop": f"{point.drop:g}", "source": _source(point.results[0].preview.read_bytes())}
+            {"drop": f"{point.at:g}", "source": _source(point.results[0].preview.read_bytes())}
             for point in series.points
             if point.results[0].preview is not None
         ]
@@ -118,10 +108,12 @@ def write_report(results: Sequence[Result], out: Path, title: str, left_out: Seq
     arranged = arrange(results)
     for number, section in enumerate(arranged, 1):
         prefix = f"{number}_" if len(arranged) > 1 else ""
-        labels = [_label(metric) for metric in section.metrics]
+        labels = [figure.heading for figure in section.figures]
         shown.append(
             {
                 "words": section.described(),
+                "differences": differences_from_published(section.results[0].values),
+                "best": best_words(section.results),
                 "headings": ["ρ", "seeds", *labels, "keep ratio", "TFLOPs/image", "ms/image"],
                 "rows": list(rows(section)),
                 "figures": list(figures(section, prefix, out)),

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 
-from dcdit.evaluation.results import Section, Series
+from dcdit.evaluation.results import Section, Series, pareto
+from dcdit.evaluation.settings import Figure
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as PlotFigure
 
 _SIZE = (8.2, 4.6)
 
@@ -19,9 +20,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _colours(section: Section) -> dict[str, str]:
-    palette = plt.get_cmap("tab10" if len(section.series) <= 10 else "tab20").colors  # type: ignore[attr-defined]
-    return {series.name: palette[number % len(palette)] for number, series in enumerate(section.series)}
+def _colours(curves: Sequence[Series]) -> list[str]:
+    palette = plt.get_cmap("tab10" if len(curves) <= 10 else "tab20").colors  # type: ignore[attr-defined]
+    return [palette[number % len(palette)] for number in range(len(curves))]
 
 
 def _label(series: Series) -> str:
@@ -34,77 +35,101 @@ def verbatim(text: str) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def _finish(figure: Figure, axes: Axes) -> Figure:
+def _finish(figure: PlotFigure, axes: Axes, measured: Figure | None = None) -> PlotFigure:
+    if measured is not None:
+        axes.set_ylabel(measured.heading)
+        low, high = axes.get_ylim()
+        missing = 0.2 * max(abs(low), abs(high)) - (high - low)
+        if missing > 0:  # or differences that mean nothing would fill the plot
+            axes.set_ylim(low - missing / 2, high + missing / 2)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    entries = len(axes.get_legend_handles_labels()[0])
+    figure.legend(loc="outside right upper", fontsize=8 if entries <= 14 else 6, frameon=False)
     return figure
 
 
-def trade_off(section: Section, metric: str, cost: str, ylabel: str, xlabel: str) -> Figure:
-    """A metric against a cost: a curve over the drop fractions for each series, a single point for a plain DiT.
+def trade_off(section: Section, measured: Figure, cost: str, xlabel: str) -> PlotFigure:
+    """A figure against a cost: a curve over the drop fractions for each series, a single point for a plain DiT.
 
     Where there are several training seeds, lines and marks are means and bars reach from the least to the greatest.
 
     Args:
         section: the curves.
-        metric: its key among a result's metrics.
+        measured: of each result.
         cost: key of a result, ``tflops_per_image`` or ``milliseconds_per_image``.
-        ylabel, xlabel: of the axes, with units.
+        xlabel: of the axis, with units.
     """
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
-    for series, colour in zip(section.series, _colours(section).values(), strict=True):
+    for series, colour in zip(section.series, _colours(section.series), strict=True):
         xs = [_mean(point.figures(cost)) for point in series.points]
-        spread = [point.figures("metrics", metric) for point in series.points]
-        ys = [_mean(values) for values in spread]
-        bars = np.array([[y - min(values), max(values) - y] for y, values in zip(ys, spread, strict=True)]).T
-        single = len(series.points) == 1
-        axes.errorbar(
-            xs,
-            ys,
-            yerr=bars if bars.any() else None,
-            fmt="s" if single else "o-",
-            markersize=7 if single else 4,
-            capsize=2,
-            linewidth=1.5,
-            color=colour,
-            label=_label(series),
-        )
-        if not single:
+        ys = _draw(axes, series, xs, measured, colour)
+        if len(xs) > 1:
             for x, y, point in zip(xs, ys, series.points, strict=True):
                 axes.annotate(
-                    f"ρ {point.drop:g}", (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7, color=colour
+                    f"ρ {point.at:g}", (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7, color=colour
                 )
-    low, high = axes.get_ylim()
-    missing = 0.2 * max(abs(low), abs(high)) - (high - low)
-    if missing > 0:  # or differences that mean nothing would fill the plot
-        axes.set_ylim(low - missing / 2, high + missing / 2)
+    if len(section.results) > 2 and cost == "tflops_per_image":
+        front = pareto(section.results, measured)
+        xs, ys = [float(each.values[cost]) for each in front], [each.figure(measured.key) for each in front]
+        axes.plot(xs, ys, "--", color="black", linewidth=1, label="Pareto front", zorder=0)
     axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    return _finish(figure, axes)
+    return _finish(figure, axes, measured)
 
 
-def keep_ratio(section: Section) -> Figure | None:
+def over_scale(section: Section, measured: Figure) -> PlotFigure:
+    """A figure over the guidance scale: a curve for each budget, its best point marked."""
+    figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
+    for series, colour in zip(section.scales, _colours(section.scales), strict=True):
+        xs = [point.at for point in series.points]
+        ys = _draw(axes, series, xs, measured, colour)
+        best = (max if measured.higher_is_better else min)(range(len(ys)), key=ys.__getitem__)
+        axes.plot(xs[best], ys[best], "*", markersize=13, color=colour)
+    axes.set_xlabel("guidance scale")
+    return _finish(figure, axes, measured)
+
+
+def _draw(axes: Axes, series: Series, xs: list[float], measured: Figure, colour: str) -> list[float]:
+    """One curve of means, and bars where seeds differ; returns the means."""
+    spread = [point.figures("metrics", measured.key) for point in series.points]
+    ys = [_mean(values) for values in spread]
+    bars = np.array([[y - min(values), max(values) - y] for y, values in zip(ys, spread, strict=True)]).T
+    single = len(series.points) == 1
+    axes.errorbar(
+        xs,
+        ys,
+        yerr=bars if bars.any() else None,
+        fmt="s" if single else "o-",
+        markersize=7 if single else 4,
+        capsize=2,
+        linewidth=1.5,
+        color=colour,
+        label=_label(series),
+    )
+    return ys
+
+
+def keep_ratio(section: Section) -> PlotFigure | None:
     """Keep ratio over the timesteps, at the least and the greatest drop; None without any router."""
     routed = [series for series in section.series if "keep_ratio" in series.first.values]
     if not routed:
         return None
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
-    colours = _colours(section)
+    colours = dict(zip(map(id, section.series), _colours(section.series), strict=True))
     for series in routed:
-        ends = {series.points[0].drop: "-", series.points[-1].drop: ":"} if len(series.points) > 1 else None
+        ends = {series.points[0].at: "-", series.points[-1].at: ":"} if len(series.points) > 1 else None
         for point in series.points:
-            style = "-" if ends is None else ends.get(point.drop)
+            style = "-" if ends is None else ends.get(point.at)
             if style is None:
                 continue
-            shares = np.mean([result.values["keep_ratio"]["conditional"] for result in point.results], axis=0)
+            shares = np.mean([result.values["keep_ratio"]["strong"] for result in point.results], axis=0)
             timesteps = point.results[0].values["keep_ratio"]["timesteps"]
             axes.plot(
                 timesteps,
                 100 * shares,
                 style,
-                color=colours[series.name],
-                label=verbatim(f"{series.name}, ρ {point.drop:g}"),
+                color=colours[id(series)],
+                label=verbatim(f"{series.name}, ρ {point.at:g}"),
             )
     axes.invert_xaxis()  # sampling runs from noise on the left to the image on the right
     axes.set_ylim(bottom=0)

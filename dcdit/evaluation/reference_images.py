@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from dcdit.errors import NotFiniteError, UserError
 from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.images import ImageSet
-from dcdit.evaluation.statistics import Statistics
+from dcdit.evaluation.statistics import Moments, Statistics
 from dcdit.runtime.display import Display
 from dcdit.runtime.files import read_arrays, replacing, writable_folder
 from dcdit.runtime.jobs import ImageJob, Record
@@ -56,19 +57,22 @@ class FeatureJob(ImageJob[Record]):
         """The features of a task."""
         return self.work / f"chunk-{task:06d}.npz"
 
-    def keep(self, task: int, found: Features, record: Record) -> None:
-        """A task is finished: keep its features, and what is recorded of it."""
-        logits = np.empty((0, 0), np.float32) if found.logits is None else found.logits.numpy()
+    def keep(self, task: int, found: Sequence[Features], record: Record) -> None:
+        """A task is finished: keep what was seen in its batches, and what is recorded of it."""
+        arrays: dict[str, Any] = {}
+        for name, parts in zip(Features._fields, zip(*found, strict=True), strict=True):
+            there = [part for part in parts if part is not None]
+            arrays[name] = torch.cat(there).numpy() if there else np.empty((0, 0), np.float32)
         with replacing(self.part_path(task)) as file:
-            np.savez(file, features=found.features.numpy(), logits=logits)
+            np.savez(file, **arrays)
         self.record(task, record)
 
     def features(self) -> Iterator[Features]:
         """Of all tasks, one after the other."""
         for task in range(self.tasks):
-            stored = read_arrays(self.part_path(task), ("features", "logits"), "the same command makes it again")
-            features, logits = (torch.from_numpy(each) for each in stored.values())
-            yield Features(features, logits if logits.numel() else None)
+            stored = read_arrays(self.part_path(task), Features._fields, "the same command makes it again")
+            features, *others = (torch.from_numpy(each) for each in stored.values())
+            yield Features(features, *(each if each.numel() else None for each in others))
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Nothing:
 
 
 class ReferenceStatistics:
-    """Statistics of a set of images, computed once and kept.
+    """Statistics of a set of images: those that come with it, and those that are computed once of the images and kept.
 
     Args:
         images: the images.
@@ -86,6 +90,12 @@ class ReferenceStatistics:
         limit: take so many of the images, evenly spaced; None takes all.
         chunk_size: images of a task.
         batch_size: images seen at once.
+        needed: what is needed, of ``features``, ``spatial`` and ``images``; images are left alone where what comes with
+            them is enough.
+
+    Attributes:
+        count: how many images are looked at; 0 if none need be.
+        published: which statistics come with the images: ``features``, ``spatial``.
     """
 
     def __init__(
@@ -96,18 +106,26 @@ class ReferenceStatistics:
         limit: int | None,
         chunk_size: int,
         batch_size: int,
+        needed: Collection[str] = ("features", "spatial", "images"),
     ) -> None:
         self.images, self.network, self.batch_size = images, network, batch_size
-        self.count = min(images.count, limit or images.count)
-        self.plan = {"images": images.described(), "features": network.described(), "count": self.count}
-        self.path = cache / f"reference-{digest_of(self.plan)}.npz"
+        self._found: Statistics | None = None
+        self._moments = images.moments(network)
+        self.published = [what for what in self._moments if what in needed]
+        idle = set(needed) <= set(self.published)
+        self.count = 0 if idle else min(images.count, limit or images.count)
+        plan = {"images": images.described(), "features": network.described(), "count": self.count}
+        self.plan = {**plan, "published": self.published}
+        self.path = cache / f"reference-{digest_of(plan)}.npz"
         self._job = FeatureJob(
-            Nothing, self.path, "reference", {**self.plan, "chunk_size": chunk_size}, self.count, chunk_size
+            Nothing, self.path, "reference", {**plan, "chunk_size": chunk_size}, self.count, chunk_size
         )
         self._numbers = np.linspace(0, images.count - 1, self.count).round().astype(int)
 
     def work(self, rank: int, world_size: int, display: Display) -> None:
         """This process's share, unless the statistics are there."""
+        if not self.count:
+            return
         self._job.share(rank, world_size, lambda task: self._see(task, display), display)
         self.finalize()
 
@@ -115,15 +133,29 @@ class ReferenceStatistics:
         numbers, found = self._numbers[list(self._job.numbers(task))].tolist(), []
         for start in range(0, len(numbers), self.batch_size):
             batch = numbers[start : start + self.batch_size]
-            found.append(self.network(self.images.read(batch)))
+            try:
+                found.append(self.network(self.images.read(batch))._replace(logits=None))
+            except NotFiniteError as error:
+                raise UserError(f"reference={self.images.place}, image {batch[error.row]}: {error}") from error
             display.advance(len(batch))
-        self._job.keep(task, Features(torch.cat([each.features for each in found]), None), Nothing())
+        self._job.keep(task, found, Nothing())
 
     def finalize(self) -> Statistics | None:
         """The statistics, computed from the chunks if need be; None while other processes are at work on these."""
+        if self._found is None:
+            self._found = self._put_together()
+        return self._found
 
+    def _put_together(self) -> Statistics | None:
         def write(ignored: list[Nothing]) -> None:
-            Statistics.of((chunk.features for chunk in self._job.features()), self.count).save(self.path)
+            Statistics.of(self._job.features(), self.count).save(self.path)
 
-        self._job.finalize(self.path, write)
-        return Statistics.load(self.path) if self.path.is_file() else None
+        if self.count:
+            self._job.finalize(self.path, write)
+            if not self.path.is_file():
+                return None
+            computed = Statistics.load(self.path)
+        else:
+            computed = Statistics(Moments.none(), Moments.none(), torch.zeros(0, self.network.num_features))
+        own = {"features": computed.moments, "spatial": computed.spatial, **self._moments}
+        return Statistics(own["features"], own["spatial"], computed.features)

@@ -1,30 +1,48 @@
 """What a user may say to ``dcdit.evaluate``, and what metrics are called. No torch, so that mistakes show at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
-from dcdit.checks import Count, DropFraction, Images, Natural, NotEmpty, OneOf, checked
+from dcdit.checks import Count, DropFraction, Images, Natural, NotEmpty, OneOf, Positive, checked
 from dcdit.sampling.settings import Labels
 
 
-class MetricName(NamedTuple):
-    """What a metric is called.
+class Figure(NamedTuple):
+    """What a figure is called.
 
     Attributes:
-        key: of the metric itself in results.
+        key: in results.
         heading: in tables and plots.
+        higher_is_better: whether more is better.
     """
 
     key: str
     heading: str
+    higher_is_better: bool = False
 
 
-METRICS = {
-    "fid": MetricName("fid_torch", "FID"),
-    "kid": MetricName("kid", "KID"),
-    "is": MetricName("inception_score", "IS"),
+METRICS: dict[str, tuple[Figure, ...]] = {
+    "fid": (Figure("fid", "FID"),),
+    "sfid": (Figure("sfid", "sFID"),),
+    "kid": (Figure("kid", "KID"),),
+    "is": (Figure("inception_score", "IS", higher_is_better=True),),
+    "prc": (Figure("precision", "precision", higher_is_better=True), Figure("recall", "recall", higher_is_better=True)),
 }
-"""What ``metrics`` may say; :data:`dcdit.evaluation.metrics.COMPUTE` has what computes each."""
+"""What ``metrics`` may say, and its figures; :data:`dcdit.evaluation.metrics.COMPUTE` has what computes each."""
+
+
+def heading_of(metric: str) -> str:
+    """What a metric is called, for people."""
+    return " and ".join(figure.heading for figure in METRICS[metric])
+
+
+def figures_of_metrics(metrics: Sequence[str]) -> list[Figure]:
+    """The figures of these metrics."""
+    return [figure for metric in metrics for figure in METRICS[metric]]
+
+
+DropFractions = Annotated[list[DropFraction], NotEmpty("name at least one, such as 0")]
 
 
 @checked
@@ -35,8 +53,12 @@ class EvaluateSettings:
     Attributes:
         features: the feature network, for Hydra to build.
         reference: a folder of images, a directory of latent shards, or an ``.npz`` with images.
-        metrics: some of :data:`METRICS`.
+        metrics: some of :data:`METRICS`; None takes all that network and reference allow.
         drop_fractions: budgets to measure; None takes the one that ``guidance`` or ``budget`` says.
+        uncond_drop_fractions: of the weak half; None takes the one that ``guidance`` says.
+        search: look for the best guidance scale at each budget, with few images first.
+        max_images: as many images in all as are sampled at the most; what would exceed them is not begun.
+        max_hours: no chunk is begun after these.
         count: images at each budget.
         labels: which classes they are of.
         chunk_size: images of a task; what a kill loses at most, on each process.
@@ -51,8 +73,12 @@ class EvaluateSettings:
 
     features: Any
     reference: str
-    metrics: Annotated[list[Annotated[str, OneOf(METRICS)]], NotEmpty(f"take some of {', '.join(METRICS)}")]
-    drop_fractions: Annotated[list[DropFraction], NotEmpty("name at least one, such as 0")] | None
+    metrics: Annotated[list[Annotated[str, OneOf(METRICS)]], NotEmpty(f"take some of {', '.join(METRICS)}")] | None
+    drop_fractions: DropFractions | None
+    uncond_drop_fractions: DropFractions | None
+    search: bool
+    max_images: Images | None
+    max_hours: Positive | None
     count: Images
     labels: Labels
     chunk_size: Images

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dcdit.checks import Count
 from dcdit.errors import UserError
-from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.display import Display
 from dcdit.runtime.files import read_json, replacing, writable_folder, write_json
 from dcdit.runtime.jobs import ImageJob
@@ -70,7 +69,7 @@ class ImageArchive:
             "labels": labels,
             "chunk_size": chunk_size,
             "batch_size": sampling.batch_size,
-            "checkpoint": fingerprint(sampling.model.network),
+            "checkpoint": sampling.model.digest,
         }
         self.job = _ArchiveJob(Sampled, out, "generation", self.plan, count, chunk_size)
 

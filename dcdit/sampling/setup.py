@@ -4,18 +4,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dcdit.checkpoints.load import Model, build_model, read_weights, words
+from dcdit.checkpoints.load import Model, Weights, build_model, read_weights, words
 from dcdit.checkpoints.locate import Place, locate
-from dcdit.data.autoencoder import LatentDecoder, NotFiniteError, load_decoder
+from dcdit.data.autoencoder import LatentDecoder, load_decoder
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import GuidanceSettings
-from dcdit.errors import UserError
+from dcdit.errors import NotFiniteError, UserError
 from dcdit.network import Network
 from dcdit.network.blocks import set_execution
-from dcdit.runtime.devices import fingerprint, pick_device
+from dcdit.runtime.devices import pick_device
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.sampling.budget import Calibration, calibrate, remembered
 from dcdit.sampling.generate import OnStep, SampleBatch, generate
@@ -70,17 +71,18 @@ class Sampling:
         try:
             return self.decode(batch.latents)
         except NotFiniteError as error:
-            raise UserError(f"sample {batch.indices[error.row]}, decoding: {error}") from error
+            raise UserError(f"sample {batch.indices[error.row]}: {error}") from error
 
-    def at_drop(self, drop_fraction: float) -> "Sampling":
-        """The same at another drop fraction of the conditional half.
+    def guided(self, settings: GuidanceSettings) -> "Sampling":
+        """The same with other guidance by the same networks.
 
         Raises:
-            UserError: if the network cannot drop so much.
+            UserError: if they cannot do that.
         """
-        settings = replace(self.guidance.settings, drop_fraction=drop_fraction)
-        check_guidance(self.model.network, settings, self.weak)
-        return replace(self, guidance=replace(self.guidance, settings=settings))
+        weak = self.weak if settings.weak_checkpoint is not None else None
+        check_guidance(self.model.network, settings, weak)
+        guidance = Guidance(self.guidance.denoiser, self.guidance.null_class, settings, weak.network if weak else None)
+        return replace(self, guidance=guidance, weak=weak)
 
     def described(self) -> dict[str, Any]:
         """What figures must stand beside, as plain values."""
@@ -100,31 +102,62 @@ class Sampling:
         weak = "budget" if settings.weak_keeps_class else "uncond"
         found = {**asdict(settings), "weak": weak}
         if self.weak is not None:
-            found["weak_checkpoint"] = fingerprint(self.weak.network)
+            found["weak_checkpoint"] = self.weak.digest
         return found
 
 
 def set_up_sampling(plan: SamplingPlan, place: Place) -> Sampling:
-    """Load the checkpoint at ``place``, which ``plan`` names, and meet its budget.
+    """Load the checkpoint at ``place``, which ``plan`` names, and meet its budget; see :func:`set_up_all`."""
+    return set_up_all([plan], place)[0]
+
+
+def set_up_all(plans: Sequence[SamplingPlan], place: Place) -> list[Sampling]:
+    """What samples as each of ``plans`` says, which may differ in guidance and weights; whatever they share is one.
 
     Raises:
         UserError: naming key, value and remedy.
     """
-    settings = plan.settings
     keep_freed_memory()
-    device = pick_device(settings.device)
-    found = read_weights(place, plan.assume)
+    device = pick_device(plans[0].settings.device)
+    found = read_weights(place, plans[0].assume)
+    loaded: dict[str, _Loaded] = {}
+    for plan in sorted(plans, key=lambda each: each.guidance.scale == 1):  # those that need a weak half come first
+        if plan.settings.weights not in loaded:
+            loaded[plan.settings.weights] = _load(found, plan, place, device)
+    return [_sampling(plan, place, loaded[plan.settings.weights]) for plan in plans]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What samplings with one kind of weights share."""
+
+    model: Model
+    decode: LatentDecoder
+    weak: Model | None
+
+
+def _load(found: Weights, plan: SamplingPlan, place: Place, device: torch.device) -> _Loaded:
+    """Networks and decoder that ``plan`` asks for."""
+    settings, guidance = plan.settings, plan.guidance
     model = build_model(found, settings.weights, device)
     print(f"{place.name}: {words(found, model.network, settings.weights)}")
     set_execution(model.network, compiled=settings.compile)
-    weak = _weak_model(plan, model)
+    weak = None
+    if guidance.weak_checkpoint is not None and guidance.scale != 1:
+        weak = _weak_model(locate(guidance.weak_checkpoint, plan.runs, "guidance.weak_checkpoint"), plan, model)
+    return _Loaded(model, load_decoder(model.latents, device, settings.autoencoder, settings.rounding), weak)
+
+
+def _sampling(plan: SamplingPlan, place: Place, loaded: _Loaded) -> Sampling:
+    """What samples as ``plan`` says, its budget met."""
+    model = loaded.model
+    weak = loaded.weak if plan.guidance.weak_checkpoint is not None and plan.guidance.scale != 1 else None
     check_guidance(model.network, plan.guidance, weak)
-    precision = settings.precision
+    precision = plan.settings.precision
     if precision == "auto":
         precision = "bf16" if model.device.type == "cuda" else "fp32"
-    decode = load_decoder(model.latents, model.device, settings.autoencoder, settings.rounding)
     guidance = Guidance(model.network, model.network.null_class, plan.guidance, weak.network if weak else None)
-    sampling = Sampling(plan, place, model, guidance, Sampler(plan.sampler), decode, precision, None, weak)
+    sampling = Sampling(plan, place, model, guidance, Sampler(plan.sampler), loaded.decode, precision, None, weak)
     return meet_budget(sampling) if plan.budget.given else sampling
 
 
@@ -135,8 +168,8 @@ def meet_budget(sampling: Sampling) -> Sampling:
         "budget": asdict(plan.budget),
         "sampler": described(plan.sampler),
         "guidance": asdict(plan.guidance),
-        "network": fingerprint(model.network),
-        "weak": fingerprint(sampling.weak.network) if sampling.weak else None,
+        "network": model.digest,
+        "weak": sampling.weak.digest if sampling.weak else None,
         "precision": sampling.precision,
     }
     found = remembered(
@@ -150,18 +183,15 @@ def meet_budget(sampling: Sampling) -> Sampling:
         f"Budget: drop fraction {found.drop_fraction} costs {found.tflops:.4g} TFLOPs per image,"
         f" {found.tflops / found.full_tflops:.1%} of {found.full_tflops:.4g}"
     )
-    return replace(sampling.at_drop(found.drop_fraction), calibration=found)
+    at_drop = sampling.guided(replace(sampling.guidance.settings, drop_fraction=found.drop_fraction))
+    return replace(at_drop, calibration=found)
 
 
-def _weak_model(plan: SamplingPlan, model: Model) -> Model | None:
-    """The model that ``guidance.weak_checkpoint`` names, on the same device; None if it names none or is not needed."""
-    name = plan.guidance.weak_checkpoint
-    if name is None or plan.guidance.scale == 1:
-        return None
-    place = locate(name, plan.runs, "guidance.weak_checkpoint")
+def _weak_model(place: Place, plan: SamplingPlan, model: Model) -> Model:
+    """The model at ``place``, on the device of ``model``; UserError unless it can guide it."""
     found = read_weights(place)
     weak = build_model(found, plan.settings.weights, model.device)
-    print(f"Weak half: {name}: {words(found, weak.network, plan.settings.weights)}")
+    print(f"Weak half, {place.name}: {words(found, weak.network, plan.settings.weights)}")
     for what, its, ours in (
         ("latents of shape", weak.latents.shape, model.latents.shape),
         ("latents of scale", weak.latents.scale, model.latents.scale),

@@ -1,17 +1,22 @@
 """Quality against compute, as users measure it."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support.configs import PLAIN_DIT, compose_config
+from support.features import CORNERS, Corners, archive_arrays
 from support.processes import end, ranks
 
 from dcdit import evaluate, generate
 from dcdit.errors import UserError
 from dcdit.evaluation.features import DigitsClassifier, FeatureNetwork
+from dcdit.evaluation.measure import Measurement
 from dcdit.evaluation.metrics import compare
+from dcdit.evaluation.results import differences_from_published
 from dcdit.evaluation.statistics import Statistics
 
 SETTINGS = ("features=digits", "count=44", "chunk_size=15", "sampler.steps=3", "sampler.clip=true", "batch_size=5")
@@ -39,7 +44,7 @@ def test_figures_stand_beside_what_they_depend_on(run, capsys, tmp_path):
     result = results[0.5]
     assert result["run"] == "trained"
     assert set(result["metrics"]) == {
-        *("fid_torch", "kid", "kid_std", "kid_subset", "inception_score", "inception_score_std")
+        *("fid", "kid", "kid_std", "kid_subset", "inception_score", "inception_score_std", "precision", "recall")
     }
     plan = result["plan"]
     assert (plan["step"], plan["weights"], plan["precision"], plan["count"]) == (3, "ema", "fp32", 44)
@@ -54,8 +59,8 @@ def test_figures_stand_beside_what_they_depend_on(run, capsys, tmp_path):
     assert result["milliseconds_per_image"] == sorted(timing["rounds"])[1] > 0
     kept = result["keep_ratio"]
     assert kept["timesteps"] == [999, 500, 0]
-    assert len(kept["conditional"]) == len(kept["unconditional"]) == 3
-    assert all(0 < share <= 1 for share in kept["conditional"])
+    assert len(kept["strong"]) == len(kept["weak"]) == 3
+    assert all(0 < share <= 1 for share in kept["strong"])
     shown = capsys.readouterr().out
     for word in ("FID", "KID", "IS", "TFLOPs", "ms/image", "digits classifier", "guidance 2"):
         assert word in shown
@@ -89,8 +94,8 @@ def test_the_figures_are_those_of_the_images_that_generate_writes(run, tmp_path,
 
     images, _ = Source(grid=8).images()
     order = np.random.default_rng(0).permutation(len(images))[:180]
-    real = network(((images[order].half().float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)).features
-    expected = compare(Statistics.of([real], 180), lambda: iter([seen]), ["fid", "kid", "is"])
+    real = network(((images[order].half().float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8))
+    expected = compare(Statistics.of([real], 180), lambda: iter([seen]), ["fid", "kid", "is", "prc"])
     assert result["metrics"] == pytest.approx(expected, rel=1e-4)
     # a reference in another form is the same reference
     np.savez(tmp_path / "real.npz", arr_0=_rgb(images[order]))
@@ -154,7 +159,15 @@ def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):
         ("count=0", "count=0 is not a positive number"),
         ("drop_fractions=[0,1.0]", r"drop_fractions=1 is outside"),
         ("drop_fractions=[]", "asks for nothing"),
-        ("metrics=[prc]", "'prc' is not one of"),
+        ("metrics=[fids]", "'fids' is not one of"),
+        ("metrics=[sfid]", "sFID needs spatial features, which digits classifier has not"),
+        ("guidance.scale=[]", "guidance.scale=\\[\\] asks for nothing"),
+        ("guidance.scale=[1,many]", "guidance.scale='many' is not a number"),
+        ("weights=[ema,best]", "weights='best' is not one of ema, raw"),
+        ("uncond_drop_fractions=[1]", "uncond_drop_fractions=1 is outside"),
+        ("max_images=40", "max_images=40 is less than one measurement takes, count=44"),
+        ("max_hours=0", "max_hours=0 is not positive"),
+        ("search=true", "search=true looks between two scales at least"),
         ("drop_fractions=0.3", r"a list is needed, such as drop_fractions=\[0.3\]"),
         ("features=own", r"features.module._target_ is not set: give features.module._target_="),
         ("time_rounds=-1", "time_rounds=-1 is negative"),
@@ -180,3 +193,195 @@ def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):
         run(checkpoint, "guidance.drop_fraction=0.2", out="wrong")
     (result,) = run(checkpoint, "drop_fractions=[0]", out="dit").values()
     assert "keep_ratio" not in result
+
+
+GRID = ("guidance.scale=[1,2]", "uncond_drop_fractions=[0,0.5]", "guidance.weak=[uncond,budget]")
+ALL = (*CORNERS, "features.archive_statistics=true", "count=24", "metrics=[fid,sfid,kid,is,prc]")
+
+
+@pytest.fixture
+def archive(tmp_path, digits):
+    """A look-alike of the ADM suite's reference archive."""
+    random = np.random.default_rng(0)
+    images = random.integers(256, size=(40, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "VIRTUAL_imagenet256_labeled.npz", arr_0=images, **archive_arrays())
+    return tmp_path / "VIRTUAL_imagenet256_labeled.npz"
+
+
+@pytest.fixture
+def measured(run, archive):
+    """Evaluate with all metrics against the archive; returns the files' contents by what they measure."""
+
+    def to(*overrides: str, out: str) -> dict[tuple, dict]:
+        run(f"reference={archive}", *ALL, *overrides, out=out)
+        results = [json.loads(file.read_text()) for file in (archive.parent / out).glob("[!.]*.json")]
+        return {point(result["plan"]): result for result in results}
+
+    return to
+
+
+def point(plan):
+    guidance = plan["guidance"]
+    scale, weak = guidance["scale"], guidance["weak"] if guidance["scale"] != 1 else None
+    return plan["weights"], scale, weak, guidance["drop_fraction"], guidance["uncond_drop_fraction"]
+
+
+def test_a_grid_is_what_its_points_are_alone(measured, capsys):
+    found = measured(*GRID, "drop_fractions=[0,0.2]", out="grid")
+    expected = {("ema", 1.0, None, drop, None) for drop in (0.0, 0.2)}
+    expected |= {("ema", 2.0, "uncond", drop, rho) for drop in (0.0, 0.2) for rho in (0.0, 0.5)}
+    expected |= {("ema", 2.0, "budget", drop, 0.5) for drop in (0.0, 0.2)}
+    assert set(found) == expected
+    shown = capsys.readouterr().out
+    assert "Left out: guidance.weak=budget, drop fraction 0.2, of the weak half 0: the weak half would be" in shown
+    assert shown.count("Best: FID") == 6
+    some = (("ema", 1.0, None, 0.2, None), ("ema", 2.0, "budget", 0.2, 0.5), ("ema", 2.0, "uncond", 0.0, 0.5))
+    for number, key in enumerate(some):
+        _, scale, weak, drop, rho = key
+        values = {"scale": scale, "weak": weak or "null", "drop_fraction": drop, "uncond_drop_fraction": rho or "null"}
+        (alone,) = measured(
+            *(f"guidance.{name}={value}" for name, value in values.items()), out=f"alone{number}"
+        ).values()
+        for name in ("metrics", "plan", "keep_ratio", "tflops_per_image"):
+            assert alone[name] == found[key][name]
+    results = {key: result["metrics"]["fid"] for key, result in found.items()}
+    assert len(set(results.values())) == len(results)
+
+
+def test_both_kinds_of_weights(measured, run):
+    found = measured("weights=[ema,raw]", out="both")
+    assert set(found) == {(kind, 1.0, None, 0.0, None) for kind in ("ema", "raw")}
+    ema, raw = (found[kind, 1.0, None, 0.0, None] for kind in ("ema", "raw"))
+    assert ema["metrics"]["fid"] != raw["metrics"]["fid"]
+
+
+def test_the_published_way_as_the_documentation_types_it(run, archive, monkeypatch):
+    """All figures of an archive with mu, sigma, mu_s and sigma_s by independent computations."""
+    from scipy.linalg import sqrtm
+
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (command,) = re.findall(r"python -m dcdit.evaluate (checkpoint=\S+ reference=VIRTUAL\S+)", page)
+    monkeypatch.chdir(archive.parent)
+    (archive.parent / "runs").mkdir()
+    (archive.parent / "runs" / "b_n4").symlink_to(run.checkpoint.parents[1])
+    config = compose_config(*command.split(), *SETTINGS, *ALL, "cache=cache", "metrics=null", name="evaluate")
+    (file,) = evaluate.run(config)
+    result = json.loads(file.read_text())
+    assert result["plan"]["reference"]["published"] == ["features", "spatial"]
+    assert result["plan"]["labels"] == "random"
+    assert differences_from_published(result) == [
+        *("24 images instead of 50,000", "features of Corners instead of inception-v3-compat")
+    ]
+    folder = generate.run(compose_config(command.split()[0], "out=out", "count=24", *SETTINGS[2:], name="generate"))
+    with np.load(folder / "samples.npz") as stored, np.load(archive) as reference:
+        seen = [x.double().numpy() for x in Corners()(torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2))]
+        real = Corners()(torch.from_numpy(reference["arr_0"]).permute(0, 3, 1, 2))[0].double().numpy()
+        for key, features, suffix in (("fid", seen[0], ""), ("sfid", seen[2], "_s")):
+            mu, sigma = reference[f"mu{suffix}"], reference[f"sigma{suffix}"]
+            nu, tau = features.mean(0), np.cov(features.T)
+            expected = ((mu - nu) ** 2).sum() + np.trace(sigma + tau - 2 * sqrtm(sigma @ tau).real)
+            assert result["metrics"][key] == pytest.approx(expected, rel=1e-6)
+
+    def inside(points, centres):
+        radii = np.sort(np.linalg.norm(centres[:, None] - centres, axis=2), axis=1)[:, 3]
+        return (np.linalg.norm(points[:, None] - centres, axis=2) <= radii).any(axis=1).mean()
+
+    assert result["metrics"]["precision"] == pytest.approx(inside(seen[0], real))
+    assert result["metrics"]["recall"] == pytest.approx(inside(real, seen[0]))
+    probabilities = np.exp(seen[1]) / np.exp(seen[1]).sum(1, keepdims=True)
+    whole = np.exp((probabilities * np.log(probabilities / probabilities.mean(0))).sum(1).mean())
+    assert result["metrics"]["inception_score"] == pytest.approx(whole, rel=0.1)  # of ten splits of a few images
+
+
+def test_a_grid_on_two_processes_after_a_kill_and_in_any_batches(measured, monkeypatch, capsys):
+    points = ("guidance.scale=[1,2]", "uncond_drop_fractions=[0.5]", "guidance.weak=[uncond,budget]", "chunk_size=7")
+    whole = measured(*points, out="whole")
+    assert len(whole) == 3
+    for rank in (1, 0):
+        monkeypatch.setattr(evaluate, "processes", lambda rank=rank: (rank, 2))
+        two = measured(*points, "cache=null", out="two")
+    monkeypatch.undo()
+    calls, forward = [], FeatureNetwork.forward
+
+    def breaks(self, images):
+        calls.append(1)
+        if len(calls) > 9:  # in the second point
+            raise KeyboardInterrupt
+        return forward(self, images)
+
+    monkeypatch.setattr(FeatureNetwork, "forward", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        measured(*points, out="broken")
+    monkeypatch.undo()
+    again = measured(*points, out="broken")
+    same = ("metrics", "tflops_per_image", "keep_ratio")
+    for other in (two, again):
+        assert set(other) == set(whole)
+        for key, each in other.items():
+            assert [each[name] for name in same] == [whole[key][name] for name in same]
+    for size in (1, 7, 64):
+        batches = measured(*points, f"batch_size={size}", out=f"batch{size}")
+        for key, each in batches.items():
+            assert each["metrics"] == pytest.approx(whole[key]["metrics"], rel=1e-4, abs=1e-6)
+
+
+def test_limits_of_images_and_of_time(measured, capsys, monkeypatch):
+    found = measured(*GRID, "max_images=60", out="few")
+    assert set(found) == {("ema", 1.0, None, 0.0, None), ("ema", 2.0, "uncond", 0.0, 0.0)}
+    assert "max_images=60 leaves out 2 combinations" in capsys.readouterr().out
+    found = measured(*GRID, "max_hours=1e-9", "chunk_size=7", out="late")
+    assert not found
+    assert "Not all is measured, max_hours is over" in capsys.readouterr().out
+    assert len(measured(*GRID, "chunk_size=7", out="late")) == 4
+
+
+def test_a_search_takes_few_images_first_and_more_near_the_best(measured, archive, capsys, monkeypatch):
+    """FID is made a parabola with its least at 2.2: the rounds close in on it."""
+
+    def parabola(reference, chunks, wanted, seed=0):
+        return {"fid": (current[0] - 2.2) ** 2 + 1.0}
+
+    current, finalize = [], Measurement.finalize
+
+    def remember(self):
+        current[:] = [self.sampling.guidance.settings.scale]
+        return finalize(self)
+
+    monkeypatch.setattr("dcdit.evaluation.measure.compare", parabola)
+    monkeypatch.setattr(Measurement, "finalize", remember)
+    words = ("search=true", "guidance.scale=[1,2,3,4]", "uncond_drop_fractions=[0.5]", "metrics=[fid]", "count=120")
+    found = measured(*words, "chunk_size=60", out="searched")
+    log = (archive.parent / "searched" / "search.log").read_text().splitlines()
+    assert log == [
+        "ema weights, ρ 0, weak half: no class, ρ 0.5: round 1, 12 images, FID at scale 1 -> 2.44, 2 -> 1.04,"
+        " 3 -> 1.64, 4 -> 4.24; best 2",
+        "ema weights, ρ 0, weak half: no class, ρ 0.5: round 2, 40 images, FID at scale 1.5 -> 1.49, 2 -> 1.04,"
+        " 2.5 -> 1.09; best 2",
+        "ema weights, ρ 0, weak half: no class, ρ 0.5: round 3, 120 images, FID at scale 1.75 -> 1.203, 2 -> 1.04,"
+        " 2.25 -> 1.002; best 2.25",
+    ]
+    assert {key[1] for key, each in found.items() if each["plan"]["count"] == 120} == {1.75, 2.0, 2.25}
+    # the same command measures nothing anew; less is stopped in words
+    monkeypatch.setattr(FeatureNetwork, "forward", lambda *call: pytest.fail("measured again"))
+    measured(*words, "chunk_size=60", "time_rounds=0", out="searched")
+    assert (archive.parent / "searched" / "search.log").read_text().splitlines() == log
+    monkeypatch.undo()
+    measured(*words, "max_images=100", out="stopped")
+    assert "stopped before round 2, max_images=100" in capsys.readouterr().out
+
+
+def test_weak_checkpoints(measured, tiny, trained_run, tmp_path):
+    """Autoguidance by an earlier, other network; both counted, the weak one told by its weights."""
+    other = tiny("weak", "trainer.max_steps=2", "model.depth=1")
+    place = f"guidance.weak_checkpoint={other}/checkpoints/last.ckpt"
+    (found,) = measured("guidance.scale=2", place, out="guided").values()
+    (lite,) = measured("guidance.scale=2", out="lite").values()
+    guidance = found["plan"]["guidance"]
+    assert (guidance["weak"], len(guidance["weak_checkpoint"])) == ("budget", 16)
+    assert found["tflops_per_image"] < lite["tflops_per_image"]
+    assert found["metrics"] != lite["metrics"]
+    with pytest.raises(UserError, match=r"guidance.weak_checkpoint=nowhere does not exist"):
+        measured("guidance.scale=2", "guidance.weak_checkpoint=nowhere", out="wrong")
+    fewer = tiny("fewer", "trainer.max_steps=2", "model.num_classes=4", "data.num_classes=4")
+    with pytest.raises(UserError, match="number of classes of 4, the checkpoint 10"):
+        measured("guidance.scale=2", f"guidance.weak_checkpoint={fewer}/checkpoints/last.ckpt", out="wrong")

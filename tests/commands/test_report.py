@@ -16,7 +16,7 @@ from support.configs import PLAIN_DIT, compose_config
 
 from dcdit import evaluate, report
 from dcdit.errors import UserError
-from dcdit.evaluation.results import arrange, read_results
+from dcdit.evaluation.results import arrange, best_words, differences_from_published, pareto, read_results
 from dcdit.settings.entry import with_paths
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -68,7 +68,7 @@ def test_seeds_are_one_curve_and_baselines_points(runs):
     plain, small = sorted(section.series, key=lambda series: series.name)
     assert (plain.name, plain.network, len(plain.points)) == ("plain <DiT>", "DiT/2", 1)
     assert (small.name, small.network) == ("small", "DC-DiT")
-    assert [(point.drop, len(point.results)) for point in small.points] == [(0.0, 2), (0.5, 2)]
+    assert [(point.at, len(point.results)) for point in small.points] == [(0.0, 2), (0.5, 2)]
     seeds = {result.values["training"]["seed"] for result in small.points[0].results}
     assert seeds == {0, 1}
 
@@ -76,27 +76,103 @@ def test_seeds_are_one_curve_and_baselines_points(runs):
 def test_what_was_measured_again_counts_once(runs, tmp_path):
     (path, *_) = (runs / "small_sweep").rglob("evaluation/*.json")
     values = json.loads(path.read_text())
-    values["plan"]["batch_size"], values["metrics"]["fid_torch"] = 7, -1.0
+    values["plan"]["batch_size"], values["metrics"]["fid"] = 7, -1.0
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "again.json").write_text(json.dumps(values))
     before, after = (read_results(places)[0] for places in ([str(runs)], [str(runs), str(tmp_path)]))
     assert len(after) == len(before)
-    assert [each.values["metrics"]["fid_torch"] for each in after].count(-1.0) == 1  # the newer one
+    assert [each.values["metrics"]["fid"] for each in after].count(-1.0) == 1  # the newer one
+
+
+def changed(runs, to, **plan):
+    """A result of another plan, beside ``runs``."""
+    (path, *_) = (runs / "small_sweep").rglob("evaluation/*_drop0_*.json")
+    values = json.loads(path.read_text())
+    for key, value in plan.items():
+        if isinstance(value, dict):
+            values["plan"][key].update(value)
+        else:
+            values["plan"][key] = value
+    return written_result(values, to)
+
+
+def written_result(values, to):
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(json.dumps(values))
+    return values
 
 
 def test_other_settings_are_another_section(runs, tmp_path):
-    (path, *_) = (runs / "small_sweep").rglob("evaluation/*.json")
-    values = json.loads(path.read_text())
-    values["plan"]["guidance"]["scale"] = 4.0
-    (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "other.json").write_text(json.dumps(values))
+    changed(runs, tmp_path / "evaluation" / "other.json", rounding="truncate")
     sections = arrange(read_results([str(runs), str(tmp_path)])[0])
-    assert [sum(len(p.results) for s in section.series for p in s.points) for section in sections] in ([5, 1], [1, 5])
+    assert [len(section.results) for section in sections] in ([5, 1], [1, 5])
     page = written(runs, tmp_path / "report", f"runs=[{runs},{tmp_path}]")
     plots = {file.name for file in page.parent.glob("*.png")}
     assert {"1_keep_ratio.png", "2_keep_ratio.png"} <= plots
     assert len([name for name in plots if "tflops" in name]) == 1  # a single point is no trade-off
     assert page.read_text().count("<h2") == page.read_text().count('<li><a href="#s') == 2
+
+
+def test_a_grid_of_guidance(runs, tmp_path):
+    """FID over the scale at each budget, the best of each, and the front; scale 1 stands on every curve."""
+    expected = {}
+    for weak, rho in (("uncond", None), ("uncond", 0.9), ("budget", 0.9)):
+        for scale, fid in ((1.5, 20.0), (2.0, 10.0 if weak == "uncond" else 25.0), (3.0, 30.0)):
+            guidance = {"scale": scale, "weak": weak, "uncond_drop_fraction": rho}
+            fid -= 2.0 if rho else 0.0
+            values = changed(runs, tmp_path / "evaluation" / f"{weak}{rho}{scale}.json", guidance=guidance)
+            values["metrics"]["fid"], values["tflops_per_image"] = fid, 2.0 if rho is None else 1.5
+            written_result(values, tmp_path / "evaluation" / f"{weak}{rho}{scale}.json")
+            expected[weak, rho, scale] = fid
+    alone = changed(runs, tmp_path / "evaluation" / "alone.json")
+    alone["metrics"]["fid"], alone["tflops_per_image"] = 40.0, 1.0
+    written_result(alone, tmp_path / "evaluation" / "alone.json")
+    results, _ = read_results([str(tmp_path)])
+    (section,) = arrange(results)
+    assert len(section.results) == 10
+    assert [[point.at for point in series.points] for series in section.scales] == [[1.0, 1.5, 2.0, 3.0]] * 3
+    names = {series.name.partition(", ")[2]: series for series in section.scales}
+    assert set(names) == {"weak half: no class", "weak half: no class, ρ 0.9", "weak half: same class, ρ 0.9"}
+    assert [point.figures("metrics", "fid") for point in names["weak half: same class, ρ 0.9"].points] == [
+        *([40.0], [18.0], [23.0], [28.0])
+    ]
+    assert sorted(best_words(results)) == [
+        "FID 10 at guidance 2 (ema weights, ρ 0, weak half: no class)",
+        "FID 18 at guidance 1.5 (ema weights, ρ 0, weak half: same class, ρ 0.9)",
+        "FID 8 at guidance 2 (ema weights, ρ 0, weak half: no class, ρ 0.9)",
+    ]
+    front = [(each.values["tflops_per_image"], each.figure("fid")) for each in pareto(results, section.figures[0])]
+    assert front == [(1.0, 40.0), (1.5, 8.0)]
+    page = written(runs, tmp_path / "report", f"runs=[{tmp_path}]")
+    assert {"guidance.png", "tflops.png"} <= {file.name for file in page.parent.glob("*.png")}
+    text = page.read_text()
+    assert "Best: FID 8 at guidance 2" in text
+    assert text.count("front") >= 2
+
+
+def test_what_makes_figures_comparable_with_published_ones(runs, tmp_path):
+    published = {
+        "features": {"name": "inception-v3-compat"},
+        "reference": {"published": ["features", "spatial"]},
+        "metrics": ["fid", "kid", "is", "prc"],
+        "count": 50_000,
+    }
+    values = changed(runs, tmp_path / "evaluation" / "as.json", **published)
+    assert differences_from_published(values) == []
+    page = written(runs, tmp_path / "one", f"runs=[{tmp_path}]").read_text()
+    assert "Measured as\npublished figures are" in page
+    assert "against the statistics of the whole set in" in page
+    for change, words in (
+        ({"labels": "balanced"}, "balanced labels instead of random ones"),
+        ({"count": 10_000}, "10,000 images instead of 50,000"),
+        ({"precision": "bf16"}, "sampled in bf16"),
+        ({"reference": {"published": []}}, "FID against images instead of the statistics"),
+        ({"reference": {"published": ["features"]}, "metrics": ["fid", "sfid"]}, "sFID against images"),
+        ({"features": {"name": "digits classifier"}}, "features of digits classifier instead of"),
+    ):
+        values = changed(runs, tmp_path / "two" / "x.json", **{**published, **change})
+        (found,) = differences_from_published(values)
+        assert words in found
 
 
 def test_measurements_as_csv_and_json(runs, tmp_path):
@@ -108,7 +184,7 @@ def test_measurements_as_csv_and_json(runs, tmp_path):
     by_run = {(row["run"], float(row["drop_fraction"])): row for row in rows}
     for result in results:
         row = by_run[result["run"], result["plan"]["guidance"]["drop_fraction"]]
-        assert float(row["fid_torch"]) == result["metrics"]["fid_torch"]
+        assert float(row["fid"]) == result["metrics"]["fid"]
         assert float(row["tflops_per_image"]) == result["tflops_per_image"]
         assert (row["weights"], row["sampler_steps"], row["count"]) == ("ema", "3", "40")
         assert row["features"] == "digits classifier"
@@ -183,7 +259,7 @@ def change(values: dict, key: str, value: object) -> None:
     [
         ("run", ["x"], r"run=\['x'\] is not a text"),
         ("tflops_per_image", -1.0, "tflops_per_image=-1 is negative"),
-        ("metrics.fid_torch", "low", "metrics.fid_torch='low' is not a number"),
+        ("metrics.fid", "low", "metrics.fid='low' is not a number"),
         ("plan.metrics", ["fid", "best"], "plan.metrics='best' is not one of"),
         ("plan.guidance.drop_fraction", 1.5, r"plan.guidance.drop_fraction=1.5 is outside"),
         ("plan.sampler.steps", 10**12, "keep_ratio has not the 1000000000000 steps"),

@@ -10,7 +10,7 @@ from torch import nn
 
 from dcdit.data.autoencoder import to_uint8
 from dcdit.data.builtin import Digits as Source
-from dcdit.errors import UserError
+from dcdit.errors import NotFiniteError, UserError
 from dcdit.evaluation.features import DigitsClassifier, Features, InceptionFeatures, OwnFeatures, TimmFeatures
 
 
@@ -44,6 +44,7 @@ def test_inception_with_weights_from_a_file(inception_weights):
     images = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
     seen = network(images)
     assert (seen.features.shape, seen.logits.shape) == ((2, 2048), (2, 1008))
+    assert (seen.spatial.shape, network.num_spatial) == ((2, 2023), 2023)
     assert not network.training
     assert not any(parameter.requires_grad for parameter in network.parameters())
     with torch.autocast("cpu", dtype=torch.bfloat16):  # whatever surrounds it
@@ -51,6 +52,40 @@ def test_inception_with_weights_from_a_file(inception_weights):
     # grey images are three equal channels
     grey = images[:, :1]
     assert torch.equal(network(grey).features, network(grey.repeat(1, 3, 1, 1)).features)
+
+
+def test_spatial_features_are_seven_channels_of_mixed_6_channels_last(inception_weights):
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as resize
+
+    network = InceptionFeatures(str(inception_weights))
+    images = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
+    seen, inner = network(images), network.network
+    x = (resize(images.float(), size=(299, 299), align_corners=False) - 128) / 128
+    with torch.no_grad():
+        for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3"):
+            x = getattr(inner, name)(x)
+        for name in ("MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"):
+            x = getattr(inner, name)(x)
+        branch = inner.Mixed_6d.branch1x1
+        x = torch.relu(branch.bn(branch.conv(x)))
+    assert x.shape == (2, 192, 17, 17)
+    by_hand = seen.spatial.view(2, 17, 17, 7)
+    torch.testing.assert_close(by_hand[1, 3, 5], x[1, :7, 3, 5])
+    torch.testing.assert_close(by_hand.permute(0, 3, 1, 2), x[:, :7])
+
+
+def test_features_that_are_not_finite_are_named():
+    class Breaks(nn.Module):
+        def forward(self, images):
+            found = images.float().mean(dim=(2, 3))
+            return found / (found != 7), found
+
+    network = OwnFeatures(Breaks())
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    images[2] = 7
+    with pytest.raises(NotFiniteError, match="the features that Breaks sees in this image are not finite") as caught:
+        network(images)
+    assert caught.value.row == 2
 
 
 class _Hostile:

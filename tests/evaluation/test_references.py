@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.features import Corners, archive_arrays
 
 from dcdit.data.builtin import Digits
 from dcdit.data.shards import write_shards
@@ -73,12 +74,69 @@ def test_archives_stored_and_compressed(tmp_path):
     for name in ("stored.npz", "packed.npz"):
         found = opened(tmp_path / name).read([8, 2, 3])
         assert torch.equal(found, torch.from_numpy(content[[8, 2, 3]]).permute(0, 3, 1, 2))
-    np.savez(tmp_path / "moments.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "half.npz", mu=np.zeros(3))
     np.savez(tmp_path / "floats.npz", arr_0=content / 255)
     (tmp_path / "text.npz").write_text("no archive")
-    for name in ("moments.npz", "floats.npz", "text.npz"):
-        with pytest.raises(UserError, match=r"holds no images as arr_0"):
+    for name in ("half.npz", "floats.npz", "text.npz"):
+        with pytest.raises(UserError, match=r"holds neither images as arr_0.* nor statistics"):
             opened(tmp_path / name)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_statistics_that_come_with_an_archive_are_used_as_they_are(tmp_path, save, dtype):
+    content = np.random.default_rng(0).integers(256, size=(60, 8, 8, 3), dtype=np.uint8)
+    arrays = {key: value.astype(dtype) for key, value in archive_arrays().items()}
+    save(tmp_path / "adm.npz", arr_0=content, **arrays)
+    images, network = opened(tmp_path / "adm.npz"), OwnFeatures(Corners(), size=8, archive_statistics=True)
+    reference = ReferenceStatistics(images, network, tmp_path, None, 50, 16)
+    assert reference.published == ["features", "spatial"]
+    reference.work(0, 1, Display(0, "reading", "part"))
+    found = reference.finalize()
+    seen = network(images.read(range(60)))
+    assert torch.equal(found.features, seen.features)  # the images serve precision, recall and KID
+    for moments, suffix in ((found.moments, ""), (found.spatial, "_s")):
+        mean = moments.total / moments.count
+        covariance = (moments.outer - moments.count * torch.outer(mean, mean)) / (moments.count - 1)
+        assert torch.allclose(mean, torch.from_numpy(arrays[f"mu{suffix}"]).double())
+        assert torch.allclose(covariance, torch.from_numpy(arrays[f"sigma{suffix}"]).double())
+    # another network's features are other numbers: the images count
+    other = ReferenceStatistics(images, OwnFeatures(Corners(), size=8), tmp_path, None, 50, 16)
+    assert other.published == []
+    other.work(0, 1, Display(0, "reading", "part"))
+    assert torch.allclose(other.finalize().moments.total, seen.features.double().sum(0))
+
+
+def test_images_are_left_alone_where_statistics_are_enough(tmp_path):
+    np.savez(tmp_path / "moments.npz", **archive_arrays())
+    images, network = opened(tmp_path / "moments.npz", 16), OwnFeatures(Corners(), size=8, archive_statistics=True)
+    assert images.count == 0
+    reference = ReferenceStatistics(images, network, tmp_path / "none", None, 50, 16, ["features", "spatial"])
+    reference.work(0, 1, Display(0, "reading", "part"))
+    assert len(reference.finalize().moments.total) == 4
+    assert not (tmp_path / "none").exists()
+
+
+def test_statistics_that_cannot_be_used(tmp_path):
+    network = OwnFeatures(Corners(), size=8, archive_statistics=True)
+    good = archive_arrays()
+    for name, arrays, message in (
+        ("wide.npz", archive_arrays(5), r"mu cannot be used: it has shape \(5,\), the features ask for \(4,\)"),
+        ("whole.npz", {**good, "sigma": np.eye(4, dtype=int)}, "sigma cannot be used: sigma is int64"),
+        ("nan.npz", {**good, "mu_s": np.full(3, np.nan)}, "mu_s cannot be used: not all of it is finite"),
+        ("pickled.npz", {**good, "mu": np.array([None] * 4)}, "mu cannot be used: mu is object"),
+    ):
+        np.savez(tmp_path / name, **arrays)
+        with pytest.raises(UserError, match=message):
+            opened(tmp_path / name).moments(network)
+    path = tmp_path / "cut.npz"
+    np.savez(path, **good)
+    content = bytearray(path.read_bytes())
+    at = content.index(good["sigma"].tobytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="sigma cannot be used: Bad CRC"):
+        opened(path).moments(network)
 
 
 def test_folders(tmp_path):
@@ -120,13 +178,13 @@ def test_statistics_of_a_reference_are_computed_once_by_all(digits, tmp_path, mo
         references().work(rank, 2, Display(rank, "reading", "part"))
     found = references().finalize()
     features = network(images.read(range(180))).features
-    assert found.count == 180
-    assert torch.allclose(found.total, features.double().sum(0))
-    assert torch.allclose(found.outer, features.double().T @ features.double())
+    assert found.moments.count == 180
+    assert torch.allclose(found.moments.total, features.double().sum(0))
+    assert torch.allclose(found.moments.outer, features.double().T @ features.double())
     monkeypatch.setattr(images, "read", lambda numbers: pytest.fail("read again"))
     references().work(0, 1, Display(0, "reading", "part"))
     monkeypatch.undo()
     assert references(10).path != references().path
     few = references(10)
     few.work(0, 1, Display(0, "reading", "part"))
-    assert few.finalize().count == 10
+    assert few.finalize().moments.count == 10

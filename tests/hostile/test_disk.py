@@ -17,6 +17,7 @@ from support.damage import damaged, damages, nothing_outside
 
 from dcdit import generate, status
 from dcdit.errors import UserError
+from dcdit.evaluation.features import Features
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runs.failure import note_failure
 from dcdit.runs.progress import progress_of
@@ -184,7 +185,7 @@ def test_formulas_in_tables_stay_text(tmp_path):
 
 
 def some_statistics() -> Statistics:
-    return Statistics.of([torch.randn(20, 3, generator=torch.Generator().manual_seed(0))], 20)
+    return Statistics.of([Features(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), None)], 20)
 
 
 READERS = {
@@ -194,7 +195,9 @@ READERS = {
     ),
     "statistics.npz": (
         lambda path: some_statistics().save(path),
-        lambda path: [each.tolist() for each in (lambda s: (s.total, s.outer, s.features))(Statistics.load(path))],
+        lambda path: [
+            each.tolist() for each in (lambda s: (s.moments.total, s.moments.outer, s.features))(Statistics.load(path))
+        ],
     ),
     "plan.json": (
         lambda path: write_json(path, {"a": [1, 2.5, "text", None], "b": {"c": True}}),

@@ -171,5 +171,6 @@ def test_a_small_validation_split_names_the_remedy_that_works(tmp_path):
 def test_the_weights_of_moments_stay_finite():
     from dcdit.data.autoencoder import to_uint8
 
-    with pytest.raises(UserError, match="image 1 of the batch is not finite after decoding"):
+    with pytest.raises(UserError, match="a decoded image is not finite") as caught:
         to_uint8(torch.tensor([[0.0], [float("nan")], [float("inf")]]))
+    assert caught.value.row == 1

@@ -6,12 +6,12 @@ from support.configs import perturb
 
 from dcdit.checkpoints.load import Model
 from dcdit.compute.flops import count
-from dcdit.data.autoencoder import NotFiniteError, to_uint8
+from dcdit.data.autoencoder import to_uint8
 from dcdit.data.latents import IDENTITY, LatentSpec
 from dcdit.diffusion.guidance import Guidance, GuidedOutput
 from dcdit.diffusion.samplers import Sampler, sample_generator
 from dcdit.diffusion.settings import DDPM, BudgetSettings, GuidanceSettings
-from dcdit.errors import UserError
+from dcdit.errors import NotFiniteError, UserError
 from dcdit.network import DCDiT, DiT
 from dcdit.sampling.budget import calibrate, remembered
 from dcdit.sampling.generate import SampleBatch, generate
@@ -228,8 +228,8 @@ def test_a_sample_that_is_not_finite_is_named_with_its_step(model):
 def test_an_image_that_is_not_finite_is_named(model):
     class Breaks:
         def __call__(self, latents):
-            raise NotFiniteError(2)
+            raise NotFiniteError("a decoded image is not finite", 2)
 
     batch = SampleBatch([7, 9, 30], torch.zeros(3, 1, 8, 8), [], torch.zeros(3))
-    with pytest.raises(UserError, match=r"sample 30, decoding: image 2 of the batch is not finite"):
+    with pytest.raises(UserError, match=r"sample 30: a decoded image is not finite"):
         Sampling(None, None, model, None, SAMPLER, Breaks(), "fp32", None, None).images(batch)

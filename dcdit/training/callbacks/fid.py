@@ -32,7 +32,7 @@ from dcdit.diffusion.settings import SAMPLERS, GuidanceSettings
 from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.images import open_images
-from dcdit.evaluation.metrics import check_metrics, frechet
+from dcdit.evaluation.metrics import check_counts, choose_metrics, frechet
 from dcdit.evaluation.reference_images import ReferenceStatistics, default_cache
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime.display import Display
@@ -138,9 +138,10 @@ class FID(Callback):
         self.features.to(pl_module.device)
         size = decode.size(model.latents, pl_module.device)
         images = open_images(self.reference, size, pl_module.device, self.autoencoder)
+        choose_metrics(["fid"], self.features, bool(images.count), list(images.moments(self.features)))
         cache = Path(self.cache) if self.cache else default_cache()
-        reference = ReferenceStatistics(images, self.features, cache, None, _CHUNK, self.batch_size)
-        check_metrics(["fid"], self.features, self.count, reference.count)
+        reference = ReferenceStatistics(images, self.features, cache, None, _CHUNK, self.batch_size, ["features"])
+        check_counts(["fid"], self.features, self.count, reference)
         self._prepared = _Prepared(decode, self._statistics(reference, trainer))
         self._began = time.monotonic()
 
@@ -210,7 +211,7 @@ class FID(Callback):
         model, rank, world_size = self._model(pl_module, trainer), trainer.global_rank, trainer.world_size
         # the double precision of FID is not to be had on every accelerator
         place = pl_module.device if pl_module.device.type == "cuda" else torch.device("cpu")
-        fid = frechet(prepared.reference, real=rank == 0).to(place)
+        fid = frechet(prepared.reference.moments, real=rank == 0).to(place)
         sums = torch.zeros(2, dtype=torch.float64)  # FLOPs, kept tokens
         first: list[Tensor] = []
         batches = generate(

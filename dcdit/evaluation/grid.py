@@ -1,0 +1,122 @@
+"""All points of an evaluation, from lists of values. No torch here, so that mistakes show at once."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from dcdit.checks import call_checked, shown
+from dcdit.errors import UserError
+from dcdit.evaluation.settings import EvaluateSettings
+from dcdit.sampling.settings import SamplingPlan
+
+LISTS = ("weights", "guidance.weak", "guidance.scale")
+"""Keys of sampling that an evaluation takes lists for, beside its own ``drop_fractions``."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is measured.
+
+    Attributes:
+        settings: of the evaluation.
+        points: what samples at each of them; no two sample the same.
+        left_out: combinations that mean nothing, in words.
+        beyond: how many points ``max_images`` leaves out.
+    """
+
+    settings: EvaluateSettings
+    points: list[SamplingPlan]
+    left_out: list[str]
+    beyond: int
+
+
+def grid_of(values: Mapping[str, Any]) -> Grid:
+    """All combinations of the lists in the plain values of a composed configuration.
+
+    Raises:
+        UserError: naming key, value and remedy.
+    """
+    lists = [_listed(values, key) for key in LISTS]
+    first, own = SamplingPlan.of(_with(values, {"weights": lists[0][0], "guidance.weak": None, "guidance.scale": 1.0}))
+    settings = call_checked(EvaluateSettings, own, "")
+    _check_budget(settings, first)
+    drops: list[float | None] = [*settings.drop_fractions] if settings.drop_fractions else [None]
+    weak_drops: list[float | None] = [*settings.uncond_drop_fractions] if settings.uncond_drop_fractions else [None]
+    points: dict[str, SamplingPlan] = {}
+    left_out: list[str] = []
+    for weights, weak, weak_drop, drop, scale in product(lists[0], lists[1], weak_drops, drops, lists[2]):
+        chosen = {"weights": weights, "guidance.weak": weak, "guidance.scale": scale}
+        chosen |= {} if drop is None else {"guidance.drop_fraction": drop}
+        chosen |= {} if weak_drop is None else {"guidance.uncond_drop_fraction": weak_drop}
+        alone, _ = SamplingPlan.of(_with(values, {**chosen, "guidance.scale": 1.0}))
+        guidance = alone.guidance
+        if scale != 1 and guidance.weak_is_strong:
+            words = f"drop fraction {guidance.drop_fraction:g}, of the weak half {guidance.uncond_drop_fraction or 0:g}"
+            left_out.append(f"guidance.weak=budget, {words}: the weak half would be no weaker, and guide nowhere")
+            continue
+        plan, _ = SamplingPlan.of(_with(values, chosen))
+        if plan.guidance.scale == 1:  # whatever the weak half would have been
+            plan = replace(plan, guidance=replace(guidance, uncond_drop_fraction=None, weak=None, weak_checkpoint=None))
+        points.setdefault(repr(plan), plan)
+    if not points:
+        raise UserError(f"{left_out[0]}: give guidance.uncond_drop_fraction, such as 0.9")
+    scales = {plan.guidance.scale for plan in points.values()}
+    if settings.search and len(scales) < 2:
+        raise UserError(
+            f"search=true looks between two scales at least, and guidance.scale={scales.pop():g} is one: give"
+            " guidance.scale=[1,1.5,2]"
+        )
+    within = _within(list(points.values()), settings)
+    return Grid(settings, within, list(dict.fromkeys(left_out)), len(points) - len(within))
+
+
+def _within(points: list[SamplingPlan], settings: EvaluateSettings) -> list[SamplingPlan]:
+    """As many of the points as ``max_images`` allows; a search counts for itself."""
+    if settings.max_images is None or settings.search:
+        return points
+    if settings.max_images < settings.count:
+        raise UserError(
+            f"max_images={settings.max_images} is less than one measurement takes, count={settings.count}: raise it,"
+            " or take a smaller count"
+        )
+    return points[: settings.max_images // settings.count]
+
+
+def _check_budget(settings: EvaluateSettings, plan: SamplingPlan) -> None:
+    """Raise :class:`UserError` where a budget is given twice, or a search has nothing to search."""
+    others = plan.budget.given or plan.guidance.drop_fraction or plan.guidance.drop_schedule
+    if settings.drop_fractions is not None and others:
+        raise UserError(
+            f"drop_fractions={settings.drop_fractions}: the budget is given by budget, guidance.drop_fraction or"
+            " guidance.drop_schedule too; leave one out"
+        )
+    if settings.uncond_drop_fractions is not None and plan.guidance.uncond_drop_fraction is not None:
+        raise UserError(
+            f"uncond_drop_fractions={settings.uncond_drop_fractions}: guidance.uncond_drop_fraction is given too; leave"
+            " one out"
+        )
+
+
+def _listed(values: Mapping[str, Any], key: str) -> list[Any]:
+    """The values at a dotted key, of which a single one may stand without brackets."""
+    section, _, name = key.rpartition(".")
+    place = values.get(section) if section else values
+    if not isinstance(place, Mapping):
+        return [None]  # told by the plan, which knows the section
+    value = place.get(name)
+    if value == []:
+        raise UserError(f"{key}=[] asks for nothing: name at least one value, such as {key}=[{shown(1)}]")
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _with(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with others at dotted keys."""
+    found = deepcopy(dict(values))
+    for key, value in chosen.items():
+        section, _, name = key.rpartition(".")
+        place = found.get(section) if section else found
+        if isinstance(place, dict):
+            place[name] = value
+    return found

@@ -1,0 +1,175 @@
+"""All points of an evaluation: what they share, measured by any number of processes, timed in turns, and shown."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dcdit.errors import UserError
+from dcdit.evaluation.features import FeatureNetwork
+from dcdit.evaluation.images import open_images
+from dcdit.evaluation.measure import Deadline, Measurement, OutOfTimeError
+from dcdit.evaluation.metrics import COMPUTE, check_counts, choose_metrics
+from dcdit.evaluation.reference_images import ReferenceStatistics, default_cache
+from dcdit.evaluation.results import (
+    Result,
+    best_words,
+    differences_from_published,
+    pareto,
+    reference_words,
+    rounding_words,
+    step_words,
+    weak_words,
+)
+from dcdit.evaluation.settings import EvaluateSettings, figures_of_metrics
+from dcdit.runtime.display import Display
+from dcdit.sampling.setup import Sampling
+
+_REFERENCE_CHUNK = 500
+"""Images of a task on the reference at least: reading is quick."""
+
+
+def build_features(spec: DictConfig, device: torch.device) -> FeatureNetwork:
+    """The feature network that the user's configuration names; UserError if it cannot be had."""
+    try:
+        network = hydra.utils.instantiate(spec)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from None
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        words = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith("full_key"))
+        raise UserError(f"features: {words}" + (f" ({root})" if root is not error else "")) from error
+    if not isinstance(network, FeatureNetwork):
+        raise UserError(
+            f"features: {type(network).__name__} is no FeatureNetwork: give your module as features=own"
+            " features.module._target_=..."
+        )
+    return network.to(device)
+
+
+class Evaluation:
+    """What all points of an evaluation share: reference, features, metrics, and where results go.
+
+    Args:
+        sampling: of one of the points.
+        settings: what to measure.
+        features: the feature network, for Hydra to build.
+
+    Raises:
+        UserError: naming key, value and remedy, if something cannot be had.
+    """
+
+    def __init__(self, sampling: Sampling, settings: EvaluateSettings, features: DictConfig) -> None:
+        self.settings = settings
+        device = sampling.model.device
+        self.network = build_features(features, device)
+        size = sampling.decode.size(sampling.model.latents, device)
+        asked = sampling.plan.settings
+        images = open_images(settings.reference, size, device, asked.autoencoder, asked.rounding)
+        there = list(images.moments(self.network))
+        self.metrics = choose_metrics(settings.metrics, self.network, bool(images.count), there)
+        needed = {COMPUTE[name].reference for name in self.metrics} - {None}
+        cache = Path(settings.cache) if settings.cache else default_cache()
+        chunk_size, limit = max(settings.chunk_size, _REFERENCE_CHUNK), settings.reference_count
+        self.reference = ReferenceStatistics(
+            images, self.network, cache, limit, chunk_size, sampling.batch_size, [str(each) for each in needed]
+        )
+        self.least = check_counts(self.metrics, self.network, settings.count, self.reference)
+        self.out = Path(settings.out) if settings.out else sampling.place.home / "evaluation"
+
+    def of(self, sampling: Sampling, count: int | None = None) -> Measurement:
+        """The measurement of one point; with another number of images, if that is given."""
+        return Measurement(sampling, self.reference, self.metrics, self.settings, self.out, count)
+
+    def measure(self, points: list[Measurement], rank: int, world_size: int, deadline: Deadline) -> list[Measurement]:
+        """Do this process's share of these points, as time allows; returns those whose results are complete."""
+        with Display(rank, "reading the reference", "chunk") as display:
+            self.reference.work(rank, world_size, display)
+        with suppress(OutOfTimeError):
+            for number, each in enumerate(points, 1):
+                words = f"{number}/{len(points)}: {each.title}" if len(points) > 1 else each.title
+                with Display(rank, words, "chunk") as display:
+                    each.work(rank, world_size, display, deadline)
+                each.finalize()
+        # Whoever comes last finds what the others have left.
+        return [each for each in points if each.finalize()]
+
+
+def take_times(measurements: list[Measurement], rounds: int, again: bool) -> None:
+    """Time all points in turns, unless that has been done: under equal conditions, whatever else the machine does."""
+    with measurements[0].lock():  # the first of several processes does it
+        if not again and all(each.timed for each in measurements):
+            return
+        seconds: dict[Measurement, list[float]] = {each: [] for each in measurements}
+        for _ in track(range(rounds), "timing", console=Console(stderr=True), transient=True):
+            for each in measurements:
+                seconds[each].append(each.time_batch())
+        for each in measurements:
+            each.set_time(seconds[each])
+
+
+_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "weights": lambda plan: str(plan["weights"]),
+    "guidance": lambda plan: f"{plan['guidance']['scale']:g}",
+    "weak half": lambda plan: weak_words(plan["guidance"]) or "-",
+    "drop": lambda plan: f"{plan['guidance']['drop_fraction']:g}",
+}
+"""What distinguishes points, for the table."""
+
+
+def table(results: list[Result]) -> Table:
+    """Figures, and what they stand for."""
+    first, plan = results[0].values, results[0].plan
+    sampler, guidance = plan["sampler"], plan["guidance"]
+    cells = {heading: [show(result.plan) for result in results] for heading, show in _COLUMNS.items()}
+    varying = [heading for heading, values in cells.items() if heading == "drop" or len(set(values)) > 1]
+    scale = "" if "guidance" in varying else f", guidance {guidance['scale']:g}"
+    weights = "" if "weights" in varying else f", {plan['weights']} weights"
+    weak = "" if "weak half" in varying or guidance["scale"] == 1 else f", weak half: {weak_words(guidance)}"
+    title = (
+        f"{first['run']}, {step_words(plan['step'])}{weights}, {plan['precision']}:"
+        f" {plan['count']} images, {plan['labels']} labels, {rounding_words(plan)},"
+        f" {sampler['name']} {sampler['steps']} steps{scale}{weak}."
+        f" Features of {plan['features']['name']}, {reference_words(first)}."
+        f" Time on {first['device']}, batches of {first['timing']['batch_size']}"
+    )
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    figures = figures_of_metrics(plan["metrics"])
+    for heading in (*varying, *(figure.heading for figure in figures), "keep ratio", "TFLOPs", "ms/image"):
+        shown.add_column(heading, justify="right")
+    front = {id(result) for result in pareto(results, figures[0])} if len(results) > 1 else set()
+    for number, result in enumerate(results):
+        values = result.values
+        row = [cells[heading][number] for heading in varying]
+        row += [f"{result.figure(figure.key):.4g}" for figure in figures]
+        row.append(f"{values['keep_ratio']['mean']:.1%}" if "keep_ratio" in values else "-")
+        row += [f"{values['tflops_per_image']:.3g}", f"{values['milliseconds_per_image']:.3g}"]
+        shown.add_row(*row, style="bold" if id(result) in front else None)
+    return shown
+
+
+def remarks(results: list[Result]) -> list[str]:
+    """What the table does not say: the best guidance at each budget, and how comparable the figures are."""
+    found = [f"Best: {words}" for words in best_words(results)]
+    if len(results) > 1:
+        found.append("Bold: no other point is both better and cheaper in TFLOPs")
+    differences = differences_from_published(results[0].values)
+    if differences:
+        found.append(f"Not comparable with published figures: {'; '.join(differences)}")
+    else:
+        found.append("Measured as published figures are: FID-50K against the statistics that come with the reference")
+    return found
