@@ -12,6 +12,7 @@ from support.features import CORNERS, Corners, archive_arrays
 from support.processes import end, ranks
 
 from dcdit import evaluate, generate
+from dcdit.checkpoints.locate import SHIPPED
 from dcdit.errors import UserError
 from dcdit.evaluation.features import DigitsClassifier, FeatureNetwork
 from dcdit.evaluation.measure import Measurement
@@ -203,17 +204,17 @@ ALL = (*CORNERS, "features.archive_statistics=true", "count=24", "metrics=[fid,s
 def archive(tmp_path, digits):
     """A look-alike of the ADM suite's reference archive."""
     random = np.random.default_rng(0)
-    images = random.integers(256, size=(40, 8, 8, 3), dtype=np.uint8)
+    images = random.integers(256, size=(40, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "VIRTUAL_imagenet256_labeled.npz", arr_0=images, **archive_arrays())
     return tmp_path / "VIRTUAL_imagenet256_labeled.npz"
 
 
 @pytest.fixture
 def measured(run, archive):
-    """Evaluate with all metrics against the archive; returns the files' contents by what they measure."""
+    """Evaluate the digits that come along, with all metrics, against the archive; returns results by their points."""
 
     def to(*overrides: str, out: str) -> dict[tuple, dict]:
-        run(f"reference={archive}", *ALL, *overrides, out=out)
+        run(f"reference={archive}", "checkpoint=digits", f"paths.runs={archive.parent}", *ALL, *overrides, out=out)
         results = [json.loads(file.read_text()) for file in (archive.parent / out).glob("[!.]*.json")]
         return {point(result["plan"]): result for result in results}
 
@@ -248,11 +249,12 @@ def test_a_grid_is_what_its_points_are_alone(measured, capsys):
     assert len(set(results.values())) == len(results)
 
 
-def test_both_kinds_of_weights(measured, run):
-    found = measured("weights=[ema,raw]", out="both")
-    assert set(found) == {(kind, 1.0, None, 0.0, None) for kind in ("ema", "raw")}
-    ema, raw = (found[kind, 1.0, None, 0.0, None] for kind in ("ema", "raw"))
-    assert ema["metrics"]["fid"] != raw["metrics"]["fid"]
+def test_both_kinds_of_weights(run, tmp_path):
+    run("weights=[ema,raw]", out="both")
+    results = [json.loads(file.read_text()) for file in (tmp_path / "both").glob("[!.]*.json")]
+    ema, raw = sorted(results, key=lambda result: result["plan"]["weights"])
+    assert (ema["plan"]["weights"], raw["plan"]["weights"]) == ("ema", "raw")
+    assert ema["plan"]["checkpoint"] != raw["plan"]["checkpoint"]
 
 
 def test_the_published_way_as_the_documentation_types_it(run, archive, monkeypatch):
@@ -260,10 +262,12 @@ def test_the_published_way_as_the_documentation_types_it(run, archive, monkeypat
     from scipy.linalg import sqrtm
 
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
-    (command,) = re.findall(r"python -m dcdit.evaluate (checkpoint=\S+ reference=VIRTUAL\S+)", page)
+    (command,) = re.findall(
+        r"python -m dcdit.evaluate (checkpoint=\S+ reference=VIRTUAL\S+ precision=\S+)$", page, re.MULTILINE
+    )
     monkeypatch.chdir(archive.parent)
     (archive.parent / "runs").mkdir()
-    (archive.parent / "runs" / "b_n4").symlink_to(run.checkpoint.parents[1])
+    (archive.parent / "runs" / "b_n4").symlink_to(SHIPPED["digits"])
     config = compose_config(*command.split(), *SETTINGS, *ALL, "cache=cache", "metrics=null", name="evaluate")
     (file,) = evaluate.run(config)
     result = json.loads(file.read_text())
@@ -350,7 +354,7 @@ def test_a_search_takes_few_images_first_and_more_near_the_best(measured, archiv
     monkeypatch.setattr("dcdit.evaluation.measure.compare", parabola)
     monkeypatch.setattr(Measurement, "finalize", remember)
     words = ("search=true", "guidance.scale=[1,2,3,4]", "uncond_drop_fractions=[0.5]", "metrics=[fid]", "count=120")
-    found = measured(*words, "chunk_size=60", out="searched")
+    measured(*words, "chunk_size=60", out="searched")
     log = (archive.parent / "searched" / "search.log").read_text().splitlines()
     assert log == [
         "ema weights, ρ 0, weak half: no class, ρ 0.5: round 1, 12 images, FID at scale 1 -> 2.44, 2 -> 1.04,"
@@ -360,7 +364,9 @@ def test_a_search_takes_few_images_first_and_more_near_the_best(measured, archiv
         "ema weights, ρ 0, weak half: no class, ρ 0.5: round 3, 120 images, FID at scale 1.75 -> 1.203, 2 -> 1.04,"
         " 2.25 -> 1.002; best 2.25",
     ]
-    assert {key[1] for key, each in found.items() if each["plan"]["count"] == 120} == {1.75, 2.0, 2.25}
+    plans = [json.loads(file.read_text())["plan"] for file in (archive.parent / "searched").glob("[!.]*.json")]
+    assert {plan["guidance"]["scale"] for plan in plans if plan["count"] == 120} == {1.75, 2.0, 2.25}
+    assert len(plans) == 10
     # the same command measures nothing anew; less is stopped in words
     monkeypatch.setattr(FeatureNetwork, "forward", lambda *call: pytest.fail("measured again"))
     measured(*words, "chunk_size=60", "time_rounds=0", out="searched")
@@ -371,8 +377,8 @@ def test_a_search_takes_few_images_first_and_more_near_the_best(measured, archiv
 
 
 def test_weak_checkpoints(measured, tiny, trained_run, tmp_path):
-    """Autoguidance by an earlier, other network; both counted, the weak one told by its weights."""
-    other = tiny("weak", "trainer.max_steps=2", "model.depth=1")
+    """Autoguidance by another, smaller network; both counted, the weak one told by its weights."""
+    other = tiny("weak", "trainer.max_steps=2", "model.grid=16", f"data.directory={tmp_path}/digits16")
     place = f"guidance.weak_checkpoint={other}/checkpoints/last.ckpt"
     (found,) = measured("guidance.scale=2", place, out="guided").values()
     (lite,) = measured("guidance.scale=2", out="lite").values()
@@ -382,6 +388,6 @@ def test_weak_checkpoints(measured, tiny, trained_run, tmp_path):
     assert found["metrics"] != lite["metrics"]
     with pytest.raises(UserError, match=r"guidance.weak_checkpoint=nowhere does not exist"):
         measured("guidance.scale=2", "guidance.weak_checkpoint=nowhere", out="wrong")
-    fewer = tiny("fewer", "trainer.max_steps=2", "model.num_classes=4", "data.num_classes=4")
-    with pytest.raises(UserError, match="number of classes of 4, the checkpoint 10"):
-        measured("guidance.scale=2", f"guidance.weak_checkpoint={fewer}/checkpoints/last.ckpt", out="wrong")
+    place = f"guidance.weak_checkpoint={trained_run}/checkpoints/last.ckpt"
+    with pytest.raises(UserError, match=r"latents of shape \(1, 8, 8\), the checkpoint \(1, 16, 16\)"):
+        measured("guidance.scale=2", place, out="wrong")
