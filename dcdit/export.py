@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checkpoints.settings import AssumeSettings
+from dcdit.checkpoints.settings import AssumeSettings, WeightsKind
 from dcdit.checks import Matches, call_checked, checked
 from dcdit.errors import UserError
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
@@ -26,7 +26,7 @@ class ExportSettings:
     Attributes:
         checkpoint: what names the weights, see :func:`dcdit.checkpoints.locate.locate`.
         assume: what it cannot say.
-        weights: EMA weights or raw ones.
+        weights: EMA weights, raw ones, or an average of another length, see :data:`WeightsKind`.
         out: folder, or file of ``format=reference``.
         format: ours, or that of the authors' implementation.
         dtype: of the numbers in ``model.safetensors``.
@@ -37,7 +37,7 @@ class ExportSettings:
 
     checkpoint: str
     assume: AssumeSettings
-    weights: Literal["ema", "raw"]
+    weights: WeightsKind
     out: str
     format: Literal["dcdit", "reference"]
     dtype: Literal["fp32", "bf16", "fp16"]

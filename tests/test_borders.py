@@ -33,6 +33,7 @@ COMMANDS = {
     "report",
     "status",
     "flops",
+    "ema",
     "export",
     "extract",
     "inspect_latents",

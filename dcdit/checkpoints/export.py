@@ -9,7 +9,8 @@ import torch
 
 import dcdit
 from dcdit.checkpoints.foreign import reference_state
-from dcdit.checkpoints.load import Kind, Weights, title_of, words
+from dcdit.checkpoints.load import Weights, title_of, weights_words, words
+from dcdit.checkpoints.settings import WeightsKind
 from dcdit.data.latents import IDENTITY, LatentSpec
 from dcdit.diffusion.settings import TRAIN_STEPS
 from dcdit.errors import UserError
@@ -50,13 +51,15 @@ class Card:
     figures: Sequence[Mapping[str, Any]]
 
 
-def write_exported(out: Path, found: Weights, kind: Kind, dtype: Literal["fp32", "bf16", "fp16"], card: Card) -> str:
+def write_exported(
+    out: Path, found: Weights, kind: WeightsKind, dtype: Literal["fp32", "bf16", "fp16"], card: Card
+) -> str:
     """Write the folder; returns in words what is there.
 
     Args:
         out: folder, made if needed.
         found: the weights.
-        kind: EMA weights or raw ones.
+        kind: which weights.
         dtype: of the numbers in the file.
         card: what the model card says.
 
@@ -93,7 +96,7 @@ def write_exported(out: Path, found: Weights, kind: Kind, dtype: Literal["fp32",
     return f"{words(found, network, kind)}: {out}{remark}"
 
 
-def write_reference(out: Path, found: Weights, kind: Kind) -> None:
+def write_reference(out: Path, found: Weights, kind: WeightsKind) -> None:
     """Write a checkpoint in the form of the reference implementation: ``model``, ``ema``, ``opt`` and ``config``.
 
     Raises:
@@ -129,13 +132,13 @@ def push(folder: Path, repository: str, private: bool) -> str:
         ) from error
 
 
-def _network(found: Weights, kind: Kind) -> Network:
+def _network(found: Weights, kind: WeightsKind) -> Network:
     network = build_network(found.model)
     network.load_state_dict(found.of_kind(kind))
     return network.eval()
 
 
-def _card_of(network: Network, found: Weights, kind: Kind, training: Mapping[str, Any], card: Card) -> str:
+def _card_of(network: Network, found: Weights, kind: WeightsKind, training: Mapping[str, Any], card: Card) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(library_name="dcdit", license=card.license, tags=["diffusion", "dc-dit", "class-conditional"])
@@ -150,7 +153,7 @@ def _card_of(network: Network, found: Weights, kind: Kind, training: Mapping[str
         class_name=type(network).__name__,
         network=", ".join(f"{key} {_short(value)}" for key, value in network.spec.items() if key != "name"),
         parameters=f"{sum(parameter.numel() for parameter in network.parameters()):,}",
-        weights={"ema": "EMA weights", "raw": "raw weights"}[kind],
+        weights=weights_words(kind),
         step=f"after {found.step:,} steps" if found.step is not None else "after an unknown number of steps",
         latents=_latents(found.latents),
         classes=_classes(found.latents, network),

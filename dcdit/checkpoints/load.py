@@ -5,15 +5,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from dcdit.checkpoints.foreign import described_by_shapes, diffusers_network, published_latents
 from dcdit.checkpoints.locate import Place, locate, weights_of_folder
+from dcdit.checkpoints.power_ema import FOLDER, PowerAverages
 from dcdit.checkpoints.read import read_checkpoint
-from dcdit.checkpoints.settings import AS_PUBLISHED, AssumeSettings
+from dcdit.checkpoints.settings import AS_PUBLISHED, AssumeSettings, WeightsKind, length_of
 from dcdit.checks import Bounds, conform
 from dcdit.data.latents import LatentSpec
 from dcdit.errors import UserError
@@ -26,7 +27,6 @@ from dcdit.settings.published import published_scales
 _PREFIX = "network."  # of the network's parameters within a checkpoint of ours
 
 Step = Annotated[int, Bounds(0, 99_999_999, hint="it is a number of optimiser steps")]
-Kind = Literal["ema", "raw"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Weights:
         ema, raw: parameters by name; None where the file does not hold these.
         training: how it was trained: hyper-parameters, as far as they are known.
         told: whether the file names its classes.
+        averages: from which EMA weights of any length are put together; None if there are none.
     """
 
     source: str
@@ -51,9 +52,18 @@ class Weights:
     raw: Mapping[str, Tensor] | None
     training: Mapping[str, Any] = field(default_factory=dict)
     told: bool = True
+    averages: PowerAverages | None = None
 
-    def of_kind(self, kind: Kind) -> Mapping[str, Tensor]:
-        """EMA weights or raw ones; UserError if the file does not hold them."""
+    def of_kind(self, kind: WeightsKind) -> Mapping[str, Tensor]:
+        """EMA weights, raw ones, or an average of another length; UserError if the file does not hold them."""
+        length = length_of(kind)
+        if length is not None:
+            if self.averages is None or self.ema is None:
+                raise UserError(
+                    f"weights={kind}: this {self.source} keeps no averages of which one of any length could be made:"
+                    " train with callbacks.power_ema.lengths=[0.05,0.1]"
+                )
+            return {**self.ema, **self.averages.at(length)}
         found = self.raw if kind == "raw" else self.ema
         if found is None:
             other = "ema" if kind == "raw" else "raw"
@@ -109,7 +119,7 @@ class Model:
 
 def load_model(
     checkpoint: str | PathLike[str] | Place,
-    weights: Kind = "ema",
+    weights: WeightsKind = "ema",
     device: torch.device | str = "cpu",
     assume: AssumeSettings = AS_PUBLISHED,
 ) -> Model:
@@ -117,7 +127,7 @@ def load_model(
 
     Args:
         checkpoint: what names it, see :func:`dcdit.checkpoints.locate.locate`.
-        weights: ``ema`` or ``raw``.
+        weights: ``ema``, ``raw``, or ``ema@0.05`` for an average of that relative length.
         device: where the network goes.
         assume: what a file of another program cannot say.
 
@@ -129,7 +139,7 @@ def load_model(
     return build_model(read_weights(place, assume), weights, device)
 
 
-def build_model(found: Weights, kind: Kind, device: torch.device | str = "cpu") -> Model:
+def build_model(found: Weights, kind: WeightsKind, device: torch.device | str = "cpu") -> Model:
     """The network whose weights were found, in evaluation mode; see :func:`load_model`."""
     if found.latents is None:
         raise UserError(
@@ -148,11 +158,22 @@ def title_of(network: Network, found: Weights) -> str:
     return name + (f"-{found.scale}" if found.scale else "") + slash + patch
 
 
-def words(found: Weights, network: Network, kind: Kind) -> str:
+def weights_words(kind: WeightsKind) -> str:
+    """Which weights, for people."""
+    length = length_of(kind)
+    if length is not None:
+        return f"EMA weights of length {length:g}"
+    return "raw weights" if kind == "raw" else "EMA weights"
+
+
+def words(found: Weights, network: Network, kind: WeightsKind) -> str:
     """What was found, for people: what holds it, the network, its step, EMA weights or raw ones."""
     size = sum(parameter.numel() for parameter in network.parameters())
     step = f"step {found.step}" if found.step is not None else "at an unknown step"
-    weights = {"ema": "EMA weights", "raw": "raw weights"}[kind] if found.told or found.raw else "weights as they are"
+    weights = weights_words(kind) if found.told or found.raw else "weights as they are"
+    length = length_of(kind)
+    if length is not None and found.averages is not None:
+        weights += f" ({found.averages.words(length)})"
     return f"{found.source}, {title_of(network, found)} with {size / 1e6:.1f}M parameters, {step}, {weights}"
 
 
@@ -170,7 +191,7 @@ def read_weights(place: Place, assume: AssumeSettings = AS_PUBLISHED) -> Weights
             return _of_names({"ema": read_tensors(path)}, None, assume)
         values = read_checkpoint(path, legacy=path.suffix != ".ckpt")
         if "hyper_parameters" in values or path.suffix == ".ckpt":
-            found = trained(values)
+            found = trained(values, path)
             assume.check_unused(found.source)
             return found
         states = {
@@ -193,14 +214,14 @@ def read_trained(path: str | PathLike[str]) -> Trained:
         UserError: if the file is missing or damaged, was not written by ``dcdit.train``, or a value is out of range.
     """
     try:
-        return trained(read_checkpoint(path))
+        return trained(read_checkpoint(path), Path(path))
     except UserError as error:
         text = str(error)
         raise type(error)(text if str(path) in text else f"checkpoint={path}: {text}") from error
 
 
-def trained(values: dict[str, Any]) -> Trained:
-    """What the values of a checkpoint of ``dcdit.train`` say; UserError if they are not such."""
+def trained(values: dict[str, Any], path: Path) -> Trained:
+    """What the values of a checkpoint of ``dcdit.train`` at ``path`` say; UserError if they are not such."""
     try:
         settings = conform("hyper_parameters", values["hyper_parameters"], dict[str, Any])
         step = conform("global_step", values["global_step"], Step)
@@ -210,12 +231,17 @@ def trained(values: dict[str, Any]) -> Trained:
         ema = _of_module("state_dict", values["state_dict"])
         raw = _of_module("current_model_state", values.get("current_model_state", values["state_dict"]))
         check_weights(model, ema, raw)
+        averages = PowerAverages.of_checkpoint(values, step, path.resolve().parent.parent / FOLDER)
+        for state in averages.tracked.values() if averages else ():
+            check_shapes(shapes_of(state), {name: each.shape for name, each in ema.items() if name in state})
     except KeyError as error:
         raise UserError(f"it was not written by dcdit.train: it lacks {error}") from None
     except UserError as error:
         raise UserError(f"it was not written by this release of dcdit.train: {error}") from None
     training = {key: value for key, value in settings.items() if key != "latents"}
-    return Trained("checkpoint of dcdit.train", model, latents, step, ema, raw, training, values=values)
+    return Trained(
+        "checkpoint of dcdit.train", model, latents, step, ema, raw, training, averages=averages, values=values
+    )
 
 
 def check_weights(model: Mapping[str, Any], *states: Mapping[str, Tensor]) -> None:
@@ -256,13 +282,13 @@ def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
         latents: LatentSpec | None = LatentSpec.from_plain(config["latents"], "latents")
     else:
         latents = published_latents(model, assume) if assume.autoencoder else None
-    kind_of = conform("weights", config.get("weights", "ema"), Kind)
+    kind_of = conform("weights", config.get("weights", "ema"), WeightsKind)
     return Weights(
         "exported network",
         model,
         latents,
         conform("step", config.get("step"), Step | None),
-        state if kind_of == "ema" else None,
+        state if kind_of != "raw" else None,
         state if kind_of == "raw" else None,
         {"model": model, **conform("training", config.get("training", {}), dict[str, Any])},
     )

@@ -1,10 +1,36 @@
-"""What a user may say about a checkpoint of another program, which it cannot say itself. No torch here."""
+"""What a user may say about a checkpoint: which of its weights, and what it cannot say itself. No torch here."""
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from dcdit.checks import NonNegative, Positive, Size, checked
+from dcdit.checks import Bounds, NonNegative, Positive, Size, checked, conform, shown
 from dcdit.errors import UserError
+
+Length = Annotated[
+    float, Bounds(0.005, 0.28, hint="it is the length of an average over the length of training, 0.05 in EDM2")
+]
+
+
+class _OfWeights:
+    """EMA weights, raw ones, or an average of a length that is chosen after training."""
+
+    def check(self, name: str, value: str) -> None:
+        """Raise :class:`UserError` unless ``value`` names one of them."""
+        kind, at, length = value.partition("@")
+        if value not in ("ema", "raw") and not (at and kind == "ema"):
+            raise UserError(f"{name}={shown(value)} is not one of ema, raw, ema@<length> such as ema@0.05")
+        if at:
+            conform(f"{name}=ema@<length>, <length>", length, Length)
+
+
+WeightsKind = Annotated[str, _OfWeights()]
+"""``ema``, ``raw``, or ``ema@0.05``."""
+
+
+def length_of(kind: str) -> float | None:
+    """The length that a :data:`WeightsKind` asks for; None for EMA weights as they were trained, and for raw ones."""
+    _, at, length = kind.partition("@")
+    return float(length) if at else None
 
 
 @checked

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from dcdit.checkpoints.settings import AssumeSettings
+from dcdit.checkpoints.settings import AssumeSettings, WeightsKind
 from dcdit.checks import Images, Seed, build_named, call_checked, checked
 from dcdit.data.latents import Rounding
 from dcdit.diffusion.settings import SAMPLERS, BudgetSettings, GuidanceSettings, SamplerSettings
@@ -24,7 +24,7 @@ class SamplingSettings:
 
     Attributes:
         checkpoint: what names the weights, see :func:`dcdit.checkpoints.locate.locate`.
-        weights: EMA weights or raw ones.
+        weights: EMA weights, raw ones, or an average of another length, see :data:`WeightsKind`.
         seed: with a sample's number, the only source of randomness.
         batch_size: samples per forward pass; changes the speed, and the images by no more than rounding.
         device: ``auto`` or a torch device.
@@ -35,7 +35,7 @@ class SamplingSettings:
     """
 
     checkpoint: str
-    weights: Literal["ema", "raw"]
+    weights: WeightsKind
     seed: Seed
     batch_size: Images
     device: str

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from dcdit.checkpoints.settings import AssumeSettings
+from dcdit.checkpoints.settings import AssumeSettings, WeightsKind
 from dcdit.checks import (
     Bounds,
     Compression,
@@ -130,14 +130,14 @@ class FromWeights:
 
     Attributes:
         checkpoint: what names them, see :func:`dcdit.checkpoints.locate.locate`.
-        weights: EMA weights or raw ones.
+        weights: EMA weights, raw ones, or an average of another length, see :data:`WeightsKind`.
         adapt: what may differ between them and what is trained; the parts that it touches start anew.
         freeze: parts that are not trained, see :meth:`dcdit.network.Network.parts`.
         assume: what the checkpoint cannot say.
     """
 
     checkpoint: str
-    weights: Literal["ema", "raw"]
+    weights: WeightsKind
     adapt: list[Differing]
     freeze: list[str]
     assume: AssumeSettings
@@ -157,7 +157,7 @@ class FromTeacher:
     """
 
     teacher: str
-    weights: Literal["ema", "raw"]
+    weights: WeightsKind
     adapt: list[Differing]
     freeze: list[str]
     assume: AssumeSettings

@@ -21,6 +21,7 @@ COMMANDS = {
     "report": ("runs=[x]",),
     "status": ("runs=[x]",),
     "flops": ("model=dcdit_digits",),
+    "ema": (CHECKPOINT, "length=0.05"),
     "export": (CHECKPOINT, "out=x"),
     "extract": ("source=x", "out=x"),
     "inspect_latents": ("directory=x",),
@@ -40,7 +41,7 @@ MANY = {
 NULL_BUT_NUMBER = {
     *("ratio.curriculum_start", "execution.max_micro_batch", "data.scale", "model.encoder_width"),
     *("guidance.uncond_drop_fraction", "budget.tflops", "budget.fraction", "reference_count", "threads"),
-    *("uncond_drop_fraction", "num_workers", "cluster.mem_gb"),
+    *("uncond_drop_fraction", "num_workers", "cluster.mem_gb", "max_images", "max_hours"),
 }
 """Keys whose default is null and that take a number."""
 
@@ -75,7 +76,7 @@ MAY_BE_NEGATIVE = {"trainer.max_epochs", "trainer.devices", "trainer.num_sanity_
 LIGHTNINGS_OWN = {"logger.csv.flush_logs_every_n_steps", "logger.csv.save_dir", "run_dir"}
 """Checked, if at all, by Lightning, whose words they are."""
 
-LISTS_MAY_BE_EMPTY = {"multi_budget.fractions", "cluster.setup"}
+LISTS_MAY_BE_EMPTY = {"multi_budget.fractions", "cluster.setup", "callbacks.power_ema.lengths"}
 
 
 def check(command: str, config: DictConfig, key: str = "") -> None:

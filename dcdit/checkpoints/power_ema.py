@@ -1,0 +1,174 @@
+"""Averages of weights whose length is chosen after training (EDM2, arXiv 2312.02696, section 3).
+
+An average of relative length sigma after t steps weighs the weights of step tau by the power function
+p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1), whose standard deviation is sigma t. A training run keeps a few of them,
+and copies of these on the way, the snapshots; any other length is the combination of snapshots whose profile comes
+closest.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor
+
+from dcdit.checkpoints.settings import Length
+from dcdit.checks import Natural, conform
+from dcdit.errors import UserError
+from dcdit.network.pretrained import check_shapes, read_tensors, shapes_of
+from dcdit.runtime.files import replacing
+
+FOLDER, STATE = "averages", "PowerEMA"
+"""Of the snapshots in a run's directory, and of the averages among the callbacks in a checkpoint."""
+
+_NAME = re.compile(r"step_(\d{8})\.safetensors")
+
+
+def exponent(length: float) -> float:
+    """gamma of the power function of relative length sigma (EDM2, equation 126 solved for gamma).
+
+    sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    """
+    inverse = length**-2
+    roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
+    return float(roots.real.max())
+
+
+def decay(step: int, gamma: float) -> float:
+    """Weight of the average before, at optimiser step ``step`` from 1 on (EDM2, equation 127)."""
+    return float((1 - 1 / step) ** (gamma + 1))
+
+
+def _overlap(steps: NDArray[Any], gammas: NDArray[Any], step: NDArray[Any], gamma: NDArray[Any]) -> NDArray[Any]:
+    """Inner products of the profiles of two sets of averages: the integral of p p' from 0 to the earlier step."""
+    ratio = np.minimum(steps, step)
+    own, other = (ratio / steps) ** (gammas + 1), (ratio / step) ** (gamma + 1)
+    return (gammas + 1) * (gamma + 1) / (gammas + gamma + 1) * own * other / ratio
+
+
+def coefficients(averages: Sequence[tuple[int, float]], step: int, length: float) -> tuple[NDArray[Any], float]:
+    """How to combine averages for another one: the least squares of the difference of profiles.
+
+    Coefficients add to 1, which EDM2 does not ask for: else what all weights have in common would be scaled a little.
+
+    Args:
+        averages: step and relative length of each that there is.
+        step, length: of the one that is wanted.
+
+    Returns:
+        A coefficient for each, and the relative error of the profile: 0 is exact, 1 as good as nothing.
+    """
+    steps = np.array([each[0] for each in averages], float)
+    gammas = np.array([exponent(each[1]) for each in averages])
+    wanted = np.array([float(step)]), np.array([exponent(length)])
+    among = _overlap(steps[:, None], gammas[:, None], steps[None], gammas[None])
+    towards = _overlap(steps, gammas, *wanted)
+    one, scale = np.ones((len(steps), 1)), among.max()  # of the multiplier that holds the sum
+    system = np.block([[among, scale * one], [scale * one.T, np.zeros((1, 1))]])
+    found = np.linalg.lstsq(system, np.append(towards, scale), rcond=1e-14)[0][:-1]
+    whole = float(_overlap(*wanted, *wanted)[0])
+    left = whole - 2 * found @ towards + found @ among @ found
+    return found, float(np.sqrt(max(0.0, left) / whole))
+
+
+def snapshot_name(step: int) -> str:
+    """File name of the averages at an optimiser step."""
+    return f"step_{step:08d}.safetensors"
+
+
+def snapshots_in(folder: Path) -> dict[int, Path]:
+    """The snapshots in a folder by optimiser step."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {int(found[1]): path for path in files if (found := _NAME.fullmatch(path.name))}
+
+
+def write_snapshot(path: Path, averages: Mapping[float, Mapping[str, Tensor]]) -> None:
+    """Write averages by length; UserError if the disk does not take them."""
+    tensors = {
+        f"{length:g}/{name}": tensor.cpu().contiguous()
+        for length, state in averages.items()
+        for name, tensor in state.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(save(tensors))
+
+
+@dataclass(frozen=True)
+class PowerAverages:
+    """The averages of a run up to a checkpoint.
+
+    Attributes:
+        step: optimiser steps of the checkpoint.
+        tracked: averages at that step, by relative length: parameters by name.
+        folder: of the snapshots before it.
+    """
+
+    step: int
+    tracked: Mapping[float, Mapping[str, Tensor]]
+    folder: Path
+
+    @classmethod
+    def of_checkpoint(cls, values: Mapping[str, Any], step: int, folder: Path) -> "PowerAverages | None":
+        """Those that a checkpoint of ``dcdit.train`` holds; None if it holds none.
+
+        Raises:
+            UserError: if what is there is not what was written.
+        """
+        state = conform("callbacks", values.get("callbacks", {}), dict[str, Any]).get(STATE)
+        if state is None:
+            return None
+        kept = conform(STATE, state, dict[str, Any])
+        averages = conform("averages", kept.get("averages"), dict[str, dict[str, Tensor]])
+        if conform("step", kept.get("step"), Natural) != step:
+            raise UserError(f"{STATE}.step is {kept['step']}, the checkpoint's {step}")
+        return cls(step, {conform("averages", length, Length): each for length, each in averages.items()}, folder)
+
+    def _snapshots(self) -> dict[int, Path]:
+        """Those before the checkpoint; later ones are of steps that it does not know."""
+        return {step: path for step, path in snapshots_in(self.folder).items() if 0 < step < self.step}
+
+    def _known(self) -> list[tuple[int, float]]:
+        """Step and length of each average that there is."""
+        return [(step, length) for step in (self.step, *self._snapshots()) for length in self.tracked]
+
+    def words(self, length: float) -> str:
+        """How good the average of this length is, for people."""
+        known = self._known()
+        return f"of {len(known)} averages, {coefficients(known, self.step, length)[1]:.1%} off in profile"
+
+    def at(self, length: float) -> dict[str, Tensor]:
+        """The average of another relative length at the same step: parameters by name, float32.
+
+        Raises:
+            UserError: if a snapshot is damaged, or of another network.
+        """
+        known, snapshots = self._known(), self._snapshots()
+        weights = dict(zip(known, coefficients(known, self.step, length)[0], strict=True))
+        shapes = shapes_of(next(iter(self.tracked.values())))
+        total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        for step in (self.step, *snapshots):
+            averages = self.tracked if step == self.step else self._read(snapshots[step], shapes)
+            for each, state in averages.items():
+                for name, tensor in state.items():
+                    total[name].add_(tensor.double(), alpha=float(weights[step, each]))
+        return {name: tensor.float() for name, tensor in total.items()}
+
+    def _read(self, path: Path, shapes: Mapping[str, torch.Size]) -> dict[float, dict[str, Tensor]]:
+        """A snapshot, of this network and these lengths."""
+        content = read_tensors(path)
+        found: dict[float, dict[str, Tensor]] = {}
+        for length in self.tracked:
+            prefix = f"{length:g}/"
+            found[length] = {key.removeprefix(prefix): each for key, each in content.items() if key.startswith(prefix)}
+            try:
+                check_shapes(shapes_of(found[length]), shapes)
+            except UserError as error:
+                raise UserError(f"{path}, length {length:g}: {error}: remove it, others may be enough") from error
+        return found

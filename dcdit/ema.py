@@ -1,0 +1,78 @@
+"""EMA weights of any length after training: ``python -m dcdit.ema checkpoint=runs/b_n4 length=[0.05,0.1]``.
+
+A run that was trained with ``callbacks.power_ema.lengths=[0.05,0.1]`` keeps averages and snapshots, of which averages
+of other lengths are put together (EDM2, arXiv 2312.02696). Each becomes a folder as ``dcdit export`` writes it;
+``weights=ema@0.05`` of every command that samples does the same without one.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import hydra
+from omegaconf import DictConfig
+
+from dcdit.checkpoints.settings import AS_PUBLISHED, Length
+from dcdit.checks import NotEmpty, call_checked, checked
+from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+
+
+@checked
+@dataclass(frozen=True)
+class EMASettings:
+    """What to put together: the keys of ``configs/ema.yaml``.
+
+    Attributes:
+        checkpoint: a run, or one of its checkpoints.
+        length: of the averages, relative to the length of training.
+        out: folder that gets a folder for each; None takes ``ema`` in the run's directory.
+        dtype: of the numbers in the files.
+    """
+
+    checkpoint: str
+    length: Annotated[list[Length], NotEmpty("name at least one, such as 0.05")] | Length
+    out: str | None
+    dtype: Literal["fp32", "bf16", "fp16"]
+
+    @property
+    def lengths(self) -> list[float]:
+        """All that are asked for."""
+        return self.length if isinstance(self.length, list) else [self.length]
+
+
+def check(config: DictConfig) -> EMASettings:
+    """What ``config`` asks for; UserError if a value is wrong, before anything is loaded."""
+    values = plain(config)
+    del values["paths"]
+    return call_checked(EMASettings, values, "")
+
+
+def run(config: DictConfig) -> list[Path]:
+    """Put together what ``config`` asks for; returns the folders."""
+    settings = check(config)
+    from dcdit.checkpoints.locate import locate
+
+    place = locate(settings.checkpoint, config.paths.runs)
+    from dcdit.checkpoints.export import Card, write_exported
+    from dcdit.checkpoints.load import read_weights
+    from dcdit.evaluation.results import figures_of
+    from dcdit.runs.state import command_of
+
+    found, folders = read_weights(place, AS_PUBLISHED), []
+    for length in settings.lengths:
+        kind = f"ema@{length:g}"
+        folder = (Path(settings.out) if settings.out else place.home / "ema") / f"{length:g}"
+        card = Card(None, None, command_of(place.home), figures_of(place.home, found.step, kind))
+        print(write_exported(folder, found, kind, settings.dtype, card))
+        folders.append(folder)
+    return folders
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="ema")
+def main(config: DictConfig) -> None:
+    """Hydra entry point."""
+    hold(run, config)
+
+
+if __name__ == "__main__":
+    entry_point(main)
