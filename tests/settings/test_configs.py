@@ -1,3 +1,4 @@
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -8,8 +9,10 @@ from support.configs import TINY, compose_config, plan_of
 from support.processes import run
 
 from dcdit.errors import UserError
+from dcdit.evaluation.grid import grid_of
 from dcdit.settings import entry
 from dcdit.settings.entry import CONFIG_DIR, cpu_precision, plain
+from dcdit.settings.published import AUTOENCODER
 from dcdit.training.build import build_module, match_compute
 from dcdit.training.settings import TrainPlan
 
@@ -28,6 +31,38 @@ def test_every_experiment_composes_and_builds(experiment):
     opening = Path(CONFIG_DIR, "experiment", f"{experiment}.yaml").read_text().splitlines()
     assert opening[0] == "# @package _global_"
     assert any(f"python -m dcdit.train experiment={experiment}" in line for line in opening[:4])
+
+
+def commands_of(experiment, command):
+    """The overrides of a command that stands in the head of an experiment's file."""
+    text = Path(CONFIG_DIR, "experiment", f"{experiment}.yaml").read_text().replace(" \\\n#", "")
+    return [line.split()[4:] for line in text.splitlines() if line.startswith(f"#   python -m dcdit.{command} ")]
+
+
+@pytest.mark.parametrize(
+    "experiment", sorted({*NAMED, "dit_l_2", "dit_b_4", "dit_b_2_512", "dit_xl_2_512"} - {"digits"})
+)
+def test_experiments_say_how_their_published_figures_are_measured(experiment):
+    text = Path(CONFIG_DIR, "experiment", f"{experiment}.yaml").read_text()
+    found = commands_of(experiment, "evaluate")
+    assert len(found) == (2 if "guidance 1.25" in text else 1)
+    for words in found:
+        assert words[0] == f"checkpoint=runs/{experiment}"
+        grid = grid_of(plain(compose_config(*words, name="evaluate")))
+        assert (grid.settings.count, grid.settings.labels, grid.points[0].settings.rounding) == (
+            50_000,
+            "random",
+            "round",
+        )
+        assert grid.points[0].settings.precision == "fp32"
+        assert (grid.points[0].sampler.name, grid.points[0].sampler.steps) == ("ddpm", 250)
+        drops = re.findall(r" at drop fraction (\d(?:\.\d)?)", text.split("guidance 1.25")[0])
+        if "guidance.scale=1.25" in words:
+            drops = ["0"]
+        assert [plan.guidance.drop_fraction for plan in grid.points] == [float(drop) for drop in drops or ["0"]]
+    assert AUTOENCODER in text
+    for fact in ("50,000 images", "250 DDPM steps", "labels=random", "rounding=round", "fp32"):
+        assert fact in " ".join(text.replace("#", "").split())
 
 
 def test_the_named_experiments_are_there():
