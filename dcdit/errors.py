@@ -1,4 +1,7 @@
-"""The two error classes that end a command in one message instead of a traceback."""
+"""The error classes that end a command in one message instead of a traceback."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -23,3 +26,17 @@ class NotFiniteError(UserError):
     def __init__(self, message: str, row: int) -> None:
         super().__init__(message)
         self.row = row
+
+
+@contextmanager
+def naming(what: str, numbers: Sequence[int]) -> Iterator[None]:
+    """Make of a :class:`NotFiniteError` a :class:`UserError` that names the image: ``sample 17``.
+
+    Args:
+        what: the images are called.
+        numbers: of those of the batch.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        raise UserError(f"{what} {numbers[error.row]}: {error}") from error

@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from dcdit.errors import NotFiniteError, UserError
+from dcdit.errors import naming
 from dcdit.evaluation.features import Features
 from dcdit.evaluation.metrics import compare
 from dcdit.evaluation.reference_images import FeatureJob, ReferenceStatistics, digest_of
@@ -193,10 +193,8 @@ class Measurement:
 
     def _see(self, images: Tensor, numbers: list[int]) -> Features:
         """What the metrics need of the features of these samples."""
-        try:
+        with naming("sample", numbers):
             found = self.network(images)
-        except NotFiniteError as error:
-            raise UserError(f"sample {numbers[error.row]}: {error}") from error
         return found if "sfid" in self.metrics else found._replace(spatial=None)
 
     def finalize(self) -> bool:

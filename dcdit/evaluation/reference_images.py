@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcdit.errors import NotFiniteError, UserError
+from dcdit.errors import naming
 from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.images import ImageSet
 from dcdit.evaluation.statistics import Moments, Statistics
@@ -133,10 +133,8 @@ class ReferenceStatistics:
         numbers, found = self._numbers[list(self._job.numbers(task))].tolist(), []
         for start in range(0, len(numbers), self.batch_size):
             batch = numbers[start : start + self.batch_size]
-            try:
+            with naming(f"reference={self.images.place}, image", batch):
                 found.append(self.network(self.images.read(batch))._replace(logits=None))
-            except NotFiniteError as error:
-                raise UserError(f"reference={self.images.place}, image {batch[error.row]}: {error}") from error
             display.advance(len(batch))
         self._job.keep(task, found, Nothing())
 

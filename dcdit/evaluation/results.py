@@ -399,7 +399,10 @@ def figures_of(home: Path, step: int | None, weights: str) -> list[dict[str, Any
         results, _ = read_results([str(home)])
     except UserError:
         return []
-    keys = ("drop_fraction", "sampler_name", "sampler_steps", "guidance_scale", "count", "features", "reference_count")
+    keys = (
+        *("drop_fraction", "sampler_name", "sampler_steps", "guidance_scale", "guidance_weak"),
+        *("guidance_uncond_drop_fraction", "count", "labels", "features", "reference_count"),
+    )
     found = []
     for result in results:
         if (result.plan["step"], result.plan["weights"]) == (step, weights):

@@ -13,7 +13,7 @@ from dcdit.data.autoencoder import LatentDecoder, load_decoder
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import GuidanceSettings
-from dcdit.errors import NotFiniteError, UserError
+from dcdit.errors import UserError, naming
 from dcdit.network import Network
 from dcdit.network.blocks import set_execution
 from dcdit.runtime.devices import pick_device
@@ -68,10 +68,8 @@ class Sampling:
 
     def images(self, batch: SampleBatch) -> Tensor:
         """The images (n, 1 or 3, height, width) uint8 of finished samples; UserError naming one that is not finite."""
-        try:
+        with naming("sample", batch.indices):
             return self.decode(batch.latents)
-        except NotFiniteError as error:
-            raise UserError(f"sample {batch.indices[error.row]}: {error}") from error
 
     def guided(self, settings: GuidanceSettings) -> "Sampling":
         """The same with other guidance by the same networks.

@@ -29,7 +29,7 @@ from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import SAMPLERS, GuidanceSettings
-from dcdit.errors import UserError
+from dcdit.errors import UserError, naming
 from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.images import open_images
 from dcdit.evaluation.metrics import check_counts, choose_metrics, frechet
@@ -226,10 +226,12 @@ class FID(Callback):
             on_step=frames.take,
         )
         for batch in batches:
-            images = prepared.decode(batch.latents.to(pl_module.device))
+            with naming("sample", batch.indices):
+                images = prepared.decode(batch.latents.to(pl_module.device))
+                seen = self.features(images).features
             if sum(len(each) for each in first) < self.shown:
                 first.append(images)
-            fid.update(self.features(images).features.to(place), real=False)
+            fid.update(seen.to(place), real=False)
             sums += torch.stack([batch.flops.sum(), batch.kept.sum()])
         flops, kept = trainer.strategy.reduce(sums.to(place), reduce_op="sum").tolist()
         figures = {"fid": float(fid.compute()), "tflops": flops / self.count / 1e12}
