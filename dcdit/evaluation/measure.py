@@ -15,9 +15,10 @@ from dcdit.errors import naming
 from dcdit.evaluation.features import Features
 from dcdit.evaluation.metrics import compare
 from dcdit.evaluation.reference_images import FeatureJob, ReferenceStatistics, digest_of
-from dcdit.evaluation.results import SCHEMA, Result, point_words, read_result
+from dcdit.evaluation.results import SCHEMA, Result, read_result
 from dcdit.evaluation.settings import EvaluateSettings
 from dcdit.evaluation.statistics import Statistics
+from dcdit.evaluation.words import point_words
 from dcdit.runtime.devices import device_words
 from dcdit.runtime.display import Display
 from dcdit.runtime.files import write_json

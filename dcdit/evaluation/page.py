@@ -10,8 +10,10 @@ from jinja2 import Environment, PackageLoader
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure as PlotFigure
 
+from dcdit.evaluation.curves import Section, arrange, best_words, pareto
 from dcdit.evaluation.plots import keep_ratio, over_scale, trade_off
-from dcdit.evaluation.results import Result, Section, arrange, best_words, differences_from_published, pareto
+from dcdit.evaluation.results import Result
+from dcdit.evaluation.words import differences_from_published
 from dcdit.runtime.files import replacing, writable_folder, write_csv, write_json, write_text
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 
-from dcdit.evaluation.results import Section, Series, pareto
+from dcdit.evaluation.curves import Section, Series, pareto
 from dcdit.evaluation.settings import Figure
 
 matplotlib.use("Agg")

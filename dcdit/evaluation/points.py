@@ -16,22 +16,15 @@ from rich.progress import track
 from rich.table import Table
 
 from dcdit.errors import UserError
+from dcdit.evaluation.curves import best_words, pareto
 from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.images import open_images
 from dcdit.evaluation.measure import Deadline, Measurement, OutOfTimeError
 from dcdit.evaluation.metrics import COMPUTE, check_counts, choose_metrics
 from dcdit.evaluation.reference_images import ReferenceStatistics, default_cache
-from dcdit.evaluation.results import (
-    Result,
-    best_words,
-    differences_from_published,
-    pareto,
-    reference_words,
-    rounding_words,
-    step_words,
-    weak_words,
-)
+from dcdit.evaluation.results import Result
 from dcdit.evaluation.settings import EvaluateSettings, figures_of_metrics
+from dcdit.evaluation.words import differences_from_published, reference_words, rounding_words, step_words, weak_words
 from dcdit.runtime.display import Display
 from dcdit.sampling.setup import Sampling
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dcdit.evaluation.measure import Deadline, Measurement
 from dcdit.evaluation.points import Evaluation
-from dcdit.evaluation.results import budget_words
 from dcdit.evaluation.settings import figures_of_metrics
+from dcdit.evaluation.words import budget_words
 from dcdit.runtime.files import write_text
 from dcdit.sampling.setup import Sampling
 

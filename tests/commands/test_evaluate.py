@@ -17,8 +17,8 @@ from dcdit.errors import UserError
 from dcdit.evaluation.features import DigitsClassifier, FeatureNetwork
 from dcdit.evaluation.measure import Measurement
 from dcdit.evaluation.metrics import compare
-from dcdit.evaluation.results import differences_from_published
 from dcdit.evaluation.statistics import Statistics
+from dcdit.evaluation.words import differences_from_published
 
 SETTINGS = ("features=digits", "count=44", "chunk_size=15", "sampler.steps=3", "sampler.clip=true", "batch_size=5")
 
@@ -281,7 +281,8 @@ def test_the_published_way_as_the_documentation_types_it(run, archive, monkeypat
     assert result["plan"]["reference"]["published"] == ["features", "spatial"]
     assert result["plan"]["labels"] == "random"
     assert differences_from_published(result) == [
-        *("24 images instead of 50,000", "features of Corners instead of inception-v3-compat")
+        *("24 images instead of 50,000", "features of Corners instead of inception-v3-compat"),
+        "precision and recall against 40 images instead of 10,000",
     ]
     folder = generate.run(compose_config(command.split()[0], "out=out", "count=24", *SETTINGS[2:], name="generate"))
     with np.load(folder / "samples.npz") as stored, np.load(archive) as reference:

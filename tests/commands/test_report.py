@@ -16,7 +16,9 @@ from support.configs import PLAIN_DIT, compose_config
 
 from dcdit import evaluate, report
 from dcdit.errors import UserError
-from dcdit.evaluation.results import arrange, best_words, differences_from_published, pareto, read_results
+from dcdit.evaluation.curves import arrange, best_words, pareto
+from dcdit.evaluation.results import read_results
+from dcdit.evaluation.words import differences_from_published
 from dcdit.settings.entry import with_paths
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -153,7 +155,7 @@ def test_a_grid_of_guidance(runs, tmp_path):
 def test_what_makes_figures_comparable_with_published_ones(runs, tmp_path):
     published = {
         "features": {"name": "inception-v3-compat"},
-        "reference": {"published": ["features", "spatial"]},
+        "reference": {"published": ["features", "spatial"], "count": 10_000},
         "metrics": ["fid", "kid", "is", "prc"],
         "count": 50_000,
     }
@@ -166,8 +168,9 @@ def test_what_makes_figures_comparable_with_published_ones(runs, tmp_path):
         ({"labels": "balanced"}, "balanced labels instead of random ones"),
         ({"count": 10_000}, "10,000 images instead of 50,000"),
         ({"precision": "bf16"}, "sampled in bf16"),
-        ({"reference": {"published": []}}, "FID against images instead of the statistics"),
+        ({"reference": {"published": [], "count": 10_000}}, "FID against images instead of the statistics"),
         ({"reference": {"published": ["features"]}, "metrics": ["fid", "sfid"]}, "sFID against images"),
+        ({"reference": {"published": ["features"], "count": 5000}}, "recall against 5,000 images instead of 10,000"),
         ({"features": {"name": "digits classifier"}}, "features of digits classifier instead of"),
     ):
         values = changed(runs, tmp_path / "two" / "x.json", **{**published, **change})
