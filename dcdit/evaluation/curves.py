@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,30 @@ _SEED = re.compile(r"[-_/. ]*(seed)?[-_=. ]*$")
 
 
 @dataclass(frozen=True)
+class Axis:
+    """What a curve runs over.
+
+    Attributes:
+        key: of the guidance in a result's plan.
+        symbol: in tables and plots.
+    """
+
+    key: str
+    symbol: str
+
+    def at(self, result: Result) -> float:
+        """Where a result stands."""
+        value = result.plan["guidance"][self.key]
+        return float(result.drop if value is None else value)
+
+
+DROP, WEAK_DROP = Axis("drop_fraction", "ρ"), Axis("uncond_drop_fraction", "ρ weak")
+SCALE = Axis("scale", "guidance")
+
+
+@dataclass(frozen=True)
 class CurvePoint:
-    """Results at one drop fraction or guidance scale, one for each training seed."""
+    """Results at one place of an axis, one for each training seed."""
 
     at: float
     results: tuple[Result, ...]
@@ -33,15 +55,17 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: a checkpoint, or those of several training seeds, over drop fractions or guidance scales.
+    """One curve: a checkpoint, or those of several training seeds, over an axis.
 
     Attributes:
         name: of the runs, without their seeds, and what else tells it from other curves.
+        label: the same as short as it may be where all curves are of these runs.
         network: for people.
-        points: by drop fraction, or by guidance scale.
+        points: by their place on the axis.
     """
 
     name: str
+    label: str
     network: str
     points: tuple[CurvePoint, ...]
 
@@ -56,10 +80,12 @@ class Section:
     """Curves that may stand in one plot: same sampler, number of images, features and reference.
 
     Attributes:
-        series: over the drop fraction, one for each guidance.
+        axis: what the series run over: the drop fraction, or that of the weak half where the other is always the same.
+        series: one for each guidance.
         scales: over the guidance scale, one for each budget; none where there is but one scale.
     """
 
+    axis: Axis
     series: tuple[Series, ...]
     scales: tuple[Series, ...] = ()
 
@@ -138,13 +164,21 @@ def _together(results: Iterable[Result], key: str) -> list[list[Result]]:
 
 def arrange(results: Sequence[Result]) -> list[Section]:
     """Sections of curves; names of curves are unique within each."""
-    return [
-        Section(
-            _series(_together(group, "kind"), lambda result: result.drop, drop=False),
-            _series(by_budget(group), lambda result: result.scale, drop=True),
-        )
-        for group in _sections(results)
-    ]
+    found = []
+    for group in _sections(results):
+        weak = {WEAK_DROP.at(result) for result in group if result.scale != 1}
+        axis = WEAK_DROP if len({result.drop for result in group}) == 1 and len(weak) > 1 else DROP
+        found.append(Section(axis, _series(_over(axis, group), axis), _series(by_budget(group), SCALE)))
+    return found
+
+
+def _over(axis: Axis, results: Sequence[Result]) -> list[list[Result]]:
+    """Results that are one curve over an axis: they differ in nothing else but the seed of training."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        rest = {key: value for key, value in {**result.budget, "scale": result.scale}.items() if key != axis.key}
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(result)
+    return list(groups.values())
 
 
 def _sections(results: Sequence[Result]) -> list[list[Result]]:
@@ -174,32 +208,57 @@ def _common_start(names: Sequence[str]) -> str:
     return names[0][: (*alike, False).index(False)]
 
 
-def _series(groups: Sequence[list[Result]], at: Callable[[Result], float], drop: bool) -> tuple[Series, ...]:
-    """A curve of each group over ``at``; named by runs, and by what differs between groups, ``drop`` fractions too."""
+def _series(groups: Sequence[list[Result]], axis: Axis) -> tuple[Series, ...]:
+    """A curve of each group over ``axis``; named by runs, and by what differs between groups."""
     found, taken = [], set[str]()
-    names = [_name(sorted({str(result.values["run"]) for result in group})) for group in groups]
-    aspects = [_aspects(next((each for each in group if each.scale != 1), group[0]), drop) for group in groups]
-    for group, name, aspect in zip(groups, names, aspects, strict=True):
-        same = [other for other, its in zip(aspects, names, strict=True) if its == name]
-        telling = [words for key, words in aspect.items() if words and len({other[key] for other in same}) > 1]
-        name = base = ", ".join([name, *telling])
+    runs = {id(group): _name(sorted({str(result.values["run"]) for result in group})) for group in groups}
+    order = list(dict.fromkeys(runs.values()))
+    example = {id(group): next((each for each in group if each.scale != 1), group[0]) for group in groups}
+    groups = sorted(groups, key=lambda group: (order.index(runs[id(group)]), *_order(example[id(group)])))
+    aspects = {id(group): _aspects(example[id(group)], axis) for group in groups}
+    for group in groups:
+        run = runs[id(group)]
+        same = [aspects[other] for other, its in runs.items() if its == run]
+        telling = [
+            words for key, words in aspects[id(group)].items() if words and len({each[key] for each in same}) > 1
+        ]
+        name = base = ", ".join([run, *telling])
         number = 2
         while name in taken:
             name, number = f"{base} ({number})", number + 1
         taken.add(name)
-        positions = sorted({at(result) for result in group})
-        points = tuple(CurvePoint(each, tuple(r for r in group if at(r) == each)) for each in positions)
-        found.append(Series(name, group[0].network, points))
+        label = ", ".join(telling) if len(order) == 1 and telling and name == base else name
+        places = sorted({axis.at(result) for result in group})
+        points = tuple(CurvePoint(each, tuple(r for r in group if axis.at(r) == each)) for each in places)
+        found.append(Series(name, label, group[0].network, points))
     return tuple(found)
 
 
-def _aspects(result: Result, drop: bool) -> dict[str, str]:
-    """What may tell a curve from others of the same run, in words."""
-    plan = result.plan
-    found = {"step": step_words(plan["step"]), "weights": f"{plan['weights']} weights"}
-    if drop:
-        found["drop"] = f"ρ {result.drop:g}"
-    else:
-        found["scale"] = f"guidance {result.scale:g}" if result.scale != 1 else "no guidance"
-    weak = weak_words(plan["guidance"])
-    return {**found, "weak": f"weak half: {weak}" if weak else ""}
+def _order(result: Result) -> tuple[Any, ...]:
+    """Where a curve stands among those of the same runs."""
+    guidance = result.plan["guidance"]
+    return (
+        result.plan["step"] or 0,
+        result.plan["weights"],
+        result.scale != 1,
+        guidance["weak"] != "uncond",
+        guidance["weak_checkpoint"] or "",
+        WEAK_DROP.at(result),
+        result.scale,
+        result.drop,
+    )
+
+
+def _aspects(result: Result, axis: Axis) -> dict[str, str]:
+    """What may tell a curve from others of the same run, in words; not its place on the axis."""
+    plan, guidance = result.plan, dict(result.plan["guidance"])
+    if axis is WEAK_DROP:
+        guidance["uncond_drop_fraction"] = None
+    weak = weak_words(guidance)
+    return {
+        "step": step_words(plan["step"]),
+        "weights": f"{plan['weights']} weights",
+        "drop": "" if axis is DROP else f"ρ {result.drop:g}",
+        "scale": "" if axis is SCALE else f"guidance {result.scale:g}" if result.scale != 1 else "no guidance",
+        "weak": f"weak half: {weak}" if weak else "",
+    }

@@ -79,7 +79,7 @@ def grids(section: Section) -> Iterable[dict[str, Any]]:
     """For each curve the previews of its first run."""
     for series in section.series:
         previews = [
-            {"drop": f"{point.at:g}", "source": _source(point.results[0].preview.read_bytes())}
+            {"at": f"{section.axis.symbol} {point.at:g}", "source": _source(point.results[0].preview.read_bytes())}
             for point in series.points
             if point.results[0].preview is not None
         ]
@@ -116,7 +116,7 @@ def write_report(results: Sequence[Result], out: Path, title: str, left_out: Seq
                 "words": section.described(),
                 "differences": differences_from_published(section.results[0].values),
                 "best": best_words(section.results),
-                "headings": ["ρ", "seeds", *labels, "keep ratio", "TFLOPs/image", "ms/image"],
+                "headings": [section.axis.symbol, "seeds", *labels, "keep ratio", "TFLOPs/image", "ms/image"],
                 "rows": list(rows(section)),
                 "figures": list(figures(section, prefix, out)),
                 "grids": list(grids(section)),

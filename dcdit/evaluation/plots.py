@@ -27,7 +27,8 @@ def _colours(curves: Sequence[Series]) -> list[str]:
 
 def _label(series: Series) -> str:
     seeds = max(len(point.results) for point in series.points)
-    return verbatim(f"{series.name} ({series.network}" + (f", {seeds} seeds)" if seeds > 1 else ")"))
+    network = f" ({series.network})" if series.label == series.name else ""  # else all are of one
+    return verbatim(f"{series.label}{network}" + (f", {seeds} seeds" if seeds > 1 else ""))
 
 
 def verbatim(text: str) -> str:
@@ -66,14 +67,14 @@ def trade_off(section: Section, measured: Figure, cost: str, xlabel: str) -> Plo
         ys = _draw(axes, series, xs, measured, colour)
         if len(xs) > 1:
             for x, y, point in zip(xs, ys, series.points, strict=True):
-                axes.annotate(
-                    f"ρ {point.at:g}", (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7, color=colour
-                )
+                words = f"{section.axis.symbol} {point.at:g}"
+                axes.annotate(words, (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7, color=colour)
     if len(section.results) > 2 and cost == "tflops_per_image":
         front = pareto(section.results, measured)
         xs, ys = [float(each.values[cost]) for each in front], [each.figure(measured.key) for each in front]
         axes.plot(xs, ys, "--", color="black", linewidth=1, label="Pareto front", zorder=0)
     axes.set_xlabel(xlabel)
+    axes.ticklabel_format(axis="x", scilimits=(-2, 4))
     return _finish(figure, axes, measured)
 
 
@@ -129,7 +130,7 @@ def keep_ratio(section: Section) -> PlotFigure | None:
                 100 * shares,
                 style,
                 color=colours[id(series)],
-                label=verbatim(f"{series.name}, ρ {point.at:g}"),
+                label=verbatim(f"{series.label}, {section.axis.symbol} {point.at:g}"),
             )
     axes.invert_xaxis()  # sampling runs from noise on the left to the image on the right
     axes.set_ylim(bottom=0)

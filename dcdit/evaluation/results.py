@@ -66,12 +66,6 @@ class Result:
         guidance = {key: value for key, value in self.plan["guidance"].items() if key not in _SETTING}
         return {"training": training, "weights": self.plan["weights"], "step": self.plan["step"], **guidance}
 
-    @property
-    def kind(self) -> dict[str, Any]:
-        """What results on one curve over the budget share: all but the drop fraction and the seed of training."""
-        budget = {key: value for key, value in self.budget.items() if key != "drop_fraction"}
-        return {**budget, "scale": self.scale}
-
     def figure(self, key: str) -> float:
         """A figure that was measured."""
         return float(self.values["metrics"][key])
@@ -121,6 +115,9 @@ class Result:
             "time_rounds": len(values["timing"]["rounds"]),
         }
 
+
+_NAMES = "*_cfg*_drop*_*.json"
+"""Of files of results, for folders that hold others too."""
 
 _REMEDY = "evaluate again, or remove it"
 
@@ -187,7 +184,8 @@ def read_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
         if place.is_file():
             files.append(place)
         else:
-            files += [*place.rglob("evaluation/*.json"), *(place.glob("*.json") if place.name == "evaluation" else [])]
+            own = "*.json" if place.name == "evaluation" else _NAMES  # of a folder that `out` named
+            files += [*place.rglob("evaluation/*.json"), *place.glob(own)]
     results: dict[str, Result] = {}
     left_out: list[str] = []
     for file in sorted(set(files), key=lambda path: (path.lstat().st_mtime, path)):
@@ -197,7 +195,7 @@ def read_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
             left_out.append(str(error))
             continue
         values = result.values
-        results[json.dumps([values["run"], result.setting, result.kind, result.drop], sort_keys=True)] = result
+        results[json.dumps([values["run"], result.setting, result.budget, result.scale], sort_keys=True)] = result
     if not results:
         raise UserError(
             left_out[0]
