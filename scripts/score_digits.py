@@ -21,7 +21,6 @@ from sklearn.svm import SVC
 from dcdit.checkpoints.load import load_model
 from dcdit.checkpoints.read import read_checkpoint
 from dcdit.data.builtin import Digits
-from dcdit.diffusion.schedule import Posterior, add_noise
 
 TIMESTEPS = (20, 200, 500, 800)
 INK = -0.5  # in [-1, 1]; paper white is -1
@@ -44,14 +43,14 @@ def class_accuracy(samples: Path, images: torch.Tensor, labels: torch.Tensor) ->
 
 def router_statistics(checkpoint: str, images: torch.Tensor, labels: torch.Tensor) -> list[dict[str, float]]:
     """Keep ratio of positions on or next to ink and of empty background, for real digits diffused to timestep t."""
-    network, tables = load_model(checkpoint).network, Posterior.linear()
+    model = load_model(checkpoint)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     near_ink = F.max_pool2d((images > INK).float(), 3, stride=1, padding=1).flatten(1).bool()
     rows = []
     for timestep in TIMESTEPS:
         t = torch.full((len(images),), timestep)
         with torch.no_grad():
-            kept = network(add_noise(tables, images, noise, t), t, labels).routing.natural_mask
+            kept = model.network(model.process.add_noise(images, noise, t), t, labels).routing.natural_mask
         rows.append(
             {
                 "t": timestep,

@@ -12,24 +12,12 @@ from dcdit.checkpoints.foreign import reference_state
 from dcdit.checkpoints.load import Weights, title_of, weights_words, words
 from dcdit.checkpoints.settings import WeightsKind
 from dcdit.data.latents import IDENTITY, LatentSpec
-from dcdit.diffusion.settings import TRAIN_STEPS
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.pretrained import WEIGHTS_FILE, write_folder
 from dcdit.runtime.files import replacing, writable_folder, write_text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-DIFFUSION = {
-    "process": "ddpm",
-    "train_steps": TRAIN_STEPS,
-    "betas": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "prediction": "noise",
-    "variance": "learned_range",
-}
-"""For whoever reads ``config.json`` without dcdit."""
 
 _CARD = Path(__file__).with_name("card.md.jinja")
 
@@ -79,7 +67,7 @@ def write_exported(
         "dcdit": dcdit.__version__,
         "network": network.spec,
         "latents": found.latents.to_plain() if found.latents else None,
-        "diffusion": DIFFUSION,
+        "diffusion": found.process.facts(),
         "weights": kind,
         "step": found.step,
         "training": training,

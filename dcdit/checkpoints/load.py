@@ -17,6 +17,8 @@ from dcdit.checkpoints.read import read_checkpoint
 from dcdit.checkpoints.settings import AS_PUBLISHED, AssumeSettings, WeightsKind, length_of
 from dcdit.checks import Bounds, conform
 from dcdit.data.latents import LatentSpec
+from dcdit.diffusion.process import AS_PUBLISHED as AS_PUBLISHED_PROCESS
+from dcdit.diffusion.process import Process, build_process
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.pretrained import WEIGHTS_FILE, check_shapes, read_config, read_tensors, shapes_of
@@ -71,6 +73,11 @@ class Weights:
         return found
 
     @property
+    def process(self) -> Process:
+        """The diffusion process that was trained; that of the publication where nobody says it."""
+        return build_process(self.training.get("diffusion", AS_PUBLISHED_PROCESS))
+
+    @property
     def scale(self) -> str:
         """The published scale that the network has, such as ``XL``; empty if none."""
         sizes = {key: self.model.get(key) for key in ("width", "depth", "heads")}
@@ -98,12 +105,14 @@ class Model:
         network: in evaluation mode.
         latents: what it was trained on.
         step: optimiser steps trained; None if that is not known.
+        process: the diffusion process that it was trained for.
         training: how it was trained, as far as that is known.
     """
 
     network: Network
     latents: LatentSpec
     step: int | None
+    process: Process = field(default_factory=lambda: build_process(AS_PUBLISHED_PROCESS))
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -149,7 +158,7 @@ def build_model(found: Weights, kind: WeightsKind, device: torch.device | str = 
     network.load_state_dict(found.of_kind(kind))
     network.to(device).eval()
     network.to(memory_format=torch.channels_last)  # which convolutions on CPUs and on tensor cores prefer
-    return Model(network, found.latents, found.step, found.training)
+    return Model(network, found.latents, found.step, found.process.to(torch.device(device)), found.training)
 
 
 def title_of(network: Network, found: Weights) -> str:
@@ -231,6 +240,7 @@ def trained(values: dict[str, Any], path: Path) -> Trained:
         ema = _of_module("state_dict", values["state_dict"])
         raw = _of_module("current_model_state", values.get("current_model_state", values["state_dict"]))
         check_weights(model, ema, raw)
+        build_process(conform("diffusion", settings.get("diffusion"), dict[str, Any]))
         averages = PowerAverages.of_checkpoint(values, step, path.resolve().parent.parent / FOLDER)
         for state in averages.tracked.values() if averages else ():
             check_shapes(shapes_of(state), {name: each.shape for name, each in ema.items() if name in state})

@@ -22,7 +22,7 @@ class RoutingLike(Protocol):
 
 
 class Prediction(Protocol):
-    """What a denoiser returns: noise and variance (B, 2C, H, W), and the routing if there is any."""
+    """What a denoiser returns: noise or velocity, perhaps variance, (B, C or 2C, H, W); the routing if there is any."""
 
     @property
     def prediction(self) -> Tensor: ...  # noqa: D102
@@ -34,24 +34,22 @@ Denoiser = Callable[[Tensor, Tensor, Tensor, "float | Tensor"], Prediction]
 """``denoiser(x, t, y, drop_fraction)``: a network."""
 
 
-def guide(strong: Tensor, weak: Tensor, scale: float, channels: int | None) -> Tensor:
-    """eps = eps_w + s (eps_s - eps_w) on the leading channels of the strong prediction.
+def guide(strong: Tensor, weak: Tensor, scale: float, channels: int) -> Tensor:
+    """eps = eps_w + s (eps_s - eps_w) on the leading channels of the strong prediction; of velocities alike.
 
     Classifier-free guidance where the weak half knows no class (arXiv 2207.12598), autoguidance where it knows the
     class and is weaker otherwise (arXiv 2406.02507).
 
     Args:
-        strong, weak: (B, 2C, H, W).
+        strong, weak: (B, C or 2C, H, W).
         scale: guidance scale s; 1 is the strong prediction.
-        channels: how many noise channels to guide, at most C; None guides all C. The published numbers guided 3 of 4.
+        channels: how many channels to guide, at most C. The published numbers guided 3 of 4.
 
     Returns:
-        (B, 2C, H, W): the remaining noise channels and the variance are the strong ones.
+        (B, C or 2C, H, W): the remaining channels and the variance are the strong ones.
     """
-    noise_channels = strong.shape[1] // 2
-    guided = noise_channels if channels is None else min(channels, noise_channels)
-    noise = weak[:, :guided] + scale * (strong[:, :guided] - weak[:, :guided])
-    return torch.cat([noise, strong[:, guided:]], dim=1)
+    noise = weak[:, :channels] + scale * (strong[:, :channels] - weak[:, :channels])
+    return torch.cat([noise, strong[:, channels:]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class GuidedOutput:
     """A guided prediction.
 
     Attributes:
-        prediction: (B, 2C, H, W).
+        prediction: (B, C or 2C, H, W).
         halves: routing of the strong half and, if it ran, of the weak one; None where no router is.
     """
 
@@ -92,13 +90,13 @@ class Guidance:
     settings: GuidanceSettings
     weak: Denoiser | None = None
 
-    def __call__(self, x: Tensor, timestep: int, y: Tensor) -> GuidedOutput:
+    def __call__(self, x: Tensor, timestep: float, y: Tensor) -> GuidedOutput:
         """Guided prediction for ``x`` (B, C, H, W), ``y`` (B,) at ``timestep``.
 
         Both halves of one network run in one batch of 2B.
         """
         drop, weak_drop = self.settings.drop_at(timestep)
-        t = torch.full_like(y, timestep)
+        t = torch.full(y.shape, timestep, device=y.device)  # whole numbers or not, as the process has it
         if not self.settings.is_guided(timestep):
             output = self.denoiser(x, t, y, drop)
             return GuidedOutput(output.prediction, (output.routing,))
@@ -115,7 +113,8 @@ class Guidance:
             output = self.denoiser(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, weak_y]), fractions)
             strong, weak = output.prediction.chunk(2)
             halves = _halves(output.routing)
-        return GuidedOutput(guide(strong, weak, self.settings.scale, self.settings.channels), halves)
+        channels = x.shape[1] if self.settings.channels is None else min(self.settings.channels, x.shape[1])
+        return GuidedOutput(guide(strong, weak, self.settings.scale, channels), halves)
 
 
 def _halves(routing: RoutingLike | None) -> tuple[RoutingLike | None, ...]:

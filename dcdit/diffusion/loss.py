@@ -14,17 +14,31 @@ class DiffusionLoss:
     """Per-sample loss terms, each (B,) float32.
 
     Attributes:
-        mse: mean squared error of the predicted noise.
-        vlb: one term of the variational lower bound, bits per dimension.
+        mse: mean squared error of what is predicted, noise or velocity.
+        vlb: one term of the variational lower bound, bits per dimension; None where no variance is trained.
+        weight: of ``mse``; None for 1.
     """
 
     mse: Tensor
-    vlb: Tensor
+    vlb: Tensor | None
+    weight: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
-        """(B,) the sum of both terms."""
-        return self.mse + self.vlb
+        """(B,) the sum of the terms."""
+        error = self.mse if self.weight is None else self.weight * self.mse
+        return error if self.vlb is None else error + self.vlb
+
+
+def min_snr_weight(snr: Tensor, gain: Tensor, gamma: float) -> Tensor:
+    """Min-SNR weight (B,) of a squared error (arXiv 2303.09556, section 3.4): min(SNR, gamma) on the error of x_0.
+
+    Args:
+        snr: (B,) signal-to-noise ratio.
+        gain: (B,) squared error of x_0 for one of what is predicted.
+        gamma: the ratio from which on samples weigh less.
+    """
+    return snr.clamp(max=gamma) * gain
 
 
 def diffusion_loss(

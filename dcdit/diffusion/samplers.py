@@ -1,4 +1,4 @@
-"""Ancestral and implicit sampling with the schedulers of diffusers, one random stream per sample."""
+"""Samplers: DDPM's with the schedulers of diffusers, flow matching's in a few lines; one random stream per sample."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +14,18 @@ from torch import Tensor
 
 from dcdit.diffusion.guidance import GuidedOutput
 from dcdit.diffusion.schedule import BETA_END, BETA_START, linear_betas
-from dcdit.diffusion.settings import DDIM, DDPM, DPMSolver, SamplerSettings
+from dcdit.diffusion.settings import (
+    DDIM,
+    DDPM,
+    TRAIN_STEPS,
+    DPMSolver,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    SamplerSettings,
+)
 
-GuidedDenoiser = Callable[[Tensor, int, Tensor], GuidedOutput]
+GuidedDenoiser = Callable[[Tensor, float, Tensor], GuidedOutput]
 """``denoiser(x, timestep, y)`` for x (B, C, H, W), y (B,)."""
 
 
@@ -25,15 +34,15 @@ class Step:
     """One sampling step.
 
     Attributes:
-        index: 0 for the first (noisiest) step.
-        timestep: its training timestep, 999..0.
+        index: 0 for the first (noisiest) evaluation.
+        timestep: the time that the network was told, 999..0 of DDPM, 1000 t of flow matching.
         x: (B, C, H, W) latents before the step.
         output: what the denoiser returned.
         next: (B, C, H, W) latents after it.
     """
 
     index: int
-    timestep: int
+    timestep: float
     x: Tensor
     output: GuidedOutput
     next: Tensor
@@ -43,17 +52,17 @@ class Stepper(ABC):
     """What one sampler does in a step; made anew for every trajectory.
 
     Attributes:
-        timesteps: training timesteps of the steps, from noise to image.
+        timesteps: the times at which the network is asked, from noise to image; twice for a step of second order.
     """
 
-    timesteps: list[int]
+    timesteps: Sequence[float]
 
     @abstractmethod
-    def step(self, prediction: Tensor, timestep: int, x: Tensor, generators: list[torch.Generator]) -> Tensor:
+    def step(self, prediction: Tensor, timestep: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
         """The latents (B, C, H, W) after a step.
 
         Args:
-            prediction: (B, 2C, H, W) float32 noise and variance.
+            prediction: (B, C or 2C, H, W) float32 noise and variance, or velocity.
             timestep: where ``x`` stands.
             x: (B, C, H, W) latents before it.
             generators: one for each sample, for whatever noise is added.
@@ -87,7 +96,7 @@ class _AncestralStepper(_Scheduled):
         )
         super().__init__(scheduler, settings.steps)
 
-    def step(self, prediction: Tensor, timestep: int, x: Tensor, generators: list[torch.Generator]) -> Tensor:
+    def step(self, prediction: Tensor, timestep: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
         return self.scheduler.step(prediction, timestep, x, generator=generators).prev_sample
 
 
@@ -98,7 +107,7 @@ class _ImplicitStepper(_Scheduled):
         super().__init__(DDIMScheduler(**_BETAS, clip_sample=settings.clip, timestep_spacing="leading"), settings.steps)
         self.options = {"eta": settings.eta, "use_clipped_model_output": settings.clip}
 
-    def step(self, prediction: Tensor, timestep: int, x: Tensor, generators: list[torch.Generator]) -> Tensor:
+    def step(self, prediction: Tensor, timestep: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
         noise = prediction[:, : x.shape[1]]
         return self.scheduler.step(noise, timestep, x, **self.options, generator=generators).prev_sample
 
@@ -110,19 +119,87 @@ class _MultistepStepper(_Scheduled):
         super().__init__(DPMSolverMultistepScheduler(**_BETAS, timestep_spacing="linspace"), settings.steps)
         self.clip = settings.clip
 
-    def step(self, prediction: Tensor, timestep: int, x: Tensor, generators: list[torch.Generator]) -> Tensor:
+    def step(self, prediction: Tensor, timestep: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
         noise = prediction[:, : x.shape[1]]
         if self.clip:
-            signal = self.scheduler.alphas_cumprod[timestep].sqrt().item()
+            signal = self.scheduler.alphas_cumprod[int(timestep)].sqrt().item()
             deviation = (1 - signal**2) ** 0.5
             noise = (x - signal * ((x - deviation * noise) / signal).clamp(-1, 1)) / deviation
         return self.scheduler.step(noise, timestep, x).prev_sample
+
+
+class _FlowStepper(Stepper):
+    """From t = 1 to 0 along velocities; what is particular is :meth:`advance`."""
+
+    def __init__(self, settings: Euler | Heun | EulerMaruyama, times: Tensor) -> None:
+        self.clip = settings.clip
+        self.times = (settings.shift * times / (1 + (settings.shift - 1) * times)).tolist()  # and 0 at the end
+        self.timesteps = [TRAIN_STEPS * t for t in self.times[:-1]]
+        self.asked = 0
+
+    def step(self, prediction: Tensor, timestep: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
+        t = timestep / TRAIN_STEPS
+        velocity = prediction[:, : x.shape[1]]
+        if self.clip:
+            velocity = (x - (x - t * velocity).clamp(-1, 1)) / t
+        self.asked += 1
+        return self.advance(velocity, t, x, generators)
+
+    @abstractmethod
+    def advance(self, velocity: Tensor, t: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """The latents after a step from ``t`` with this velocity (B, C, H, W)."""
+
+
+class _EulerStepper(_FlowStepper):
+    def __init__(self, settings: Euler) -> None:
+        super().__init__(settings, torch.linspace(1, 0, settings.steps + 1, dtype=torch.float64))
+
+    def advance(self, velocity: Tensor, t: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
+        return x + (self.times[self.asked] - t) * velocity
+
+
+class _HeunStepper(_FlowStepper):
+    """Asks at both ends of a step: first it goes to the end along one velocity, then from the start along the mean."""
+
+    def __init__(self, settings: Heun) -> None:
+        super().__init__(settings, torch.linspace(1, 0, settings.steps + 1, dtype=torch.float64))
+        # At the end of the last step, t = 0, nothing is asked.
+        self.timesteps = [TRAIN_STEPS * t for t in self.times[:-1] for _ in range(2)][1:]
+        self.begun: tuple[Tensor, Tensor, float] | None = None
+
+    def advance(self, velocity: Tensor, t: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
+        if self.begun is None:
+            following = self.times[(self.asked + 1) // 2]
+            self.begun = (x, velocity, t) if following else None
+            return x + (following - t) * velocity
+        (start, first, before), self.begun = self.begun, None
+        return start + (t - before) * (first + velocity) / 2
+
+
+class _EulerMaruyamaStepper(_FlowStepper):
+    """x - h (v - w s / 2) + sqrt(w h) noise, with w = t and the score s = -(x + (1 - t) v) / t."""
+
+    def __init__(self, settings: EulerMaruyama) -> None:
+        even = torch.linspace(1, settings.last, settings.steps, dtype=torch.float64)
+        super().__init__(settings, torch.cat([even, even.new_zeros(1)]))
+
+    def advance(self, velocity: Tensor, t: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
+        following = self.times[self.asked]
+        step = t - following
+        mean = x - step * (velocity + (x + (1 - t) * velocity) / 2)  # w s = -(x + (1 - t) v)
+        if not following:
+            return mean
+        noise = torch.cat([torch.randn(1, *x.shape[1:], generator=each) for each in generators]).to(x.device)
+        return mean + (t * step) ** 0.5 * noise
 
 
 STEPPERS: dict[type, Callable[[Any], Stepper]] = {
     DDPM: _AncestralStepper,
     DDIM: _ImplicitStepper,
     DPMSolver: _MultistepStepper,
+    Euler: _EulerStepper,
+    Heun: _HeunStepper,
+    EulerMaruyama: _EulerMaruyamaStepper,
 }
 """What runs for the settings of each sampler in :data:`dcdit.diffusion.settings.SAMPLERS`."""
 
@@ -142,9 +219,9 @@ class Sampler:
         return STEPPERS[type(self.settings)](self.settings)
 
     @property
-    def timesteps(self) -> list[int]:
-        """Training timesteps of the steps, from noise to image."""
-        return self.stepper().timesteps
+    def timesteps(self) -> list[float]:
+        """The times at which the network is asked, from noise to image."""
+        return list(self.stepper().timesteps)
 
     def trajectory(
         self,
@@ -156,7 +233,7 @@ class Sampler:
         """Sample, yielding every step.
 
         Args:
-            denoiser: returns noise and variance (B, 2C, H, W), guidance applied.
+            denoiser: returns noise and variance, or velocity, (B, C or 2C, H, W), guidance applied.
             shape: (C, H, W).
             labels: (B,) class labels; their device is where sampling runs.
             generators: one CPU generator per sample, the only source of randomness of that sample.

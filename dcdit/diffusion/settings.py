@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from dcdit.checks import Bounds, DropFraction, NotEmpty, checked, conform
+from dcdit.checks import Bounds, DropFraction, NotEmpty, Positive, checked, conform
 from dcdit.errors import UserError
 
 TRAIN_STEPS = 1000
@@ -13,6 +13,51 @@ TRAIN_STEPS = 1000
 Steps = Annotated[int, Bounds(1, TRAIN_STEPS, hint="the trained process has 1000 steps")]
 DropSchedule = Annotated[list[list[float]], NotEmpty("give a point, or null for a constant drop_fraction")]
 Timestep = Annotated[int, Bounds(0, TRAIN_STEPS - 1, hint="timesteps run from 999, pure noise, to 0")]
+
+
+Weighting = Literal["none", "min_snr"]
+"""Of the loss over times: ``none`` as published; ``min_snr``, min(SNR, gamma) / SNR of the noise (arXiv 2303.09556)."""
+
+
+@checked
+@dataclass(frozen=True)
+class NoiseDiffusion:
+    """The process of DiT and ADM, as published: 1,000 linear betas, noise prediction, learned variance.
+
+    Attributes:
+        weighting: of the squared error over timesteps.
+        snr_gamma: of ``min_snr``.
+    """
+
+    name: ClassVar[str] = "ddpm"
+    weighting: Weighting = "none"
+    snr_gamma: Positive = 5.0
+
+
+@checked
+@dataclass(frozen=True)
+class FlowMatching:
+    """Flow matching on the straight line from image to noise (SiT, arXiv 2401.08740).
+
+    Attributes:
+        time: how training draws t: ``uniform``, or ``logit_normal`` (arXiv 2403.03206), more of the middle.
+        time_mean, time_std: of the normal distribution of logit(t), for ``logit_normal``.
+        weighting: of the squared error over t.
+        snr_gamma: of ``min_snr``.
+    """
+
+    name: ClassVar[str] = "flow"
+    time: Literal["uniform", "logit_normal"] = "uniform"
+    time_mean: float = 0.0
+    time_std: Positive = 1.0
+    weighting: Weighting = "none"
+    snr_gamma: Positive = 5.0
+
+
+ProcessSettings = NoiseDiffusion | FlowMatching
+
+PROCESSES: dict[str, Callable[..., ProcessSettings]] = {"ddpm": NoiseDiffusion, "flow": FlowMatching}
+"""What ``diffusion.name`` may say; :mod:`dcdit.diffusion.process` has what computes."""
 
 
 @checked
@@ -26,6 +71,7 @@ class DDPM:
     """
 
     name: ClassVar[str] = "ddpm"
+    process: ClassVar[str] = "ddpm"
     steps: Steps
     clip: bool = False
 
@@ -41,6 +87,7 @@ class DDIM:
     """
 
     name: ClassVar[str] = "ddim"
+    process: ClassVar[str] = "ddpm"
     steps: Steps
     clip: bool = False
     eta: Annotated[float, Bounds(0, 1, hint="0 is deterministic DDIM, 1 is as noisy as DDPM")] = 0.0
@@ -56,13 +103,76 @@ class DPMSolver:
     """
 
     name: ClassVar[str] = "dpm++"
+    process: ClassVar[str] = "ddpm"
     steps: Steps
     clip: bool = False
 
 
-SamplerSettings = DDPM | DDIM | DPMSolver
+Shift = Annotated[float, Bounds(low=0, open_low=True, hint="1 is even steps, 3 spends more of them among noise")]
 
-SAMPLERS: dict[str, Callable[..., SamplerSettings]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMSolver}
+
+@checked
+@dataclass(frozen=True)
+class Euler:
+    """Euler's method for the ODE of flow matching: first order, one evaluation a step.
+
+    Attributes:
+        steps: number of steps, at most 1000.
+        shift: s of t' = s t / (1 + (s - 1) t) (arXiv 2403.03206), on evenly spaced t from 1 to 0.
+        clip: clip the predicted x_0 to [-1, 1]; for images as latents, never for a VAE's.
+    """
+
+    name: ClassVar[str] = "euler"
+    process: ClassVar[str] = "flow"
+    steps: Steps
+    shift: Shift = 1.0
+    clip: bool = False
+
+
+@checked
+@dataclass(frozen=True)
+class Heun:
+    """Heun's method for the ODE of flow matching: second order, two evaluations a step but for the last.
+
+    Attributes:
+        steps, shift, clip: as of :class:`Euler`.
+    """
+
+    name: ClassVar[str] = "heun"
+    process: ClassVar[str] = "flow"
+    steps: Steps
+    shift: Shift = 1.0
+    clip: bool = False
+
+
+@checked
+@dataclass(frozen=True)
+class EulerMaruyama:
+    """The SDE of flow matching by Euler and Maruyama, diffusion coefficient t (SiT, section 2.3).
+
+    Attributes:
+        steps, shift, clip: as of :class:`Euler`.
+        last: t from which the last step goes to 0 at once, without noise.
+    """
+
+    name: ClassVar[str] = "sde"
+    process: ClassVar[str] = "flow"
+    steps: Annotated[int, Bounds(2, TRAIN_STEPS, hint="the SDE takes 250 as published, and two at the least")]
+    shift: Shift = 1.0
+    clip: bool = False
+    last: Annotated[float, Bounds(0, 1, open_low=True, open_high=True, hint="0.04 as published")] = 0.04
+
+
+SamplerSettings = DDPM | DDIM | DPMSolver | Euler | Heun | EulerMaruyama
+
+SAMPLERS: dict[str, Callable[..., SamplerSettings]] = {
+    "ddpm": DDPM,
+    "ddim": DDIM,
+    "dpm++": DPMSolver,
+    "euler": Euler,
+    "heun": Heun,
+    "sde": EulerMaruyama,
+}
 """What ``sampler.name`` may say; :data:`dcdit.diffusion.samplers.STEPPERS` has what runs for each."""
 
 
@@ -124,12 +234,12 @@ class GuidanceSettings:
         same_budget = self.uncond_drop_fraction is None or self.uncond_drop_fraction <= least
         return self.weak_keeps_class and self.weak_checkpoint is None and same_budget
 
-    def is_guided(self, timestep: int) -> bool:
+    def is_guided(self, timestep: float) -> bool:
         """Whether the weak half runs too at ``timestep``."""
         inside = self.interval is None or self.interval[0] <= timestep <= self.interval[1]
         return self.scale != 1 and inside
 
-    def drop_at(self, timestep: int) -> tuple[float, float]:
+    def drop_at(self, timestep: float) -> tuple[float, float]:
         """Tail drop of the strong and of the weak half at ``timestep``."""
         drop = self.drop_fraction
         if self.drop_schedule is not None:

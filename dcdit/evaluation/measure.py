@@ -174,7 +174,7 @@ class Measurement:
         seen: list[Features] = []
         first: list[Tensor] = []
         seconds, flops, images = 0.0, 0.0, 0
-        kept = torch.zeros(2, self.sampling.sampler.settings.steps, dtype=torch.int64)  # by half and step
+        kept = torch.zeros(2, len(self.sampling.sampler.timesteps), dtype=torch.int64)  # by half and step
         batches = self.sampling.generate(self.labels, self._job.numbers(task))
         begin = time.perf_counter()
         while (batch := next(batches, None)) is not None:

@@ -241,10 +241,9 @@ def read_result(file: Path) -> Result:
         keys = {**_KEYS, **(_ROUTED if "keep_ratio" in values else {})}
         for key, hint in keys.items():
             conform(key, _dig(values, key), hint)
-        steps = values["plan"]["sampler"]["steps"]
         ratios = values.get("keep_ratio")
-        if ratios is not None and {len(ratios[key]) for key in ("timesteps", "strong")} != {steps}:
-            raise UserError(f"keep_ratio has not the {steps} steps of the sampler")
+        if ratios is not None and len(ratios["timesteps"]) != len(ratios["strong"]):
+            raise UserError("keep_ratio has not as many ratios as timesteps")
         for figure in figures_of_metrics(values["plan"]["metrics"]):
             conform(f"metrics.{figure.key}", _dig(values, f"metrics.{figure.key}"), float)
     except UserError as error:

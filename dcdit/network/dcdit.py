@@ -74,6 +74,7 @@ class DCDiT(Network):
         condition_norm: a LayerNorm on the conditioning vector of the encoder and the decoder: adapts it to them where
             blocks and conditioning were taken over (paper, section 4.4).
         freq_shift: frequencies of the timestep embedding, see :data:`dcdit.network.embeddings.FreqShift`.
+        variance: predict a variance beside, which DDPM needs and flow matching leaves alone.
         attention: ``auto``, ``sdpa``, ``varlen`` or ``flash_attn``.
 
     Raises:
@@ -102,9 +103,11 @@ class DCDiT(Network):
         position_patch: Size = 1,
         condition_norm: bool = False,
         freq_shift: FreqShift = 0,
+        variance: bool = True,
         attention: Backend = "auto",
     ) -> None:
         super().__init__(grid, channels, num_classes, label_dropout)
+        self.variance = variance
         check_installed(attention)
         if width % 4:
             raise UserError(f"width={width} is not divisible by 4, which the 2-D position table needs")
@@ -124,7 +127,7 @@ class DCDiT(Network):
         self.decoder = ConvStack(
             [ConvBlock(width, inner, width, groups), ConvBlock(inner, inner, width, groups)], inner
         )
-        self.output = OutputLayer(inner, width, 2 * channels)
+        self.output = OutputLayer(inner, width, (1 + variance) * channels)
         self.condition_norm = nn.LayerNorm(width) if condition_norm else nn.Identity()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Output:

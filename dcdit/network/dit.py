@@ -21,7 +21,8 @@ class DiT(Network):
         channels: latent channels C.
         num_classes: real classes; label ``num_classes`` is the null class.
         patch: patch side; must divide ``grid``.
-        width, depth, heads, mlp_ratio, label_dropout, freq_shift, attention: as in :class:`dcdit.network.DCDiT`.
+        width, depth, heads, mlp_ratio, label_dropout, freq_shift, variance, attention: as in
+            :class:`dcdit.network.DCDiT`.
 
     Raises:
         UserError: if the sizes do not fit each other or a name is unknown.
@@ -41,9 +42,11 @@ class DiT(Network):
         mlp_ratio: Positive = 4.0,
         label_dropout: LabelDropout = 0.1,
         freq_shift: FreqShift = 0,
+        variance: bool = True,
         attention: Backend = "auto",
     ) -> None:
         super().__init__(grid, channels, num_classes, label_dropout)
+        self.variance = variance
         check_installed(attention)
         if grid % patch:
             raise UserError(f"patch={patch} does not divide grid={grid}: take a patch side that does, such as 2")
@@ -54,7 +57,7 @@ class DiT(Network):
         self.embed = xavier_init(nn.Conv2d(channels, width, patch, stride=patch))
         self.register_buffer("pos_embed", position_table(side, side, width), persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, "paper", attention) for _ in range(depth))
-        self.output = OutputLayer(width, width, patch * patch * 2 * channels)
+        self.output = OutputLayer(width, width, patch * patch * (1 + variance) * channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Output:
         """Predict the noise and the variance of ``x``; see :class:`Network`."""

@@ -18,8 +18,8 @@ class Output:
     """What a network returns.
 
     Attributes:
-        prediction: (B, 2C, H, W); the first C channels are the noise, the last C the variance value in [-1, 1] of
-            learned range variance.
+        prediction: (B, 2C, H, W); the first C channels are the noise, or what else the process has it predict, the last
+            C the variance value in [-1, 1] of learned range variance. (B, C, H, W) of a network without variance.
         routing: the router's decision; None for a network without one.
     """
 
@@ -69,9 +69,11 @@ class Network(
         routes: whether a router chooses tokens, so that a drop fraction means something and cost varies.
         grid: (H, W).
         channels, num_classes, label_dropout: as given.
+        variance: whether C channels of variance stand beside the C that are predicted of the latents.
     """
 
     routes: ClassVar[bool] = False
+    variance: bool = True
 
     def __init__(self, grid: int, channels: int, num_classes: int, label_dropout: float) -> None:
         super().__init__()
@@ -86,7 +88,7 @@ class Network(
 
         Args:
             x: (B, C, H, W) noisy latents.
-            t: (B,) timesteps in 0..999.
+            t: (B,) timesteps, whole or not, from 0, the image, to 999 or 1000, pure noise.
             y: (B,) class labels in 0..num_classes.
             drop_fraction: share of kept tokens to drop, in [0, 1), one number or one per sample (B,); 0 for a network
                 that does not route.

@@ -20,6 +20,7 @@ class Kind(Enum):
 
 KINDS: dict[str, Kind] = {
     "model": Kind.NEVER,
+    "diffusion": Kind.NEVER,
     "init": Kind.NEVER,
     "seed": Kind.NEVER,
     "callbacks.ema": Kind.NEVER,

@@ -24,13 +24,13 @@ class Frame:
     """One sample at one timestep.
 
     Attributes:
-        timestep: training timestep.
+        timestep: that the network was told.
         image: (height, width, 1 or 3) uint8, the decoded x_t.
         prob: (H, W) boundary probability.
         mask: (H, W) bool, the kept positions.
     """
 
-    timestep: int
+    timestep: float
     image: Tensor
     prob: Tensor
     mask: Tensor
@@ -102,7 +102,7 @@ def save_boundaries(rows: Sequence[Sequence[Frame]], titles: Sequence[str], path
             _outline(bottom, frame.mask)
             bottom.set_xlabel(f"kept {frame.mask.float().mean():.0%}", fontsize=8)
             if number == 0:
-                top.set_title(f"t = {frame.timestep}", fontsize=9)
+                top.set_title(f"t = {frame.timestep:.0f}", fontsize=9)
         axes[2 * number][0].set_ylabel(title, fontsize=9, parse_math=False)
         axes[2 * number + 1][0].set_ylabel("boundary p", fontsize=8)
     for axis in axes.flat:

@@ -55,7 +55,7 @@ def sample_to_folder(
     Returns:
         What there is now, in words.
     """
-    model, steps = sampling.model, sampling.sampler.settings.steps
+    model, steps = sampling.model, len(sampling.sampler.timesteps)
     labels = resolve_labels(classes, model.latents.classes, per_class)
     shown = list(range(0, len(labels), per_class))[:_SHOWN]
     writable_folder(out, f"out={out}")

@@ -151,6 +151,7 @@ def _sampling(plan: SamplingPlan, place: Place, loaded: _Loaded) -> Sampling:
     model = loaded.model
     weak = loaded.weak if plan.guidance.weak_checkpoint is not None and plan.guidance.scale != 1 else None
     check_guidance(model.network, plan.guidance, weak)
+    model.process.check_sampler(plan.sampler)
     precision = plan.settings.precision
     if precision == "auto":
         precision = "bf16" if model.device.type == "cuda" else "fp32"
@@ -195,6 +196,7 @@ def _weak_model(place: Place, plan: SamplingPlan, model: Model) -> Model:
         ("latents of scale", weak.latents.scale, model.latents.scale),
         ("latents of shift", weak.latents.shift, model.latents.shift),
         ("a number of classes of", weak.network.num_classes, model.network.num_classes),
+        ("a process of", weak.process.settings.name, model.process.settings.name),
     ):
         if its != ours:
             raise UserError(f"{place.words} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind")

@@ -64,6 +64,7 @@ def build_module(plan: TrainPlan, latents: LatentSpec | None) -> DCDiTModule:
     """
     return DCDiTModule(
         model=plan.values["model"],
+        diffusion=plan.values["diffusion"],
         latents=latents.to_plain() if latents else {},
         compression=plan.run.compression,
         ratio=asdict(plan.ratio),

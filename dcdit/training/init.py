@@ -10,9 +10,11 @@ from dcdit.checkpoints.load import Weights, read_weights, words
 from dcdit.checkpoints.locate import locate
 from dcdit.checks import shown
 from dcdit.data.latents import LatentSpec
+from dcdit.diffusion.process import Process
 from dcdit.errors import UserError
 from dcdit.network import DiT, Network, build_network
 from dcdit.runtime.devices import fingerprint, without_memory
+from dcdit.runtime.processes import say
 from dcdit.training.distillation import Distillation
 from dcdit.training.settings import FromScratch, FromTeacher, FromWeights, InitSettings
 
@@ -90,12 +92,15 @@ class _Fit:
     left: list[str] = field(default_factory=list)
 
 
-def start_from(settings: InitSettings, network: Network, latents: LatentSpec, runs: str, step: int) -> Start:
+def start_from(
+    settings: InitSettings, network: Network, process: Process, latents: LatentSpec, runs: str, step: int
+) -> Start:
     """Put the weights that training starts from into ``network``, and freeze what is not trained.
 
     Args:
         settings: where from.
         network: fresh, or about to be loaded from a checkpoint of this very run.
+        process: that it is trained for.
         latents: what it is trained on.
         runs: folder of all runs.
         step: optimiser steps done; above 0 nothing is loaded but the teacher, while it is needed.
@@ -110,12 +115,15 @@ def start_from(settings: InitSettings, network: Network, latents: LatentSpec, ru
         if step:
             return Start()
         place = locate(settings.checkpoint, runs, "init.checkpoint")
-        start, fit = _from_weights(settings, read_weights(place, settings.assume), place.words, network, latents)
+        found = read_weights(place, settings.assume)
+        start, fit = _from_weights(settings, found, place.words, network, latents)
     else:
         if step >= max(1, settings.distil_steps):
             return Start()
         place = locate(settings.teacher, runs, "init.teacher")
-        start, fit = _from_teacher(settings, read_weights(place, settings.assume), place.words, network, latents)
+        found = read_weights(place, settings.assume)
+        start, fit = _from_teacher(settings, found, place.words, network, latents)
+    _check_process(place.words, found, process, start)
     if not step:
         _load(network, fit.take)
     return replace(
@@ -164,6 +172,19 @@ def _from_teacher(
         distillation=Distillation(teacher, steps, weight, settings.distil_decay) if steps and weight else None,
     )
     return start, fit
+
+
+def _check_process(key: str, found: Weights, process: Process, start: Start) -> None:
+    """Raise where a teacher's hidden states would be of other noise; say it where weights are of another process."""
+    before, now = found.process.settings.name, process.settings.name
+    if before == now:
+        return
+    if start.distillation is not None:
+        raise UserError(
+            f"{key} was trained with diffusion={before}, whose hidden states are of other noise than those of"
+            f" diffusion={now}: take diffusion={before}, or init.distil_steps=0"
+        )
+    say(f"{key} was trained with diffusion={before}; with diffusion={now} the network has to learn another prediction")
 
 
 def freeze(network: Network, parts: Sequence[str]) -> None:

@@ -10,12 +10,10 @@ from dcdit.network import Routing
 def step_metrics(diffusion: DiffusionLoss, drop_fraction: float) -> dict[str, Tensor]:
     """Of the diffusion loss: scalars by name."""
     loss = diffusion.total.mean()
-    return {
-        "train/diffusion_loss": loss,
-        "train/mse": diffusion.mse.mean(),
-        "train/vlb": diffusion.vlb.mean(),
-        "train/drop_fraction": loss.new_tensor(drop_fraction),
-    }
+    found = {"train/diffusion_loss": loss, "train/mse": diffusion.mse.mean()}
+    if diffusion.vlb is not None:
+        found["train/vlb"] = diffusion.vlb.mean()
+    return {**found, "train/drop_fraction": loss.new_tensor(drop_fraction)}
 
 
 def routing_metrics(routing: Routing, world_size: int) -> dict[str, Tensor]:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from dcdit.checks import call_checked
 from dcdit.data.stream import Batch
-from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss
-from dcdit.diffusion.schedule import Posterior, add_noise
-from dcdit.diffusion.settings import TRAIN_STEPS
+from dcdit.diffusion.loss import DiffusionLoss
+from dcdit.diffusion.process import build_process
 from dcdit.errors import TrainingError, UserError
 from dcdit.network import Output, build_network
 from dcdit.training.callbacks.throughput import logging_interval
@@ -54,6 +53,7 @@ class DCDiTModule(pl.LightningModule):
 
     Args:
         model: plain mapping for :func:`dcdit.network.build_network`; saved with the checkpoint.
+        diffusion: plain mapping for :func:`dcdit.diffusion.process.build_process`; saved with the checkpoint.
         latents: plain values of the :class:`dcdit.data.latents.LatentSpec` that is trained on; saved with the
             checkpoint.
         compression: target compression N of the router.
@@ -72,6 +72,7 @@ class DCDiTModule(pl.LightningModule):
     def __init__(
         self,
         model: Mapping[str, Any],
+        diffusion: Mapping[str, Any],
         latents: Mapping[str, Any],
         compression: float,
         ratio: Mapping[str, Any],
@@ -86,6 +87,8 @@ class DCDiTModule(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.network = build_network(model)
+        self.process = build_process(diffusion)
+        self.process.check_variance(self.network.variance)
         self.compression = compression
         self.ratio = call_checked(RatioSettings, ratio, "ratio")
         self.multi_budget = call_checked(MultiBudgetSettings, multi_budget, "multi_budget")
@@ -107,7 +110,6 @@ class DCDiTModule(pl.LightningModule):
         """Matches the hidden states of a teacher, which is no part of this module or its checkpoints."""
         self.settings: Mapping[str, Any] = {}
         """What :func:`dcdit.runs.changes.recorded` says of the configuration; saved with the checkpoint."""
-        self.tables = Posterior.linear()
         self.skipped = torch.zeros(2)  # steps skipped: in all, and in a row
         self._batch = BatchMetrics()
 
@@ -115,7 +117,7 @@ class DCDiTModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Move what is no parameter or buffer to the device."""
-        self.tables = self.tables.to(self.device)
+        self.process.to(self.device)
         if self.distillation is not None:
             self.distillation.to(self.device)
         self.skipped = self.skipped.to(self.device)
@@ -130,7 +132,7 @@ class DCDiTModule(pl.LightningModule):
         balanced = None
         if world > 1 and self.balance_timesteps:
             seed = self._stream(step, _ALL_RANKS, micro)
-            balanced = balanced_timesteps(seed, TRAIN_STEPS, world, self.global_rank, len(batch[0])).to(self.device)
+            balanced = balanced_timesteps(self._draw, seed, world, self.global_rank, len(batch[0])).to(self.device)
         if self.distillation is not None and not self.distillation.weight_at(step):
             self._end_distillation()
         noisy = self._diffuse(batch, balanced)
@@ -186,19 +188,23 @@ class DCDiTModule(pl.LightningModule):
         """Seed of the random stream at ``position`` (step, rank, micro-batch) of this run."""
         return int(np.random.SeedSequence([self.seed, *position]).generate_state(1, np.uint64)[0])
 
+    def _draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Times of training, on the CPU."""
+        return self.process.draw_times(count, generator, torch.device("cpu"))
+
     def _diffuse(self, batch: Batch, t: Tensor | None = None) -> Noisy:
         """Noise a batch, at random timesteps unless they are given; in training drop labels as well."""
         latents, labels = batch
         if t is None:
-            t = torch.randint(TRAIN_STEPS, (len(latents),), device=self.device)
+            t = self.process.draw_times(len(latents), None, self.device)
         noise = torch.randn_like(latents)
         if self.training:
             labels = self.network.drop_labels(labels)
-        return Noisy(add_noise(self.tables, latents, noise, t), t, labels, latents, noise)
+        return Noisy(self.process.add_noise(latents, noise, t), t, labels, latents, noise)
 
     def _loss(self, noisy: Noisy, output: Output) -> DiffusionLoss:
         with torch.autocast(self.device.type, enabled=False):
-            return diffusion_loss(self.tables, output.prediction, noisy.latents, noisy.x, noisy.noise, noisy.t)
+            return self.process.loss(output.prediction, noisy.latents, noisy.x, noisy.noise, noisy.t)
 
     # ---- optimisation ------------------------------------------------------------------------------------------
 

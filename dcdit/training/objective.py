@@ -1,6 +1,6 @@
 """What the router is asked for: the ratio loss and the schedules of its target and of the drop fraction."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -32,7 +32,9 @@ def ratio_loss(prob: Tensor, natural_mask: Tensor, compression: float | Tensor, 
     return compression / (compression - 1) * total / len(prob)
 
 
-def balanced_timesteps(seed: int, steps: int, world_size: int, rank: int, batch: int) -> Tensor:
+def balanced_timesteps(
+    draw: Callable[[int, torch.Generator], Tensor], seed: int, world_size: int, rank: int, batch: int
+) -> Tensor:
     """Timesteps of one rank such that all ranks have about the same number of tokens to compute.
 
     How many tokens the router keeps depends on the timestep more than on the image. So the timesteps of the whole batch
@@ -40,16 +42,16 @@ def balanced_timesteps(seed: int, steps: int, world_size: int, rank: int, batch:
     the ranks at random, so the pairs of samples and timesteps are distributed as if each rank had sampled its own.
 
     Args:
+        draw: so many timesteps, independently, on the CPU.
         seed: the same on every rank, another at every step.
-        steps: timesteps are sampled from 0 to ``steps`` - 1.
         world_size, rank: of the ranks.
         batch: samples of each rank.
 
     Returns:
-        (batch,) int64, in random order.
+        (batch,) as ``draw`` has them, in random order.
     """
     generator = torch.Generator().manual_seed(seed)
-    hands = torch.randint(steps, (world_size * batch,), generator=generator).sort().values.view(batch, world_size)
+    hands = draw(world_size * batch, generator).sort().values.view(batch, world_size)
     hands[1::2] = hands[1::2].flip(1)
     place = torch.randperm(world_size, generator=generator)[rank]  # else the first rank always had the lowest card
     return hands[torch.randperm(batch, generator=generator), place]

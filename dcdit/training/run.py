@@ -91,7 +91,7 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         manifest.spec.check_network(module.network)
         module.network.to(memory_format=torch.channels_last)  # which convolutions prefer, on CPUs and tensor cores
         set_execution(module.network, plan.execution.compile, plan.execution.activation_checkpointing)
-        begun = start_from(plan.init, module.network, manifest.spec, plan.values["paths"]["runs"], step)
+        begun = start_from(plan.init, module.network, module.process, manifest.spec, plan.values["paths"]["runs"], step)
         begin(module, begun, resumed)
         interrupt = StopOnInterrupt()
         if resumed:

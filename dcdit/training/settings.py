@@ -20,6 +20,7 @@ from dcdit.checks import (
     checked,
     conform,
 )
+from dcdit.diffusion.settings import PROCESSES
 from dcdit.errors import UserError
 from dcdit.runs.changes import recorded
 from dcdit.runs.state import RunId
@@ -256,7 +257,19 @@ SECTIONS: dict[str, Any] = {
 GROUPS = ("model", "data", "trainer", "cluster")
 """Sections whose keys others refer to."""
 
-_BUILT_LATER = ("init", "model", "data", "trainer", "callbacks", "logger", "cluster", "paths", "resolution", *SECTIONS)
+_BUILT_LATER = (
+    "init",
+    "model",
+    "diffusion",
+    "data",
+    "trainer",
+    "callbacks",
+    "logger",
+    "cluster",
+    "paths",
+    "resolution",
+    *SECTIONS,
+)
 
 
 @dataclass(frozen=True)
@@ -298,6 +311,7 @@ class TrainPlan:
         """
         run = call_checked(RunSettings, {key: values[key] for key in values if key not in _BUILT_LATER}, "")
         init = build_named(INITS, values.get("init"), "init")
+        build_named(PROCESSES, values.get("diffusion"), "diffusion")
         sections = {name: call_checked(kind, values.get(name), name) for name, kind in SECTIONS.items()}
         trainer = values["trainer"]
         ranged = {key: value for key, value in trainer.items() if key in TrainerSettings.__dataclass_fields__}

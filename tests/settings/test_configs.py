@@ -17,7 +17,18 @@ from dcdit.training.build import build_module, match_compute
 from dcdit.training.settings import TrainPlan
 
 EXPERIMENTS = sorted(path.stem for path in Path(CONFIG_DIR, "experiment").glob("*.yaml"))
-GROUPS = ("model", "trainer", "multi_budget", "logger", "data", "debug", "resolution", "cluster", "callbacks")
+GROUPS = (
+    "model",
+    "trainer",
+    "multi_budget",
+    "logger",
+    "data",
+    "debug",
+    "resolution",
+    "cluster",
+    "callbacks",
+    "diffusion",
+)
 NAMED = {"digits", "s_n4", "b_n4", "l_n4", "xl_n4", "b_n16", "b_n4_512", "xl_n4_512", "dit_s_2", "dit_b_2", "dit_xl_2"}
 
 

@@ -6,22 +6,43 @@ import pytest
 from omegaconf import OmegaConf
 from support.configs import compose_config
 
-from dcdit import flops, generate, inspect_latents, report, sample, status
+from dcdit import ema, flops, generate, inspect_latents, report, sample, status
 from dcdit.cluster.settings import ClusterSettings
 from dcdit.data.datamodule import LatentDataModule
-from dcdit.diffusion.settings import DDIM, DDPM, BudgetSettings, DPMSolver, GuidanceSettings
+from dcdit.diffusion.settings import (
+    DDIM,
+    DDPM,
+    BudgetSettings,
+    DPMSolver,
+    Euler,
+    EulerMaruyama,
+    FlowMatching,
+    GuidanceSettings,
+    Heun,
+    NoiseDiffusion,
+)
 from dcdit.evaluation.settings import EvaluateSettings
 from dcdit.extraction.settings import ExtractionSettings, ExtractSettings
 from dcdit.network import DCDiT, DiT
 from dcdit.sampling.settings import SamplingSettings
 from dcdit.training import settings
-from dcdit.training.callbacks import EMA, Checkpoint, ProgressBar
+from dcdit.training.callbacks import EMA, Checkpoint, PowerEMA, ProgressBar
 from dcdit.training.callbacks.fid import FID
 
 ONE_HOME = (
     *(sample.SampleSettings, generate.GenerateSettings, EvaluateSettings, report.ReportSettings, status.StatusSettings),
     *(flops.FlopsSettings, ExtractSettings, ExtractionSettings, inspect_latents.InspectSettings),
-    *(SamplingSettings, ClusterSettings, LatentDataModule, EMA, Checkpoint, ProgressBar, FID),
+    *(
+        SamplingSettings,
+        ClusterSettings,
+        LatentDataModule,
+        EMA,
+        PowerEMA,
+        Checkpoint,
+        ProgressBar,
+        FID,
+        ema.EMASettings,
+    ),
     *(settings.RunSettings, settings.TrainerSettings, *settings.SECTIONS.values()),
 )
 """What only configurations build: no defaults beside those of the files."""
@@ -34,6 +55,11 @@ LIBRARY = {
     DDPM: ("sample", (), "sampler"),
     DDIM: ("sample", ("sampler=ddim",), "sampler"),
     DPMSolver: ("sample", ("sampler=dpm++",), "sampler"),
+    Euler: ("sample", ("sampler=euler",), "sampler"),
+    Heun: ("sample", ("sampler=heun",), "sampler"),
+    EulerMaruyama: ("sample", ("sampler=sde",), "sampler"),
+    NoiseDiffusion: ("train", (), "diffusion"),
+    FlowMatching: ("train", ("diffusion=flow",), "diffusion"),
 }
 """What people call from code as well: its defaults are those of the files."""
 

@@ -60,10 +60,14 @@ def test_drop_fraction_is_a_pure_function_with_warmup():
     assert drop_fraction_at(500, 0, [], 0) == 0.0
 
 
+def draw(count, generator):
+    return torch.randint(1000, (count,), generator=generator)
+
+
 @settings(max_examples=50, deadline=None)
 @given(world=st.integers(2, 9), batch=st.integers(1, 20), seed=st.integers(0, 2**60))
 def test_dealt_timesteps_are_those_of_an_independent_draw(world, batch, seed):
-    hands = [balanced_timesteps(seed, 1000, world, rank, batch) for rank in range(world)]
+    hands = [balanced_timesteps(draw, seed, world, rank, batch) for rank in range(world)]
     drawn = torch.randint(1000, (world * batch,), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(torch.cat(hands).sort().values, drawn.sort().values)
     assert all(len(hand) == batch for hand in hands)
@@ -73,7 +77,7 @@ def test_every_rank_sees_all_timesteps_alike_and_hands_are_even():
     world, batch, steps = 4, 8, 1000
     hands = torch.stack(
         [
-            torch.stack([balanced_timesteps(seed, steps, world, rank, batch) for rank in range(world)])
+            torch.stack([balanced_timesteps(draw, seed, world, rank, batch) for rank in range(world)])
             for seed in range(2000)
         ]
     ).float()

@@ -132,6 +132,7 @@ class FID(Callback):
                 " one beside `train`, or leave the callback out"
             )
         model = self._model(pl_module, trainer)
+        model.process.check_sampler(self.sampler.settings)
         for drop in self.drop_fractions:
             check_guidance(model.network, self._guidance(drop))
         decode = load_decoder(model.latents, pl_module.device, self.autoencoder)
@@ -172,7 +173,7 @@ class FID(Callback):
         rows, boundaries, words = [], None, []
         for drop in self.drop_fractions:
             wanted = self.frames if boundaries is None and trainer.is_global_zero else 0
-            frames = Frames([0, 1, 2], wanted, self.sampler.settings.steps, self._prepared.decode)
+            frames = Frames([0, 1, 2], wanted, len(self.sampler.timesteps), self._prepared.decode)
             measured = self._measure(trainer, pl_module, self._prepared, drop, frames)
             for name, value in measured.figures.items():
                 pl_module.log(f"val/{name}@{drop:g}", value, on_step=False, on_epoch=True)
@@ -199,7 +200,7 @@ class FID(Callback):
 
     def _model(self, pl_module: Any, trainer: pl.Trainer) -> Model:
         latents = LatentSpec.from_plain(pl_module.hparams["latents"], "latents")
-        return Model(pl_module.network, latents, trainer.global_step)
+        return Model(pl_module.network, latents, trainer.global_step, pl_module.process)
 
     def _guidance(self, drop: float) -> GuidanceSettings:
         return replace(self.guidance, drop_fraction=drop)

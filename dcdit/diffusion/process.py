@@ -1,0 +1,197 @@
+"""A diffusion process as one object: what noise does to latents, what a network predicts of it, and what that costs.
+
+Nothing outside asks which process it is. Its time is what the network is told: timestep 0 to 999 of DDPM, 1000 t of
+flow matching; 0 is the image, the upper end pure noise.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcdit.checks import build_named
+from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss, min_snr_weight
+from dcdit.diffusion.schedule import BETA_END, BETA_START, Posterior, add_noise, per_sample
+from dcdit.diffusion.settings import (
+    PROCESSES,
+    SAMPLERS,
+    TRAIN_STEPS,
+    FlowMatching,
+    NoiseDiffusion,
+    ProcessSettings,
+    SamplerSettings,
+)
+from dcdit.errors import UserError
+
+
+class Process(ABC):
+    """What everything else asks of a diffusion process.
+
+    Attributes:
+        settings: what can be chosen of it.
+        needs_variance: whether a network must predict a variance beside.
+    """
+
+    settings: ProcessSettings
+    needs_variance: bool = False
+
+    @abstractmethod
+    def draw_times(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Random times of training, (count,)."""
+
+    @abstractmethod
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Latents ``x0`` (B, C, H, W) at times ``t`` (B,)."""
+
+    @abstractmethod
+    def loss(self, prediction: Tensor, x0: Tensor, xt: Tensor, noise: Tensor, t: Tensor) -> DiffusionLoss:
+        """Loss per sample of a prediction (B, C or 2C, H, W) for ``xt``, which is made of ``x0`` and ``noise``."""
+
+    @abstractmethod
+    def clean(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
+        """x_0 (B, C, H, W) that a prediction for ``x`` at time ``t`` amounts to."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """The process in plain values, for whoever reads an exported network without this package."""
+
+    def to(self, device: torch.device) -> "Process":
+        """Move what it has to a device; returns itself."""
+        return self
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What :func:`build_process` makes this process of."""
+        return {"name": self.settings.name, **asdict(self.settings)}
+
+    def check_sampler(self, sampler: SamplerSettings) -> None:
+        """Raise :class:`UserError` unless ``sampler`` is one for this process."""
+        if sampler.process != self.settings.name:
+            fitting = [name for name, kind in SAMPLERS.items() if getattr(kind, "process", "") == self.settings.name]
+            raise UserError(
+                f"sampler={sampler.name} does not fit a network that was trained with diffusion={self.settings.name}:"
+                f" take sampler={', '.join(fitting)}"
+            )
+
+    def check_variance(self, variance: bool) -> None:
+        """Raise :class:`UserError` if a network without predicted variance cannot be trained by this process."""
+        if self.needs_variance and not variance:
+            raise UserError(
+                f"model.variance=false: diffusion={self.settings.name} trains a variance beside the noise; leave it"
+                " out, or take diffusion=flow"
+            )
+
+
+class NoiseProcess(Process):
+    """The process of DiT and ADM: linear betas, noise prediction, learned range variance (DDPM, Improved DDPM)."""
+
+    needs_variance = True
+
+    def __init__(self, settings: NoiseDiffusion) -> None:
+        self.settings: NoiseDiffusion = settings
+        self.tables = Posterior.linear()
+
+    def to(self, device: torch.device) -> Process:
+        """See :class:`Process`."""
+        self.tables = self.tables.to(device)
+        return self
+
+    def draw_times(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """See :class:`Process`: uniform over the timesteps, int64."""
+        return torch.randint(TRAIN_STEPS, (count,), generator=generator, device=device)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """See :class:`Process`."""
+        return add_noise(self.tables, x0, noise, t)
+
+    def loss(self, prediction: Tensor, x0: Tensor, xt: Tensor, noise: Tensor, t: Tensor) -> DiffusionLoss:
+        """See :class:`Process` and :func:`dcdit.diffusion.loss.diffusion_loss`."""
+        found = diffusion_loss(self.tables, prediction, x0, xt, noise, t)
+        if self.settings.weighting == "min_snr":
+            variance = per_sample(self.tables.sqrt_one_minus_alpha_bar, t).flatten().square()
+            snr = (1 - variance) / variance
+            weight = min_snr_weight(snr, 1 / snr, self.settings.snr_gamma)
+            return DiffusionLoss(found.mse, found.vlb, weight)
+        return found
+
+    def clean(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
+        """See :class:`Process`."""
+        noise = prediction[:, : x.shape[1]]
+        return (x - self.tables.sqrt_one_minus_alpha_bar[int(t)] * noise) / self.tables.sqrt_alpha_bar[int(t)]
+
+    def facts(self) -> dict[str, Any]:
+        """See :class:`Process`."""
+        return {
+            "process": "ddpm",
+            "train_steps": TRAIN_STEPS,
+            "betas": "linear",
+            "beta_start": BETA_START,
+            "beta_end": BETA_END,
+            "prediction": "noise",
+            "variance": "learned_range",
+        }
+
+
+class FlowProcess(Process):
+    """Flow matching on the straight line from image to noise (SiT, arXiv 2401.08740): x_t = (1 - t) x_0 + t noise.
+
+    The network predicts the velocity v = noise - x_0, told 1000 t; a variance beside it is not used.
+    """
+
+    def __init__(self, settings: FlowMatching) -> None:
+        self.settings: FlowMatching = settings
+
+    def draw_times(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """See :class:`Process`: float32 in (0, 1000)."""
+        if self.settings.time == "uniform":
+            return TRAIN_STEPS * torch.rand(count, generator=generator, device=device)
+        normal = torch.randn(count, generator=generator, device=device)
+        return TRAIN_STEPS * (self.settings.time_mean + self.settings.time_std * normal).sigmoid()
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """See :class:`Process`."""
+        share = (t / TRAIN_STEPS)[:, None, None, None]
+        return (1 - share) * x0 + share * noise
+
+    def loss(self, prediction: Tensor, x0: Tensor, xt: Tensor, noise: Tensor, t: Tensor) -> DiffusionLoss:
+        """See :class:`Process`: mean squared error of the velocity."""
+        velocity = prediction.float()[:, : x0.shape[1]]
+        mse = (noise - x0 - velocity).square().flatten(1).mean(dim=1)
+        weight = None
+        if self.settings.weighting == "min_snr":
+            share = t / TRAIN_STEPS
+            weight = min_snr_weight(((1 - share) / share).square(), share.square(), self.settings.snr_gamma)
+        return DiffusionLoss(mse, None, weight)
+
+    def clean(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
+        """See :class:`Process`."""
+        return x - t / TRAIN_STEPS * prediction[:, : x.shape[1]]
+
+    def facts(self) -> dict[str, Any]:
+        """See :class:`Process`."""
+        return {
+            "process": "flow",
+            "path": "x_t = (1 - t) x_0 + t noise",
+            "prediction": "velocity noise - x_0",
+            "time": f"{TRAIN_STEPS} t",
+        }
+
+
+_KINDS: dict[type, Callable[[Any], Process]] = {NoiseDiffusion: NoiseProcess, FlowMatching: FlowProcess}
+
+
+AS_PUBLISHED: Mapping[str, Any] = {"name": "ddpm"}
+"""What trained weights of others, which do not say it."""
+
+
+def build_process(spec: Mapping[str, Any]) -> Process:
+    """The process that ``spec`` describes: ``name``, one of :data:`PROCESSES`, and its settings.
+
+    Raises:
+        UserError: if the name is not on the list, or a value is unknown, of the wrong type or out of range.
+    """
+    settings = build_named(PROCESSES, spec, "diffusion")
+    return _KINDS[type(settings)](settings)

@@ -1,0 +1,177 @@
+"""Diffusion processes: noise, targets and losses against their definitions, samplers against closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from dcdit.diffusion.guidance import GuidedOutput
+from dcdit.diffusion.process import build_process
+from dcdit.diffusion.samplers import Sampler, sample_generator
+from dcdit.diffusion.schedule import linear_betas
+from dcdit.diffusion.settings import DDIM, DDPM, DPMSolver, Euler, EulerMaruyama, Heun
+from dcdit.errors import UserError
+
+CPU = torch.device("cpu")
+MEAN, SPREAD = 0.7, 0.4
+
+
+def velocity(x, t):
+    """E[noise - x_0 | x] for data N(MEAN, SPREAD^2); t in [0, 1]."""
+    variance = (1 - t) ** 2 * SPREAD**2 + t**2
+    away = (x - (1 - t) * MEAN) / variance
+    return t * away - (MEAN + (1 - t) * SPREAD**2 * away)
+
+
+def gaussian_flow(x, timestep, y):
+    found = velocity(x.double(), timestep / 1000).float()
+    return GuidedOutput(torch.cat([found, torch.full_like(found, 9.0)], dim=1), (None,))
+
+
+def run(settings, count, denoiser=gaussian_flow, shape=(1, 4, 4)):
+    streams = [sample_generator(0, i) for i in range(count)]
+    start = torch.cat([torch.randn(1, *shape, generator=sample_generator(0, i)) for i in range(count)])
+    steps = list(Sampler(settings).trajectory(denoiser, shape, torch.zeros(count, dtype=torch.long), streams))
+    return start, steps
+
+
+@pytest.mark.parametrize("kind", [Euler, Heun])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_ode_of_a_gaussian_and_the_order_of_convergence(kind, shift):
+    """The exact flow takes x_1 to MEAN + SPREAD x_1; the error falls as steps^-1 by Euler, as steps^-2 by Heun."""
+    errors = []
+    for steps in (32, 64, 128):
+        start, trajectory = run(kind(steps, shift), 8)
+        errors.append(float((trajectory[-1].next - (MEAN + SPREAD * start)).abs().max()))
+        assert len(trajectory) == (steps if kind is Euler else 2 * steps - 1)
+    order = math.log2(errors[0] / errors[2]) / 2
+    assert order == pytest.approx(1 if kind is Euler else 2, abs=0.25)
+    assert errors[2] < (0.05 if kind is Euler else 0.002)
+
+
+def test_times_are_even_shifted_and_told_in_thousands():
+    assert Sampler(Euler(4)).timesteps == pytest.approx([1000, 750, 500, 250])
+    assert Sampler(Euler(2, shift=3.0)).timesteps == pytest.approx([1000, 750])
+    assert Sampler(Heun(3)).timesteps == pytest.approx([1000, 2000 / 3, 2000 / 3, 1000 / 3, 1000 / 3])
+    assert Sampler(EulerMaruyama(4)).timesteps == pytest.approx([1000, 680, 360, 40])
+
+
+def test_the_sde_keeps_the_distribution_of_the_data():
+    _, trajectory = run(EulerMaruyama(250), 800)
+    x = trajectory[-1].next
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert x.std().item() == pytest.approx(SPREAD, abs=0.02)
+    middle = next(step for step in trajectory if step.timestep < 500)
+    t = middle.timestep / 1000
+    assert middle.x.std().item() == pytest.approx(((1 - t) ** 2 * SPREAD**2 + t**2) ** 0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("settings", [Euler(3, clip=True), Heun(3, clip=True), EulerMaruyama(5, clip=True)])
+def test_clipping_keeps_predicted_images_within_bounds(settings):
+    def bright(x, timestep, y):
+        return GuidedOutput(torch.full_like(x, -50.0), (None,))
+
+    _, trajectory = run(settings, 2, bright)
+    last = trajectory[-1].next
+    assert last.abs().max() > 0.9
+    if not isinstance(settings, EulerMaruyama):  # whose last step leaves half of the noise at t = 0.04
+        assert (last <= 1.0001).all()
+    assert (last < 2).all()
+
+
+@pytest.mark.parametrize("settings", [Euler(3), Heun(3), EulerMaruyama(3)])
+def test_a_sample_depends_on_its_own_stream_alone(settings):
+    _, one = run(settings, 5)
+    _, other = run(settings, 2)
+    assert torch.equal(one[-1].next[:2], other[-1].next)
+
+
+def test_the_line_and_its_velocity():
+    process = build_process({"name": "flow"})
+    x0, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    t = torch.tensor([0.0, 250.0, 1000.0])
+    xt = process.add_noise(x0, noise, t)
+    torch.testing.assert_close(xt[0], x0[0])
+    torch.testing.assert_close(xt[1], 0.75 * x0[1] + 0.25 * noise[1])
+    torch.testing.assert_close(xt[2], noise[2])
+    exact = torch.cat([noise - x0, torch.randn_like(x0)], dim=1)  # a variance beside it is left alone
+    assert (process.loss(exact, x0, xt, noise, t).total < 1e-12).all()
+    assert process.loss(exact[:, :2], x0, xt, noise, t).vlb is None
+    off = process.loss(exact + 0.5, x0, xt, noise, t)
+    assert off.total.tolist() == pytest.approx([0.25] * 3)
+    torch.testing.assert_close(process.clean(exact[1:2], xt[1:2], 250.0), x0[1:2])
+
+
+@pytest.mark.parametrize("t", [100.0, 500.0, 900.0])
+def test_the_loss_of_the_best_denoiser_is_its_analytic_value(t):
+    """Var[noise - x_0 | x_t] = s^2 / ((1 - t)^2 s^2 + t^2) for data N(m, s^2)."""
+    torch.manual_seed(0)
+    process, times = build_process({"name": "flow"}), torch.full((400,), t)
+    x0 = MEAN + SPREAD * torch.randn(400, 1, 8, 8)
+    noise = torch.randn_like(x0)
+    xt = process.add_noise(x0, noise, times)
+    loss = process.loss(velocity(xt, t / 1000), x0, xt, noise, times).total.mean()
+    share = t / 1000
+    expected = SPREAD**2 / ((1 - share) ** 2 * SPREAD**2 + share**2)
+    assert float(loss) == pytest.approx(expected, rel=0.03)
+
+
+def test_times_of_training():
+    generator = torch.Generator().manual_seed(0)
+    uniform = build_process({"name": "flow"}).draw_times(20_000, generator, CPU) / 1000
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert uniform.std().item() == pytest.approx(12**-0.5, abs=0.01)
+    spec = {"name": "flow", "time": "logit_normal", "time_mean": -0.5, "time_std": 0.8}
+    logits = (build_process(spec).draw_times(20_000, generator, CPU) / 1000).logit()
+    assert logits.mean().item() == pytest.approx(-0.5, abs=0.03)
+    assert logits.std().item() == pytest.approx(0.8, abs=0.03)
+    steps = build_process({"name": "ddpm"}).draw_times(5000, generator, CPU)
+    assert steps.dtype == torch.int64
+    assert (int(steps.min()), int(steps.max())) == (0, 999)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "flow"])
+def test_min_snr_weighs_the_error_of_the_image(name):
+    """min(SNR, 5) on the squared error of x_0, whatever is predicted."""
+    plain, weighted = build_process({"name": name}), build_process({"name": name, "weighting": "min_snr"})
+    t = torch.tensor([20, 300, 700, 990])
+    x0, noise = torch.zeros(4, 1, 2, 2), torch.randn(4, 1, 2, 2)
+    xt = plain.add_noise(x0, noise, t)
+    target = noise if name == "ddpm" else noise - x0
+    prediction = torch.cat([target + 0.1, torch.zeros_like(target)], dim=1)
+    bar = (1 - linear_betas()).cumprod(0)[t] if name == "ddpm" else None
+    signal = (1 - t / 1000) if bar is None else bar.sqrt()
+    spread = t / 1000 if bar is None else (1 - bar).sqrt()
+    snr = (signal / spread) ** 2
+    found = weighted.loss(prediction, x0, xt, noise, t)
+    for i in range(4):
+        error = (weighted.clean(prediction[i : i + 1], xt[i : i + 1], float(t[i])) - x0[i]).square().mean()
+        assert float(found.weight[i] * found.mse[i]) == pytest.approx(float(snr[i].clamp(max=5) * error), rel=1e-3)
+    assert plain.loss(prediction, x0, xt, noise, t).weight is None
+
+
+def test_samplers_of_another_process_are_refused():
+    flow, ddpm = build_process({"name": "flow"}), build_process({"name": "ddpm"})
+    for process, settings, fitting in (
+        (flow, DDPM(2), "euler, heun, sde"),
+        (flow, DDIM(2), "euler, heun, sde"),
+        (ddpm, Heun(2), "ddpm, ddim, dpm"),
+    ):
+        with pytest.raises(UserError, match=f"sampler={settings.name} does not fit .*: take sampler={fitting}"):
+            process.check_sampler(settings)
+    flow.check_sampler(EulerMaruyama(2))
+    ddpm.check_sampler(DPMSolver(2))
+
+
+def test_what_cannot_be():
+    for spec, message in (
+        ({"name": "flows"}, "diffusion.name='flows' is not one of ddpm, flow"),
+        ({"name": "flow", "time": "cosine"}, "diffusion.time='cosine' is not one of uniform, logit_normal"),
+        ({"name": "flow", "time_std": 0}, "diffusion.time_std=0 is not positive"),
+        ({"name": "ddpm", "time": "uniform"}, "diffusion.time='uniform': there is no such key"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_process(spec)
+    with pytest.raises(UserError, match=r"model\.variance=false: diffusion=ddpm trains a variance"):
+        build_process({"name": "ddpm"}).check_variance(False)
+    build_process({"name": "flow"}).check_variance(False)
