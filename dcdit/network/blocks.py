@@ -64,11 +64,17 @@ class ConvBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention within each sample of a packed sequence.
 
+    Args:
+        width: of tokens, D.
+        heads: attention heads.
+        backend: attention backend.
+        qk_norm: an RMSNorm on the queries and on the keys of each head (arXiv 2302.05442).
+
     Raises:
         UserError: if ``heads`` does not divide ``width``.
     """
 
-    def __init__(self, width: int, heads: int, backend: str) -> None:
+    def __init__(self, width: int, heads: int, backend: str, qk_norm: bool) -> None:
         super().__init__()
         if width % heads:
             fitting = sorted((h for h in range(1, width + 1) if width % h == 0), key=lambda h: abs(h - heads))
@@ -80,10 +86,13 @@ class Attention(nn.Module):
         self.backend = backend
         self.qkv = xavier_init(nn.Linear(width, 3 * width))
         self.out = xavier_init(nn.Linear(width, width))
+        self.norms = nn.ModuleList(nn.RMSNorm(width // heads, eps=1e-5) for _ in range(2 * qk_norm))
 
     def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
         """Attend within each sample: queries, keys and values (T, 3 D) to (T, D)."""
         q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
+        if self.norms:  # in float32, as the norms' weights are
+            q, k = (norm(each.float()).type_as(v) for norm, each in zip(self.norms, (q, k), strict=True))
         return packed_attention(q, k, v, packing, self.backend).flatten(1)
 
 
@@ -116,16 +125,19 @@ class DiTBlock(nn.Module):
         mlp_ratio: hidden width of the MLP over D.
         init: ``paper`` starts the modulation at zero (adaLN-Zero), ``released`` at Xavier uniform.
         attention: attention backend.
+        qk_norm: normalise queries and keys, see :class:`Attention`.
 
     Attributes:
         compiled: run what lies before and after the attention through torch.compile, once for all blocks.
         checkpointed: keep nothing for the backward pass but the input (activation checkpointing).
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, init: InitScheme, attention: str) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, init: InitScheme, attention: str, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self.compiled, self.checkpointed = False, False
-        self.attention = Attention(width, heads, attention)
+        self.attention = Attention(width, heads, attention, qk_norm)
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.modulation = {"paper": zero_init, "released": xavier_init}[init](nn.Linear(width, 6 * width))
 

@@ -75,6 +75,7 @@ class DCDiT(Network):
             blocks and conditioning were taken over (paper, section 4.4).
         freq_shift: frequencies of the timestep embedding, see :data:`dcdit.network.embeddings.FreqShift`.
         variance: predict a variance beside, which DDPM needs and flow matching leaves alone.
+        qk_norm: normalise queries and keys of each head (arXiv 2302.05442); not as published.
         attention: ``auto``, ``sdpa``, ``varlen`` or ``flash_attn``.
 
     Raises:
@@ -104,6 +105,7 @@ class DCDiT(Network):
         condition_norm: bool = False,
         freq_shift: FreqShift = 0,
         variance: bool = True,
+        qk_norm: bool = False,
         attention: Backend = "auto",
     ) -> None:
         super().__init__(grid, channels, num_classes, label_dropout)
@@ -122,7 +124,7 @@ class DCDiT(Network):
         self.residual = {"paper": zero_init, "released": xavier_init}[init](nn.Linear(width, width))
         self.router = ROUTERS[router](width)
         self.register_buffer("pos_embed", position_table(grid, grid, width, position_patch), persistent=False)
-        blocks = [DiTBlock(width, heads, mlp_ratio, init, attention) for _ in range(depth)]
+        blocks = [DiTBlock(width, heads, mlp_ratio, init, attention, qk_norm) for _ in range(depth)]
         self.backbone = Backbone(blocks, width)
         self.decoder = ConvStack(
             [ConvBlock(width, inner, width, groups), ConvBlock(inner, inner, width, groups)], inner

@@ -21,7 +21,7 @@ class DiT(Network):
         channels: latent channels C.
         num_classes: real classes; label ``num_classes`` is the null class.
         patch: patch side; must divide ``grid``.
-        width, depth, heads, mlp_ratio, label_dropout, freq_shift, variance, attention: as in
+        width, depth, heads, mlp_ratio, label_dropout, freq_shift, variance, qk_norm, attention: as in
             :class:`dcdit.network.DCDiT`.
 
     Raises:
@@ -43,6 +43,7 @@ class DiT(Network):
         label_dropout: LabelDropout = 0.1,
         freq_shift: FreqShift = 0,
         variance: bool = True,
+        qk_norm: bool = False,
         attention: Backend = "auto",
     ) -> None:
         super().__init__(grid, channels, num_classes, label_dropout)
@@ -56,7 +57,9 @@ class DiT(Network):
         self.condition = Conditioning(width, num_classes, freq_shift)
         self.embed = xavier_init(nn.Conv2d(channels, width, patch, stride=patch))
         self.register_buffer("pos_embed", position_table(side, side, width), persistent=False)
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, "paper", attention) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(width, heads, mlp_ratio, "paper", attention, qk_norm) for _ in range(depth)
+        )
         self.output = OutputLayer(width, width, patch * patch * (1 + variance) * channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Output:

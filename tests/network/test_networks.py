@@ -4,7 +4,7 @@ from support.configs import perturb
 
 from dcdit import DCDiT, DiT
 from dcdit.errors import UserError
-from dcdit.network.blocks import ConvBlock
+from dcdit.network.blocks import Attention, ConvBlock
 
 SMALL = {
     "grid": 8,
@@ -189,3 +189,25 @@ def test_wrong_inputs():
         DiT(**SMALL_DIT, patch=3)
     with pytest.raises(UserError, match="DiT/2 drops no tokens"):
         DiT(**SMALL_DIT)(x, t, y, 0.5)
+
+
+@pytest.mark.parametrize(("make", "sizes"), [(DCDiT, SMALL), (DiT, SMALL_DIT)])
+def test_qk_norm_makes_the_size_of_queries_and_keys_meaningless(make, sizes):
+    x, t, y = inputs()
+    for qk_norm in (True, False):
+        torch.manual_seed(0)
+        net = make(**sizes, qk_norm=qk_norm).eval()
+        perturb(net)
+        before = net(x, t, y).prediction
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert net(x, t, y).prediction.isfinite().all()
+        before.square().mean().backward()
+        norms = [name for name, _ in net.named_parameters() if ".norms." in name]
+        assert len(norms) == (4 if qk_norm else 0)
+        assert all(net.get_parameter(name).grad.abs().sum() > 0 for name in norms)
+        with torch.no_grad():
+            for block in net.modules():
+                if isinstance(block, Attention):
+                    block.qkv.weight[:128] *= 3
+                    block.qkv.bias[:128] *= 3
+        assert torch.allclose(before, net(x, t, y).prediction, atol=1e-3) == qk_norm
