@@ -1,5 +1,6 @@
 """``dcdit <command> ...``, the same as ``python -m dcdit.<command> ...``."""
 
+import os
 import runpy
 import sys
 
@@ -31,6 +32,8 @@ def main() -> None:
             print(f"\n{words[0]!r} is none of them", file=sys.stderr)
         sys.exit(0 if asked else 2)
     sys.argv = [sys.argv[0], *words[1:]]
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # where `python -m` looks for your own modules too
     # As `python -m` runs it, so that whatever starts more processes of the command finds its module.
     runpy.run_module(f"dcdit.{name}", run_name="__main__", alter_sys=True)
 

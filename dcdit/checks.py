@@ -161,6 +161,7 @@ def conform(name: str, value: Any, hint: Any) -> Any:
     if origin in (Union, UnionType):
         return _one_of(name, value, arguments)
     if origin is Literal:
+        _refuse_list(name, value)
         if value not in arguments or isinstance(value, bool):
             raise UserError(f"{name}={shown(value)} is not one of {', '.join(map(str, arguments))}")
         return value
@@ -185,6 +186,8 @@ def _one_of(name: str, value: Any, hints: Sequence[Any]) -> Any:
     if value is None and NoneType in hints:
         return None
     others = [hint for hint in hints if hint is not NoneType]
+    if isinstance(value, list):  # what is wrong with a list is told by what takes one
+        others.sort(key=_takes_list)
     for number, hint in enumerate(others, 1):
         try:
             return conform(name, value, hint)
@@ -192,6 +195,11 @@ def _one_of(name: str, value: Any, hints: Sequence[Any]) -> Any:
             if number == len(others):
                 raise
     raise AssertionError("a union has members")
+
+
+def _takes_list(hint: Any) -> bool:
+    inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return get_origin(inner) in (list, tuple, Sequence)
 
 
 def _sequence(name: str, value: Any, origin: Any, hints: tuple[Any, ...]) -> Any:
@@ -212,7 +220,13 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def _refuse_list(name: str, value: Any) -> None:
+    if isinstance(value, list | tuple):
+        raise UserError(f"{name}={list(value)} is a list: one value is wanted here")
+
+
 def _number(name: str, value: Any) -> float:
+    _refuse_list(name, value)
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
@@ -241,6 +255,7 @@ def _text(name: str, value: Any) -> str:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
+    _refuse_list(name, value)
     raise UserError(f"{name}={shown(value)} is not a text")
 
 

@@ -58,11 +58,11 @@ def run(config: DictConfig) -> list[Path]:
         results = [each.result for each in finished]
         Console(width=None if sys.stdout.isatty() else 160).print(table(results))
         print("\n".join([*remarks(results), f"Results: {os.path.relpath(evaluation.out)}"]))
-    if not complete:
+    if not complete and not settings.search:  # whose log says where it stopped
         why = "max_hours is over" if deadline.over else f"process {rank} is done"
         print(f"Not all is measured, {why}: what is left is measured by other processes, or by the same command again.")
     if grid.beyond:
-        print(f"max_images={settings.max_images} leaves out {grid.beyond} combinations: raise it to measure them too.")
+        print(f"max_images={settings.max_images} leaves {grid.beyond} of the points out: raise it to measure them too.")
     return [each.path for each in finished]
 
 

@@ -141,7 +141,9 @@ class PowerAverages:
     def words(self, length: float) -> str:
         """How good the average of this length is, for people."""
         known = self._known()
-        return f"of {len(known)} averages, {coefficients(known, self.step, length)[1]:.1%} off in profile"
+        error = coefficients(known, self.step, length)[1]
+        rough = ": a rough match, lengths nearer to those that were kept are better" if error > 0.05 else ""
+        return f"of {len(known)} averages, {error:.1%} off in profile{rough}"
 
     def at(self, length: float) -> dict[str, Tensor]:
         """The average of another relative length at the same step: parameters by name, float32.

@@ -1,7 +1,7 @@
 """What a user may say about sampling. No torch here, so that mistakes show at once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 from dcdit.checks import Bounds, DropFraction, NotEmpty, Positive, checked, conform
@@ -221,6 +221,15 @@ class GuidanceSettings:
                 f"weak=budget: the weak half would drop {self.uncond_drop_fraction or 0:g} of the tokens, no more than"
                 " the strong one, and guide nowhere: give guidance.uncond_drop_fraction, such as 0.9"
             )
+
+    @property
+    def canonical(self) -> "GuidanceSettings":
+        """The same said in one way: without a weak half where none runs, with its drop fraction where one does."""
+        if self.scale == 1:
+            return replace(self, uncond_drop_fraction=None, weak=None, weak_checkpoint=None)
+        if self.uncond_drop_fraction is None and self.drop_schedule is None:
+            return replace(self, uncond_drop_fraction=self.drop_fraction)
+        return self
 
     @property
     def weak_keeps_class(self) -> bool:

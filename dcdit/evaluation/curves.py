@@ -128,12 +128,17 @@ def pareto(results: Sequence[Result], figure: Figure) -> list[Result]:
     return front
 
 
+def best_of(results: Sequence[Result], figure: Figure) -> Result:
+    """The best by a figure."""
+    return (max if figure.higher_is_better else min)(results, key=lambda each: each.figure(figure.key))
+
+
 def best_words(results: Sequence[Result]) -> list[str]:
     """The best guidance scale at each budget of which several were measured, in words."""
     found = []
     for group in by_budget(results):
         figure = figures_of_metrics(group[0].plan["metrics"])[0]
-        best = (max if figure.higher_is_better else min)(group, key=lambda each: each.figure(figure.key))
+        best = best_of(group, figure)
         words = budget_words(next(each.plan for each in group if each.scale != 1))
         found.append(f"{figure.heading} {best.figure(figure.key):.4g} at guidance {best.scale:g} ({words})")
     return found
@@ -194,7 +199,9 @@ def _sections(results: Sequence[Result]) -> list[list[Result]]:
                 other += group
         else:
             guided.append(group)
-    return sorted(guided, key=lambda group: min(results.index(result) for result in group))
+    place = {id(result): number for number, result in enumerate(results)}
+    # The most images first: fewer are a search's way there.
+    return sorted(guided, key=lambda group: (-group[0].plan["count"], min(place[id(result)] for result in group)))
 
 
 def _name(runs: Sequence[str]) -> str:

@@ -1,6 +1,8 @@
 """Networks whose features tell how alike two sets of images are."""
 
 import difflib
+import hashlib
+import inspect
 import io
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -278,10 +280,22 @@ class OwnFeatures(FeatureNetwork):
         self.num_logits = 0 if seen.logits is None else seen.logits.shape[1]
         self.num_spatial = 0 if seen.spatial is None else seen.spatial.shape[1]
 
+    def described(self) -> dict[str, Any]:
+        """See :class:`FeatureNetwork`; with a digest of the code, for what is computed is not in the weights alone."""
+        return {**super().described(), "code": _code(type(self.network))}
+
     def see(self, images: Tensor) -> Features:
         """See :class:`FeatureNetwork`."""
         found = self.network(images)
         return Features(*found) if isinstance(found, tuple) else Features(found, None)
+
+
+def _code(kind: type) -> str | None:
+    """Digest of the file in which a class is written; None where there is none."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return None
 
 
 class DigitsClassifier(FeatureNetwork):

@@ -11,6 +11,8 @@ from dcdit.errors import UserError
 from dcdit.evaluation.settings import EvaluateSettings
 from dcdit.sampling.settings import SamplingPlan
 
+_PLURALS = {"drop_fraction": "drop_fractions", "uncond_drop_fraction": "uncond_drop_fractions"}
+
 LISTS = ("weights", "guidance.weak", "guidance.scale")
 """Keys of sampling that an evaluation takes lists for, beside its own ``drop_fractions``."""
 
@@ -57,8 +59,7 @@ def grid_of(values: Mapping[str, Any]) -> Grid:
             left_out.append(f"guidance.weak=budget, {words}: the weak half would be no weaker, and guide nowhere")
             continue
         plan, _ = SamplingPlan.of(_with(values, chosen))
-        if plan.guidance.scale == 1:  # whatever the weak half would have been
-            plan = replace(plan, guidance=replace(guidance, uncond_drop_fraction=None, weak=None, weak_checkpoint=None))
+        plan = replace(plan, guidance=plan.guidance.canonical)
         points.setdefault(repr(plan), plan)
     if not points:
         raise UserError(f"{left_out[0]}: give guidance.uncond_drop_fraction, such as 0.9")
@@ -105,6 +106,10 @@ def _listed(values: Mapping[str, Any], key: str) -> list[Any]:
     place = values.get(section) if section else values
     if not isinstance(place, Mapping):
         return [None]  # told by the plan, which knows the section
+    for single, many in _PLURALS.items():
+        if section == "guidance" and isinstance(place.get(single), list):
+            listed = ",".join(map(str, place[single]))
+            raise UserError(f"guidance.{single}=[{listed}] is a list: give several as {many}=[{listed}]")
     value = place.get(name)
     if value == []:
         raise UserError(f"{key}=[] asks for nothing: name at least one value, such as {key}=[{shown(1)}]")

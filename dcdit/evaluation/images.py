@@ -172,8 +172,10 @@ class NpzArchive(ImageSet):
                 if channels != 3:
                     raise ValueError(f"{self._IMAGES} has {channels} channels, not 3")
             elif not any(self._names.issuperset(pair) for pair in self._MOMENTS.values()):
-                raise ValueError(f"it holds {', '.join(sorted(self._names)[:5]) or 'nothing'}")
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+                raise ValueError(f"it holds {', '.join(sorted(self._names)[:5]) or 'nothing'} alone")
+        except zipfile.BadZipFile as error:
+            raise UserError(f"reference={path} is damaged, or no .npz ({error}): copy or download it again") from error
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"reference={path} holds neither images as arr_0, (N, height, width, 3) uint8, nor statistics as mu and"
                 f" sigma ({error}): give another file"
@@ -236,9 +238,14 @@ class NpzArchive(ImageSet):
                 numbers = np.frombuffer(bytearray(file.read(math.prod(shape) * int(kind[1]))), f"<{kind}")
             if not np.isfinite(numbers).all():
                 raise ValueError("not all of it is finite")
+            found_numbers = torch.from_numpy(numbers.reshape(shape)).double()
+            if len(shape) == 2 and not torch.allclose(found_numbers, found_numbers.T, rtol=1e-4, atol=1e-8):
+                raise ValueError("a covariance is symmetric, this is not")
+            if len(shape) == 2 and found_numbers.diagonal().min() < 0:
+                raise ValueError("a covariance has no negative variances, this has")
         except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"reference={self.path}: {name} cannot be used: {error}") from error
-        return torch.from_numpy(numbers.reshape(shape)).double()
+        return found_numbers
 
     def described(self) -> dict[str, Any]:
         """See :class:`ImageSet`."""

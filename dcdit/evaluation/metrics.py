@@ -127,15 +127,15 @@ COMPUTE = {
 
 
 def _missing(name: str, network: FeatureNetwork, images: bool, published: Sequence[str]) -> str | None:
-    """Why a metric cannot be had, from however many images; None if it can."""
+    """What is missing for a metric, however many images there are; None if nothing is."""
     metric = COMPUTE[name]
     if metric.logits and not network.num_logits:
-        return f"needs class logits, which {network.name} has not"
+        return f"class logits, which {network.name} has not"
     if metric.reference == "spatial" and not network.num_spatial:
-        return f"needs spatial features, which {network.name} has not"
+        return f"spatial features, which {network.name} has not"
     if metric.reference is not None and metric.reference not in published and not images:
-        why = "images" if metric.reference == "images" else f"images, or statistics of {metric.reference}"
-        return f"needs {why}, which the reference has not" + (
+        why = {"images": "images", "features": "images, or mu and sigma", "spatial": "images, or mu_s and sigma_s"}
+        return f"{why[metric.reference]}, which the reference has not" + (
             "" if network.archive_statistics else f": its mu and sigma are not known to be of {network.name}"
         )
     return None
@@ -157,7 +157,7 @@ def choose_metrics(
     """
     faults = {name: _missing(name, network, images, there) for name in wanted or COMPUTE}
     found = [name for name, fault in faults.items() if fault is None]
-    refused = [f"{heading_of(name)} {fault}" for name, fault in faults.items() if fault is not None]
+    refused = [f"no {heading_of(name)} without {fault}" for name, fault in faults.items() if fault is not None]
     if refused and (wanted is not None or not found):
         others = f": take metrics=[{','.join(found)}]" if found else ", and nothing else can be had either"
         raise UserError(f"metrics: {'; '.join(refused)}{others}")

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from dcdit.evaluation.plots import keep_ratio, over_scale, trade_off
 from dcdit.evaluation.results import Result
 from dcdit.evaluation.words import differences_from_published
 from dcdit.runtime.files import replacing, writable_folder, write_csv, write_json, write_text
+
+_PLOT = re.compile(r"(\d+_)?(guidance|tflops|milliseconds|keep_ratio)\.png")
 
 
 def _source(image: bytes) -> str:
@@ -32,7 +35,9 @@ def plots(section: Section) -> Iterable[tuple[str, str, PlotFigure | None]]:
         front = " Dashed: the Pareto front" if len(results) > 2 else ""
         title = f"{figure.heading} against TFLOPs per image, all steps.{front}"
         yield "tflops", title, trade_off(section, figure, "tflops_per_image", "TFLOPs per image")
-        title = f"{figure.heading} against the time of sampling an image, decoding apart ({'; '.join(sorted(places))})"
+        where = "; ".join(sorted(places))
+        title = f"{figure.heading} against the time of sampling an image, decoding apart ({where})"
+        title += ". Times of different commands do not compare well"
         yield "milliseconds", title, trade_off(section, figure, "milliseconds_per_image", "ms per image")
     title = "Keep ratio of the strong half on the way from noise to image, least (solid) and greatest (dotted) drop"
     yield "keep_ratio", title, keep_ratio(section)
@@ -105,6 +110,9 @@ def write_report(results: Sequence[Result], out: Path, title: str, left_out: Seq
         left_out: what is wrong with files that are not in it.
     """
     writable_folder(out, f"out={out}")
+    for plot in out.glob("*.png"):  # of an earlier report, which may have had other sections
+        if _PLOT.fullmatch(plot.name):
+            plot.unlink()
     save_measurements(results, out)
     shown = []
     arranged = arrange(results)

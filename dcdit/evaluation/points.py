@@ -1,5 +1,6 @@
 """All points of an evaluation: what they share, measured by any number of processes, timed in turns, and shown."""
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dcdit.errors import UserError
-from dcdit.evaluation.curves import best_words, pareto
+from dcdit.evaluation.curves import best_of, best_words, pareto
 from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.images import open_images
 from dcdit.evaluation.measure import Deadline, Measurement, OutOfTimeError
@@ -24,7 +25,14 @@ from dcdit.evaluation.metrics import COMPUTE, check_counts, choose_metrics
 from dcdit.evaluation.reference_images import ReferenceStatistics, default_cache
 from dcdit.evaluation.results import Result
 from dcdit.evaluation.settings import EvaluateSettings, figures_of_metrics
-from dcdit.evaluation.words import differences_from_published, reference_words, rounding_words, step_words, weak_words
+from dcdit.evaluation.words import (
+    differences_from_published,
+    point_words,
+    reference_words,
+    rounding_words,
+    step_words,
+    weak_words,
+)
 from dcdit.runtime.display import Display
 from dcdit.sampling.setup import Sampling
 
@@ -44,6 +52,12 @@ def build_features(spec: DictConfig, device: torch.device) -> FeatureNetwork:
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
+        target = re.search(r"Error locating target '([^']+)'", str(error))
+        if target:
+            raise UserError(
+                f"features.module._target_={target[1]} cannot be imported ({root}): name it as module.Class, and have"
+                " Python find the module, in the current folder or in one that PYTHONPATH names"
+            ) from error
         words = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith("full_key"))
         raise UserError(f"features: {words}" + (f" ({root})" if root is not error else "")) from error
     if not isinstance(network, FeatureNetwork):
@@ -142,24 +156,29 @@ def table(results: list[Result]) -> Table:
     )
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     figures = figures_of_metrics(plan["metrics"])
-    for heading in (*varying, *(figure.heading for figure in figures), "keep ratio", "TFLOPs", "ms/image"):
+    arrows = [f"{figure.heading} {'↑' if figure.higher_is_better else '↓'}" for figure in figures]
+    several = len(results) > 1
+    for heading in (*varying, *arrows, "keep ratio", "TFLOPs", "ms/image", *(["Pareto"] if several else [])):
         shown.add_column(heading, justify="right")
-    front = {id(result) for result in pareto(results, figures[0])} if len(results) > 1 else set()
+    front = {id(result) for result in pareto(results, figures[0])}
     for number, result in enumerate(results):
         values = result.values
         row = [cells[heading][number] for heading in varying]
         row += [f"{result.figure(figure.key):.4g}" for figure in figures]
         row.append(f"{values['keep_ratio']['mean']:.1%}" if "keep_ratio" in values else "-")
         row += [f"{values['tflops_per_image']:.3g}", f"{values['milliseconds_per_image']:.3g}"]
-        shown.add_row(*row, style="bold" if id(result) in front else None)
+        shown.add_row(*row, *(["●" if id(result) in front else ""] if several else []))
     return shown
 
 
 def remarks(results: list[Result]) -> list[str]:
     """What the table does not say: the best guidance at each budget, and how comparable the figures are."""
-    found = [f"Best: {words}" for words in best_words(results)]
+    found = [f"Best at its budget: {words}" for words in best_words(results)]
     if len(results) > 1:
-        found.append("Bold: no other point is both better and cheaper in TFLOPs")
+        figure = figures_of_metrics(results[0].plan["metrics"])[0]
+        best = best_of(results, figure)
+        found.append(f"Best of all: {figure.heading} {best.figure(figure.key):.4g}, {point_words(best.plan)}")
+        found.append("●: no other point is both better and cheaper in TFLOPs")
     differences = differences_from_published(results[0].values)
     if differences:
         found.append(f"Not comparable with published figures: {'; '.join(differences)}")

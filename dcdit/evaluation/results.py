@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dcdit.checks import Count, DropFraction, Natural, NonNegative, NotEmpty, OneOf, Seed, conform, shown
+from dcdit.diffusion.settings import Steps
 from dcdit.errors import UserError
 from dcdit.evaluation.settings import METRICS, figures_of_metrics
 from dcdit.evaluation.words import differences_from_published
@@ -98,7 +99,7 @@ class Result:
             "weights": plan["weights"],
             **{f"sampler_{key}": value for key, value in plan["sampler"].items()},
             **{f"guidance_{key}": value for key, value in plan["guidance"].items() if key != "drop_fraction"},
-            "precision": plan["precision"],
+            "sampling_precision": plan["precision"],
             "count": plan["count"],
             "labels": plan["labels"],
             "rounding": plan["rounding"],
@@ -149,7 +150,7 @@ _KEYS: dict[str, Any] = {
     "plan.reference.count": Natural,
     "plan.reference.published": list[Literal["features", "spatial"]],
     "plan.sampler.name": str,
-    "plan.sampler.steps": Count,
+    "plan.sampler.steps": Steps,
     "plan.guidance.scale": float,
     "plan.guidance.interval": tuple[int, int] | None,
     "plan.guidance.drop_fraction": DropFraction,

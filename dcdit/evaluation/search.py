@@ -15,6 +15,9 @@ from dcdit.sampling.setup import Sampling
 _SHARES = (10, 3, 1)
 """Images of a round are the count divided by these; each round looks around the best of the one before."""
 
+_MOST = 6
+"""Rounds at the most: where the best stands at the end of what all images have seen, its neighbour is measured too."""
+
 
 @dataclass(frozen=True)
 class Searched:
@@ -37,7 +40,8 @@ def search(
     """Find the best guidance scale at each budget, between the scales of ``samplings``.
 
     The first round measures these scales with a tenth of the images, the second the best of them and the middles
-    towards its neighbours with a third, the last the same around the best of the second with all images.
+    towards its neighbours with a third, the last the same around the best of the second with all images, and then
+    neighbours until the best stands between two that are worse.
 
     Args:
         evaluation: what is shared.
@@ -69,29 +73,50 @@ class _Search:
     def at_budget(self, sampling: Sampling, scales: Sequence[float]) -> bool:
         """All rounds at one budget; whether they are complete."""
         known, now = sorted(scales), list(scales)
-        words, settings = budget_words(self.evaluation.of(sampling).plan), self.evaluation.settings
-        for number, share in enumerate(_SHARES, 1):
-            count = max(settings.count // share, min(self.evaluation.least, settings.count))
-            if self.left is not None and self.left < count * len(now):
-                return self._note(f"{words}: stopped before round {number}, max_images={settings.max_images}", False)
-            points = [self.evaluation.of(_at_scale(sampling, scale), count) for scale in now]
-            if len(self._measured(points)) < len(points):
-                return self._note(f"{words}: round {number} is not finished; the same command goes on", False)
-            self.left = None if self.left is None else self.left - count * len(now)
-            figures = [each.result.values["metrics"][self.figure.key] for each in points]
-            found = dict(zip(now, figures, strict=True))
-            best = (max if self.figure.higher_is_better else min)(found, key=lambda scale: found[scale])
-            shown = ", ".join(f"{scale:g} -> {value:.4g}" for scale, value in found.items())
-            end = number == len(_SHARES) and best in (known[0], known[-1])
-            self._note(
-                f"{words}: round {number}, {count} images, {self.figure.heading} at scale {shown}; best {best:g}"
-                + (", the end of what was looked at: try scales beyond" if end else "")
-            )
-            if number == len(_SHARES):
-                self.last += points
-            now = sorted({best, *_middles(best, known)})
+        words = budget_words(self.evaluation.of(sampling).plan)
+        least, whole = min(self.evaluation.least, self.evaluation.settings.count), self.evaluation.settings.count
+        shares = list(_SHARES)
+        final: dict[float, Measurement] = {}
+        for number, share in enumerate(shares, 1):
+            count = max(whole // share, least)
+            found = self._round(f"{words}: round {number}", sampling, now, count, final if share == 1 else {})
+            if found is None:
+                return False
+            best = self._best(found)
+            beside = [scale for scale in _neighbours(best, known) if scale not in found]
+            now = sorted({best, *_middles(best, known)} if share != 1 else beside)
+            if share == 1 and now and len(shares) < _MOST:  # the best is at the end of what all images have seen
+                shares.append(1)
             known = sorted({*known, *now})
+        self.last += [final[scale] for scale in sorted(final)]
+        if best in (known[0], known[-1]):
+            self._note(f"{words}: guidance {best:g} is the end of the scales that were given: look beyond it too")
         return True
+
+    def _round(
+        self, words: str, sampling: Sampling, scales: Sequence[float], count: int, before: dict[float, Measurement]
+    ) -> dict[float, float] | None:
+        """Measure these scales with so many images; figures of all that were ever measured with these, by scale.
+
+        ``before`` are those, and takes the new ones up. None if time or images do not suffice.
+        """
+        limit = self.evaluation.settings.max_images
+        if self.left is not None and self.left < count * len(scales):
+            self._note(f"{words} would exceed max_images={limit}: raise it to go on from here")
+            return None
+        points = {scale: self.evaluation.of(_at_scale(sampling, scale), count) for scale in scales}
+        if len(self._measured(list(points.values()))) < len(points):
+            self._note(f"{words} is not finished; the same command goes on")
+            return None
+        self.left = None if self.left is None else self.left - count * len(scales)
+        before |= points
+        found = {scale: each.result.figure(self.figure.key) for scale, each in sorted(before.items())}
+        shown = ", ".join(f"{scale:g} -> {value:.4g}" for scale, value in found.items())
+        self._note(f"{words}, {count} images, {self.figure.heading} at scale {shown}; best {self._best(found):g}")
+        return found
+
+    def _best(self, found: dict[float, float]) -> float:
+        return (max if self.figure.higher_is_better else min)(found, key=lambda scale: found[scale])
 
     def _measured(self, points: list[Measurement]) -> list[Measurement]:
         """Measure, and wait for what other processes have begun; returns what is complete."""
@@ -101,27 +126,27 @@ class _Search:
             done = [each for each in points if each.finalize()]
         return done
 
-    def _note(self, words: str, complete: bool = True) -> bool:
-        """Into the log; hands ``complete`` through."""
+    def _note(self, words: str) -> None:
+        """Into the log, and onto the screen."""
         self.log.append(words)
         if self.rank == 0:
             print(words)
-        return complete
 
 
 def _at_scale(sampling: Sampling, scale: float) -> Sampling:
     """The same at another guidance scale; 1 runs no weak half."""
-    settings = replace(sampling.guidance.settings, scale=scale)
-    if scale == 1:
-        settings = replace(settings, uncond_drop_fraction=None, weak=None, weak_checkpoint=None)
-    return sampling.guided(settings)
+    return sampling.guided(replace(sampling.guidance.settings, scale=scale).canonical)
+
+
+def _neighbours(best: float, known: Sequence[float]) -> list[float]:
+    """The scales on either side of ``best`` among those that are known."""
+    at = known.index(best)
+    return [known[other] for other in (at - 1, at + 1) if 0 <= other < len(known)]
 
 
 def _middles(best: float, known: Sequence[float]) -> list[float]:
     """Halfway from ``best`` to its neighbours among the scales that are known."""
-    at = known.index(best)
-    beside = [known[other] for other in (at - 1, at + 1) if 0 <= other < len(known)]
-    return [round((best + other) / 2, 4) for other in beside]
+    return [round((best + other) / 2, 4) for other in _neighbours(best, known)]
 
 
 def write_log(evaluation: Evaluation, log: Sequence[str]) -> Path:

@@ -37,7 +37,7 @@ def differences_from_published(values: dict[str, Any]) -> list[str]:
         found.append(f"{plan['labels']} labels instead of random ones")
     if plan["features"]["name"] != PUBLISHED_FEATURES:
         found.append(f"features of {plan['features']['name']} instead of {PUBLISHED_FEATURES}")
-    if "features" not in plan["reference"]["published"]:
+    if "features" not in plan["reference"]["published"] and "fid" in plan["metrics"]:
         found.append("FID against images instead of the statistics of a whole training set")
     if "spatial" not in plan["reference"]["published"] and "sfid" in plan["metrics"]:
         found.append("sFID against images instead of the statistics of a whole training set")
@@ -55,9 +55,9 @@ def weak_words(guidance: dict[str, Any]) -> str:
         return ""
     words = {"uncond": "no class", "budget": "same class"}[guidance["weak"]]
     if guidance["weak_checkpoint"] is not None:
-        words += f" of checkpoint {guidance['weak_checkpoint'][:6]}"
+        words += f" of {guidance['weak_checkpoint'].rpartition(' ')[0]}"
     own = guidance["uncond_drop_fraction"]
-    return words if own is None else f"{words}, ρ {own:g}"
+    return words if own is None else f"{words} at ρ {own:g}"
 
 
 def budget_words(plan: dict[str, Any]) -> str:

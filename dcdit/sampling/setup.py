@@ -96,11 +96,11 @@ class Sampling:
         }
 
     def _guidance(self) -> dict[str, Any]:
-        settings = self.guidance.settings
+        settings = self.guidance.settings.canonical
         weak = "budget" if settings.weak_keeps_class else "uncond"
         found = {**asdict(settings), "weak": weak}
         if self.weak is not None:
-            found["weak_checkpoint"] = self.weak.digest
+            found["weak_checkpoint"] = f"{settings.weak_checkpoint} {self.weak.digest}"
         return found
 
 
@@ -151,6 +151,13 @@ def _sampling(plan: SamplingPlan, place: Place, loaded: _Loaded) -> Sampling:
     model = loaded.model
     weak = loaded.weak if plan.guidance.weak_checkpoint is not None and plan.guidance.scale != 1 else None
     check_guidance(model.network, plan.guidance, weak)
+    asked = plan.guidance.canonical
+    same_budget = asked.weak_keeps_class and asked.uncond_drop_fraction == asked.drop_fraction
+    if weak is not None and same_budget and weak.digest == model.digest:
+        raise UserError(
+            f"guidance.weak_checkpoint={asked.weak_checkpoint} holds the weights that it should guide, at the same"
+            " budget: it would guide nowhere; name another checkpoint, or give guidance.uncond_drop_fraction"
+        )
     model.process.check_sampler(plan.sampler)
     precision = plan.settings.precision
     if precision == "auto":

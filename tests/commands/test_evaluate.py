@@ -168,7 +168,9 @@ def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):
         ("drop_fractions=[0,1.0]", r"drop_fractions=1 is outside"),
         ("drop_fractions=[]", "asks for nothing"),
         ("metrics=[fids]", "'fids' is not one of"),
-        ("metrics=[sfid]", "sFID needs spatial features, which digits classifier has not"),
+        ("metrics=[sfid]", "no sFID without spatial features, which digits classifier has not"),
+        ("guidance.drop_fraction=[0,0.3]", r"is a list: give several as drop_fractions=\[0,0.3\]"),
+        ("labels=[random,balanced]", r"labels=\[.*\] is a list: one value is wanted here"),
         ("guidance.scale=[]", "guidance.scale=\\[\\] asks for nothing"),
         ("guidance.scale=[1,many]", "guidance.scale='many' is not a number"),
         ("weights=[ema,best]", "weights='best' is not one of ema, raw"),
@@ -188,7 +190,10 @@ def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):
     for other in ("guidance.drop_fraction=0.2", "budget.fraction=0.9"):
         with pytest.raises(UserError, match="the budget is given by budget"):
             run("drop_fractions=[0.1]", other, out="wrong")
-    with pytest.raises(UserError, match=r"features: .*nowhere.MyNet.*No module named 'nowhere'"):
+    with pytest.raises(
+        UserError,
+        match=r"features.module._target_=nowhere.MyNet cannot be imported .No module named 'nowhere'.: .* PYTHONPATH",
+    ):
         run("features=own", "features.module._target_=nowhere.MyNet", out="wrong")
     with pytest.raises(UserError, match="holds no checkpoint"):
         run(f"checkpoint={tmp_path}", out="wrong")
@@ -242,7 +247,8 @@ def test_a_grid_is_what_its_points_are_alone(measured, capsys):
     assert set(found) == expected
     shown = capsys.readouterr().out
     assert "Left out: guidance.weak=budget, drop fraction 0.2, of the weak half 0: the weak half would be" in shown
-    assert shown.count("Best: FID") == 6
+    assert shown.count("Best at its budget: FID") == 6
+    assert shown.count("Best of all: FID") == 1
     some = (("ema", 1.0, None, 0.2, None), ("ema", 2.0, "budget", 0.2, 0.5), ("ema", 2.0, "uncond", 0.0, 0.5))
     for number, key in enumerate(some):
         _, scale, weak, drop, rho = key
@@ -340,7 +346,7 @@ def test_a_grid_on_two_processes_after_a_kill_and_in_any_batches(measured, monke
 def test_limits_of_images_and_of_time(measured, capsys, monkeypatch):
     found = measured(*GRID, "max_images=60", out="few")
     assert set(found) == {("ema", 1.0, None, 0.0, None), ("ema", 2.0, "uncond", 0.0, 0.0)}
-    assert "max_images=60 leaves out 2 combinations" in capsys.readouterr().out
+    assert "max_images=60 leaves 2 of the points out" in capsys.readouterr().out
     found = measured(*GRID, "max_hours=1e-9", "chunk_size=7", out="late")
     assert not found
     assert "Not all is measured, max_hours is over" in capsys.readouterr().out
@@ -364,24 +370,30 @@ def test_a_search_takes_few_images_first_and_more_near_the_best(measured, archiv
     words = ("search=true", "guidance.scale=[1,2,3,4]", "uncond_drop_fractions=[0.5]", "metrics=[fid]", "count=120")
     measured(*words, "chunk_size=60", out="searched")
     log = (archive.parent / "searched" / "search.log").read_text().splitlines()
+    budget = "ema weights, ρ 0, weak half: no class at ρ 0.5: "
     assert log == [
-        "ema weights, ρ 0, weak half: no class, ρ 0.5: round 1, 12 images, FID at scale 1 -> 2.44, 2 -> 1.04,"
-        " 3 -> 1.64, 4 -> 4.24; best 2",
-        "ema weights, ρ 0, weak half: no class, ρ 0.5: round 2, 40 images, FID at scale 1.5 -> 1.49, 2 -> 1.04,"
-        " 2.5 -> 1.09; best 2",
-        "ema weights, ρ 0, weak half: no class, ρ 0.5: round 3, 120 images, FID at scale 1.75 -> 1.203, 2 -> 1.04,"
-        " 2.25 -> 1.002; best 2.25",
+        budget + "round 1, 12 images, FID at scale 1 -> 2.44, 2 -> 1.04, 3 -> 1.64, 4 -> 4.24; best 2",
+        budget + "round 2, 40 images, FID at scale 1.5 -> 1.49, 2 -> 1.04, 2.5 -> 1.09; best 2",
+        budget + "round 3, 120 images, FID at scale 1.75 -> 1.203, 2 -> 1.04, 2.25 -> 1.002; best 2.25",
+        # 2.25 is the end of what all images have seen: its neighbour too
+        budget + "round 4, 120 images, FID at scale 1.75 -> 1.203, 2 -> 1.04, 2.25 -> 1.002, 2.5 -> 1.09; best 2.25",
     ]
     plans = [json.loads(file.read_text())["plan"] for file in (archive.parent / "searched").glob("[!.]*.json")]
-    assert {plan["guidance"]["scale"] for plan in plans if plan["count"] == 120} == {1.75, 2.0, 2.25}
-    assert len(plans) == 10
+    assert {plan["guidance"]["scale"] for plan in plans if plan["count"] == 120} == {1.75, 2.0, 2.25, 2.5}
+    assert len(plans) == 11
     # the same command measures nothing anew; less is stopped in words
     monkeypatch.setattr(FeatureNetwork, "forward", lambda *call: pytest.fail("measured again"))
     measured(*words, "chunk_size=60", "time_rounds=0", out="searched")
     assert (archive.parent / "searched" / "search.log").read_text().splitlines() == log
     monkeypatch.undo()
     measured(*words, "max_images=100", out="stopped")
-    assert "stopped before round 2, max_images=100" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "round 2 would exceed max_images=100: raise it to go on from here" in shown
+    assert "by other processes" not in shown
+    monkeypatch.setattr("dcdit.evaluation.measure.compare", parabola)
+    monkeypatch.setattr(Measurement, "finalize", remember)
+    measured(*words[:1], "guidance.scale=[2.5,3]", "metrics=[fid]", "count=20", "chunk_size=60", out="edge")
+    assert "guidance 2.5 is the end of the scales that were given: look beyond it too" in capsys.readouterr().out
 
 
 def test_weak_checkpoints(measured, tiny, trained_run, tmp_path):
@@ -391,9 +403,12 @@ def test_weak_checkpoints(measured, tiny, trained_run, tmp_path):
     (found,) = measured("guidance.scale=2", place, out="guided").values()
     (lite,) = measured("guidance.scale=2", out="lite").values()
     guidance = found["plan"]["guidance"]
-    assert (guidance["weak"], len(guidance["weak_checkpoint"])) == ("budget", 16)
+    assert guidance["weak"] == "budget"
+    assert re.fullmatch(r".*/weak/checkpoints/last.ckpt [0-9a-f]{16}", guidance["weak_checkpoint"])
     assert found["tflops_per_image"] < lite["tflops_per_image"]
     assert found["metrics"] != lite["metrics"]
+    with pytest.raises(UserError, match=r"weak_checkpoint=digits holds the weights that it should guide"):
+        measured("guidance.scale=2", "guidance.weak_checkpoint=digits", out="wrong")
     with pytest.raises(UserError, match=r"guidance.weak_checkpoint=nowhere does not exist"):
         measured("guidance.scale=2", "guidance.weak_checkpoint=nowhere", out="wrong")
     place = f"guidance.weak_checkpoint={trained_run}/checkpoints/last.ckpt"

@@ -134,14 +134,14 @@ def test_a_grid_of_guidance(runs, tmp_path):
     assert len(section.results) == 10
     assert [[point.at for point in series.points] for series in section.scales] == [[1.0, 1.5, 2.0, 3.0]] * 3
     names = {series.name.partition(", ")[2]: series for series in section.scales}
-    assert set(names) == {"weak half: no class", "weak half: no class, ρ 0.9", "weak half: same class, ρ 0.9"}
-    assert [point.figures("metrics", "fid") for point in names["weak half: same class, ρ 0.9"].points] == [
+    assert set(names) == {"weak half: no class", "weak half: no class at ρ 0.9", "weak half: same class at ρ 0.9"}
+    assert [point.figures("metrics", "fid") for point in names["weak half: same class at ρ 0.9"].points] == [
         *([40.0], [18.0], [23.0], [28.0])
     ]
     assert sorted(best_words(results)) == [
         "FID 10 at guidance 2 (ema weights, ρ 0, weak half: no class)",
-        "FID 18 at guidance 1.5 (ema weights, ρ 0, weak half: same class, ρ 0.9)",
-        "FID 8 at guidance 2 (ema weights, ρ 0, weak half: no class, ρ 0.9)",
+        "FID 18 at guidance 1.5 (ema weights, ρ 0, weak half: same class at ρ 0.9)",
+        "FID 8 at guidance 2 (ema weights, ρ 0, weak half: no class at ρ 0.9)",
     ]
     front = [(each.values["tflops_per_image"], each.figure("fid")) for each in pareto(results, section.figures[0])]
     assert front == [(1.0, 40.0), (1.5, 8.0)]
@@ -260,13 +260,13 @@ def change(values: dict, key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("run", ["x"], r"run=\['x'\] is not a text"),
+        ("run", ["x"], r"run=\['x'\] is a list"),
         ("tflops_per_image", -1.0, "tflops_per_image=-1 is negative"),
         ("metrics.fid", "low", "metrics.fid='low' is not a number"),
         ("plan.metrics", ["fid", "best"], "plan.metrics='best' is not one of"),
         ("plan.guidance.drop_fraction", 1.5, r"plan.guidance.drop_fraction=1.5 is outside"),
-        ("plan.sampler.steps", 10**12, "keep_ratio has not the 1000000000000 steps"),
-        ("keep_ratio.timesteps", [1.0], "keep_ratio has not the"),
+        ("plan.sampler.steps", 10**12, "plan.sampler.steps=1000000000000 is outside"),
+        ("keep_ratio.timesteps", [1.0], "keep_ratio has not as many ratios as timesteps"),
         ("training", None, "training=null is no section"),
     ],
 )

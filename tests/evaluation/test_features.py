@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from importlib import import_module
 
 import pytest
 import torch
@@ -165,3 +166,17 @@ def test_other_weights_are_another_network():
     with torch.no_grad():
         other.classifier.bias += 1
     assert one.described() != other.described()
+
+
+def test_other_code_is_another_network(tmp_path, monkeypatch):
+    """Weights tell nothing of a module that has none."""
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for factor in (1, 2):
+        (tmp_path / f"mine{factor}.py").write_text(
+            "import torch\n\n\nclass Net(torch.nn.Module):\n    def forward(self, images):\n"
+            f"        return images.float().mean(dim=(2, 3)) * {factor}\n"
+        )
+        found.append(OwnFeatures(import_module(f"mine{factor}").Net()).described())
+    assert found[0]["weights"] == found[1]["weights"]
+    assert found[0] != found[1]

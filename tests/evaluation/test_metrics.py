@@ -206,14 +206,14 @@ def test_too_few_images():
 def test_metrics_that_a_network_or_a_reference_has_not(capsys):
     network = DigitsClassifier()
     assert choose_metrics(None, network, True, []) == ["fid", "kid", "is", "prc"]
-    assert "Left out: sFID needs spatial features, which digits classifier has not" in capsys.readouterr().out
+    assert "Left out: no sFID without spatial features, which digits classifier has not" in capsys.readouterr().out
     assert choose_metrics(None, network, False, ["features"]) == ["fid", "is"]
-    with pytest.raises(UserError, match=r"metrics: sFID needs spatial features.*: take metrics=\[fid\]"):
+    with pytest.raises(UserError, match=r"metrics: no sFID without spatial features.*: take metrics=\[fid\]"):
         choose_metrics(["fid", "sfid"], network, True, [])
-    with pytest.raises(UserError, match=r"KID needs images, which the reference has not"):
+    with pytest.raises(UserError, match=r"no KID without images, which the reference has not"):
         choose_metrics(["kid"], network, False, ["features"])
-    with pytest.raises(UserError, match=r"FID needs images, or .* its mu and sigma are not known to be of digits"):
+    with pytest.raises(UserError, match=r"no FID without images, or mu and sigma, .* not known to be of digits"):
         choose_metrics(["fid"], network, False, [])
     network.num_logits = 0
-    with pytest.raises(UserError, match="IS needs class logits"):
+    with pytest.raises(UserError, match="no IS without class logits"):
         choose_metrics(["is"], network, True, [])

@@ -77,9 +77,11 @@ def test_archives_stored_and_compressed(tmp_path):
     np.savez(tmp_path / "half.npz", mu=np.zeros(3))
     np.savez(tmp_path / "floats.npz", arr_0=content / 255)
     (tmp_path / "text.npz").write_text("no archive")
-    for name in ("half.npz", "floats.npz", "text.npz"):
+    for name in ("half.npz", "floats.npz"):
         with pytest.raises(UserError, match=r"holds neither images as arr_0.* nor statistics"):
             opened(tmp_path / name)
+    with pytest.raises(UserError, match=r"text.npz is damaged, or no .npz"):
+        opened(tmp_path / "text.npz")
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -123,6 +125,8 @@ def test_statistics_that_cannot_be_used(tmp_path):
     for name, arrays, message in (
         ("wide.npz", archive_arrays(5), r"mu cannot be used: it has shape \(5,\), the features ask for \(4,\)"),
         ("whole.npz", {**good, "sigma": np.eye(4, dtype=int)}, "sigma cannot be used: sigma is int64"),
+        ("askew.npz", {**good, "sigma": np.eye(4) + np.tri(4)}, "sigma cannot be used: a covariance is symmetric"),
+        ("below.npz", {**good, "sigma_s": -np.eye(3)}, "sigma_s cannot be used: .* no negative variances"),
         ("nan.npz", {**good, "mu_s": np.full(3, np.nan)}, "mu_s cannot be used: not all of it is finite"),
         ("pickled.npz", {**good, "mu": np.array([None] * 4)}, "mu cannot be used: mu is object"),
     ):
