@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: install ## train on handwritten digits, sample, score; an interrupted run is resumed
 	$(BIN)/python -m dcdit.train experiment=digits ckpt_path=auto
 	$(BIN)/python -m dcdit.sample checkpoint=$(RUN) \
-		per_class=24 sampler.steps=50 guidance.scale=3
+		per_class=24 sampler=heun sampler.steps=15 sampler.clip=true guidance.scale=2
 	$(BIN)/python scripts/score_digits.py $(RUN)
 	@echo "Pictures: $(RUN)/samples/samples.png and $(RUN)/samples/boundaries.png"
 

@@ -16,6 +16,7 @@ from dcdit.training.settings import TrainPlan
 
 TINY = (
     "experiment=digits",
+    "diffusion=ddpm",
     "model.width=32",
     "model.depth=1",
     "model.encoder_width=16",
