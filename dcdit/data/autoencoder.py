@@ -30,12 +30,12 @@ def to_uint8(images: Tensor, rounding: Rounding = "round") -> Tensor:
     Raises:
         NotFiniteError: if a value is not finite, which would become black.
     """
-    finite = images.flatten(1).isfinite().all(dim=1)
+    finite = images.isfinite()
     if not finite.all():
         raise NotFiniteError(
             "a decoded image is not finite: try it in float32 (precision=fp32), a lower guidance.scale, or another"
             " autoencoder=...",
-            row=int(finite.int().argmin()),
+            row=int((~finite).nonzero()[0, 0]),
         )
     half = {"round": 0.5, "truncate": 0.0}[rounding]
     return ((images.float() + 1) * 127.5 + half).clamp(0, 255).to(torch.uint8)

@@ -194,7 +194,7 @@ def test_sampling_from_a_run(trained_run, tmp_path):
         (["classes=[11]"], "classes: 11 is neither"),
         (["guidance.drop_fraction=1.0"], r"guidance.drop_fraction=1 is outside \[0, 1\)"),
         (["guidance.drop_fraction=half"], r"guidance.drop_fraction='half'"),
-        (["sampler.name=euler"], r"sampler\.name='euler'"),
+        (["sampler.name=eule"], r"sampler\.name='eule'"),
         (["guidance.scale=-1"], r"guidance\.scale=-1"),
         (["+guidance.scal=2"], r"guidance\.scal=2: there is no such key, did you mean scale"),
         (["checkpoint=???"], r"checkpoint is not set: give checkpoint="),

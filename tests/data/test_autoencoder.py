@@ -12,6 +12,9 @@ from dcdit.errors import UserError
 def test_uint8_maps_the_range_and_clips():
     images = torch.tensor([-2.0, -1.0, -1 + 1 / 127.5, 0.0, 1.0, 3.0])
     assert to_uint8(images).tolist() == [0, 0, 1, 128, 255, 255]
+    between = torch.tensor([-1 + 1.6 / 127.5, 0.0, 0.999])  # 1.6, 127.5 and 254.9
+    assert to_uint8(between).tolist() == [2, 128, 255]
+    assert to_uint8(between, "truncate").tolist() == [1, 127, 254]
 
 
 CPU = torch.device("cpu")

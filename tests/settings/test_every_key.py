@@ -68,10 +68,17 @@ MAY_BE_ZERO = {
     ),
     *("callbacks.ema.decay", "callbacks.fid.frames", "callbacks.fid.seed", "callbacks.fid.guidance.scale"),
     *("guidance.drop_fraction", "guidance.uncond_drop_fraction", "uncond_drop_fraction", "sampler.eta"),
-    *("callbacks.fid.sampler.eta", "frames", "time_rounds", "images", "trainer.num_sanity_val_steps"),
+    *(
+        "diffusion.time_mean",
+        "callbacks.fid.sampler.eta",
+        "frames",
+        "time_rounds",
+        "images",
+        "trainer.num_sanity_val_steps",
+    ),
     *("cluster.gpus_per_node", "cluster.max_restarts", "logger.csv.flush_logs_every_n_steps"),
 }
-MAY_BE_NEGATIVE = {"trainer.max_epochs", "trainer.devices", "trainer.num_sanity_val_steps"}
+MAY_BE_NEGATIVE = {"diffusion.time_mean", "trainer.max_epochs", "trainer.devices", "trainer.num_sanity_val_steps"}
 
 LIGHTNINGS_OWN = {"logger.csv.flush_logs_every_n_steps", "logger.csv.save_dir", "run_dir"}
 """Checked, if at all, by Lightning, whose words they are."""
