@@ -17,12 +17,12 @@ from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss, min_snr_weight
 from dcdit.diffusion.schedule import BETA_END, BETA_START, Posterior, add_noise, per_sample
 from dcdit.diffusion.settings import (
     PROCESSES,
-    SAMPLERS,
     TRAIN_STEPS,
     FlowMatching,
     NoiseDiffusion,
     ProcessSettings,
     SamplerSettings,
+    samplers_of,
 )
 from dcdit.errors import UserError
 
@@ -70,10 +70,9 @@ class Process(ABC):
     def check_sampler(self, sampler: SamplerSettings) -> None:
         """Raise :class:`UserError` unless ``sampler`` is one for this process."""
         if sampler.process != self.settings.name:
-            fitting = [name for name, kind in SAMPLERS.items() if getattr(kind, "process", "") == self.settings.name]
             raise UserError(
                 f"sampler={sampler.name} does not fit a network that was trained with diffusion={self.settings.name}:"
-                f" take sampler={', '.join(fitting)}"
+                f" take sampler={', '.join(samplers_of(self.settings.name))}"
             )
 
     def check_variance(self, variance: bool) -> None:

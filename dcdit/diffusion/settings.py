@@ -176,6 +176,11 @@ SAMPLERS: dict[str, Callable[..., SamplerSettings]] = {
 """What ``sampler.name`` may say; :data:`dcdit.diffusion.samplers.STEPPERS` has what runs for each."""
 
 
+def samplers_of(process: str) -> list[str]:
+    """Names of the samplers for networks that were trained with this ``diffusion.name``."""
+    return [name for name, kind in SAMPLERS.items() if getattr(kind, "process", None) == process]
+
+
 @checked
 @dataclass(frozen=True)
 class GuidanceSettings:

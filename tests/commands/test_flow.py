@@ -95,6 +95,16 @@ def test_fid_while_training(tiny, digits):
         tiny("other", *FLOW, *words, *few)
 
 
+def test_what_is_said_at_the_end_can_be_typed(tiny, tmp_path, caplog):
+    run = tiny("said", *FLOW, "trainer.max_steps=1")
+    words = caplog.text.split("python -m dcdit.sample ")[-1].split()
+    assert words[1] == "sampler=euler"
+    sample.run(compose_config(f"checkpoint={run}", words[1], "sampler.steps=2", f"out={tmp_path}/x", name="sample"))
+    caplog.clear()
+    tiny("ddpm", "trainer.max_steps=1")
+    assert "sampler=" not in caplog.text
+
+
 def test_weights_and_teachers_of_the_other_process(tiny, trained_run, caplog):
     place = f"init.checkpoint={trained_run}/checkpoints/last.ckpt"
     tiny("tuned", *FLOW, "init=weights", place, "trainer.max_steps=1")
