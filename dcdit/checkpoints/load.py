@@ -242,8 +242,11 @@ def trained(values: dict[str, Any], path: Path) -> Trained:
         check_weights(model, ema, raw)
         build_process(conform("diffusion", settings.get("diffusion"), dict[str, Any]))
         averages = PowerAverages.of_checkpoint(values, step, path.resolve().parent.parent / FOLDER)
-        for state in averages.tracked.values() if averages else ():
-            check_shapes(shapes_of(state), {name: each.shape for name, each in ema.items() if name in state})
+        if averages:
+            with without_memory():
+                wanted = {name: each.shape for name, each in build_network(model).named_parameters()}
+            for state in averages.tracked.values():
+                check_shapes(shapes_of(state), wanted)
     except KeyError as error:
         raise UserError(f"it was not written by dcdit.train: it lacks {error}") from None
     except UserError as error:

@@ -31,7 +31,7 @@ _NAME = re.compile(r"step_(\d{8})\.safetensors")
 
 
 def exponent(length: float) -> float:
-    """gamma of the power function of relative length sigma (EDM2, equation 126 solved for gamma).
+    """gamma of the power function of relative length sigma (EDM2, section 3).
 
     sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
     """
@@ -41,7 +41,7 @@ def exponent(length: float) -> float:
 
 
 def decay(step: int, gamma: float) -> float:
-    """Weight of the average before, at optimiser step ``step`` from 1 on (EDM2, equation 127)."""
+    """Weight of the average before, at optimiser step ``step`` from 1 on (EDM2, section 3)."""
     return float((1 - 1 / step) ** (gamma + 1))
 
 

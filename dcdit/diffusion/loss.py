@@ -31,7 +31,7 @@ class DiffusionLoss:
 
 
 def min_snr_weight(snr: Tensor, gain: Tensor, gamma: float) -> Tensor:
-    """Min-SNR weight (B,) of a squared error (arXiv 2303.09556, section 3.4): min(SNR, gamma) on the error of x_0.
+    """Min-SNR weight (B,) of a squared error (arXiv 2303.09556): min(SNR, gamma) on the error of x_0.
 
     Args:
         snr: (B,) signal-to-noise ratio.

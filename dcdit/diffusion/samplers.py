@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from torch import Tensor
 
 from dcdit.diffusion.guidance import GuidedOutput
+from dcdit.diffusion.process import build_process
 from dcdit.diffusion.schedule import BETA_END, BETA_START, linear_betas
 from dcdit.diffusion.settings import (
     DDIM,
@@ -128,6 +129,9 @@ class _MultistepStepper(_Scheduled):
         return self.scheduler.step(noise, timestep, x).prev_sample
 
 
+_FLOW = build_process({"name": "flow"})
+
+
 class _FlowStepper(Stepper):
     """From t = 1 to 0 along velocities; what is particular is :meth:`advance`."""
 
@@ -141,7 +145,7 @@ class _FlowStepper(Stepper):
         t = timestep / TRAIN_STEPS
         velocity = prediction[:, : x.shape[1]]
         if self.clip:
-            velocity = (x - (x - t * velocity).clamp(-1, 1)) / t
+            velocity = (x - _FLOW.clean(prediction, x, timestep).clamp(-1, 1)) / t
         self.asked += 1
         return self.advance(velocity, t, x, generators)
 

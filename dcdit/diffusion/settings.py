@@ -12,7 +12,9 @@ TRAIN_STEPS = 1000
 
 Steps = Annotated[int, Bounds(1, TRAIN_STEPS, hint="the trained process has 1000 steps")]
 DropSchedule = Annotated[list[list[float]], NotEmpty("give a point, or null for a constant drop_fraction")]
-Timestep = Annotated[int, Bounds(0, TRAIN_STEPS - 1, hint="timesteps run from 999, pure noise, to 0")]
+Timestep = Annotated[
+    int, Bounds(0, TRAIN_STEPS, hint="timesteps run from 999, of flow matching 1000, which is pure noise, to 0")
+]
 
 
 Weighting = Literal["none", "min_snr"]
@@ -131,7 +133,7 @@ class Euler:
 
 @checked
 @dataclass(frozen=True)
-class Heun:
+class Heun(Euler):
     """Heun's method for the ODE of flow matching: second order, two evaluations a step but for the last.
 
     Attributes:
@@ -139,16 +141,12 @@ class Heun:
     """
 
     name: ClassVar[str] = "heun"
-    process: ClassVar[str] = "flow"
-    steps: Steps
-    shift: Shift = 1.0
-    clip: bool = False
 
 
 @checked
 @dataclass(frozen=True)
 class EulerMaruyama:
-    """The SDE of flow matching by Euler and Maruyama, diffusion coefficient t (SiT, section 2.3).
+    """The SDE of flow matching by Euler and Maruyama, diffusion coefficient t (SiT, arXiv 2401.08740).
 
     Attributes:
         steps, shift, clip: as of :class:`Euler`.

@@ -136,6 +136,12 @@ class TestGuidance:
         assert sizes == [2, 4, 4, 2]
         assert torch.equal(guidance(x, 50, y).prediction, self.net(x, None, y, 0.0).prediction)
 
+    def test_an_interval_may_begin_with_the_first_step_of_either_process(self):
+        for first in (999, 1000.0):  # of DDPM, of flow matching
+            assert GuidanceSettings(scale=3.0, interval=[500, 1000]).is_guided(first)
+        with pytest.raises(UserError, match="interval=1001 is outside"):
+            GuidanceSettings(scale=3.0, interval=[500, 1001])
+
     def test_a_drop_fraction_over_the_timesteps(self):
         guidance = Guidance(self.net, 0, GuidanceSettings(scale=3.0, drop_schedule=[[900, 0.8], [100, 0.2]]))
         drops = [guidance.settings.drop_at(timestep)[0] for timestep in (0, 100, 500, 900, 999)]

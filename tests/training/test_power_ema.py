@@ -158,3 +158,14 @@ def test_snapshots_that_are_damaged_or_of_another_network(tiny):
         load_model(run, "ema@0.07")
     path.unlink()
     load_model(run, "ema@0.07")
+
+
+def test_averages_that_lack_a_parameter_are_refused(tiny):
+    """Else another average would stand in for it."""
+    run = tiny("run", "trainer.max_steps=2", *KEPT)
+    path = run / "checkpoints" / "last.ckpt"
+    values = torch.load(path, weights_only=True)
+    del values["callbacks"]["PowerEMA"]["averages"]["0.05"]["residual.weight"]
+    torch.save(values, path)
+    with pytest.raises(UserError, match=r"parameter residual.weight has shape none"):
+        load_model(run, "ema@0.07")
