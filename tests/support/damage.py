@@ -72,7 +72,9 @@ def _note(event: str, arguments: tuple) -> None:
         paths = [path] if writes or (isinstance(mode, str) and set(mode) & set("wax+")) else []
     else:
         paths = [each for each in arguments if isinstance(each, str | bytes | os.PathLike)] if event in _WRITES else []
-    _watched[-1] += [(event, os.path.abspath(os.fsdecode(each))) for each in paths if not isinstance(each, int)]
+    touched = [os.path.abspath(os.fsdecode(each)) for each in paths if not isinstance(each, int)]
+    # A module that is imported for the first time leaves its byte code beside it.
+    _watched[-1] += [(event, each) for each in touched if "__pycache__" not in Path(each).parts]
 
 
 sys.addaudithook(_note)
@@ -88,4 +90,4 @@ def nothing_outside(*allowed: Path) -> Iterator[None]:
         touched = _watched.pop()
     roots = [os.path.abspath(each) for each in (*allowed, "/dev", "/proc")]
     outside = {each for each in touched if not any(each[1] == root or each[1].startswith(f"{root}/") for root in roots)}
-    assert not outside
+    assert not outside, sorted(outside)
