@@ -238,7 +238,7 @@ def encoding(arguments: argparse.Namespace) -> Table:
                 torch.cuda.synchronize()
             bare = count / (time.perf_counter() - begin)
             settings = ExtractionSettings(
-                256, "moments", False, "float16", precision, size, max(size, count // 4), 0, 1, None
+                256, "moments", "autoencoder", False, "float16", precision, size, max(size, count // 4), 0, 1, None
             )
             begin = time.perf_counter()
             images = FolderSource(source, settings.samples_per_shard, 0)

@@ -186,8 +186,7 @@ def _one_of(name: str, value: Any, hints: Sequence[Any]) -> Any:
     if value is None and NoneType in hints:
         return None
     others = [hint for hint in hints if hint is not NoneType]
-    if isinstance(value, list):  # what is wrong with a list is told by what takes one
-        others.sort(key=_takes_list)
+    others.sort(key=lambda hint: _depth(hint) == _depth_of(value))  # what is wrong is told by what is most alike
     for number, hint in enumerate(others, 1):
         try:
             return conform(name, value, hint)
@@ -197,9 +196,15 @@ def _one_of(name: str, value: Any, hints: Sequence[Any]) -> Any:
     raise AssertionError("a union has members")
 
 
-def _takes_list(hint: Any) -> bool:
-    inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    return get_origin(inner) in (list, tuple, Sequence)
+def _depth(hint: Any) -> int:
+    """How many lists within one another an annotation asks for."""
+    if get_origin(hint) is Annotated:
+        return _depth(get_args(hint)[0])
+    return 1 + _depth(get_args(hint)[0]) if get_origin(hint) in (list, tuple, Sequence) and get_args(hint) else 0
+
+
+def _depth_of(value: Any) -> int:
+    return (1 + _depth_of(value[0]) if value else 1) if isinstance(value, list | tuple) else 0
 
 
 def _sequence(name: str, value: Any, origin: Any, hints: tuple[Any, ...]) -> Any:

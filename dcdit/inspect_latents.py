@@ -13,7 +13,7 @@ from dcdit.checks import Natural, Positive, call_checked, checked
 from dcdit.errors import UserError
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 
-_FOR_STATISTICS = 1000  # samples of which mean and deviation are shown
+_FOR_STATISTICS = 1000  # samples of which mean and deviation are taken, where elements differ in scale
 
 
 @checked
@@ -54,7 +54,7 @@ def run(config: DictConfig) -> None:
     from rich.console import Console
 
     from dcdit.data.autoencoder import load_decoder, network_latents
-    from dcdit.data.inspection import first_samples, latents_table, verify
+    from dcdit.data.inspection import channels_table, first_samples, latents_table, seen_statistics, verify
     from dcdit.data.storage import Location
     from dcdit.runtime.devices import pick_device
     from dcdit.sampling.figures import save_grid
@@ -64,7 +64,8 @@ def run(config: DictConfig) -> None:
     manifest = location.manifest()
     findings = verify(location, manifest, Console(stderr=True)) if settings.verify else None
     stored = first_samples(location, manifest, max(_FOR_STATISTICS, settings.images))
-    Console().print(latents_table(location, manifest, stored, findings))
+    seen = seen_statistics(manifest, stored)
+    Console().print(latents_table(location, manifest, seen, findings), channels_table(manifest, seen))
     if settings.images:
         picture = Path(settings.picture or f"latents_{settings.split}.png")
         picture.parent.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,7 @@ def measure(run: Path, real: Statistics) -> list[dict[str, float]]:
         return json.loads(kept.read_text())
     model, features = load_model(run), DigitsClassifier()
     decode = load_decoder(model.latents, torch.device("cpu"))
-    guidance = Guidance(model.network, model.network.null_class, GuidanceSettings(channels=None))
+    guidance = Guidance(model.network, model.network.null_class, GuidanceSettings())
     labels = torch.arange(IMAGES) % 10
     found = []
     for drop in DROPS if model.network.routes else (0.0,):

@@ -11,7 +11,7 @@ import dcdit
 from dcdit.checkpoints.foreign import reference_state
 from dcdit.checkpoints.load import Weights, title_of, weights_words, words
 from dcdit.checkpoints.settings import WeightsKind
-from dcdit.data.latents import IDENTITY, LatentSpec
+from dcdit.data.latents import IDENTITY, LatentSpec, number_words
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.pretrained import WEIGHTS_FILE, write_folder
@@ -157,7 +157,8 @@ def _latents(latents: LatentSpec | None) -> str:
     shape = " x ".join(map(str, latents.shape))
     if latents.autoencoder == IDENTITY:
         return f"{shape}, the images themselves in [-1, 1]"
-    return f"{shape} of `{latents.autoencoder}`; the network sees (latent - {latents.shift:g}) x {latents.scale:g}"
+    scale, shift = number_words(latents.scale), number_words(latents.shift)
+    return f"{shape} of `{latents.autoencoder}`; the network sees (latent - {shift}) x {scale}"
 
 
 def _classes(latents: LatentSpec | None, network: Network) -> str:

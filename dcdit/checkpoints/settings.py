@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
-from dcdit.checks import Bounds, NonNegative, Positive, Size, checked, conform, shown
+from dcdit.checks import Bounds, NonNegative, Size, checked, conform, shown
+from dcdit.data.latents import Scale, Shift
 from dcdit.errors import UserError
 
 Length = Annotated[
@@ -44,15 +45,16 @@ class AssumeSettings:
         freq_shift: of the timestep embedding: 0 as published; 1 is what diffusers' DiT computes, whatever its weights
             were trained with.
         autoencoder: of the latents; published: ``stabilityai/sd-vae-ft-ema``.
-        scale, shift: the network sees (latent - shift) * scale; published: 0.18215 and 0.
+        scale, shift: the network sees (latent - shift) * scale, with a number or one for each channel; published:
+            0.18215 and 0.
     """
 
     heads: Size | None = None
     smoothing_sigma: NonNegative | None = None
     freq_shift: Literal[0, 1] | None = None
     autoencoder: str | None = None
-    scale: Positive | None = None
-    shift: float | None = None
+    scale: Scale | None = None
+    shift: Shift | None = None
 
     def check_unused(self, kind: str) -> None:
         """Raise :class:`UserError` if something is given that a ``kind`` of checkpoint says itself."""

@@ -2,15 +2,17 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit.data.latents import IDENTITY, LatentSpec, Rounding
+from dcdit.checks import conform
+from dcdit.data.latents import IDENTITY, LatentSpec, Rounding, Scale, Shift
 from dcdit.data.manifest import MOMENTS, Manifest
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.runtime.devices import autocast, fingerprint
@@ -50,7 +52,7 @@ def network_latents(stored: Tensor, manifest: Manifest, generator: torch.Generat
         generator: for the posterior's noise, on the device of ``stored``; None takes the posterior's mean.
 
     Returns:
-        (B, C, H, W), (z - shift) * scale.
+        (B, C, H, W), as :meth:`LatentSpec.normalised` gives them.
     """
     z = stored.float()
     if manifest.representation == MOMENTS:
@@ -58,7 +60,7 @@ def network_latents(stored: Tensor, manifest: Manifest, generator: torch.Generat
         if generator is not None:
             noise = torch.randn(z.shape, generator=generator, device=z.device)
             z = z + torch.exp(0.5 * log_variance) * noise
-    return (z - manifest.shift) * manifest.scale
+    return manifest.spec.normalised(z)
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,25 @@ class Autoencoder(ABC):
     Attributes:
         name: what a manifest calls it.
         fingerprint: digest of its weights; None if it has none.
-        scale, shift: the network sees (z - shift) * scale.
+        scale, shift: the network sees (z - shift) * scale, by its own configuration.
         channels: C of a latent.
         factor: pixels per latent position along each side.
+        random: whether an image has a posterior, from which latents are drawn, or one latent.
     """
 
     name: str
     fingerprint: str | None
-    scale: float
-    shift: float
+    scale: Scale
+    shift: Shift
     channels: int
     factor: int
+    random: bool
 
     @abstractmethod
     def encode(self, images: Tensor, precision: str) -> Tensor:
         """Posterior moments (B, 2C, H, W) float32 of images (B, 3, height, width) uint8, on the device of the weights.
+
+        Where there is no posterior, its mean is the latent, and its deviation as small as diffusers allows.
 
         Args:
             images: pixels.
@@ -94,13 +100,17 @@ class Autoencoder(ABC):
         """Images (B, channels, height, width) uint8 on the CPU of unscaled latents (B, C, H, W)."""
 
 
+def _certain(latents: Tensor) -> Tensor:
+    """Moments (B, 2C, H, W) of latents (B, C, H, W) that are not drawn."""
+    return torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)
+
+
 class Identity(Autoencoder):
-    """Latents are the images themselves, in [-1, 1]; the posterior is as narrow as diffusers allows."""
+    """Latents are the images themselves, in [-1, 1]."""
 
     def encode(self, images: Tensor, precision: str) -> Tensor:
         """See :class:`Autoencoder`."""
-        pixels = images.float() / 127.5 - 1
-        return torch.cat([pixels, torch.full_like(pixels, -30.0)], dim=1)
+        return _certain(images.float() / 127.5 - 1)
 
     def decode(self, latents: Tensor, rounding: Rounding = "round") -> Tensor:
         """See :class:`Autoencoder`."""
@@ -109,7 +119,7 @@ class Identity(Autoencoder):
 
 @dataclass(frozen=True)
 class Diffusers(Autoencoder):
-    """An ``AutoencoderKL`` of diffusers, frozen.
+    """An autoencoder of diffusers, frozen.
 
     Attributes:
         vae: the model, in evaluation mode on its device.
@@ -124,8 +134,10 @@ class Diffusers(Autoencoder):
         """See :class:`Autoencoder`."""
         pixels = images.to(self.vae.device).float() / 127.5 - 1
         with autocast(precision, self.vae.device):
-            posterior = self.vae.encode(pixels.to(memory_format=torch.channels_last)).latent_dist
-        return torch.cat([posterior.mean.float(), posterior.logvar.float()], dim=1)
+            encoded = self.vae.encode(pixels.to(memory_format=torch.channels_last))
+        if not self.random:
+            return _certain(encoded.latent.float())
+        return torch.cat([encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()], dim=1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, rounding: Rounding = "round") -> Tensor:
@@ -143,44 +155,104 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     """The autoencoder called ``name``.
 
     Args:
-        name: ``identity``, or a local path or hub id that ``AutoencoderKL.from_pretrained`` takes.
+        name: ``identity``, or the local folder or hub id of an autoencoder of diffusers, see :data:`KINDS`.
         device: where it computes.
 
     Raises:
-        UserError: if it cannot be loaded, or normalises its latents other than by scale and shift.
+        UserError: if it cannot be loaded, or is none of these.
     """
     if name == IDENTITY:
-        return Identity(IDENTITY, fingerprint=None, scale=1.0, shift=0.0, channels=3, factor=1)
-    from diffusers import AutoencoderKL
+        return Identity(IDENTITY, fingerprint=None, scale=1.0, shift=0.0, channels=3, factor=1, random=False)
+    import diffusers
 
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise UserError(f"autoencoder={name!r} cannot be loaded: there is no such folder")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the hub's, of its own arguments
-            vae = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
+            called = str(diffusers.AutoencoderKL.load_config(name).get("_class_name"))
+            if called not in KINDS:
+                raise UserError(f"autoencoder={name!r} is of class {called}: {' and '.join(KINDS)} are understood")
+            vae = getattr(diffusers, called).from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(
             f"autoencoder={name!r} cannot be loaded: give a local folder written by save_pretrained, or the id of"
             f" one on the hub, which must be reachable ({str(error).splitlines()[0]})"
         ) from error
     vae.eval().requires_grad_(False)
-    if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
-        raise UserError(
-            f"autoencoder={name!r} has a mean and deviation for each channel: only scale and shift are known"
-        )
     if vae.config.in_channels != 3:
         raise UserError(f"autoencoder={name!r} takes images of {vae.config.in_channels} channels, not 3")
     digest = fingerprint(vae)
+    scale, shift = _own_normalisation(vae.config, name)
     return Diffusers(
         vae=vae.to(device, memory_format=torch.channels_last),
         name=name,
         fingerprint=digest,
-        scale=float(vae.config.scaling_factor),
-        shift=float(vae.config.get("shift_factor") or 0.0),
+        scale=scale,
+        shift=shift,
         channels=int(vae.config.latent_channels),
-        factor=2 ** (len(vae.config.block_out_channels) - 1),
+        factor=2 ** (len(vae.config[KINDS[called].stages]) - 1),
+        random=KINDS[called].random,
     )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A class of autoencoders of diffusers.
+
+    Attributes:
+        random: see :class:`Autoencoder`.
+        stages: key of its configuration that lists the stages of the encoder, each but the first of which halves the
+            sides.
+    """
+
+    random: bool
+    stages: str
+
+
+KINDS = {
+    "AutoencoderKL": _Kind(random=True, stages="block_out_channels"),
+    "AutoencoderDC": _Kind(random=False, stages="encoder_block_out_channels"),
+}
+"""Classes of diffusers that are understood, by the name in their configuration."""
+
+
+def _own_normalisation(config: Mapping[str, Any], name: str) -> tuple[Scale, Shift]:
+    """Scale and shift of the configuration of an autoencoder of diffusers.
+
+    ``scaling_factor`` and ``shift_factor`` give (z - shift) * factor; ``latents_mean`` and ``latents_std``
+    (z - mean) / std * factor.
+    """
+    factor = float(config.get("scaling_factor") or 1.0)
+    mean, deviation = (_numbers(config.get(key), f"autoencoder={name!r}: {key}") for key in _MEAN_AND_DEVIATION)
+    if mean is None and deviation is None:
+        return factor, float(config.get("shift_factor") or 0.0)
+    if config.get("shift_factor"):
+        raise UserError(f"autoencoder={name!r} has both shift_factor and latents_mean: which one holds is not known")
+    return _each(lambda value: factor / value, deviation) if deviation else factor, mean or 0.0
+
+
+_MEAN_AND_DEVIATION = ("latents_mean", "latents_std")
+
+
+def _each(change: Callable[[float], float], values: Any) -> Any:
+    """Nested tuples with every number changed."""
+    return tuple(_each(change, value) for value in values) if isinstance(values, tuple) else change(values)
+
+
+def _numbers(values: Any, name: str) -> Any:
+    """One number per channel or element, as nested tuples; None if there are none."""
+    if values is None:
+        return None
+    array = np.array(values, dtype=np.float64)
+    if array.ndim == 4:
+        array = array[0]
+    if array.ndim == 3 and array.shape[1:] == (1, 1):
+        array = array.ravel()
+    listed = array.tolist()
+    return conform(name, listed, Scale if name.endswith("std") else Shift)
 
 
 @dataclass(frozen=True)
@@ -189,13 +261,12 @@ class LatentDecoder:
 
     Attributes:
         autoencoder: decodes.
-        scale, shift: the network sees (z - shift) * scale.
+        latents: what they are.
         rounding: of pixels, see :func:`to_uint8`.
     """
 
     autoencoder: Autoencoder
-    scale: float
-    shift: float
+    latents: LatentSpec
     rounding: Rounding
 
     @property
@@ -205,11 +276,11 @@ class LatentDecoder:
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Images (B, 1 or 3, height, width) uint8 of network-side latents (B, C, H, W)."""
-        return self.autoencoder.decode(latents / self.scale + self.shift, self.rounding)
+        return self.autoencoder.decode(self.latents.restored(latents), self.rounding)
 
-    def size(self, latents: LatentSpec, device: torch.device) -> tuple[int, int]:
-        """Height and width in pixels of decoded ``latents``."""
-        height, width = self(torch.zeros(1, *latents.shape, device=device)).shape[2:]
+    def size(self, device: torch.device) -> tuple[int, int]:
+        """Height and width in pixels of an image."""
+        height, width = self(torch.zeros(1, *self.latents.shape, device=device)).shape[2:]
         return height, width
 
 
@@ -243,4 +314,4 @@ def load_decoder(
         raise UserError(
             f"autoencoder={autoencoder.name!r} has {autoencoder.channels} channels, the latents {latents.shape[0]}"
         )
-    return LatentDecoder(autoencoder, latents.scale, latents.shift, rounding)
+    return LatentDecoder(autoencoder, latents, rounding)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from dcdit.checks import Count, Natural, Positive, Seed, checked, conform
 from dcdit.data.autoencoder import network_latents
 from dcdit.data.builtin import build_source
-from dcdit.data.latents import deviation_remark
+from dcdit.data.latents import Scale
 from dcdit.data.manifest import MANIFEST_NAME, Manifest
 from dcdit.data.order import Position, Readers, micro_batch
 from dcdit.data.storage import Location
@@ -75,7 +75,7 @@ class LatentDataModule(pl.LightningDataModule):
         seed: Seed,
         source: Mapping[str, Any] | None,
         autoencoder: str | None,
-        scale: Positive | None,
+        scale: Scale | None,
         corrupt_limit: Natural,
         cache: str | None,
         cache_gb: Positive,
@@ -95,7 +95,6 @@ class LatentDataModule(pl.LightningDataModule):
         self._reported: set[tuple[str, str]] = set()
         self._manifests: dict[str, Manifest] = {}
         self._begin, self._begin_step = Position(), 0
-        self._looked = False
 
     def prepare_data(self) -> None:
         """Have the source write the shards, unless they are there."""
@@ -127,6 +126,9 @@ class LatentDataModule(pl.LightningDataModule):
                         f" set data.{name}={found} or null, or point data.directory at other shards"
                     )
             self._manifests[split] = manifest
+            seen = manifest.spec.seen(manifest.statistics) if split == "train" else None
+            if seen and (remark := seen.remark()):
+                say(remark)
         return self._manifests[split]
 
     def train_dataloader(self) -> DataLoader[StoredBatch]:
@@ -192,13 +194,7 @@ class LatentDataModule(pl.LightningDataModule):
             )
         generator = torch.Generator(batch.stored.device).manual_seed(batch.seed)
         split = "train" if self.trainer is None or self.trainer.training else "val"
-        latents = network_latents(batch.stored, self.manifest(split), generator)
-        if not self._looked:
-            self._looked = True
-            remark = deviation_remark(float(latents.std())) if latents.numel() > 1 else ""
-            if remark:
-                say(remark)
-        return latents, batch.labels
+        return network_latents(batch.stored, self.manifest(split), generator), batch.labels
 
     def _readers(self) -> Readers:
         """Who reads the training split together; UserError if the batch cannot be divided among them."""

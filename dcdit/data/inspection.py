@@ -1,16 +1,10 @@
 """What is in a directory of latent shards: read, checked and summed up for people."""
 
-import os
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import track
@@ -18,9 +12,10 @@ from rich.table import Table
 from torch import Tensor
 
 from dcdit.data.autoencoder import network_latents
-from dcdit.data.latents import deviation_remark
-from dcdit.data.manifest import MOMENTS, Manifest, Shard
-from dcdit.data.shards import CorruptSampleError, Layout
+from dcdit.data.latents import LatentStatistics, number_words
+from dcdit.data.manifest import MOMENTS, Manifest
+from dcdit.data.shards import Layout, read_samples
+from dcdit.data.statistics import Sums, Tally
 from dcdit.data.storage import Location
 from dcdit.errors import UserError
 from dcdit.runtime.files import file_digest
@@ -39,37 +34,26 @@ class Findings:
     labels: Counter[int] = field(default_factory=Counter)
 
 
-def samples(path: Path, shard: Shard, layout: Layout, faults: list[str]) -> Iterator[tuple[int, bool, NDArray[Any]]]:
-    """Label, whether flipped, and stored array of all in a shard; faults are noted and passed over."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        for index in range(shard.samples):
-            for hflip in (False, True)[: 1 + layout.hflip]:
-                row = np.empty(layout.array_bytes, np.uint8)
-                try:
-                    label = layout.read(descriptor, index, hflip, row)
-                except CorruptSampleError as error:
-                    faults.append(f"{shard.name}, sample {index}: {error}")
-                    continue
-                yield label, hflip, row.view(layout.dtype).reshape(layout.stored_shape)
-    finally:
-        os.close(descriptor)
-
-
 def verify(location: Location, manifest: Manifest, console: Console) -> Findings:
-    """Read all shards: their checksums, those of the samples, and the labels."""
+    """Read all shards: their checksums, those of the samples, the labels, and the statistics."""
     findings, layout = Findings(), Layout.of(manifest)
+    sums: list[Sums] = []
     for shard in track(manifest.shards, "checking", console=console, disable=not console.is_terminal):
         try:
             path = location.fetch(shard)
             if file_digest(path) != shard.sha256:
                 findings.faults.append(f"{shard.name}: the checksum of the file differs")
-            for label, hflip, _ in samples(path, shard, layout, findings.faults):
+            tally = Tally(manifest.latent_shape, manifest.representation)
+            for label, hflip, array in read_samples(path, shard, layout, findings.faults):
+                tally.add(array)
                 if not 0 <= label < len(manifest.classes):
                     findings.faults.append(f"{shard.name}: label {label} is none of {len(manifest.classes)} classes")
                 findings.labels[label] += not hflip
+            sums.append(tally.sums)
         except OSError as error:
             findings.faults.append(f"{shard.name}: {error}")
+    if not findings.faults and Sums.total(sums).statistics(manifest.latent_shape[0]) != manifest.statistics:
+        findings.faults.append("manifest.json: its statistics are not those of the latents")
     return findings
 
 
@@ -79,7 +63,7 @@ def first_samples(location: Location, manifest: Manifest, wanted: int) -> Tensor
     layout = Layout.of(manifest)
     for shard in manifest.shards:
         with suppress(OSError):  # found by whoever verifies
-            for _, _, array in samples(location.fetch(shard), shard, layout, []):
+            for _, _, array in read_samples(location.fetch(shard), shard, layout, []):
                 if len(found) < wanted:
                     found.append(torch.from_numpy(array))
         if len(found) >= wanted:
@@ -89,27 +73,29 @@ def first_samples(location: Location, manifest: Manifest, wanted: int) -> Tensor
     return torch.stack(found)
 
 
-def latents_table(location: Location, manifest: Manifest, stored: Tensor, findings: Findings | None) -> Table:
-    """A table for people."""
+def latents_table(location: Location, manifest: Manifest, seen: LatentStatistics, findings: Findings | None) -> Table:
+    """What there is, for people.
+
+    Args:
+        location, manifest: of the split.
+        seen: statistics of what the network sees.
+        findings: of :func:`verify`, if that was asked for.
+    """
     table = Table(show_header=False, title=location.place, title_justify="left")
     channels, height, width = manifest.latent_shape
     sizes = [shard.samples for shard in manifest.shards]
     total = sum(shard.bytes for shard in manifest.shards)
     kind = "mean and log-variance" if manifest.representation == MOMENTS else "one sample each"
-    latents = network_latents(stored, manifest, torch.Generator().manual_seed(0))
-    deviations = ", ".join(f"{value:.2f}" for value in latents.std(dim=(0, 2, 3)).tolist())
-    means = ", ".join(f"{value:.2f}" for value in latents.mean(dim=(0, 2, 3)).tolist())
     rows = {
         "samples": f"{manifest.samples}" + (", each also flipped" if manifest.hflip else ""),
         "shards": f"{len(sizes)} of {min(sizes)} to {max(sizes)} samples, {decimal(total)}",
         "latents": f"{channels} x {height} x {width}, {kind}, {manifest.dtype}",
         "autoencoder": f"{manifest.autoencoder}, weights {manifest.fingerprint or 'none'}",
-        "scale, shift": f"{manifest.scale}, {manifest.shift}",
-        "for the network": f"deviation {deviations}; mean {means} (by channel, {len(stored)} latents)",
+        "scale, shift": f"{number_words(manifest.scale)}, {number_words(manifest.shift)}; {_OF[manifest.normalise]}",
         "classes": _classes(manifest, findings),
         "skipped images": f"{len(manifest.skipped)}",
     }
-    if remark := deviation_remark(float(latents.std())):
+    if remark := seen.remark():
         rows["attention"] = remark
     if height == width:
         rows["to train on them"] = (
@@ -120,6 +106,43 @@ def latents_table(location: Location, manifest: Manifest, stored: Tensor, findin
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+_OF = {
+    "autoencoder": "of the autoencoder",
+    "channel": "of each channel of these latents",
+    "element": "of each element of these latents",
+}
+
+
+def seen_statistics(manifest: Manifest, stored: Tensor) -> LatentStatistics:
+    """Of what the network sees, by channel: of the whole split, or of ``stored`` where elements differ in scale."""
+    found = manifest.spec.seen(manifest.statistics)
+    if found is None:
+        latents = network_latents(stored, manifest, torch.Generator().manual_seed(0)).transpose(0, 1).flatten(1)
+        found = LatentStatistics(tuple(latents.mean(1).tolist()), tuple(latents.std(1).tolist()))
+    return found
+
+
+def channels_table(manifest: Manifest, seen: LatentStatistics) -> Table:
+    """Mean and deviation of each channel as stored and as the network sees them, for people."""
+    table = Table(title="Channels: mean and deviation", title_justify="left")
+    for heading in ("channel", "mean", "deviation", "scale", "shift", "mean for the network", "deviation"):
+        table.add_column(heading, justify="right")
+    count = manifest.latent_shape[0]
+    scales, shifts = ((v if isinstance(v, tuple) else (v,) * count) for v in (manifest.scale, manifest.shift))
+    own = manifest.statistics
+    rows = zip(own.mean, own.deviation, scales, shifts, seen.mean, seen.deviation, strict=True)
+    for number, (mean, deviation, scale, shift, *both) in enumerate(rows):
+        if number == _MOST_ROWS:
+            table.caption = f"and {count - number} more channels"
+            break
+        factors = (number_words(scale), number_words(shift))
+        table.add_row(str(number), f"{mean:.3f}", f"{deviation:.3f}", *factors, *(f"{each:.3f}" for each in both))
+    return table
+
+
+_MOST_ROWS = 64
 
 
 def _classes(manifest: Manifest, findings: Findings | None) -> str:

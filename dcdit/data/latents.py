@@ -1,11 +1,16 @@
 """What latents are: all that sampling, evaluation and a resumed run must know of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dcdit.checks import Bounds, Matches, NotEmpty, Size, call_checked, checked
+from dcdit.checks import Matches, NonNegative, NotEmpty, Positive, Size, call_checked, checked
 from dcdit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 IDENTITY = "identity"
 """Autoencoder id of latents that are the images themselves, in [-1, 1]."""
@@ -13,23 +18,112 @@ IDENTITY = "identity"
 Rounding = Literal["round", "truncate"]
 """Of pixels on the way to 0..255: ``round`` as DiT and the reference implementation do, ``truncate`` as ADM does."""
 
-Scale = Annotated[float, Bounds(low=0, open_low=True)]
+_SOME = NotEmpty("give one number for all, or one for each channel")
+Scale = Positive | Annotated[tuple[Positive, ...], _SOME] | tuple[tuple[tuple[Positive, ...], ...], ...]
+Shift = float | Annotated[tuple[float, ...], _SOME] | tuple[tuple[tuple[float, ...], ...], ...]
+"""One number, one for each channel, or one for each element (C, H, W)."""
+
+Normalise = Literal["autoencoder", "channel", "element"]
+"""Where scale and shift come from: the autoencoder's configuration, or mean and deviation of the latents themselves."""
+
 Fingerprint = Annotated[str, Matches("[0-9a-f]{16}", "a digest of 16 hexadecimal digits")]
 
 
 USUAL_DEVIATION = (0.4, 2.5)
 """Of latents as a network sees them; the noise that is added has 1."""
 
+USUAL_MEAN = 1.5
+"""The largest that is usual, of latents as a network sees them; that of the noise is 0."""
 
-def deviation_remark(deviation: float) -> str:
-    """A warning if latents are far from the deviation 1 that the noise has; else empty."""
-    low, high = USUAL_DEVIATION
-    if low <= deviation <= high:
+
+@checked
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Mean and deviation of each channel, over all latents of a split and their posteriors.
+
+    Attributes:
+        mean, deviation: one number for each channel.
+    """
+
+    mean: tuple[float, ...]
+    deviation: tuple[NonNegative, ...]
+
+    @property
+    def is_normal(self) -> bool:
+        """Whether each channel has mean 0 and deviation 1, or is constant."""
+        near = 1e-3
+        return all(abs(mean) < near for mean in self.mean) and all(
+            abs(deviation - 1) < near or deviation < near for deviation in self.deviation
+        )
+
+    def remark(self) -> str:
+        """A warning if these latents, as a network sees them, are far from mean 0 and deviation 1; else empty."""
+        low, high = USUAL_DEVIATION
+        for fault, found in (
+            ("deviation", [low <= each <= high for each in self.deviation]),
+            ("mean", [abs(each) <= USUAL_MEAN for each in self.mean]),
+        ):
+            if all(found):
+                continue
+            number = found.index(False)
+            value = (self.deviation if fault == "deviation" else self.mean)[number]
+            others = found.count(False) - 1
+            return (
+                f"The latents have {fault} {value:.3g} in channel {number}"
+                + (f" and {others} other{'s' if others > 1 else ''}" if others else "")
+                + f" where the network sees them, not about {int(fault == 'deviation')}: are scale and shift those of"
+                " their autoencoder? python -m dcdit.extract normalise=channel takes those of the latents themselves"
+            )
         return ""
-    return (
-        f"The latents have deviation {deviation:.3g} where the network sees them, not about 1: is their scale that of"
-        " their autoencoder?"
-    )
+
+
+def numbers_of(values: Scale | Shift) -> Iterator[float]:
+    """All numbers in ``values``."""
+    if isinstance(values, tuple):
+        for each in values:
+            yield from numbers_of(each)  # type: ignore[arg-type]
+    else:
+        yield values
+
+
+def number_words(values: Scale | Shift) -> str:
+    """A number as it is; of more, how many and their range."""
+    if not isinstance(values, tuple):
+        return f"{values:g}"
+    found = list(numbers_of(values))
+    kind = "elements" if isinstance(values[0], tuple) else "channels"
+    return f"{min(found):.4g} to {max(found):.4g} ({len(found)} {kind})"
+
+
+@cache
+def _tensor(values: Scale | Shift, device: "torch.device") -> "Tensor":
+    import torch
+
+    with torch.inference_mode(False):
+        found = torch.tensor(values, dtype=torch.float32, device=device)
+    return found[:, None, None] if found.ndim == 1 else found
+
+
+def _for(latents: "Tensor", values: Scale | Shift) -> "Tensor | float":
+    """``values`` as a factor or summand of ``latents`` (B, C, H, W)."""
+    return _tensor(values, latents.device) if isinstance(values, tuple) else values
+
+
+def check_numbers(name: str, values: Scale | Shift, shape: tuple[int, int, int]) -> None:
+    """Raise :class:`UserError` unless ``values`` are one number, one for each channel, or one for each element."""
+    if not isinstance(values, tuple):
+        return
+    found: Any = values
+    sizes = []
+    while isinstance(found, tuple):
+        sizes.append(len(found))
+        found = found[0] if found else None
+    uneven = len(sizes) == 3 and sum(1 for _ in numbers_of(values)) != sizes[0] * sizes[1] * sizes[2]
+    if tuple(sizes) not in (shape[:1], shape) or uneven:
+        raise UserError(
+            f"{name} has {' x '.join(map(str, sizes))} numbers, latents of shape {list(shape)} need one, {shape[0]} for"
+            f" the channels, or {' x '.join(map(str, shape))} for the elements"
+        )
 
 
 @checked
@@ -40,7 +134,7 @@ class LatentSpec:
     Attributes:
         shape: (C, H, W).
         autoencoder: ``identity``, or what ``AutoencoderKL.from_pretrained`` takes.
-        scale, shift: the network sees (latent - shift) * scale.
+        scale, shift: the network sees (latent - shift) * scale; numbers for all, each channel or each element.
         classes: class names; a label is an index into them.
         fingerprint: digest of the autoencoder's weights; None if unknown.
     """
@@ -48,9 +142,35 @@ class LatentSpec:
     shape: tuple[Size, Size, Size]
     autoencoder: str
     scale: Scale
-    shift: float
+    shift: Shift
     classes: Annotated[tuple[str, ...], NotEmpty("name at least one class")]
     fingerprint: Fingerprint | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers("scale", self.scale, self.shape)
+        check_numbers("shift", self.shift, self.shape)
+
+    def normalised(self, latents: "Tensor") -> "Tensor":
+        """What the network sees, (z - shift) * scale, of latents z (B, C, H, W)."""
+        return (latents - _for(latents, self.shift)) * _for(latents, self.scale)
+
+    def restored(self, seen: "Tensor") -> "Tensor":
+        """Latents (B, C, H, W) of what the network sees."""
+        return seen / _for(seen, self.scale) + _for(seen, self.shift)
+
+    def seen(self, statistics: LatentStatistics) -> LatentStatistics | None:
+        """Statistics of what the network sees; None where scale and shift differ within a channel."""
+        both = []
+        for values in (self.scale, self.shift):
+            each = values if isinstance(values, tuple) else (values,) * self.shape[0]
+            if isinstance(each[0], tuple):
+                return None
+            both.append(each)
+        rows = list(zip(statistics.mean, statistics.deviation, *both, strict=True))
+        return LatentStatistics(
+            tuple((mean - shift) * scale for mean, _, scale, shift in rows),
+            tuple(deviation * scale for _, deviation, scale, _ in rows),
+        )
 
     @property
     def positions(self) -> int:
@@ -75,6 +195,10 @@ class LatentSpec:
         for key in ("shape", "autoencoder", "fingerprint", "scale", "shift"):
             one, two = getattr(self, key), getattr(other, key)
             if one != two and not (key == "autoencoder" and same_weights) and None not in (one, two):
+                if key in ("scale", "shift"):
+                    one, two = number_words(one), number_words(two)
+                    if one == two:
+                        return f"{key} differs, though both have numbers of {one}"
                 return f"{key} is {one} there and {two} here"
         if len(self.classes) != len(other.classes):
             return f"there are {len(self.classes)} classes there and {len(other.classes)} here"

@@ -3,15 +3,16 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from dcdit.checks import Count, Digest, Matches, NotEmpty, Size, call_checked, shown
-from dcdit.data.latents import Fingerprint, LatentSpec, Scale
+from dcdit.data.latents import Fingerprint, LatentSpec, LatentStatistics, Normalise, Scale, Shift, number_words
 from dcdit.errors import UserError
 from dcdit.runtime.files import content_digest, read_json, write_json
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST_NAME = "manifest.json"
 SAMPLE: Final = "sample"
 MOMENTS: Final = "moments"
@@ -52,9 +53,11 @@ class Manifest:
         representation: ``sample`` or ``moments``.
         hflip: each sample also holds the latent of the image flipped left to right.
         autoencoder: ``identity``, or what ``AutoencoderKL.from_pretrained`` takes.
-        scale, shift: the network sees (latent - shift) * scale.
+        scale, shift: the network sees (latent - shift) * scale; numbers for all, each channel or each element.
         classes: class names; a label is an index into them.
         shards: the files.
+        statistics: mean and deviation of each channel of the latents, before scale and shift.
+        normalise: where scale and shift come from.
         fingerprint: digest of the autoencoder's weights; None if unknown.
         skipped: images of the source that could not be encoded.
         extraction: settings of ``dcdit.extract``; empty for shards written otherwise.
@@ -66,9 +69,11 @@ class Manifest:
     hflip: bool
     autoencoder: str
     scale: Scale
-    shift: float
+    shift: Shift
     classes: Annotated[tuple[str, ...], NotEmpty("name the classes")]
     shards: Annotated[tuple[Shard, ...], NotEmpty("name the shards")]
+    statistics: LatentStatistics
+    normalise: Normalise = "autoencoder"
     fingerprint: Fingerprint | None = None
     skipped: tuple[Skipped, ...] = ()
     extraction: Mapping[str, Any] = field(default_factory=dict)
@@ -84,7 +89,7 @@ class Manifest:
         channels, height, width = self.latent_shape
         return channels * (2 if self.representation == MOMENTS else 1), height, width
 
-    @property
+    @cached_property
     def spec(self) -> LatentSpec:
         """What the latents are."""
         return LatentSpec(self.latent_shape, self.autoencoder, self.scale, self.shift, self.classes, self.fingerprint)
@@ -121,12 +126,30 @@ class Manifest:
             raise UserError("it was changed after it was written (its digest differs)")
         del values["schema_version"]
         manifest = call_checked(cls, values, "")
+        manifest.check_normalisation()
         for shard in manifest.shards:
             # each of a sample's members has a header and is padded: the array must fit, however large it says it is
             least = shard.samples * (math.prod(manifest.stored_shape) * (2 if manifest.dtype == "float16" else 4))
             if shard.bytes < least:
                 raise UserError(f"{shard.name} has {shard.bytes} bytes, too few for its {shard.samples} samples")
         return manifest
+
+    def check_normalisation(self) -> None:
+        """Raise :class:`UserError` unless scale, shift and statistics fit the latents and one another."""
+        spec, channels = self.spec, self.latent_shape[0]
+        for name, values in asdict(self.statistics).items():
+            if len(values) != channels:
+                raise UserError(f"statistics.{name} has {len(values)} numbers, the latents {channels} channels")
+        for name, values in (("scale", self.scale), ("shift", self.shift)):
+            depth = 2 if isinstance(values, tuple) and isinstance(values[0], tuple) else int(isinstance(values, tuple))
+            if depth != {"autoencoder": depth, "channel": 1, "element": 2}[self.normalise]:
+                raise UserError(f"normalise={self.normalise}, but {name} is {number_words(values)}: it has been lost")
+        seen = spec.seen(self.statistics)
+        if self.normalise == "channel" and seen and not seen.is_normal:
+            raise UserError(
+                "normalise=channel, but with this scale and shift the latents do not have mean 0 and deviation 1: they"
+                " have been lost"
+            )
 
 
 def _why_missing(split: Path) -> str:

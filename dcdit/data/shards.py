@@ -9,7 +9,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -21,7 +21,9 @@ import numpy as np
 import webdataset as wds
 from numpy.typing import NDArray
 
+from dcdit.data.latents import Scale, Shift
 from dcdit.data.manifest import SAMPLE, Dtype, Manifest, Representation, Shard
+from dcdit.data.statistics import Sums, Tally
 from dcdit.runtime.files import file_digest, replacing
 
 _LONGEST_NOTE = BLOCKSIZE  # the JSON of a sample fills one block of the tar file
@@ -157,8 +159,14 @@ class Layout:
         return label
 
 
-def write_shard(path: Path, samples: Iterable[Sample], layout: Layout) -> Shard | None:
+def write_shard(path: Path, samples: Iterable[Sample], layout: Layout, tally: Tally) -> Shard | None:
     """Write one shard, whole or not at all; equal samples give equal bytes.
+
+    Args:
+        path: of the shard.
+        samples: what it is to hold.
+        layout: of a sample.
+        tally: sums up every array on the way.
 
     Returns:
         Its entry for the manifest; None, and no file, if there are no samples.
@@ -173,6 +181,7 @@ def write_shard(path: Path, samples: Iterable[Sample], layout: Layout) -> Shard 
             arrays = [sample.latent] if sample.hflip is None else [sample.latent, sample.hflip]
             for array in arrays:
                 assert (array.shape, str(array.dtype)) == (layout.stored_shape, layout.dtype)
+                tally.add(array)
             assert len(arrays) == 1 + layout.hflip
             checksums = [zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data) for array in arrays]
             members = {"json": _note(sample.label, checksums, sample.source)}
@@ -185,6 +194,43 @@ def write_shard(path: Path, samples: Iterable[Sample], layout: Layout) -> Shard 
     return Shard(path.name, count, size, file_digest(path))
 
 
+def read_samples(
+    path: Path, shard: Shard, layout: Layout, faults: list[str] | None
+) -> Iterator[tuple[int, bool, NDArray[Any]]]:
+    """Label, whether flipped, and stored array of all in a shard, in the order in which they were written.
+
+    Args:
+        path: the file.
+        shard, layout: what it holds.
+        faults: receives what is wrong with samples, which are passed over; with None it is raised.
+
+    Raises:
+        CorruptSampleError: if a sample cannot be read, without ``faults``.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for index in range(shard.samples):
+            for hflip in (False, True)[: 1 + layout.hflip]:
+                row = np.empty(layout.array_bytes, np.uint8)
+                try:
+                    label = layout.read(descriptor, index, hflip, row)
+                except CorruptSampleError as error:
+                    if faults is None:
+                        raise
+                    faults.append(f"{shard.name}, sample {index}: {error}")
+                    continue
+                yield label, hflip, row.view(layout.dtype).reshape(layout.stored_shape)
+    finally:
+        os.close(descriptor)
+
+
+def read_sums(path: Path, shard: Shard, layout: Layout, tally: Tally) -> Sums:
+    """What ``tally`` found when ``shard`` was written, with the same bits; raises CorruptSampleError if it cannot."""
+    for _, _, array in read_samples(path, shard, layout, None):
+        tally.add(array)
+    return tally.sums
+
+
 def write_shards(
     directory: Path,
     latents: NDArray[Any],
@@ -192,8 +238,8 @@ def write_shards(
     *,
     classes: tuple[str, ...],
     autoencoder: str,
-    scale: float,
-    shift: float,
+    scale: Scale,
+    shift: Shift,
     samples_per_shard: int,
     representation: Representation = SAMPLE,
 ) -> Manifest:
@@ -209,15 +255,18 @@ def write_shards(
     directory.mkdir(parents=True, exist_ok=True)
     stored, height, width = (int(size) for size in latents.shape[1:])
     layout = Layout((stored, height, width), str(latents.dtype), hflip=False)
-    shards = []
+    shape = (stored if representation == SAMPLE else stored // 2, height, width)
+    shards, sums = [], []
     for number, start in enumerate(range(0, len(latents), samples_per_shard)):
         rows = range(start, min(start + samples_per_shard, len(latents)))
         samples = (Sample(f"{row:08d}", int(labels[row]), latents[row]) for row in rows)
-        shard = write_shard(directory / f"shard-{number:06d}.tar", samples, layout)
+        tally = Tally(shape, representation)
+        shard = write_shard(directory / f"shard-{number:06d}.tar", samples, layout, tally)
         assert shard is not None
         shards.append(shard)
+        sums.append(tally.sums)
     manifest = Manifest(
-        latent_shape=(stored if representation == SAMPLE else stored // 2, height, width),
+        latent_shape=shape,
         dtype=cast("Dtype", layout.dtype),
         representation=representation,
         hflip=False,
@@ -226,6 +275,7 @@ def write_shards(
         shift=shift,
         classes=classes,
         shards=tuple(shards),
+        statistics=Sums.total(sums).statistics(shape[0]),
     )
     manifest.write(directory)
     return manifest

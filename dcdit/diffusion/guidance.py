@@ -113,7 +113,7 @@ class Guidance:
             output = self.denoiser(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, weak_y]), fractions)
             strong, weak = output.prediction.chunk(2)
             halves = _halves(output.routing)
-        channels = x.shape[1] if self.settings.channels is None else min(self.settings.channels, x.shape[1])
+        channels = self.settings.guided_channels(x.shape[1])
         return GuidedOutput(guide(strong, weak, self.settings.scale, channels), halves)
 
 

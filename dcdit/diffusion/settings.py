@@ -186,7 +186,7 @@ class GuidanceSettings:
 
     Attributes:
         scale: guidance scale; 1 runs the strong half alone.
-        channels: guided noise channels, None for all. The published numbers guided 3 of 4.
+        channels: guided noise channels, at most all; None takes 3 of 4, as all published figures, and else all.
         drop_fraction: tail drop of the strong half.
         uncond_drop_fraction: tail drop of the weak half (Lite-CFG); None takes the same.
         weak: ``uncond``, the weak half knows no class; ``budget``, it knows the class and drops more tokens. None takes
@@ -203,7 +203,7 @@ class GuidanceSettings:
     """
 
     scale: Annotated[float, Bounds(low=0, hint="1 is no guidance, 4 is strong")] = 1.0
-    channels: Annotated[int, Bounds(low=1, hint="take 3 as published, or null for all")] | None = 3
+    channels: Annotated[int, Bounds(low=1, hint="take 3 as published, or as many as there are")] | None = None
     drop_fraction: DropFraction = 0.0
     uncond_drop_fraction: DropFraction | None = None
     weak: Literal["uncond", "budget"] | None = None
@@ -245,6 +245,10 @@ class GuidanceSettings:
         least = min(self.drops_of_strong)
         same_budget = self.uncond_drop_fraction is None or self.uncond_drop_fraction <= least
         return self.weak_keeps_class and self.weak_checkpoint is None and same_budget
+
+    def guided_channels(self, channels: int) -> int:
+        """How many of the ``channels`` of the latents are guided."""
+        return min(self.channels or (3 if channels == 4 else channels), channels)
 
     def is_guided(self, timestep: float) -> bool:
         """Whether the weak half runs too at ``timestep``."""

@@ -84,7 +84,7 @@ class Evaluation:
         self.settings = settings
         device = sampling.model.device
         self.network = build_features(features, device)
-        size = sampling.decode.size(sampling.model.latents, device)
+        size = sampling.decode.size(device)
         asked = sampling.plan.settings
         images = open_images(settings.reference, size, device, asked.autoencoder, asked.rounding)
         there = list(images.moments(self.network))

@@ -158,7 +158,7 @@ _KEYS: dict[str, Any] = {
     "plan.guidance.drop_schedule": list[Any] | None,
     "plan.guidance.weak": Literal["uncond", "budget"],
     "plan.guidance.weak_checkpoint": str | None,
-    "plan.guidance.channels": Count | None,
+    "plan.guidance.channels": Count,
 }
 """What a result must hold; it holds more, which is for people."""
 

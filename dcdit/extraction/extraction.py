@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from dcdit.data.autoencoder import Autoencoder
 from dcdit.data.manifest import MOMENTS, SAMPLE, Manifest, Shard, Skipped
 from dcdit.data.shards import Layout, Sample, write_shard
+from dcdit.data.statistics import Sums, Tally
 from dcdit.errors import UserError
 from dcdit.extraction.decode import Decoded, ImageBatches, as_it_is
 from dcdit.extraction.journal import Encoded, ExtractionJob, shard_name
@@ -91,9 +92,12 @@ class Extraction:
         self.directory, self.source, self.autoencoder, self.settings = directory, source, autoencoder, settings
         self.rank, self.world_size, self.workers, self.strict = rank, world_size, workers, strict
         self.layout = layout_of(settings, autoencoder)
+        height, width = self.layout.stored_shape[1:]
+        self.latent_shape = (autoencoder.channels, height, width)
         self.corrupt_limit, self._corrupt, self._not_finite, self._encoded_well = corrupt_limit, 0, 0, 0
         made_by = {"autoencoder": autoencoder.fingerprint or autoencoder.name}
-        self.job = ExtractionJob(directory, {**asdict(settings), **made_by, "source": source.inventory}, source.tasks)
+        plan = {**asdict(settings), **made_by, "source": source.inventory}
+        self.job = ExtractionJob(directory, plan, source.tasks, self.layout, self._tally)
         if strict and source.skipped:
             raise UserError(f"strict=true: {source.skipped[0].file}: {source.skipped[0].reason}")
 
@@ -137,22 +141,31 @@ class Extraction:
         for task, batches in groupby(stream, key=lambda batch: batch[0].task):
             name = shard_name(task)
             skipped: list[Skipped] = []
-            shard = write_shard(self.directory / name, self._samples(batches, skipped), self.layout)
-            self.job.record(task, Encoded(shard, skipped))
+            tally = self._tally()
+            shard = write_shard(self.directory / name, self._samples(batches, skipped), self.layout, tally)
+            self.job.record(task, Encoded(shard, skipped, tally.sums if shard else None))
             watcher.finish(name, shard.samples if shard else 0)
         return self.job.close(self._manifest)
 
-    def _manifest(self, shards: tuple[Shard, ...], skipped: tuple[Skipped, ...]) -> Manifest:
+    def _tally(self) -> Tally:
+        return Tally(self.latent_shape, self.settings.representation, by_element=self.settings.normalise == "element")
+
+    def _manifest(self, shards: tuple[Shard, ...], skipped: tuple[Skipped, ...], sums: Sums) -> Manifest:
+        scale, shift = self.autoencoder.scale, self.autoencoder.shift
+        if self.settings.normalise != "autoencoder":
+            scale, shift = sums.normalisation(self.latent_shape)
         return Manifest(
-            latent_shape=(self.autoencoder.channels, *self.layout.stored_shape[1:]),  # type: ignore[arg-type]
+            latent_shape=self.latent_shape,
             dtype=self.settings.dtype,
             representation=self.settings.representation,
             hflip=self.settings.hflip,
             autoencoder=self.autoencoder.name,
-            scale=self.autoencoder.scale,
-            shift=self.autoencoder.shift,
+            scale=scale,
+            shift=shift,
             classes=self.source.classes,
             shards=shards,
+            statistics=sums.statistics(self.autoencoder.channels),
+            normalise=self.settings.normalise,
             fingerprint=self.autoencoder.fingerprint,
             skipped=tuple(dict.fromkeys((*self.source.skipped, *skipped))),
             extraction=self.job.plan,

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard, Skipped
+from dcdit.data.shards import CorruptSampleError, Layout, read_sums
+from dcdit.data.statistics import Sums, Tally
 from dcdit.errors import UserError
 from dcdit.runtime.files import read_json, write_json
 from dcdit.runtime.jobs import ResumableJob
@@ -14,17 +16,27 @@ from dcdit.runtime.jobs import ResumableJob
 
 @dataclass(frozen=True)
 class Encoded:
-    """What is recorded of a task: its shard, unless all of it was skipped, and the images that are not in it."""
+    """What is recorded of a task: its shard and sums over it, unless all was skipped, and the images not in it."""
 
     shard: Shard | None
     skipped: list[Skipped]
+    sums: Sums | None
 
 
 class ExtractionJob(ResumableJob[Encoded]):
-    """See :class:`dcdit.runtime.jobs.ResumableJob`; each task is a shard."""
+    """See :class:`dcdit.runtime.jobs.ResumableJob`; each task is a shard.
 
-    def __init__(self, directory: Path, plan: Mapping[str, Any], tasks: int) -> None:
+    Args:
+        directory, plan, tasks: see there.
+        layout: of the shards.
+        tally: makes what sums up a shard.
+    """
+
+    def __init__(
+        self, directory: Path, plan: Mapping[str, Any], tasks: int, layout: Layout, tally: Callable[[], Tally]
+    ) -> None:
         super().__init__(Encoded, directory, "extraction", plan, tasks)
+        self.layout, self.tally = layout, tally
 
     def open(self) -> Manifest | None:
         """Begin or continue; where shards of a finished extraction are missing or cut short, they are to do again.
@@ -61,7 +73,7 @@ class ExtractionJob(ResumableJob[Encoded]):
             raise UserError(f"{self.directory / found.shard.name} is damaged: the same command makes it again")
         return found
 
-    def close(self, manifest: Callable[[tuple[Shard, ...], tuple[Skipped, ...]], Manifest]) -> Manifest | None:
+    def close(self, manifest: Callable[[tuple[Shard, ...], tuple[Skipped, ...], Sums], Manifest]) -> Manifest | None:
         """Write the manifest if all tasks of all processes are done.
 
         Returns:
@@ -78,7 +90,8 @@ class ExtractionJob(ResumableJob[Encoded]):
             listed = [*known, *(image for record in records for image in record.skipped)]
             shards = tuple(record.shard for record in records if record.shard)
             if shards:
-                manifest(shards, tuple(dict.fromkeys(listed))).write(self.directory)
+                sums = Sums.total([record.sums for record in records if record.sums])
+                manifest(shards, tuple(dict.fromkeys(listed)), sums).write(self.directory)
             else:
                 failures.append(f"no image could be used; the first: {listed[0].file}: {listed[0].reason}")
 
@@ -99,8 +112,12 @@ class ExtractionJob(ResumableJob[Encoded]):
         self.work.mkdir(exist_ok=True)
         for task in range(self.tasks):
             shard = shards.get(shard_name(task))
-            if shard is None or self._is_whole(shard):
-                self.record(task, Encoded(shard, []))
+            if shard is None:
+                self.record(task, Encoded(None, [], None))
+            elif self._is_whole(shard):
+                with suppress(CorruptSampleError):  # that shard is done anew
+                    sums = read_sums(self.directory / shard.name, shard, self.layout, self.tally())
+                    self.record(task, Encoded(shard, [], sums))
         write_json(self.work / "skipped.json", [asdict(image) for image in manifest.skipped])
         write_json(self.work / "plan.json", self.plan)
         (self.directory / MANIFEST_NAME).unlink()

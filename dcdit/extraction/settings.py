@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dcdit.checks import Count, Natural, Seed, checked
+from dcdit.data.latents import Normalise
 from dcdit.errors import UserError
 
 
@@ -16,6 +17,8 @@ class ExtractionSettings:
     Attributes:
         image_size: side of the cropped images in pixels.
         representation: mean and log-variance, or one sample of the posterior.
+        normalise: what the network is to see of them has scale and shift of the autoencoder's configuration, or mean
+            0 and deviation 1 in each channel or each element. The shards are the same; the manifest says which.
         hflip: encode every image flipped left to right too.
         dtype: stored type.
         precision: of the autoencoder; ``auto`` takes fp16 on a GPU, fp32 elsewhere.
@@ -28,6 +31,7 @@ class ExtractionSettings:
 
     image_size: Count
     representation: Literal["moments", "sample"]
+    normalise: Normalise
     hflip: bool
     dtype: Literal["float16", "float32"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from rich.filesize import decimal
 
-from dcdit.data.autoencoder import load_autoencoder
-from dcdit.data.manifest import Manifest
+from dcdit.data.autoencoder import Autoencoder, load_autoencoder
+from dcdit.data.latents import number_words
+from dcdit.data.manifest import SAMPLE, Manifest
 from dcdit.errors import UserError
 from dcdit.extraction.extraction import Extraction
 from dcdit.extraction.settings import ExtractionSettings, ExtractSettings
@@ -43,11 +44,17 @@ def set_up_extraction(
     torch.backends.cudnn.benchmark = False  # it may choose other kernels, and other bits, in every run
     autoencoder = load_autoencoder(wanted.autoencoder, device)
     if rank == 0:
-        for remark in source.remarks:
+        for remark in (*source.remarks, *_remarks(autoencoder, settings)):
             print(remark, file=sys.stderr)
     return Extraction(
         directory, source, autoencoder, settings, rank, world_size, workers, wanted.strict, wanted.corrupt_limit
     )
+
+
+def _remarks(autoencoder: Autoencoder, settings: ExtractionSettings) -> list[str]:
+    if autoencoder.random or settings.representation == SAMPLE:
+        return []
+    return [f"autoencoder={autoencoder.name!r} gives one latent per image: representation=sample takes half the space"]
 
 
 def open_source(wanted: ExtractSettings, settings: ExtractionSettings, directory: Path) -> ImageSource:
@@ -89,6 +96,11 @@ def extraction_summary(manifest: Manifest, directory: Path) -> str:
         f"{manifest.samples} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards,"
         f" {decimal(size)}: {directory}"
     ]
+    scale, shift = number_words(manifest.scale), number_words(manifest.shift)
+    lines.append(f"The network sees (latent - shift) * scale: scale {scale}, shift {shift}")
+    seen = manifest.spec.seen(manifest.statistics)
+    if seen and (remark := seen.remark()):
+        lines.append(remark)
     lost = [image for image in manifest.skipped if image.file.endswith(".tar")]
     lines += [f"IMAGES ARE MISSING, how many is not known: {image.file}: {image.reason}" for image in lost]
     if manifest.skipped:

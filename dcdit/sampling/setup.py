@@ -10,6 +10,7 @@ from torch import Tensor
 from dcdit.checkpoints.load import Model, Weights, build_model, read_weights, words
 from dcdit.checkpoints.locate import Place, locate
 from dcdit.data.autoencoder import LatentDecoder, load_decoder
+from dcdit.data.latents import LatentSpec, number_words
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import GuidanceSettings
@@ -17,6 +18,7 @@ from dcdit.errors import UserError, naming
 from dcdit.network import Network
 from dcdit.network.blocks import set_execution
 from dcdit.runtime.devices import pick_device
+from dcdit.runtime.files import content_digest
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.sampling.budget import Calibration, calibrate, remembered
 from dcdit.sampling.generate import OnStep, SampleBatch, generate
@@ -98,7 +100,8 @@ class Sampling:
     def _guidance(self) -> dict[str, Any]:
         settings = self.guidance.settings.canonical
         weak = "budget" if settings.weak_keeps_class else "uncond"
-        found = {**asdict(settings), "weak": weak}
+        channels = settings.guided_channels(self.model.network.channels)
+        found = {**asdict(settings), "weak": weak, "channels": channels}
         if self.weak is not None:
             found["weak_checkpoint"] = f"{settings.weak_checkpoint} {self.weak.digest}"
         return found
@@ -200,8 +203,7 @@ def _weak_model(place: Place, plan: SamplingPlan, model: Model) -> Model:
     print(f"Weak half, {place.name}: {words(found, weak.network, plan.settings.weights)}")
     for what, its, ours in (
         ("latents of shape", weak.latents.shape, model.latents.shape),
-        ("latents of scale", weak.latents.scale, model.latents.scale),
-        ("latents of shift", weak.latents.shift, model.latents.shift),
+        ("latents of scale and shift", *(_scale_and_shift(each.latents) for each in (weak, model))),
         ("a number of classes of", weak.network.num_classes, model.network.num_classes),
         ("a process of", weak.process.settings.name, model.process.settings.name),
     ):
@@ -209,6 +211,13 @@ def _weak_model(place: Place, plan: SamplingPlan, model: Model) -> Model:
             raise UserError(f"{place.words} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind")
     set_execution(weak.network, compiled=plan.settings.compile)
     return weak
+
+
+def _scale_and_shift(latents: LatentSpec) -> str:
+    """In words, or a digest where there are many, so that equal ones have equal words."""
+    both = (latents.scale, latents.shift)
+    digest = f" {content_digest({'numbers': both})[:8]}" if any(isinstance(each, tuple) for each in both) else ""
+    return ", ".join(map(number_words, both)) + digest
 
 
 def check_guidance(network: Network, guidance: GuidanceSettings, weak: Model | None = None) -> None:

@@ -218,10 +218,10 @@ def _check_latents(key: str, found: Weights, latents: LatentSpec, adapt: Sequenc
             what = f"{there} and {here}" if there.split()[0] != here.split()[0] else "classes of other names"
             remedy = f"To adapt it, add init.adapt=[{name}]" if adaptable else "Take data that the teacher knows"
             raise UserError(f"{key} does not fit the data: {what}. {remedy}")
-    same = LatentSpec(own.shape, theirs.autoencoder, theirs.scale, theirs.shift, own.classes, theirs.fingerprint)
-    difference = same.difference(own) or (
-        f"{theirs.shape[0]} channels there and {own.shape[0]} here" if theirs.shape[0] != own.shape[0] else None
-    )
+    if theirs.shape[0] != own.shape[0]:
+        difference: str | None = f"{theirs.shape[0]} channels there and {own.shape[0]} here"
+    else:
+        difference = replace(theirs, shape=own.shape, classes=own.classes).difference(own)
     if difference and "latents" not in adapt:
         told = "" if found.told else ", say what they are with init.assume.autoencoder=... and init.assume.scale=..."
         raise UserError(

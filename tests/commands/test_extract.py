@@ -124,6 +124,75 @@ def test_any_number_of_processes_and_workers_writes_the_same_bytes(run, tmp_path
     assert len(notes(folder)) == 50
 
 
+@pytest.mark.parametrize("by", ["channel", "element"])
+def test_statistics_are_the_same_on_any_number_of_processes_and_after_any_loss(run, monkeypatch, by):
+    options = [f"normalise={by}", "hflip=true"]
+    whole = content(run("whole", *options))
+    for rank in (1, 0):
+        monkeypatch.setattr(extract, "processes", lambda rank=rank: (rank, 2))
+        folder = run("two", *options)
+    assert content(folder) == whole
+    monkeypatch.undo()
+    (folder / "shard-000001.tar").unlink()
+    (folder / "shard-000003.tar").write_bytes(whole["shard-000003.tar"][:-1000])
+    run("two", *options)
+    assert content(folder) == whole
+    plain = content(run("plain", "hflip=true"))
+    names = [name for name in whole if name.endswith(".tar")]
+    assert all(plain[name] == whole[name] for name in names)  # only the manifest says how they are seen
+
+
+def test_latents_normalised_by_channel_from_images_to_samples(run, tiny_vae, tmp_path, capsys):
+    from dcdit.data.autoencoder import network_latents
+    from dcdit.data.inspection import first_samples
+    from dcdit.data.storage import Location
+
+    folder = run("data", "normalise=channel")
+    manifest = manifest_of(folder)
+    assert len(manifest.scale) == len(manifest.shift) == 4
+    stored = first_samples(Location(str(folder)), manifest, 50)
+    seen = torch.cat([network_latents(stored, manifest, torch.Generator().manual_seed(k)) for k in range(4)])
+    torch.testing.assert_close(seen.mean((0, 2, 3)), torch.zeros(4), atol=0.05, rtol=0)
+    torch.testing.assert_close(seen.std((0, 2, 3)), torch.ones(4), atol=0.05, rtol=0)
+    capsys.readouterr()
+    inspect_latents.run(
+        compose_config(f"directory={folder.parent}", f"picture={tmp_path}/x.png", name="inspect_latents")
+    )
+    said = capsys.readouterr().out
+    assert "of each channel of these latents" in said
+    assert said.count("1.000") >= 4
+
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    arguments = [*TINY, *MOMENTS, f"data.directory={folder.parent}", "trainer.max_steps=2"]
+    train(compose_config(*arguments), trained)
+    latents = load(trained)["hyper_parameters"]["latents"]
+    assert (tuple(latents["scale"]), tuple(latents["shift"])) == (manifest.scale, manifest.shift)
+    asked = (f"checkpoint={trained}", f"out={tmp_path}/samples", "sampler.steps=3", "per_class=1", "guidance.scale=2")
+    out = sample.run(compose_config(*asked, name="sample"))
+    with Image.open(out / "samples.png") as picture:
+        assert picture.size[0] >= 32
+
+    # scale and shift, or the statistics, were lost: refused before the first step
+    path = folder / "manifest.json"
+    original = json.loads(path.read_text())
+    other = [1.1 * each for each in original["scale"]]
+    for change, message in (
+        ({"scale": 1.0, "shift": 0.0}, "normalise=channel, but scale is 1: it has been lost"),
+        ({"scale": original["scale"][:3]}, r"scale has 3 numbers, latents of shape \[4, 8, 8\] need one, 4"),
+        ({"scale": other}, "do not have mean 0 and deviation 1: they have been lost"),
+        ({"statistics": None}, "statistics"),
+        ({"statistics": {"mean": [0.0], "deviation": [1.0]}}, "statistics.mean has 1 numbers, the latents 4 channels"),
+    ):
+        sign(path, **(original | change))
+        with pytest.raises(UserError, match=message):
+            train(compose_config(*arguments[:-1], "trainer.max_steps=4"), tmp_path / "refused")
+    statistics = {"mean": [0.5] * 4, "deviation": [1.0] * 4}
+    sign(path, **(original | {"normalise": "autoencoder", "scale": 1.0, "shift": 0.0, "statistics": statistics}))
+    with pytest.raises(UserError, match=r"manifest\.json: its statistics are not those of the latents"):
+        inspect_latents.run(compose_config(f"directory={folder.parent}", "images=0", name="inspect_latents"))
+
+
 def test_samples_differ_by_seed_and_settings_are_kept(run):
     one, other = run("one", "representation=sample"), run("other", "representation=sample", "seed=1")
     assert content(one) != content(other)

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
 from dcdit.data.autoencoder import load_autoencoder, load_decoder, to_uint8
 from dcdit.data.latents import LatentSpec
@@ -61,6 +61,68 @@ def test_a_diffusers_autoencoder_is_loaded_by_path(tiny_vae, tmp_path, caplog):
     assert "another autoencoder" not in caplog.text
     with pytest.raises(UserError, match=r"has 4 channels, the latents 3"):
         load_decoder(replace(spec, shape=(3, 4, 4)), CPU)
+
+
+def save_kl(path, **values):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **blocks, **values).save_pretrained(path)
+    return str(path)
+
+
+def save_dc(path):
+    torch.manual_seed(0)
+    stages = {}
+    for half in ("encoder", "decoder"):
+        stages |= {f"{half}_block_types": ("ResBlock",) * 3, f"{half}_block_out_channels": (8, 8, 16)}
+        stages |= {f"{half}_layers_per_block": (1, 1, 1), f"{half}_qkv_multiscales": ((), (), ())}
+    AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.41, **stages).save_pretrained(path)
+    return str(path)
+
+
+def test_mean_and_deviation_of_each_channel_are_taken_from_the_configuration(tmp_path):
+    mean, deviation = [0.5, -1.0, 0.0, 2.0], [2.0, 0.5, 1.0, 4.0]
+    nested = [[[[value]] for value in mean]]  # as some write it: 1 x C x 1 x 1
+    for number, given in enumerate((mean, nested)):
+        values = {"latents_mean": given, "latents_std": deviation, "scaling_factor": 0.5}
+        found = load_autoencoder(save_kl(tmp_path / f"{number}", **values), CPU)
+        assert found.shift == tuple(mean)
+        assert found.scale == tuple(0.5 / each for each in deviation)
+    decode = load_decoder(LatentSpec((4, 8, 8), found.name, found.scale, found.shift, ("a",)), CPU)
+    z = torch.randn(2, 4, 8, 8)
+    as_diffusers = (z - torch.tensor(mean)[:, None, None]) * 0.5 / torch.tensor(deviation)[:, None, None]
+    torch.testing.assert_close(decode.latents.normalised(z), as_diffusers)
+    assert torch.equal(decode(decode.latents.normalised(z)), found.decode(decode.latents.restored(as_diffusers)))
+    with pytest.raises(UserError, match=r"both shift_factor and latents_mean"):
+        load_autoencoder(save_kl(tmp_path / "both", latents_mean=mean, shift_factor=1.0), CPU)
+    with pytest.raises(UserError, match=r"latents_std=0 is not positive"):
+        load_autoencoder(save_kl(tmp_path / "zero", latents_mean=mean, latents_std=[0.0] * 4), CPU)
+    short = load_autoencoder(save_kl(tmp_path / "short", latents_mean=mean[:3], latents_std=deviation), CPU)
+    with pytest.raises(UserError, match=r"shift has 3 numbers, latents of shape \[4, 8, 8\] need one, 4"):
+        LatentSpec((4, 8, 8), short.name, short.scale, short.shift, ("a",))
+
+
+def test_dc_ae_has_one_latent_for_an_image(tmp_path):
+    name = save_dc(tmp_path / "dc")
+    found = load_autoencoder(name, CPU)
+    assert (found.channels, found.factor, found.scale, found.shift, found.random) == (4, 4, 0.41, 0.0, False)
+    images = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
+    vae = AutoencoderDC.from_pretrained(name).eval()
+    with torch.no_grad():
+        latent = vae.encode(images / 127.5 - 1).latent
+        decoded = to_uint8(vae.decode(latent).sample)
+    mean, log_variance = found.encode(images, "fp32").chunk(2, dim=1)
+    torch.testing.assert_close(mean, latent, rtol=1e-4, atol=1e-4)
+    assert log_variance.max() < -20
+    decode = load_decoder(LatentSpec((4, 4, 4), name, 0.41, 0.0, ("a",), found.fingerprint), CPU)
+    assert (decode(0.41 * latent).int() - decoded.int()).abs().max() <= 1
+
+
+def test_another_class_of_diffusers_is_refused_with_those_that_are_understood(tmp_path):
+    AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+                    num_decoder_blocks=(1, 1)).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(UserError, match="is of class AutoencoderTiny: AutoencoderKL and AutoencoderDC are understood"):
+        load_autoencoder(str(tmp_path), CPU)
 
 
 def test_encoding_gives_the_posterior(tiny_vae):

@@ -11,6 +11,7 @@ from dcdit.data.builtin import Digits, Synthetic
 from dcdit.data.latents import LatentSpec
 from dcdit.data.manifest import Manifest
 from dcdit.data.shards import CorruptSampleError, Layout, Sample, write_shard, write_shards
+from dcdit.data.statistics import Tally
 from dcdit.data.storage import Location
 from dcdit.errors import UserError
 
@@ -70,7 +71,7 @@ def test_every_sample_lies_where_the_layout_says(tmp_path_factory, shape, dtype,
     samples = [
         Sample(f"{n:06d}-{n:06d}", n, arrays[n, 0], arrays[n, 1] if hflip else None, source) for n in range(count)
     ]
-    assert write_shard(directory / "s.tar", samples, layout).samples == count
+    assert write_shard(directory / "s.tar", samples, layout, Tally(shape, "sample")).samples == count
     descriptor = os.open(directory / "s.tar", os.O_RDONLY)
     for n in range(count):
         for view in range(1 + hflip):
@@ -103,8 +104,8 @@ def test_an_interrupted_shard_leaves_nothing_under_its_name(tmp_path):
 
     layout = Layout((1, 2, 2), "float16", False)
     with pytest.raises(KeyboardInterrupt):
-        write_shard(tmp_path / "shard.tar", samples(), layout)
-    assert write_shard(tmp_path / "shard.tar", [], layout) is None
+        write_shard(tmp_path / "shard.tar", samples(), layout, Tally((1, 2, 2), "sample"))
+    assert write_shard(tmp_path / "shard.tar", [], layout, Tally((1, 2, 2), "sample")) is None
     assert not list(tmp_path.iterdir())
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.numbered import damage, flat, loader, numbers, stream, write_numbers
 
 from dcdit.data.autoencoder import network_latents
+from dcdit.data.latents import LatentStatistics
 from dcdit.data.manifest import Manifest
 from dcdit.data.order import Position, Readers
 from dcdit.data.shards import Layout
@@ -75,8 +76,11 @@ def test_mirrored_latents_are_taken_half_of_the_time_and_again_after_a_kill(tmp_
     assert any(again[abs(number)] != number for number in whole)  # another choice in the next epoch
 
 
+STATISTICS = LatentStatistics((3.0,), (2.0,))
+
+
 def test_moments_give_fresh_samples_of_the_posterior():
-    manifest = Manifest((1, 2, 2), "float16", "moments", False, "identity", 0.5, 1.0, ("a",), ())
+    manifest = Manifest((1, 2, 2), "float16", "moments", False, "identity", 0.5, 1.0, ("a",), (), STATISTICS)
     mean, log_variance = torch.full((5000, 1, 2, 2), 3.0), torch.full((5000, 1, 2, 2), np.log(4.0))
     stored = torch.cat([mean, log_variance], dim=1).half()
     one, other = (network_latents(stored, manifest, torch.Generator().manual_seed(seed)) for seed in (0, 1))

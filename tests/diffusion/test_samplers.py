@@ -102,7 +102,7 @@ class TestGuidance:
         guided = Guidance(self.net, 0, GuidanceSettings(scale=1.0))(x, t, y)
         assert torch.equal(guided.prediction, self.net(x, t, y, 0.0).prediction)
 
-    @pytest.mark.parametrize(("channels", "guided"), [(3, 3), (None, 4), (99, 4)])
+    @pytest.mark.parametrize(("channels", "guided"), [(3, 3), (None, 3), (4, 4), (99, 4)])
     def test_formula_and_channels(self, channels, guided):
         x, t, y = self.inputs()
         out = Guidance(self.net, 0, GuidanceSettings(scale=3.0, channels=channels))(x, t, y).prediction

@@ -135,9 +135,9 @@ def test_latents_that_are_not_finite_are_corrupt_samples(tiny, tmp_path):
 def test_latents_far_from_deviation_one_are_told(tiny, tmp_path, caplog, capsys):
     place = latents(tmp_path / "data", 4 * normal(32))
     tiny("run", *TWO_CLASSES, f"data.directory={place}", "trainer.max_steps=1")
-    assert re.search(r"have deviation [34]\.?\d* where", caplog.text)
+    assert re.search(r"have deviation [34]\.?\d* in channel 0 where", caplog.text)
     inspect_latents.run(compose_config(f"directory={place}", f"picture={tmp_path}/x.png", name="inspect_latents"))
-    assert "is their scale that of" in " ".join(capsys.readouterr().out.split())
+    assert "are scale and" in " ".join(capsys.readouterr().out.split())
     usual = latents(tmp_path / "usual", normal(32))
     caplog.clear()
     tiny("other", *TWO_CLASSES, f"data.directory={usual}", "trainer.max_steps=1")

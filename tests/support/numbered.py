@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from dcdit.data.manifest import Manifest
 from dcdit.data.order import Position
 from dcdit.data.shards import Layout, Sample, write_shard
+from dcdit.data.statistics import Tally
 from dcdit.data.storage import Location
 from dcdit.data.stream import LatentStream
 
@@ -15,7 +16,7 @@ from dcdit.data.stream import LatentStream
 def write_numbers(directory, sizes, hflip=False):
     """Shards of the given sizes; the latent holds the sample's number, its label is the number modulo five."""
     layout = Layout((1, 1, 1), "float32", hflip)
-    shards, number = [], 0
+    shards, number, tally = [], 0, Tally((1, 1, 1), "sample")
     for index, size in enumerate(sizes):
         rows = [
             Sample(
@@ -26,7 +27,7 @@ def write_numbers(directory, sizes, hflip=False):
             )
             for n in range(number, number + size)
         ]
-        shards.append(write_shard(directory / f"shard-{index:03d}.tar", rows, layout))
+        shards.append(write_shard(directory / f"shard-{index:03d}.tar", rows, layout, tally))
         number += size
     manifest = Manifest(
         latent_shape=(1, 1, 1),
@@ -38,6 +39,7 @@ def write_numbers(directory, sizes, hflip=False):
         shift=0.0,
         classes=tuple("abcde"),
         shards=tuple(shards),
+        statistics=tally.sums.statistics(1),
     )
     manifest.write(directory)
     return Location(str(directory))

@@ -125,7 +125,7 @@ def test_other_latents_are_refused_and_nothing_is_touched(tiny, tmp_path, digits
     other = Path(shutil.copytree(digits, tmp_path / "other"))
     sign(other / "train" / "manifest.json", scale=0.5)
     before = content(run)
-    with pytest.raises(UserError, match=r"scale is 1\.0 there and 0\.5 here"):
+    with pytest.raises(UserError, match=r"scale is 1 there and 0\.5 here"):
         tiny("run", "trainer.max_steps=4", "ckpt_path=last", f"data.directory={other}")
     assert content(run) == before
 

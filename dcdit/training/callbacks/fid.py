@@ -137,7 +137,7 @@ class FID(Callback):
             check_guidance(model.network, self._guidance(drop))
         decode = load_decoder(model.latents, pl_module.device, self.autoencoder)
         self.features.to(pl_module.device)
-        size = decode.size(model.latents, pl_module.device)
+        size = decode.size(pl_module.device)
         images = open_images(self.reference, size, pl_module.device, self.autoencoder)
         choose_metrics(["fid"], self.features, bool(images.count), list(images.moments(self.features)))
         cache = Path(self.cache) if self.cache else default_cache()

@@ -1,0 +1,113 @@
+"""Mean and deviation of latents, summed up while they are written, and the scale and shift that follow from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcdit.checks import Natural
+from dcdit.data.latents import LatentStatistics, Scale, Shift
+from dcdit.data.manifest import MOMENTS, Representation
+from dcdit.errors import UserError
+
+_CONSTANT = 1e-6
+"""Deviation, relative to the mean, below which values are all the same but for rounding."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the latents of a shard; those of shards are added in their order, so that the result has the same bits.
+
+    Attributes:
+        count: summands of each sum.
+        values, squares: expected values and squares, for each channel or for each element in the order (C, H, W).
+    """
+
+    count: Natural
+    values: tuple[float, ...]
+    squares: tuple[float, ...]
+
+    @classmethod
+    def total(cls, parts: Sequence["Sums"]) -> "Sums":
+        """The sums over several shards; :class:`UserError` if there is no latent in them."""
+        count = sum(part.count for part in parts)
+        if count == 0:
+            raise UserError("not one latent is finite: try precision=fp32, dtype=float32 or another autoencoder")
+        values, squares = (
+            tuple(np.sum([getattr(part, name) for part in parts], axis=0).tolist()) for name in ("values", "squares")
+        )
+        return cls(count, values, squares)
+
+    @property
+    def mean_and_deviation(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of each channel or element."""
+        mean = np.array(self.values) / self.count
+        return mean, np.sqrt(np.maximum(np.array(self.squares) / self.count - mean**2, 0))
+
+    def by_channel(self, channels: int) -> "Sums":
+        """The same for each channel."""
+        if len(self.values) == channels:
+            return self
+        values, squares = (
+            tuple(np.reshape(each, (channels, -1)).sum(axis=1).tolist()) for each in (self.values, self.squares)
+        )
+        return Sums(self.count * (len(self.values) // channels), values, squares)
+
+    def statistics(self, channels: int) -> LatentStatistics:
+        """Mean and deviation of each channel."""
+        mean, deviation = self.by_channel(channels).mean_and_deviation
+        return LatentStatistics(tuple(mean.tolist()), tuple(deviation.tolist()))
+
+    def normalisation(self, shape: tuple[int, int, int]) -> tuple[Scale, Shift]:
+        """Scale and shift that give each channel, or element, mean 0 and deviation 1; of a constant one, scale 1.
+
+        Args:
+            shape: (C, H, W).
+        """
+        shift, deviation = self.mean_and_deviation
+        scale = 1 / np.where(deviation > _CONSTANT * np.maximum(np.abs(shift), 1), deviation, 1)
+        return _listed(scale, shape), _listed(shift, shape)
+
+
+def _listed(values: NDArray[np.float64], shape: tuple[int, int, int]) -> Any:
+    """One number per channel as they are, one per element as (C, H, W)."""
+    if len(values) == shape[0]:
+        return tuple(values.tolist())
+    return tuple(tuple(tuple(row) for row in plane) for plane in values.reshape(shape).tolist())
+
+
+class Tally:
+    """Sums up stored arrays one by one; those that are not finite, which no reader accepts, are left out.
+
+    Args:
+        shape: (C, H, W) of a latent.
+        representation: of the stored arrays. Of moments, the expectations over the posterior are summed: the mean,
+            and its square plus the variance.
+        by_element: sum up each element of its own instead of each channel.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], representation: Representation, by_element: bool = False) -> None:
+        self.shape, self.moments, self.by_element = shape, representation == MOMENTS, by_element
+        self._count, self._sums = 0, np.zeros((2, *shape))
+
+    def add(self, stored: NDArray[Any]) -> None:
+        """Add a stored array (C, H, W), or (2C, H, W) of moments."""
+        if not np.isfinite(stored).all():
+            return
+        values = stored.astype(np.float64)
+        variance: NDArray[np.float64] | float = 0.0
+        if self.moments:
+            values, log_variance = np.split(values, 2)
+            variance = np.exp(np.minimum(log_variance, 50))
+        self._count += 1
+        self._sums[0] += values
+        self._sums[1] += values**2 + variance
+
+    @property
+    def sums(self) -> Sums:
+        """All so far."""
+        values, squares = (tuple(each.ravel().tolist()) for each in self._sums)
+        found = Sums(self._count, values, squares)
+        return found if self.by_element else found.by_channel(self.shape[0])
