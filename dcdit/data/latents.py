@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from dcdit.checks import Matches, NonNegative, NotEmpty, Positive, Size, call_checked, checked
 from dcdit.errors import UserError
@@ -19,8 +19,10 @@ Rounding = Literal["round", "truncate"]
 """Of pixels on the way to 0..255: ``round`` as DiT and the reference implementation do, ``truncate`` as ADM does."""
 
 _SOME = NotEmpty("give one number for all, or one for each channel")
-Scale = Positive | Annotated[tuple[Positive, ...], _SOME] | tuple[tuple[tuple[Positive, ...], ...], ...]
-Shift = float | Annotated[tuple[float, ...], _SOME] | tuple[tuple[tuple[float, ...], ...], ...]
+_T = TypeVar("_T")
+_Elements = tuple[tuple[tuple[_T, ...], ...], ...]
+Scale = Positive | Annotated[tuple[Positive, ...], _SOME] | Annotated[_Elements[Positive], _SOME]
+Shift = float | Annotated[tuple[float, ...], _SOME] | Annotated[_Elements[float], _SOME]
 """One number, one for each channel, or one for each element (C, H, W)."""
 
 Normalise = Literal["autoencoder", "channel", "element"]
