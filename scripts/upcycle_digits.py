@@ -9,30 +9,20 @@ goes on. An hour and a half on two cores.
 import argparse
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from digit_trials import ROOT, Trained, real_digits, train, write_digits
 
 from dcdit.checkpoints.load import load_model
 from dcdit.compute.flops import count
-from dcdit.data.autoencoder import load_decoder
-from dcdit.data.builtin import Digits
-from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import DDIM, GuidanceSettings
-from dcdit.evaluation.features import DigitsClassifier
-from dcdit.evaluation.metrics import compare
 from dcdit.evaluation.statistics import Statistics
 from dcdit.network import DiT, Network
-from dcdit.sampling.generate import generate
 
-ROOT = Path(__file__).parents[1]
 SEEDS, LENGTHS, DROPS = (0, 1, 2), (300, 600, 1200, 2400), (0.0, 0.3, 0.6)
 COPIED = (600, 1200)
 """Lengths at which the blocks are copied, and not matched, as well."""
@@ -47,41 +37,16 @@ def variants(steps: int, teacher: Path) -> dict[str, list[str]]:
     return found | ({"copied": [*upcycle, "init.distil_steps=0"]} if steps in COPIED else {})
 
 
-def train(run: Path, *words: str) -> None:
-    """One run, unless it is finished."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dcdit.train", *words, f"run_dir={run}", "ckpt_path=auto"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
-    print(f"{run.name}: trained", flush=True)
-
-
 def measure(run: Path, real: Statistics) -> list[dict[str, float]]:
     """FID and share of digits read right at each drop fraction; kept in the run."""
     kept = run / "measured.json"
     if kept.is_file():
         return json.loads(kept.read_text())
-    model, features = load_model(run), DigitsClassifier()
-    decode = load_decoder(model.latents, torch.device("cpu"))
-    guidance = Guidance(model.network, model.network.null_class, GuidanceSettings())
-    labels = torch.arange(IMAGES) % 10
+    trained, sampler = Trained(run), Sampler(DDIM(steps=25, clip=True))
     found = []
-    for drop in DROPS if model.network.routes else (0.0,):
-        asked = replace(guidance, settings=replace(guidance.settings, drop_fraction=drop))
-        sampler = Sampler(DDIM(steps=25, clip=True))
-        batches = list(generate(model, asked, sampler, labels, range(IMAGES), seed=0, batch_size=100))
-        seen = features(decode(torch.cat([batch.latents for batch in batches])))
-        assert seen.logits is not None
-        tokens = torch.cat([batch.kept for batch in batches])
-        found.append(
-            {
-                "drop": drop,
-                "fid": compare(real, partial(iter, [seen]), ["fid"])["fid"],
-                "read": float((seen.logits.argmax(1) == labels).double().mean()),
-                "kept": float(tokens.mean() / model.latents.positions),
-            }
-        )
+    for drop in DROPS if trained.model.network.routes else (0.0,):
+        fid, read, share, _ = trained.figures(real, sampler, GuidanceSettings(drop_fraction=drop), IMAGES)
+        found.append({"drop": drop, "fid": fid, "read": read, "kept": share})
     kept.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{run.name}: " + ", ".join(f"{each['read']:.0%} / {each['fid']:.1f}" for each in found), flush=True)
     return found
@@ -137,8 +102,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     out, workers = arguments.out.resolve(), ThreadPoolExecutor(arguments.parallel)
-    data = f"data.directory={out / 'digits8'}"
-    Digits(grid=8).write(out / "digits8") if not (out / "digits8" / "train").exists() else None
+    data = write_digits(out / "digits8", 8)
     teachers = {seed: out / f"teacher_seed_{seed}" for seed in SEEDS}
     jobs = [
         workers.submit(train, run, "experiment=compare_dit_2", f"seed={seed}", data) for seed, run in teachers.items()
@@ -158,8 +122,7 @@ def main() -> None:
     for job in jobs:
         job.result()
     torch.set_num_threads(arguments.parallel)
-    images = load_images(out / "digits8")
-    real = Statistics.of([DigitsClassifier()(images)], len(images))
+    real = real_digits(out / "digits8", 8)
     rows = [
         {"variant": "teacher", "steps": 2000, "seed": seed, **each}
         for seed, run in teachers.items()
@@ -175,14 +138,6 @@ def main() -> None:
     (out / "measured.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw(rows, out / "upcycling.png")
     print(f"{len(rows)} measurements: {out}")
-
-
-def load_images(directory: Path) -> torch.Tensor:
-    """The training digits as pixels (n, 1, 8, 8) uint8."""
-    from dcdit.evaluation.images import open_images
-
-    images = open_images(str(directory / "train"), (8, 8), torch.device("cpu"), None)
-    return images.read(range(images.count))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,167 @@
+"""Flow matching beside DDPM on handwritten digits: ``python scripts/compare_processes.py`` (docs/flow.md).
+
+Trains the network of ``experiment=digits`` by either process for the same number of steps, three seeds each; measures
+how many digits are read as the class asked for and FID, FID over the number of network evaluations for every sampler,
+and the share of positions that the router keeps over the share of noise. Broken off, it goes on. An hour and a half on
+two cores.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from digit_trials import ROOT, Trained, real_digits, train, write_digits
+
+from dcdit.diffusion.samplers import Sampler
+from dcdit.diffusion.schedule import Posterior
+from dcdit.diffusion.settings import DDIM, DDPM, DPMSolver, Euler, EulerMaruyama, GuidanceSettings, Heun
+from dcdit.evaluation.statistics import Statistics
+
+SEEDS, SIDE, IMAGES, GUIDED = (0, 1, 2), 16, 1000, 2.0
+MANY, FEW = (5, 10, 15, 25, 50, 100), (10, 25, 50, 100)
+"""Network evaluations: of samplers for few steps, and of those that add noise."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A sampler: its process, its settings for a number of network evaluations, and which numbers are measured."""
+
+    process: str
+    settings: Callable[[int], Any]
+    evaluations: tuple[int, ...]
+
+
+WAYS = {
+    "ddpm": Way("ddpm", lambda count: DDPM(count, clip=True), FEW),
+    "ddim": Way("ddpm", lambda count: DDIM(count, clip=True), MANY),
+    "dpm++": Way("ddpm", lambda count: DPMSolver(count, clip=True), MANY),
+    "euler": Way("flow", lambda count: Euler(count, clip=True), MANY),
+    "heun": Way("flow", lambda count: Heun((count + 1) // 2, clip=True), MANY),
+    "sde": Way("flow", lambda count: EulerMaruyama(count, clip=True), FEW),
+}
+USUAL = {"ddpm": "dpm++", "flow": "heun"}
+"""The sampler by which the processes are compared, at ``COMPARED`` evaluations, and ``SMOOTH`` for the kept share."""
+COMPARED, SMOOTH = 25, {"ddpm": "ddim", "flow": "euler"}
+STYLES = {"ddpm": ("--", "DDPM"), "flow": ("-", "flow matching")}
+COLOURS = {
+    "ddpm": "#E69F00", "ddim": "#D55E00", "dpm++": "#CC79A7", "euler": "#56B4E9", "heun": "#0072B2", "sde": "#009E73",
+}  # fmt: skip
+
+
+def noise_share(process: str, timesteps: list[float]) -> list[float]:
+    """How much of the variance of x_t is noise's, at each timestep."""
+    if process == "flow":
+        times = [each / 1000 for each in timesteps]
+        return [t**2 / (t**2 + (1 - t) ** 2) for t in times]
+    deviation = Posterior.linear().sqrt_one_minus_alpha_bar
+    return [float(deviation[round(each)] ** 2) for each in timesteps]
+
+
+def measure(run: Path, process: str, real: Statistics) -> dict[str, Any]:
+    """All figures of one run; each is kept in the run as soon as it is known."""
+    path = run / "compared.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    trained = None
+    for name, way in WAYS.items():
+        for evaluations in way.evaluations if way.process == process else ():
+            guided = (1.0, GUIDED) if (name, evaluations) == (USUAL[process], COMPARED) else (1.0,)
+            for scale in guided:
+                key = f"{name} {evaluations} {scale:g}"
+                if key in found:
+                    continue
+                trained = trained or Trained(run)
+                sampler = Sampler(way.settings(evaluations))
+                figures = trained.figures(real, sampler, GuidanceSettings(scale=scale), IMAGES)
+                found[key] = {"fid": figures.fid, "read": figures.read, "evaluations": len(sampler.timesteps)}
+                if name == SMOOTH[process] and evaluations == MANY[-1]:
+                    tokens = sum(batch.tokens()[0] for batch in figures.batches)
+                    share = torch.as_tensor(tokens) / (IMAGES * trained.model.latents.positions)
+                    found["kept"] = [noise_share(process, sampler.timesteps), share.tolist()]
+                path.write_text(json.dumps(found, indent=1) + "\n")
+                print(f"{run.name}: {key}: FID {figures.fid:.2f}, {figures.read:.1%} read", flush=True)
+    return found
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def draw(found: dict[str, list[dict[str, Any]]], out: Path) -> None:
+    """FID over evaluations, and the kept share over the share of noise."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, way in WAYS.items():
+        groups = [[each[f"{name} {count} 1"] for each in found[way.process]] for count in way.evaluations]
+        costs = [group[0]["evaluations"] for group in groups]
+        values = [[each["fid"] for each in group] for group in groups]
+        style, called = STYLES[way.process]
+        left.plot(costs, list(map(_mean, values)), style, color=COLOURS[name], marker="o", label=f"{called}: {name}")
+        left.fill_between(costs, list(map(min, values)), list(map(max, values)), color=COLOURS[name], alpha=0.15)
+    left.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="FID (digits features, 1,000 images)")
+    left.xaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
+    for process, name in SMOOTH.items():
+        style, called = STYLES[process]
+        for number, each in enumerate(found[process]):
+            right.plot(*each["kept"], style, color=COLOURS[name], alpha=0.8, label=None if number else called)
+    right.axhline(0.25, color="black", ls=":", lw=1, label="1/N")
+    right.set(xlabel="share of noise in the variance of x_t", ylabel="share of positions kept", xlim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(out, dpi=110)
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """What the documentation shows, as two tables in Markdown."""
+    lines = ["| process | guidance | read as asked for | FID |", "|---|---|---|---|"]
+    for process, name in USUAL.items():
+        for scale in (1.0, GUIDED):
+            each = [run[f"{name} {COMPARED} {scale:g}"] for run in found[process]]
+            read = ", ".join(f"{one['read']:.1%}" for one in each)
+            fids = ", ".join(f"{one['fid']:.2f}" for one in each)
+            lines.append(f"| {process} | {scale:g} | {read} | {fids} |")
+    lines += ["", "| sampler | best FID | evaluations for it | for a FID within 10% of it |", "|---|---|---|---|"]
+    for name, way in WAYS.items():
+        mean: dict[int, float] = {}
+        for count in way.evaluations:
+            each = [run[f"{name} {count} 1"] for run in found[way.process]]
+            mean[each[0]["evaluations"]] = _mean([one["fid"] for one in each])
+        best = min(mean, key=lambda cost: mean[cost])
+        enough = min(cost for cost, fid in mean.items() if fid <= 1.1 * mean[best])
+        lines.append(f"| {name} | {mean[best]:.2f} | {best} | {enough} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train, measure, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "processes")
+    parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    out, workers = arguments.out.resolve(), ThreadPoolExecutor(arguments.parallel)
+    data = write_digits(out / "digits", SIDE)
+    runs = {(process, seed): out / f"{process}_seed_{seed}" for seed in SEEDS for process in USUAL}
+    torch.set_num_threads(1)
+    real = real_digits(out / "digits", SIDE)
+
+    def whole(process: str, seed: int) -> dict[str, Any]:
+        run = runs[process, seed]
+        train(run, "experiment=digits", f"diffusion={process}", f"seed={seed}", data)
+        return measure(run, process, real)
+
+    jobs = {key: workers.submit(whole, *key) for key in runs}
+    found = {process: [jobs[process, seed].result() for seed in SEEDS] for process in USUAL}
+    draw(found, out / "processes.png")
+    print(f"\n{table(found)}\n\n{out / 'processes.png'}")
+
+
+if __name__ == "__main__":
+    main()

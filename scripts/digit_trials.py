@@ -1,0 +1,87 @@
+"""What comparisons on handwritten digits share: a finished run for given words, and its samples beside real digits."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dcdit.checkpoints.load import Model, load_model
+from dcdit.data.autoencoder import load_decoder
+from dcdit.data.builtin import Digits
+from dcdit.diffusion.guidance import Guidance
+from dcdit.diffusion.samplers import Sampler
+from dcdit.diffusion.settings import GuidanceSettings
+from dcdit.evaluation.features import DigitsClassifier
+from dcdit.evaluation.images import open_images
+from dcdit.evaluation.metrics import compare
+from dcdit.evaluation.statistics import Statistics
+from dcdit.sampling.generate import SampleBatch, generate
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def train(run: Path, *words: str) -> None:
+    """One run on one core, unless it is finished; what it prints is shown if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "dcdit.train", *words, f"run_dir={run}", "ckpt_path=auto"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+    print(f"{run.name}: trained", flush=True)
+
+
+def write_digits(directory: Path, side: int) -> str:
+    """The digits at a size, unless they are there; returns the override that names them."""
+    if not (directory / "train").exists():
+        Digits(grid=side).write(directory)
+    return f"data.directory={directory}"
+
+
+def real_digits(directory: Path, side: int) -> Statistics:
+    """Features of the training digits."""
+    images = open_images(str(directory / "train"), (side, side), CPU, None)
+    return Statistics.of([DigitsClassifier()(images.read(range(images.count)))], images.count)
+
+
+class Figures(NamedTuple):
+    """FID of samples, the share read as the class asked for, the share of positions kept, and the samples."""
+
+    fid: float
+    read: float
+    kept: float
+    batches: list[SampleBatch]
+
+
+class Trained:
+    """A finished run that samples.
+
+    Args:
+        run: its directory.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.model: Model = load_model(run)
+        self._decode = load_decoder(self.model.latents, CPU)
+        self._features = DigitsClassifier()
+
+    def figures(self, real: Statistics, sampler: Sampler, guidance: GuidanceSettings, count: int) -> Figures:
+        """Figures of ``count`` samples, as many of each class, beside the ``real`` digits."""
+        network = self.model.network
+        labels: Tensor = torch.arange(count) % 10
+        asked = Guidance(network, network.null_class, guidance)
+        batches = list(generate(self.model, asked, sampler, labels, range(count), seed=0, batch_size=100))
+        seen = self._features(self._decode(torch.cat([batch.latents for batch in batches])))
+        assert seen.logits is not None
+        kept = torch.cat([batch.kept for batch in batches])
+        return Figures(
+            compare(real, partial(iter, [seen]), ["fid"])["fid"],
+            float((seen.logits.argmax(1) == labels).double().mean()),
+            float(kept.mean() / self.model.latents.positions),
+            batches,
+        )
