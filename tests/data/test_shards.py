@@ -7,7 +7,7 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcdit.data.builtin import Digits, Synthetic
+from dcdit.data.builtin import Digits, Mnist, Synthetic
 from dcdit.data.latents import LatentSpec
 from dcdit.data.manifest import Manifest
 from dcdit.data.shards import CorruptSampleError, Layout, Sample, write_shard, write_shards
@@ -160,6 +160,13 @@ def test_sources_write_what_they_promise(tmp_path):
     assert (train.samples, val.samples) == (1700, 97)
     assert train.latent_shape == (1, 12, 12)
     assert len(train.classes) == 10
+    Mnist(validation=200).write(tmp_path / "mnist")
+    train, val = (Manifest.read(tmp_path / "mnist" / split / "manifest.json") for split in ("train", "val"))
+    assert (train.samples, val.samples, train.latent_shape) == (4800, 200, (1, 28, 28))
+    assert -0.75 < train.statistics.mean[0] < -0.72
+    assert 0.6 < train.statistics.deviation[0] < 0.63
+    with pytest.raises(UserError, match=r"validation=5000, but there are only 5000 images"):
+        Mnist(validation=5000).write(tmp_path / "none")
     Synthetic(channels=4, grid=8, num_classes=7, samples=10, samples_per_shard=4).write(tmp_path / "noise")
     assert Manifest.read(tmp_path / "noise" / "train" / "manifest.json").samples == 10
 
