@@ -18,6 +18,7 @@ from dcdit.diffusion.schedule import BETA_END, BETA_START, Posterior, add_noise,
 from dcdit.diffusion.settings import (
     PROCESSES,
     TRAIN_STEPS,
+    Auto,
     FlowMatching,
     NoiseDiffusion,
     ProcessSettings,
@@ -67,13 +68,16 @@ class Process(ABC):
         """What :func:`build_process` makes this process of."""
         return {"name": self.settings.name, **asdict(self.settings)}
 
-    def check_sampler(self, sampler: SamplerSettings) -> None:
-        """Raise :class:`UserError` unless ``sampler`` is one for this process."""
+    def sampler(self, sampler: Auto | SamplerSettings) -> SamplerSettings:
+        """The sampler that ``sampler`` asks for; :class:`UserError` unless it is one for this process."""
+        if isinstance(sampler, Auto):
+            return sampler.of(self.settings.name)
         if sampler.process != self.settings.name:
             raise UserError(
                 f"sampler={sampler.name} does not fit a network that was trained with diffusion={self.settings.name}:"
-                f" take sampler={', '.join(samplers_of(self.settings.name))}"
+                f" take sampler={', '.join(['auto', *samplers_of(self.settings.name)])}"
             )
+        return sampler
 
     def check_variance(self, variance: bool) -> None:
         """Raise :class:`UserError` if a network without predicted variance cannot be trained by this process."""

@@ -163,7 +163,34 @@ class EulerMaruyama:
 
 SamplerSettings = DDPM | DDIM | DPMSolver | Euler | Heun | EulerMaruyama
 
-SAMPLERS: dict[str, Callable[..., SamplerSettings]] = {
+
+@checked
+@dataclass(frozen=True)
+class Auto:
+    """The usual sampler of whatever process a network was trained by: with noise DDPM or the SDE, else DDIM or Euler.
+
+    Attributes:
+        steps, clip: as of these.
+        noise: whether noise is added at every step.
+    """
+
+    name: ClassVar[str] = "auto"
+    process: ClassVar[None] = None
+    steps: Steps
+    clip: bool = False
+    noise: bool = True
+
+    def of(self, process: str) -> SamplerSettings:
+        """The sampler for networks that were trained with this ``diffusion.name``."""
+        kinds: dict[str, tuple[Callable[..., SamplerSettings], Callable[..., SamplerSettings]]] = {
+            "ddpm": (DDIM, DDPM),
+            "flow": (Euler, EulerMaruyama),
+        }
+        return kinds[process][self.noise](steps=self.steps, clip=self.clip)
+
+
+SAMPLERS: dict[str, Callable[..., Auto | SamplerSettings]] = {
+    "auto": Auto,
     "ddpm": DDPM,
     "ddim": DDIM,
     "dpm++": DPMSolver,

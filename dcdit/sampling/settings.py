@@ -7,7 +7,7 @@ from typing import Any, Literal
 from dcdit.checkpoints.settings import AssumeSettings, WeightsKind
 from dcdit.checks import Images, Seed, build_named, call_checked, checked
 from dcdit.data.latents import Rounding
-from dcdit.diffusion.settings import SAMPLERS, BudgetSettings, GuidanceSettings, SamplerSettings
+from dcdit.diffusion.settings import SAMPLERS, Auto, BudgetSettings, GuidanceSettings, SamplerSettings
 from dcdit.errors import UserError
 
 Labels = Literal["random", "balanced"]
@@ -58,7 +58,7 @@ class SamplingPlan:
 
     settings: SamplingSettings
     assume: AssumeSettings
-    sampler: SamplerSettings
+    sampler: Auto | SamplerSettings
     guidance: GuidanceSettings
     budget: BudgetSettings
     runs: str

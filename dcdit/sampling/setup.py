@@ -161,12 +161,12 @@ def _sampling(plan: SamplingPlan, place: Place, loaded: _Loaded) -> Sampling:
             f"guidance.weak_checkpoint={asked.weak_checkpoint} holds the weights that it should guide, at the same"
             " budget: it would guide nowhere; name another checkpoint, or give guidance.uncond_drop_fraction"
         )
-    model.process.check_sampler(plan.sampler)
+    sampler = Sampler(model.process.sampler(plan.sampler))
     precision = plan.settings.precision
     if precision == "auto":
         precision = "bf16" if model.device.type == "cuda" else "fp32"
     guidance = Guidance(model.network, model.network.null_class, plan.guidance, weak.network if weak else None)
-    sampling = Sampling(plan, place, model, guidance, Sampler(plan.sampler), loaded.decode, precision, None, weak)
+    sampling = Sampling(plan, place, model, guidance, sampler, loaded.decode, precision, None, weak)
     return meet_budget(sampling) if plan.budget.given else sampling
 
 
@@ -175,7 +175,7 @@ def meet_budget(sampling: Sampling) -> Sampling:
     plan, model = sampling.plan, sampling.model
     question = {
         "budget": asdict(plan.budget),
-        "sampler": described(plan.sampler),
+        "sampler": described(sampling.sampler.settings),
         "guidance": asdict(plan.guidance),
         "network": model.digest,
         "weak": sampling.weak.digest if sampling.weak else None,

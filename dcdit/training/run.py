@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from dcdit.data.datamodule import LatentDataModule
 from dcdit.data.manifest import Manifest
-from dcdit.diffusion.settings import samplers_of
 from dcdit.errors import TrainingError, UserError
 from dcdit.network.blocks import set_execution
 from dcdit.runs.changes import changes, remarks
@@ -120,7 +119,7 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         outcome = Outcome(interrupt.outcome(trainer), trainer.global_step, metrics)
         state = replace(state, state=outcome.state, step=outcome.step, metrics=metrics, time=time.time())
         note(state, run_dir)
-        say(next_words(outcome, run_dir, plan.values["diffusion"]["name"], inside_job))
+        say(next_words(outcome, run_dir, inside_job))
         trainer.strategy.barrier()  # a process that leaves a job early takes the others with it
         return outcome
 
@@ -210,14 +209,12 @@ def words(module: DCDiTModule, plan: TrainPlan, world_size: int, began: int) -> 
     )
 
 
-def next_words(outcome: Outcome, run_dir: Path, process: str, inside_job: bool) -> str:
+def next_words(outcome: Outcome, run_dir: Path, inside_job: bool) -> str:
     """How it ended, and what to do next."""
     last = run_dir / "checkpoints" / "last.ckpt"
     word = shlex.quote(f"checkpoint={os.path.relpath(run_dir)}")
     if outcome.state is State.INTERRUPTED:
         resume = "" if inside_job else " Resume: the same command with ckpt_path=last"
         return f"Stopped and saved at step {outcome.step}.{resume}"
-    fitting = samplers_of(process)
-    sampler = "" if "ddpm" in fitting else f" sampler={fitting[0]}"  # ddpm is what the command takes by itself
-    sample = f" Sample: python -m dcdit.sample {word}{sampler}" if last.exists() else ""
+    sample = f" Sample: python -m dcdit.sample {word}" if last.exists() else ""
     return f"Finished at step {outcome.step}.{sample}"

@@ -1,6 +1,7 @@
 """Flow matching from training to figures, beside DDPM."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -60,7 +61,10 @@ def test_every_sampler_with_guidance_budget_and_pictures(flow, tmp_path, digits,
 
 
 def test_samplers_of_the_other_process_are_refused_before_anything_is_sampled(flow, trained_run, tmp_path):
-    for run, sampler, fitting in ((flow, "ddpm", "euler, heun, sde"), (trained_run, "heun", "ddpm, ddim, dpm")):
+    for run, sampler, fitting in (
+        (flow, "ddpm", "auto, euler, heun, sde"),
+        (trained_run, "heun", "auto, ddpm, ddim, dpm"),
+    ):
         config = compose_config(f"checkpoint={run}", f"sampler={sampler}", f"out={tmp_path}/x", name="generate")
         with pytest.raises(UserError, match=f"sampler={sampler} does not fit .* take sampler={fitting}"):
             generate.run(config)
@@ -72,8 +76,9 @@ def test_an_exported_network_says_what_it_was_trained_for(flow, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["diffusion"]["process"] == "flow"
     assert load_model(folder).process.spec == load_model(flow).process.spec
+    words = ("sampler=ddim", f"out={tmp_path}/x")
     with pytest.raises(UserError, match="does not fit a network that was trained with diffusion=flow"):
-        sample.run(compose_config(f"checkpoint={folder}", f"out={tmp_path}/x", name="sample"))
+        sample.run(compose_config(f"checkpoint={folder}", *words, name="sample"))
 
 
 def test_without_variance_channels(tiny, tmp_path):
@@ -89,20 +94,19 @@ def test_without_variance_channels(tiny, tmp_path):
 def test_fid_while_training(tiny, digits):
     words = ("callbacks=fid", "features@callbacks.fid.features=digits", "callbacks.fid.count=40")
     few = ("callbacks.fid.sampler.steps=2", "trainer.val_check_interval=2", "trainer.max_steps=2")
-    run = tiny("fid", *FLOW, *words, *few, "sampler@callbacks.fid.sampler=euler")
+    run = tiny("fid", *FLOW, *words, *few)
     assert "val/fid@0" in (run / "logs" / "version_0" / "metrics.csv").read_text()
     with pytest.raises(UserError, match="sampler=ddim does not fit"):
-        tiny("other", *FLOW, *words, *few)
+        tiny("other", *FLOW, *words, *few, "sampler@callbacks.fid.sampler=ddim")
 
 
 def test_what_is_said_at_the_end_can_be_typed(tiny, tmp_path, caplog):
-    run = tiny("said", *FLOW, "trainer.max_steps=1")
-    words = caplog.text.split("python -m dcdit.sample ")[-1].split()
-    assert words[1] == "sampler=euler"
-    sample.run(compose_config(f"checkpoint={run}", words[1], "sampler.steps=2", f"out={tmp_path}/x", name="sample"))
-    caplog.clear()
-    tiny("ddpm", "trainer.max_steps=1")
-    assert "sampler=" not in caplog.text
+    for process in ("flow", "ddpm"):
+        caplog.clear()
+        run = tiny(process, f"diffusion={process}", "trainer.max_steps=1")
+        (word,) = caplog.text.split("python -m dcdit.sample ")[-1].split()
+        assert word == f"checkpoint={os.path.relpath(run)}"
+        sample.run(compose_config(word, "sampler.steps=2", f"out={tmp_path}/{process}_images", name="sample"))
 
 
 def test_weights_and_teachers_of_the_other_process(tiny, trained_run, caplog):

@@ -9,7 +9,7 @@ from dcdit.diffusion.guidance import GuidedOutput
 from dcdit.diffusion.process import build_process
 from dcdit.diffusion.samplers import Sampler, sample_generator
 from dcdit.diffusion.schedule import linear_betas
-from dcdit.diffusion.settings import DDIM, DDPM, DPMSolver, Euler, EulerMaruyama, Heun
+from dcdit.diffusion.settings import DDIM, DDPM, Auto, DPMSolver, Euler, EulerMaruyama, Heun
 from dcdit.errors import UserError
 
 CPU = torch.device("cpu")
@@ -153,14 +153,21 @@ def test_min_snr_weighs_the_error_of_the_image(name):
 def test_samplers_of_another_process_are_refused():
     flow, ddpm = build_process({"name": "flow"}), build_process({"name": "ddpm"})
     for process, settings, fitting in (
-        (flow, DDPM(2), "euler, heun, sde"),
-        (flow, DDIM(2), "euler, heun, sde"),
-        (ddpm, Heun(2), "ddpm, ddim, dpm"),
+        (flow, DDPM(2), "auto, euler, heun, sde"),
+        (flow, DDIM(2), "auto, euler, heun, sde"),
+        (ddpm, Heun(2), "auto, ddpm, ddim, dpm"),
     ):
         with pytest.raises(UserError, match=f"sampler={settings.name} does not fit .*: take sampler={fitting}"):
-            process.check_sampler(settings)
-    flow.check_sampler(EulerMaruyama(2))
-    ddpm.check_sampler(DPMSolver(2))
+            process.sampler(settings)
+    assert flow.sampler(EulerMaruyama(2)) == EulerMaruyama(2)
+    assert ddpm.sampler(DPMSolver(2)) == DPMSolver(2)
+
+
+def test_auto_is_the_usual_sampler_of_the_process():
+    flow, ddpm = build_process({"name": "flow"}), build_process({"name": "ddpm"})
+    for noise, kinds in ((True, (EulerMaruyama, DDPM)), (False, (Euler, DDIM))):
+        asked = Auto(7, clip=True, noise=noise)
+        assert [process.sampler(asked) for process in (flow, ddpm)] == [kind(7, clip=True) for kind in kinds]
 
 
 def test_what_cannot_be():

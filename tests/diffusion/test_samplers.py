@@ -77,7 +77,7 @@ def test_a_sample_depends_on_its_seed_and_number_only():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "ddmp", "steps": 2}, "sampler.name='ddmp' is not one of ddpm, ddim, dpm"),
+        ({"name": "ddmp", "steps": 2}, "sampler.name='ddmp' is not one of auto, ddpm, ddim, dpm"),
         ({"name": "ddpm", "steps": 0}, "sampler.steps=0 is outside"),
         ({"name": "dpm++", "steps": 1001}, "sampler.steps=1001 is outside"),
         ({"name": "ddim", "steps": 2, "eta": 2.0}, "sampler.eta=2 is outside"),

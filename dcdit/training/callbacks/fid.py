@@ -109,7 +109,7 @@ class FID(Callback):
         cache: str | None,
     ) -> None:
         self.reference, self.features, self.folder = reference, features, Path(folder)
-        self.sampler = Sampler(build_named(SAMPLERS, sampler, "sampler"))
+        self.asked = build_named(SAMPLERS, sampler, "sampler")
         self.guidance = call_checked(GuidanceSettings, guidance, "guidance")
         if self.guidance.weak_checkpoint is not None:
             raise UserError("guidance.weak_checkpoint: during training the network itself is the weak half")
@@ -132,7 +132,7 @@ class FID(Callback):
                 " one beside `train`, or leave the callback out"
             )
         model = self._model(pl_module, trainer)
-        model.process.check_sampler(self.sampler.settings)
+        self.sampler = Sampler(model.process.sampler(self.asked))
         for drop in self.drop_fractions:
             check_guidance(model.network, self._guidance(drop))
         decode = load_decoder(model.latents, pl_module.device, self.autoencoder)
