@@ -7,7 +7,7 @@ projection is counted, which the reference implementation's counter leaves out: 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,14 +46,16 @@ class Cost:
 
     Attributes:
         fixed, linear, square: its coefficients.
+        reused: how much of ``fixed`` is spared where no token runs.
     """
 
     fixed: float = 0.0
     linear: float = 0.0
     square: float = 0.0
+    reused: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.fixed + other.fixed, self.linear + other.linear, self.square + other.square)
+        return Cost(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
     @classmethod
     def of_network(cls, network: Network) -> "Cost":
@@ -63,7 +65,7 @@ class Cost:
     def of(self, lengths: Tensor) -> Tensor:
         """FLOPs for each of ``lengths``, any shape, in float64."""
         tokens = lengths.double()
-        return self.fixed + self.linear * tokens + self.square * tokens**2
+        return self.fixed - self.reused * (tokens == 0) + self.linear * tokens + self.square * tokens**2
 
     def mean(self, lengths: Sequence[float]) -> float:
         """Mean FLOPs over samples of ``lengths`` tokens; none stands for one sample of no tokens."""
@@ -87,7 +89,7 @@ def cost_of(component: Component) -> Cost:
                 width, heads = block.attention.qkv.in_features, block.attention.heads
                 square += heads * (4 * width / heads + 3)
     if component.runs is None:
-        return Cost(once, each, square)
+        return Cost(once, each, square, once * component.reused)
     return Cost(once + each * component.runs + square * component.runs**2)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +30,15 @@ class Prediction(Protocol):
     def routing(self) -> RoutingLike | None: ...  # noqa: D102
 
 
-Denoiser = Callable[[Tensor, Tensor, Tensor, "float | Tensor"], Prediction]
-"""``denoiser(x, t, y, drop_fraction)``: a network."""
+class StepCache(Protocol):
+    """Feature caching of one trajectory, such as :class:`dcdit.network.caching.TrajectoryCache`."""
+
+    def step(self, timestep: float, halves: tuple[int, ...]) -> Any:
+        """What a network is told beside, for a batch of these halves, 0 the strong one and 1 the weak."""
+
+
+Denoiser = Callable[..., Prediction]
+"""``denoiser(x, t, y, drop_fraction)``: a network; with feature caching ``denoiser(x, t, y, drop_fraction, cache)``."""
 
 
 def guide(strong: Tensor, weak: Tensor, scale: float, channels: int) -> Tensor:
@@ -83,12 +90,18 @@ class Guidance:
         null_class: label that stands for no class.
         settings: how strong, where, at which budgets, and what makes the weak half weak.
         weak: the network of the weak half; None for the same.
+        cache: what the samples of one trajectory reuse; None where all is computed.
     """
 
     denoiser: Denoiser
     null_class: int
     settings: GuidanceSettings
     weak: Denoiser | None = None
+    cache: StepCache | None = None
+
+    def _cached(self, timestep: float, *halves: int) -> tuple[Any, ...]:
+        """What a network is told beside, for a batch of these halves; nothing where all is computed."""
+        return () if self.cache is None else (self.cache.step(timestep, halves),)
 
     def __call__(self, x: Tensor, timestep: float, y: Tensor) -> GuidedOutput:
         """Guided prediction for ``x`` (B, C, H, W), ``y`` (B,) at ``timestep``.
@@ -98,11 +111,14 @@ class Guidance:
         drop, weak_drop = self.settings.drop_at(timestep)
         t = torch.full(y.shape, timestep, device=y.device)  # whole numbers or not, as the process has it
         if not self.settings.is_guided(timestep):
-            output = self.denoiser(x, t, y, drop)
+            output = self.denoiser(x, t, y, drop, *self._cached(timestep, 0))
             return GuidedOutput(output.prediction, (output.routing,))
         weak_y = y if self.settings.weak_keeps_class else torch.full_like(y, self.null_class)
         if self.weak is not None:
-            outputs = self.denoiser(x, t, y, drop), self.weak(x, t, weak_y, weak_drop)
+            outputs = (
+                self.denoiser(x, t, y, drop, *self._cached(timestep, 0)),
+                self.weak(x, t, weak_y, weak_drop, *self._cached(timestep, 1)),
+            )
             strong, weak = (output.prediction for output in outputs)
             halves = tuple(output.routing for output in outputs)
         else:
@@ -110,7 +126,8 @@ class Guidance:
             if weak_drop != drop:
                 both = torch.tensor([drop, weak_drop], device=x.device)
                 fractions = both.repeat_interleave(len(y), output_size=2 * len(y))
-            output = self.denoiser(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, weak_y]), fractions)
+            both_y, cached = torch.cat([y, weak_y]), self._cached(timestep, 0, 1)
+            output = self.denoiser(x.repeat(2, 1, 1, 1), t.repeat(2), both_y, fractions, *cached)
             strong, weak = output.prediction.chunk(2)
             halves = _halves(output.routing)
         channels = self.settings.guided_channels(x.shape[1])

@@ -62,52 +62,66 @@ PROCESSES: dict[str, Callable[..., ProcessSettings]] = {"ddpm": NoiseDiffusion, 
 """What ``diffusion.name`` may say; :mod:`dcdit.diffusion.process` has what computes."""
 
 
+CacheThreshold = Annotated[
+    float, Bounds(low=0, hint="it is a relative change of features: 0 computes every step, 0.2 about half of 25 steps")
+]
+
+
 @checked
 @dataclass(frozen=True)
-class DDPM:
-    """Ancestral sampling with the learned range variance; steps evenly spaced over 0..999, both ends included.
+class SamplerOptions:
+    """What all samplers know.
 
     Attributes:
         steps: number of steps, at most 1000.
         clip: clip the predicted x_0 to [-1, 1]; for images as latents, never for a VAE's.
+        cache: threshold of feature caching, see :class:`dcdit.network.caching.FeatureCache`; 0 computes every step.
     """
 
-    name: ClassVar[str] = "ddpm"
-    process: ClassVar[str] = "ddpm"
     steps: Steps
     clip: bool = False
+    cache: CacheThreshold = 0.0
 
 
 @checked
 @dataclass(frozen=True)
-class DDIM:
+class DDPM(SamplerOptions):
+    """Ancestral sampling with the learned range variance; steps evenly spaced over 0..999, both ends included.
+
+    Attributes:
+        steps, clip, cache: see there.
+    """
+
+    name: ClassVar[str] = "ddpm"
+    process: ClassVar[str] = "ddpm"
+
+
+@checked
+@dataclass(frozen=True)
+class DDIM(SamplerOptions):
     """Implicit sampling (DDIM); steps spaced as the reference implementation does, from 0 upwards.
 
     Attributes:
-        steps, clip: as of :class:`DDPM`.
+        steps, clip, cache: see there.
         eta: 0 is deterministic, 1 adds as much noise as DDPM.
     """
 
     name: ClassVar[str] = "ddim"
     process: ClassVar[str] = "ddpm"
-    steps: Steps
-    clip: bool = False
     eta: Annotated[float, Bounds(0, 1, hint="0 is deterministic DDIM, 1 is as noisy as DDPM")] = 0.0
 
 
 @checked
 @dataclass(frozen=True)
-class DPMSolver:
+class DPMSolver(SamplerOptions):
     """Second-order multistep DPM-Solver++ (arXiv 2211.01095): evenly spaced, deterministic.
 
     Attributes:
-        steps, clip: as of :class:`DDPM`.
+        steps, clip, cache: see there.
     """
 
     name: ClassVar[str] = "dpm++"
     process: ClassVar[str] = "ddpm"
-    steps: Steps
-    clip: bool = False
 
 
 Shift = Annotated[float, Bounds(low=0, open_low=True, hint="1 is even steps, 3 spends more of them among noise")]
@@ -115,20 +129,17 @@ Shift = Annotated[float, Bounds(low=0, open_low=True, hint="1 is even steps, 3 s
 
 @checked
 @dataclass(frozen=True)
-class Euler:
+class Euler(SamplerOptions):
     """Euler's method for the ODE of flow matching: first order, one evaluation a step.
 
     Attributes:
-        steps: number of steps, at most 1000.
+        steps, clip, cache: see there.
         shift: s of t' = s t / (1 + (s - 1) t) (arXiv 2403.03206), on evenly spaced t from 1 to 0.
-        clip: clip the predicted x_0 to [-1, 1]; for images as latents, never for a VAE's.
     """
 
     name: ClassVar[str] = "euler"
     process: ClassVar[str] = "flow"
-    steps: Steps
     shift: Shift = 1.0
-    clip: bool = False
 
 
 @checked
@@ -137,7 +148,7 @@ class Heun(Euler):
     """Heun's method for the ODE of flow matching: second order, two evaluations a step but for the last.
 
     Attributes:
-        steps, shift, clip: as of :class:`Euler`.
+        steps, clip, cache, shift: as of :class:`Euler`.
     """
 
     name: ClassVar[str] = "heun"
@@ -145,19 +156,16 @@ class Heun(Euler):
 
 @checked
 @dataclass(frozen=True)
-class EulerMaruyama:
+class EulerMaruyama(Euler):
     """The SDE of flow matching by Euler and Maruyama, diffusion coefficient t (SiT, arXiv 2401.08740).
 
     Attributes:
-        steps, shift, clip: as of :class:`Euler`.
+        steps, clip, cache, shift: as of :class:`Euler`.
         last: t from which the last step goes to 0 at once, without noise.
     """
 
     name: ClassVar[str] = "sde"
-    process: ClassVar[str] = "flow"
     steps: Annotated[int, Bounds(2, TRAIN_STEPS, hint="the SDE takes 250 as published, and two at the least")]
-    shift: Shift = 1.0
-    clip: bool = False
     last: Annotated[float, Bounds(0, 1, open_low=True, open_high=True, hint="0.04 as published")] = 0.04
 
 
@@ -166,18 +174,16 @@ SamplerSettings = DDPM | DDIM | DPMSolver | Euler | Heun | EulerMaruyama
 
 @checked
 @dataclass(frozen=True)
-class Auto:
+class Auto(SamplerOptions):
     """The usual sampler of whatever process a network was trained by: with noise DDPM or the SDE, else DDIM or Euler.
 
     Attributes:
-        steps, clip: as of these.
+        steps, clip, cache: as of these.
         noise: whether noise is added at every step.
     """
 
     name: ClassVar[str] = "auto"
     process: ClassVar[None] = None
-    steps: Steps
-    clip: bool = False
     noise: bool = True
 
     def of(self, process: str) -> SamplerSettings:
@@ -186,7 +192,7 @@ class Auto:
             "ddpm": (DDIM, DDPM),
             "flow": (Euler, EulerMaruyama),
         }
-        return kinds[process][self.noise](steps=self.steps, clip=self.clip)
+        return kinds[process][self.noise](steps=self.steps, clip=self.clip, cache=self.cache)
 
 
 SAMPLERS: dict[str, Callable[..., Auto | SamplerSettings]] = {

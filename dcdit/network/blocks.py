@@ -147,6 +147,11 @@ class DiTBlock(nn.Module):
             return checkpoint(self._forward, tokens, c, packing, use_reentrant=False, preserve_rng_state=False)
         return self._forward(tokens, c, packing)
 
+    def modulated(self, grid: Tensor, c: Tensor) -> Tensor:
+        """What the attention would be given of ``grid`` (B, L, D), conditioned on ``c`` (B, D): (B, L, D)."""
+        shift, scale = self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)[:2]
+        return modulate(layer_norm(grid), shift, scale)
+
     def _forward(self, tokens: Tensor, c: Tensor, packing: Packing) -> Tensor:
         before, after = type(self)._before, type(self)._after
         if self.compiled:

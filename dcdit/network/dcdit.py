@@ -9,6 +9,7 @@ from dcdit.checks import Bounds, Count, Depth, Grid, LabelDropout, Positive, Siz
 from dcdit.errors import UserError
 from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import ConvBlock, DiTBlock, OutputLayer
+from dcdit.network.caching import CachedStep
 from dcdit.network.dechunk import dechunk, straight_through
 from dcdit.network.embeddings import Conditioning, FreqShift, position_table
 from dcdit.network.init import InitScheme, xavier_init, zero_init
@@ -83,6 +84,7 @@ class DCDiT(Network):
     """
 
     routes: ClassVar[bool] = True
+    caches: ClassVar[bool] = True
     title = "DC-DiT"
     pos_embed: Tensor
 
@@ -132,18 +134,22 @@ class DCDiT(Network):
         self.output = OutputLayer(inner, width, (1 + variance) * channels)
         self.condition_norm = nn.LayerNorm(width) if condition_norm else nn.Identity()
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Output:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0, cache: CachedStep | None = None
+    ) -> Output:
         """Predict the noise and the variance of ``x``, as in figure 2 of the paper; see :class:`Network`."""
         self.check_inputs(x, t, y)
         c = self.condition(t, y)  # (B, D)
         adapted = self.condition_norm(c)
         features = self.encoder(self.embed(x), adapted)  # (B, H, W, D)
         routing = self.route(features, drop_fraction)
-        packing = make_packing(routing.mask)
-        positions = self.pos_embed.index_select(0, packing.index % packing.bound)
-        kept = pack(features.flatten(1, 2), packing) + positions
-        tokens = self.backbone(kept, c, packing)  # (T, D)
-        combined = self.combine(tokens, features, routing, packing)  # (B, H, W, D)
+        if cache is None:
+            spread = self.spread(features, c, routing, make_packing(routing.mask))
+        else:
+            first: DiTBlock = self.backbone.blocks[0]  # type: ignore[assignment]
+            routing = routing.without(cache.reuse(first.modulated(features.flatten(1, 2), c)))
+            spread = self.spread_or_reuse(features, c, routing, cache)
+        combined = self.combine(spread, features, routing)  # (B, H, W, D)
         decoded = self.decoder(combined.permute(0, 3, 1, 2), adapted)  # (B, H, W, E)
         prediction = self.output(decoded.flatten(1, 2), c)  # (B, L, 2C)
         return Output(prediction.transpose(1, 2).unflatten(2, self.grid), routing)
@@ -159,12 +165,33 @@ class DCDiT(Network):
                 )
             return route(prob, drop_fraction)
 
-    def combine(self, tokens: Tensor, features: Tensor, routing: Routing, packing: Packing) -> Tensor:
-        """De-chunk ``tokens`` (T, D) and add the encoder's residual, in float32: (B, H, W, D)."""
+    def spread(self, features: Tensor, c: Tensor, routing: Routing, packing: Packing) -> Tensor:
+        """What the backbone makes of the kept positions of ``features`` (B, H, W, D), spread over all: (B, L, D)."""
+        positions = self.pos_embed.index_select(0, packing.index % packing.bound)
+        kept = pack(features.flatten(1, 2), packing) + positions
+        tokens = self.backbone(kept, c, packing)  # (T, D)
         with torch.autocast(features.device.type, enabled=False):
-            broadcast = dechunk(tokens, routing, packing, self.grid, self.smoothing_sigma)  # (B, L, D)
+            return dechunk(tokens, routing, packing, self.grid, self.smoothing_sigma)
+
+    def spread_or_reuse(self, features: Tensor, c: Tensor, routing: Routing, cache: CachedStep) -> Tensor:
+        """The same, of the samples that keep no position from ``cache``."""
+        packing = make_packing(routing.mask)
+        rows = [row for row, length in enumerate(packing.lengths) if length]
+        if len(rows) == len(features):
+            return cache.complete(self.spread(features, c, routing, packing), None)
+        computed = torch.tensor(rows, dtype=torch.int64, device=features.device)
+        fresh = features.new_empty(0, *features.shape[1:]).flatten(1, 2).float()
+        if rows:
+            some = routing.of(computed)
+            packing = make_packing(some.mask, [packing.lengths[row] for row in rows])
+            fresh = self.spread(features[computed], c[computed], some, packing)
+        return cache.complete(fresh, computed)
+
+    def combine(self, spread: Tensor, features: Tensor, routing: Routing) -> Tensor:
+        """Add ``spread`` (B, L, D) to the encoder's residual, in float32: (B, H, W, D)."""
+        with torch.autocast(features.device.type, enabled=False):
             gate = straight_through(routing.confidence)[..., None]
-            combined = torch.addcmul(self.residual(features.float()).flatten(1, 2), broadcast, gate)
+            combined = torch.addcmul(self.residual(features.float()).flatten(1, 2), spread, gate)
             return combined.unflatten(1, self.grid)
 
     def components(self) -> list[Component]:
@@ -176,8 +203,8 @@ class DCDiT(Network):
             Component("encoder", [self.encoder], self.positions),
             Component("residual projection", [self.residual], self.positions, counted_by_paper=False),
             Component("router", [self.router], self.positions),
-            Component("backbone", [self.backbone], None),
-            Component("de-chunk", runs=None, pairs=pairs),
+            Component("backbone", [self.backbone], None, reused=True),
+            Component("de-chunk", runs=None, pairs=pairs, reused=True),
             Component("decoder", [self.decoder], self.positions),
             Component("output", [self.output], self.positions),
         ]

@@ -6,6 +6,7 @@ from dcdit.checks import Count, Depth, Grid, LabelDropout, Positive, Size, check
 from dcdit.errors import UserError
 from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import DiTBlock, OutputLayer
+from dcdit.network.caching import CachedStep
 from dcdit.network.embeddings import Conditioning, FreqShift, position_table
 from dcdit.network.init import xavier_init
 from dcdit.network.interface import Component, Network, Output
@@ -62,10 +63,13 @@ class DiT(Network):
         )
         self.output = OutputLayer(width, width, patch * patch * (1 + variance) * channels)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Output:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0, cache: CachedStep | None = None
+    ) -> Output:
         """Predict the noise and the variance of ``x``; see :class:`Network`."""
         self.check_inputs(x, t, y)
         self.refuse_drop(drop_fraction)
+        self.refuse_cache(cache)
         c = self.condition(t, y)  # (B, D)
         patches = self.embed(x).flatten(2).transpose(1, 2)  # (B, L / patch^2, D)
         packing = full_packing(len(x), patches.shape[1], x.device)

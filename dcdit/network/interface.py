@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dcdit.errors import UserError
+from dcdit.network.caching import CachedStep
 from dcdit.network.pretrained import Pretrained
 from dcdit.network.routing import Routing
 
@@ -37,6 +38,7 @@ class Component:
         runs: so often; None for once for every token that is kept.
         pairs: multiply-adds for every pair of these, beside those of attention.
         counted_by_paper: whether the published figures hold it.
+        reused: whether it is left out for a sample that reuses what it gave before, and so keeps no token.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Component:
     runs: int | None = 1
     pairs: float = 0.0
     counted_by_paper: bool = True
+    reused: bool = False
 
 
 class Network(
@@ -67,12 +70,14 @@ class Network(
 
     Attributes:
         routes: whether a router chooses tokens, so that a drop fraction means something and cost varies.
+        caches: whether samples can reuse what the backbone gave before.
         grid: (H, W).
         channels, num_classes, label_dropout: as given.
         variance: whether C channels of variance stand beside the C that are predicted of the latents.
     """
 
     routes: ClassVar[bool] = False
+    caches: ClassVar[bool] = False
     variance: bool = True
 
     def __init__(self, grid: int, channels: int, num_classes: int, label_dropout: float) -> None:
@@ -83,7 +88,9 @@ class Network(
         self.label_dropout = label_dropout
 
     @abstractmethod
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Output:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0, cache: CachedStep | None = None
+    ) -> Output:
         """Predict the noise and the variance of ``x``.
 
         Args:
@@ -92,6 +99,7 @@ class Network(
             y: (B,) class labels in 0..num_classes.
             drop_fraction: share of kept tokens to drop, in [0, 1), one number or one per sample (B,); 0 for a network
                 that does not route.
+            cache: what the samples may reuse, for a network that :attr:`caches`; None computes all of them.
 
         Raises:
             UserError: if the shapes do not fit the network or the drop fraction cannot be had.
@@ -108,6 +116,11 @@ class Network(
         """For networks that do not route: :class:`UserError` unless ``drop_fraction`` is the number 0."""
         if isinstance(drop_fraction, Tensor) or drop_fraction != 0:
             raise UserError(f"drop_fraction={drop_fraction}: {self.title} drops no tokens, take 0, or a dcdit model")
+
+    def refuse_cache(self, cache: CachedStep | None) -> None:
+        """For networks that do not cache: :class:`UserError` unless there is no ``cache``."""
+        if cache is not None:
+            raise UserError(f"sampler.cache: {self.title} computes every step, take 0, or a dcdit model")
 
     @property
     @abstractmethod

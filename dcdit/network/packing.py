@@ -1,5 +1,6 @@
 """The packed sequence: the kept tokens of all samples, one after the other, without padding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,14 +26,14 @@ class Packing:
     bound: int
 
 
-def make_packing(mask: Tensor) -> Packing:
+def make_packing(mask: Tensor, known: Sequence[int] | None = None) -> Packing:
     """Lay the kept positions of ``mask`` (B, L) out one sample after the other, each in raster order.
 
-    Costs the only device-to-host read of a forward pass (the B lengths).
+    Costs the only device-to-host read of a forward pass (the B lengths), unless they are ``known``.
     """
     batch, positions = mask.shape
     lengths = mask.sum(dim=1)
-    host_lengths = tuple(lengths.tolist())
+    host_lengths = tuple(lengths.tolist() if known is None else known)
     index = torch.nonzero_static(mask.flatten(), size=sum(host_lengths)).squeeze(1)
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
     cu_seqlens[1:] = lengths.cumsum(0)

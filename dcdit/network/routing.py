@@ -1,7 +1,7 @@
 """Which grid positions become backbone tokens: the routers and the tail drop."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -20,7 +20,8 @@ class Routing:
     Attributes:
         prob: (B, L) float32, probability that a position is a boundary; the first and the last are 1.
         natural_mask: (B, L) bool, ``prob > 0.5``: what the router keeps by itself.
-        mask: (B, L) bool, what is kept after the tail drop; a subset of ``natural_mask``.
+        mask: (B, L) bool, what is kept after the tail drop; a subset of ``natural_mask``. Of a sample that reuses what
+            the backbone gave before, see :mod:`dcdit.network.caching`, nothing.
     """
 
     prob: Tensor
@@ -31,6 +32,14 @@ class Routing:
     def confidence(self) -> Tensor:
         """(B, L) probability of the natural decision: p where kept, 1 - p elsewhere; never below 0.5."""
         return torch.where(self.natural_mask, self.prob, 1 - self.prob)
+
+    def without(self, samples: Tensor) -> "Routing":
+        """The same, but the ``samples`` (B,) bool keep nothing."""
+        return replace(self, mask=self.mask & ~samples[:, None])
+
+    def of(self, samples: Tensor) -> "Routing":
+        """That of some ``samples``, (n,) int64, alone."""
+        return Routing(self.prob[samples], self.natural_mask[samples], self.mask[samples])
 
 
 def route(prob: Tensor, drop_fraction: float | Tensor = 0.0) -> Routing:

@@ -69,7 +69,10 @@ class _Meter:
 
         def note(numbers: list[int], step: Step) -> None:
             none = torch.zeros(len(numbers))  # of a weak network without router
-            halves = [none if half is None else half.natural_mask.sum(dim=1) for half in step.output.halves]
+            halves = [
+                none if half is None else half.natural_mask.sum(dim=1) * half.mask.any(dim=1)  # 0 of what is reused
+                for half in step.output.halves
+            ]
             self.natural.append(tuple(halves))
 
         settings = replace(self.guidance.settings, drop_fraction=drop)
@@ -94,7 +97,7 @@ class _Meter:
         total = 0.0
         for halves in self.natural:
             for cost, lengths, fraction in zip(self.costs, halves, fractions, strict=False):
-                kept = (lengths - (lengths * fraction).floor()).clamp(min=1)
+                kept = (lengths - (lengths * fraction).floor()).clamp(min=1) * (lengths > 0)
                 total += cost.of(kept).sum().item()
         return total / _IMAGES / 1e12
 

@@ -100,7 +100,8 @@ def save_boundaries(rows: Sequence[Sequence[Frame]], titles: Sequence[str], path
             top.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
             shades = bottom.imshow(frame.prob.numpy(), cmap="magma", vmin=0, vmax=1)
             _outline(bottom, frame.mask)
-            bottom.set_xlabel(f"kept {frame.mask.float().mean():.0%}", fontsize=8)
+            kept = f"kept {frame.mask.float().mean():.0%}" if frame.mask.any() else "reused"
+            bottom.set_xlabel(kept, fontsize=8)
             if number == 0:
                 top.set_title(f"t = {frame.timestep:.0f}", fontsize=9)
         axes[2 * number][0].set_ylabel(title, fontsize=9, parse_math=False)

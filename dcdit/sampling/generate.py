@@ -1,7 +1,7 @@
 """The one way from a trained network to latents, for one process or many; commands and callbacks all take it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler, Step, sample_generator
 from dcdit.errors import UserError
 from dcdit.network import Network
+from dcdit.network.caching import TrajectoryCache
 from dcdit.runtime.devices import autocast
 from dcdit.sampling.settings import Labels
 
@@ -25,7 +26,8 @@ class SampleBatch:
         indices: their numbers.
         latents: (n, C, H, W) float32 on the CPU, network-side scale.
         lengths: for each step the tokens that were kept of each sample by the strong half and, where it ran, by the
-            weak one: (n,) int64 each, on the CPU; None where no router is.
+            weak one: (n,) int64 each, on the CPU; 0 where what the backbone gave before was reused; None where no
+            router is.
         flops: of each sample over all steps and halves, (n,) float64.
     """
 
@@ -107,6 +109,9 @@ def generate(
         kept: list[tuple[Tensor | None, ...]] = []
         broke = torch.full_like(wanted, _NEVER)  # at which step each sample was no longer finite; read once, at the end
         x = torch.empty(0)
+        threshold = sampler.settings.cache
+        if threshold:
+            guidance = replace(guidance, cache=TrajectoryCache(threshold, sampler.timesteps[-1]))
         with autocast(precision, model.device):
             for step in sampler.trajectory(guidance, model.latents.shape, wanted, streams):
                 x = step.next

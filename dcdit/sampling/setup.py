@@ -162,6 +162,11 @@ def _sampling(plan: SamplingPlan, place: Place, loaded: _Loaded) -> Sampling:
             " budget: it would guide nowhere; name another checkpoint, or give guidance.uncond_drop_fraction"
         )
     sampler = Sampler(model.process.sampler(plan.sampler))
+    for network in (model.network, *([weak.network] if weak else [])):
+        if sampler.settings.cache and not network.caches:
+            raise UserError(
+                f"sampler.cache={sampler.settings.cache:g}: {network.title} computes every step: leave the key out"
+            )
     precision = plan.settings.precision
     if precision == "auto":
         precision = "bf16" if model.device.type == "cuda" else "fp32"

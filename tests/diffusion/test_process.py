@@ -41,7 +41,7 @@ def test_the_ode_of_a_gaussian_and_the_order_of_convergence(kind, shift):
     """The exact flow takes x_1 to MEAN + SPREAD x_1; the error falls as steps^-1 by Euler, as steps^-2 by Heun."""
     errors = []
     for steps in (32, 64, 128):
-        start, trajectory = run(kind(steps, shift), 8)
+        start, trajectory = run(kind(steps, shift=shift), 8)
         errors.append(float((trajectory[-1].next - (MEAN + SPREAD * start)).abs().max()))
         assert len(trajectory) == (steps if kind is Euler else 2 * steps - 1)
     order = math.log2(errors[0] / errors[2]) / 2

@@ -1,16 +1,18 @@
 """Sampling images: independence of batches and processes, budgets, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.configs import perturb
 
 from dcdit.checkpoints.load import Model
-from dcdit.compute.flops import count
+from dcdit.compute.flops import Cost, count
 from dcdit.data.autoencoder import to_uint8
 from dcdit.data.latents import IDENTITY, LatentSpec
 from dcdit.diffusion.guidance import Guidance, GuidedOutput
 from dcdit.diffusion.samplers import Sampler, sample_generator
-from dcdit.diffusion.settings import DDPM, BudgetSettings, GuidanceSettings
+from dcdit.diffusion.settings import DDIM, DDPM, BudgetSettings, GuidanceSettings
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.network import DCDiT, DiT
 from dcdit.sampling.budget import calibrate, remembered
@@ -20,6 +22,8 @@ from dcdit.sampling.setup import Sampling, check_guidance
 
 LATENTS = LatentSpec((1, 8, 8), IDENTITY, 1.0, 0.0, tuple("abcde"))
 SAMPLER = Sampler(DDPM(6, clip=True))
+CACHED = Sampler(DDIM(12, clip=True, cache=1.2))
+"""Computes about half of the steps of the network of these tests."""
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +41,10 @@ def guidance(model, **values):
     return Guidance(model.network, model.network.null_class, GuidanceSettings(**values))
 
 
-def draw(model, indices, batch_size, seed=0, on_step=None, **guided):
+def draw(model, indices, batch_size, seed=0, on_step=None, sampler=SAMPLER, **guided):
     labels = torch.arange(64) % 5
     drawn = generate(
-        model, guidance(model, **guided), SAMPLER, labels, indices, seed=seed, batch_size=batch_size, on_step=on_step
+        model, guidance(model, **guided), sampler, labels, indices, seed=seed, batch_size=batch_size, on_step=on_step
     )
     return list(drawn)
 
@@ -49,7 +53,11 @@ def images(drawn):
     return {i: to_uint8(x) for batch in drawn for i, x in zip(batch.indices, batch.latents, strict=True)}
 
 
-@pytest.mark.parametrize("guided", [{}, {"scale": 2.0, "drop_fraction": 0.2, "uncond_drop_fraction": 0.6}])
+LITE = {"scale": 2.0, "drop_fraction": 0.2, "uncond_drop_fraction": 0.6}
+PART_OF_THE_TIME = {"sampler": CACHED, "scale": 2.0, "interval": [200, 700]}
+
+
+@pytest.mark.parametrize("guided", [{}, LITE, {"sampler": CACHED}, {"sampler": CACHED, **LITE}, PART_OF_THE_TIME])
 def test_the_same_images_for_any_batch_size_and_number_of_processes(model, guided):
     whole = images(draw(model, range(16), 16, **guided))
     assert len({image.numpy().tobytes() for image in whole.values()}) == 16
@@ -59,6 +67,28 @@ def test_the_same_images_for_any_batch_size_and_number_of_processes(model, guide
             found |= images(draw(model, indices, batch_size, **guided))
         assert all(torch.equal(found[i], whole[i]) for i in range(16))
     assert not torch.equal(images(draw(model, [3], 1, seed=1, **guided))[3], whole[3])
+
+
+@pytest.mark.parametrize("guided", [{}, LITE, PART_OF_THE_TIME])
+def test_caching_computes_part_of_the_steps_and_counts_what_ran(model, guided):
+    plain = replace(CACHED, settings=replace(CACHED.settings, cache=0.0))
+    tiny = replace(CACHED, settings=replace(CACHED.settings, cache=1e-30))
+    guided = {key: value for key, value in guided.items() if key != "sampler"}
+    (cached,), (whole,), (same,) = (
+        draw(model, range(6), 6, sampler=sampler, **guided) for sampler in (CACHED, plain, tiny)
+    )
+    assert torch.equal(same.latents, whole.latents)
+    assert torch.equal(same.flops, whole.flops)
+    ran = [torch.stack([halves[0] > 0 for halves in batch.lengths]).float().mean() for batch in (cached, whole)]
+    assert ran[1] == 1
+    assert 0.2 < ran[0] < 0.8
+    assert all((halves[0] > 0).all() for halves in (cached.lengths[0], cached.lengths[-1]))
+    assert (cached.flops < 0.85 * whole.flops).all()
+    closer = (cached.latents - whole.latents).abs().mean()
+    assert 0 < closer < 0.5 * (whole.latents - whole.latents.roll(1, 0)).abs().mean()
+    flops = Cost.of_network(model.network)
+    by_hand = sum(flops.of(lengths) for halves in cached.lengths for lengths in halves)
+    assert torch.equal(cached.flops, by_hand)
 
 
 def test_flops_are_those_of_the_tokens_that_were_kept(model):

@@ -67,10 +67,17 @@ MAY_BE_ZERO = {
         "guidance.scale",
     ),
     *("callbacks.ema.decay", "callbacks.fid.frames", "callbacks.fid.seed", "callbacks.fid.guidance.scale"),
-    *("guidance.drop_fraction", "guidance.uncond_drop_fraction", "uncond_drop_fraction", "sampler.eta"),
+    *(
+        "guidance.drop_fraction",
+        "guidance.uncond_drop_fraction",
+        "uncond_drop_fraction",
+        "sampler.eta",
+        "sampler.cache",
+    ),
     *(
         "diffusion.time_mean",
         "callbacks.fid.sampler.eta",
+        "callbacks.fid.sampler.cache",
         "frames",
         "time_rounds",
         "images",

@@ -1,0 +1,98 @@
+"""Feature caching: samples that change little from one sampling step to the next reuse what the backbone gave before.
+
+After TeaCache (arXiv 2411.19108), for a network that keeps other tokens at every step: what is kept is the backbone's
+output spread over the grid, (B, L, D). Encoder, decoder and router run at every step. Each sample decides for itself,
+from the modulated input of the first block, so that it does not depend on its batch. Those that reuse keep no token:
+they are left out of the packed sequence, and the one read of its lengths says which they are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class FeatureCache:
+    """What the samples of one half of a trajectory keep from step to step.
+
+    Args:
+        threshold: a sample reuses while the relative changes of its input, added up since its backbone last ran, stay
+            below this. The change is the mean absolute difference over the mean absolute value of the step before.
+
+    Attributes:
+        spread: (B, L, D) what the backbone gave last; empty before the first step.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self.spread = torch.empty(0)
+        self._before: Tensor | None = None
+        self._added_up: Tensor | None = None
+
+    def reuse(self, modulated: Tensor, last: bool) -> Tensor:
+        """Which samples reuse: (B,) bool, none at the first step and at the ``last``.
+
+        Args:
+            modulated: (B, L, D), the modulated input of this step.
+            last: whether this is the last step.
+        """
+        if self._before is None or self._added_up is None:
+            found = torch.zeros(len(modulated), dtype=torch.bool, device=modulated.device)
+            self._added_up = torch.zeros(len(modulated), device=modulated.device)
+            self.spread = torch.zeros_like(modulated)
+        else:
+            difference = (modulated - self._before).abs().mean(dim=(1, 2))
+            self._added_up = self._added_up + difference / self._before.abs().mean(dim=(1, 2))
+            found = self._added_up < (0.0 if last else self.threshold)
+            self._added_up = self._added_up.masked_fill(~found, 0.0)
+        self._before = modulated
+        return found
+
+
+@dataclass(frozen=True)
+class CachedStep:
+    """One step of a batch whose equal parts, the halves of guidance, have a cache each.
+
+    Attributes:
+        halves: the caches, in the order of the batch.
+        last: whether this is the last step.
+    """
+
+    halves: tuple[FeatureCache, ...]
+    last: bool
+
+    def reuse(self, modulated: Tensor) -> Tensor:
+        """Which samples reuse, (B,) bool, from their modulated input (B, L, D)."""
+        parts = modulated.float().chunk(len(self.halves))
+        return torch.cat([half.reuse(part, self.last) for half, part in zip(self.halves, parts, strict=True)])
+
+    def complete(self, fresh: Tensor, computed: Tensor | None) -> Tensor:
+        """What the backbone gave, now or before, (B, L, D), which is kept.
+
+        Args:
+            fresh: (n, L, D) of the samples that were computed.
+            computed: (n,) int64, which these are; None for all.
+        """
+        if computed is None:
+            spread = fresh
+        else:
+            spread = torch.cat([half.spread for half in self.halves]).index_copy(0, computed, fresh)
+        for half, part in zip(self.halves, spread.chunk(len(self.halves)), strict=True):
+            half.spread = part
+        return spread
+
+
+class TrajectoryCache:
+    """What the samples of one trajectory keep, in both halves of guidance.
+
+    Args:
+        threshold: see :class:`FeatureCache`.
+        last: the timestep of the last step.
+    """
+
+    def __init__(self, threshold: float, last: float) -> None:
+        self.halves, self.last = (FeatureCache(threshold), FeatureCache(threshold)), last
+
+    def step(self, timestep: float, halves: tuple[int, ...]) -> CachedStep:
+        """That of a batch of these ``halves``, 0 strong and 1 weak, at ``timestep``."""
+        return CachedStep(tuple(self.halves[half] for half in halves), timestep == self.last)
