@@ -25,7 +25,7 @@ from dcdit.diffusion.settings import DDIM, DDPM, DPMSolver, Euler, EulerMaruyama
 from dcdit.evaluation.statistics import Statistics
 
 SEEDS, SIDE, IMAGES, GUIDED = (0, 1, 2), 12, 1000, 2.0
-MANY, FEW = (5, 10, 15, 25, 50, 100), (10, 25, 50, 100)
+MANY, FEW = (5, 10, 15, 25, 50), (25, 50, 100)
 """Network evaluations: of samplers for few steps, and of those that add noise."""
 
 

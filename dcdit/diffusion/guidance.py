@@ -22,12 +22,15 @@ class RoutingLike(Protocol):
 
 
 class Prediction(Protocol):
-    """What a denoiser returns: noise or velocity, perhaps variance, (B, C or 2C, H, W); the routing if there is any."""
+    """What a denoiser returns: noise or velocity, perhaps variance, (B, C or 2C, H, W); the routing if there is any;
+    with a cache, the change of its input, (B,)."""
 
     @property
     def prediction(self) -> Tensor: ...  # noqa: D102
     @property
     def routing(self) -> RoutingLike | None: ...  # noqa: D102
+    @property
+    def change(self) -> Tensor | None: ...  # noqa: D102
 
 
 class StepCache(Protocol):
@@ -75,10 +78,12 @@ class GuidedOutput:
     Attributes:
         prediction: (B, C or 2C, H, W).
         halves: routing of the strong half and, if it ran, of the weak one; None where no router is.
+        changes: with feature caching, how much the input of each half changed since its step before, (B,) each.
     """
 
     prediction: Tensor
     halves: tuple[RoutingLike | None, ...]
+    changes: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,9 @@ class Guidance:
         """What a network is told beside, for a batch of these halves; nothing where all is computed."""
         return () if self.cache is None else (self.cache.step(timestep, halves),)
 
+    def _changes(self, output: Prediction) -> tuple[Tensor, ...]:
+        return () if self.cache is None or output.change is None else (output.change,)
+
     def __call__(self, x: Tensor, timestep: float, y: Tensor) -> GuidedOutput:
         """Guided prediction for ``x`` (B, C, H, W), ``y`` (B,) at ``timestep``.
 
@@ -112,7 +120,7 @@ class Guidance:
         t = torch.full(y.shape, timestep, device=y.device)  # whole numbers or not, as the process has it
         if not self.settings.is_guided(timestep):
             output = self.denoiser(x, t, y, drop, *self._cached(timestep, 0))
-            return GuidedOutput(output.prediction, (output.routing,))
+            return GuidedOutput(output.prediction, (output.routing,), self._changes(output))
         weak_y = y if self.settings.weak_keeps_class else torch.full_like(y, self.null_class)
         if self.weak is not None:
             outputs = (
@@ -121,6 +129,7 @@ class Guidance:
             )
             strong, weak = (output.prediction for output in outputs)
             halves = tuple(output.routing for output in outputs)
+            changes = tuple(change for output in outputs for change in self._changes(output))
         else:
             fractions: float | Tensor = drop
             if weak_drop != drop:
@@ -130,8 +139,9 @@ class Guidance:
             output = self.denoiser(x.repeat(2, 1, 1, 1), t.repeat(2), both_y, fractions, *cached)
             strong, weak = output.prediction.chunk(2)
             halves = _halves(output.routing)
+            changes = tuple(part for change in self._changes(output) for part in change.chunk(2))
         channels = self.settings.guided_channels(x.shape[1])
-        return GuidedOutput(guide(strong, weak, self.settings.scale, channels), halves)
+        return GuidedOutput(guide(strong, weak, self.settings.scale, channels), halves, changes)
 
 
 def _halves(routing: RoutingLike | None) -> tuple[RoutingLike | None, ...]:

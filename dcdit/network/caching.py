@@ -12,6 +12,23 @@ import torch
 from torch import Tensor
 
 
+def reuse(added_up: Tensor, change: Tensor, threshold: float, last: bool) -> tuple[Tensor, Tensor]:
+    """Whether samples reuse at a step, and their changes added up after it.
+
+    Args:
+        added_up: changes since the backbone last ran, (B,) or one number.
+        change: that of this step, (B,); infinite at the first. Where it is no number the sample is computed.
+        threshold: reuse stays below it.
+        last: whether this is the last step, at which all are computed.
+
+    Returns:
+        (B,) bool, and (B,).
+    """
+    added_up = added_up + change
+    found = added_up < (0.0 if last else threshold)
+    return found, added_up.masked_fill(~found, 0.0)
+
+
 class FeatureCache:
     """What the samples of one half of a trajectory keep from step to step.
 
@@ -21,13 +38,14 @@ class FeatureCache:
 
     Attributes:
         spread: (B, L, D) what the backbone gave last; empty before the first step.
+        change: (B,) relative change of the input at the last step; infinite at the first.
     """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self.spread = torch.empty(0)
+        self.spread = self.change = torch.empty(0)
         self._before: Tensor | None = None
-        self._added_up: Tensor | None = None
+        self._added_up = torch.zeros(())
 
     def reuse(self, modulated: Tensor, last: bool) -> Tensor:
         """Which samples reuse: (B,) bool, none at the first step and at the ``last``.
@@ -36,16 +54,14 @@ class FeatureCache:
             modulated: (B, L, D), the modulated input of this step.
             last: whether this is the last step.
         """
-        if self._before is None or self._added_up is None:
-            found = torch.zeros(len(modulated), dtype=torch.bool, device=modulated.device)
-            self._added_up = torch.zeros(len(modulated), device=modulated.device)
+        if self._before is None:
             self.spread = torch.zeros_like(modulated)
+            self.change = modulated.new_full((len(modulated),), float("inf"))
         else:
             difference = (modulated - self._before).abs().mean(dim=(1, 2))
-            self._added_up = self._added_up + difference / self._before.abs().mean(dim=(1, 2))
-            found = self._added_up < (0.0 if last else self.threshold)
-            self._added_up = self._added_up.masked_fill(~found, 0.0)
+            self.change = difference / self._before.abs().mean(dim=(1, 2))
         self._before = modulated
+        found, self._added_up = reuse(self._added_up, self.change, self.threshold, last)
         return found
 
 
@@ -65,6 +81,11 @@ class CachedStep:
         """Which samples reuse, (B,) bool, from their modulated input (B, L, D)."""
         parts = modulated.float().chunk(len(self.halves))
         return torch.cat([half.reuse(part, self.last) for half, part in zip(self.halves, parts, strict=True)])
+
+    @property
+    def change(self) -> Tensor:
+        """Relative change of the input of each sample, (B,)."""
+        return torch.cat([half.change for half in self.halves])
 
     def complete(self, fresh: Tensor, computed: Tensor | None) -> Tensor:
         """What the backbone gave, now or before, (B, L, D), which is kept.

@@ -152,7 +152,8 @@ class DCDiT(Network):
         combined = self.combine(spread, features, routing)  # (B, H, W, D)
         decoded = self.decoder(combined.permute(0, 3, 1, 2), adapted)  # (B, H, W, E)
         prediction = self.output(decoded.flatten(1, 2), c)  # (B, L, 2C)
-        return Output(prediction.transpose(1, 2).unflatten(2, self.grid), routing)
+        change = cache.change if cache is not None else None
+        return Output(prediction.transpose(1, 2).unflatten(2, self.grid), routing, change)
 
     def route(self, features: Tensor, drop_fraction: float | Tensor) -> Routing:
         """Decide in float32 which positions of ``features`` (B, H, W, D) to keep."""

@@ -22,10 +22,12 @@ class Output:
         prediction: (B, 2C, H, W); the first C channels are the noise, or what else the process has it predict, the last
             C the variance value in [-1, 1] of learned range variance. (B, C, H, W) of a network without variance.
         routing: the router's decision; None for a network without one.
+        change: with a cache, the relative change of each sample's features since the step before, (B,).
     """
 
     prediction: Tensor
     routing: Routing | None
+    change: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""From a budget in TFLOPs, or as a fraction of the full cost, to the drop fraction that meets it."""
+"""From a budget in TFLOPs, or as a fraction of the full cost, to the drop fraction or the caching that meets it."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,21 @@ from filelock import FileLock
 from torch import Tensor
 
 from dcdit.checkpoints.load import Model
-from dcdit.checks import DropFraction, Positive
+from dcdit.checks import DropFraction, NonNegative, Positive
 from dcdit.compute.flops import Cost
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler, Step
 from dcdit.diffusion.settings import BudgetSettings
 from dcdit.errors import UserError
 from dcdit.network import Network
+from dcdit.network.caching import reuse
 from dcdit.runtime.files import read_json, write_json
 from dcdit.sampling.generate import generate
 
 TOLERANCE = 0.01  # of the cost measured on the calibration's own images; half of what is promised for others
-_IMAGES, _ROUNDS, _LARGEST = 16, 4, 0.99
+_IMAGES, _ROUNDS, _LARGEST, _LARGEST_CHANGE = 16, 4, 0.99, 10.0
+_CACHE_SHARE = 0.5
+"""Where both meet a budget: caching alone costs the fraction asked for to this power of the full cost."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,14 @@ class Calibration:
     """What was found.
 
     Attributes:
-        drop_fraction: meets the budget.
-        tflops: measured with it, per image.
-        full_tflops: measured without any drop.
+        drop_fraction: meets the budget, together with the threshold.
+        cache: threshold of feature caching, 0 for none.
+        tflops: measured with both, per image.
+        full_tflops: measured without any drop or reuse.
     """
 
     drop_fraction: DropFraction
+    cache: NonNegative
     tflops: Positive
     full_tflops: Positive
 
@@ -49,37 +55,47 @@ class _Answer:
 
 
 class _Meter:
-    """Samples the same few images at any drop fraction, and counts what their tokens cost.
+    """Samples the same few images at any drop fraction and threshold, and counts what they cost.
 
     Args:
-        As of :func:`calibrate`.
+        told: whether the changes that caching goes by are told.
+        others: as of :func:`calibrate`.
     """
 
-    def __init__(self, model: Model, guidance: Guidance, sampler: Sampler, batch_size: int, precision: str) -> None:
+    def __init__(
+        self, model: Model, guidance: Guidance, sampler: Sampler, batch_size: int, precision: str, told: bool
+    ) -> None:
         self.model, self.guidance, self.sampler = model, guidance, sampler
         self.batch_size, self.precision = batch_size, precision
         weak = guidance.weak if isinstance(guidance.weak, Network) else model.network
         self.costs = [Cost.of_network(network) for network in (model.network, weak)]
-        self.natural: list[tuple[Tensor, ...]] = []
-        """For each step and half that ran what the router kept by itself, (n,); of the last images."""
+        self.told = told
+        if told and not (model.network.caches and weak.caches):
+            raise UserError("budget.by: one of the networks computes every step, take budget.by=drop")
+        self.steps: list[list[_Half]] = []
+        """Of the last images: for each batch and step what ran."""
 
-    def measure(self, drop: float) -> float:
-        """TFLOPs per image at ``drop``."""
-        self.natural = []
+    def measure(self, drop: float, threshold: float) -> float:
+        """TFLOPs per image at ``drop`` and ``threshold``."""
+        self.steps = []
+        last = self.sampler.timesteps[-1]
 
         def note(numbers: list[int], step: Step) -> None:
-            none = torch.zeros(len(numbers))  # of a weak network without router
-            halves = [
-                none if half is None else half.natural_mask.sum(dim=1) * half.mask.any(dim=1)  # 0 of what is reused
-                for half in step.output.halves
-            ]
-            self.natural.append(tuple(halves))
+            found = []
+            for half, routing in enumerate(step.output.halves):
+                # of a weak network without router the cost is what it is
+                natural = torch.zeros(len(numbers)) if routing is None else routing.natural_mask.sum(dim=1)
+                changes = step.output.changes[half] if step.output.changes else None
+                found.append(_Half(natural, changes, step.timestep == last))
+            self.steps.append(found)
 
         settings = replace(self.guidance.settings, drop_fraction=drop)
+        # With a threshold that nothing is below, the changes are told, and everything is computed.
+        cached = replace(self.sampler.settings, cache=max(threshold, _TOLD) if self.told else 0.0)
         batches = generate(
             self.model,
             replace(self.guidance, settings=settings),
-            self.sampler,
+            Sampler(cached),
             torch.arange(_IMAGES) * self.model.network.num_classes // _IMAGES,
             range(_IMAGES),
             seed=0,
@@ -88,65 +104,100 @@ class _Meter:
             on_step=note,
         )
         spent = torch.cat([batch.flops for batch in batches]).mean().item() / 1e12
-        self.natural = [tuple(half.cpu() for half in halves) for halves in self.natural]
+        self.steps = [[half.on_host() for half in halves] for halves in self.steps]
         return spent
 
-    def predict(self, drop: float, uncond_drop: float | None) -> float:
-        """TFLOPs per image if the last images had had these drop fractions, None the same for both."""
+    def predict(self, drop: float, uncond_drop: float | None, threshold: float) -> float:
+        """TFLOPs per image if the last images had had these drop fractions, None the same for both, and threshold."""
         fractions = (drop, drop if uncond_drop is None else uncond_drop)
         total = 0.0
-        for halves in self.natural:
-            for cost, lengths, fraction in zip(self.costs, halves, fractions, strict=False):
-                kept = (lengths - (lengths * fraction).floor()).clamp(min=1) * (lengths > 0)
+        added_up = [torch.zeros(()), torch.zeros(())]
+        for halves in self.steps:
+            for number, (half, cost, fraction) in enumerate(zip(halves, self.costs, fractions, strict=False)):
+                kept = (half.natural - (half.natural * fraction).floor()).clamp(min=1)
+                if half.changes is not None:
+                    if half.changes.isinf().all():  # the first step of a batch
+                        added_up[number] = torch.zeros(())
+                    reused, added_up[number] = reuse(added_up[number], half.changes, threshold, half.last)
+                    kept = kept * ~reused
                 total += cost.of(kept).sum().item()
         return total / _IMAGES / 1e12
+
+
+@dataclass(frozen=True)
+class _Half:
+    """Of one half at a step: what the router kept by itself, (n,), and how much its input changed, (n,)."""
+
+    natural: Tensor
+    changes: Tensor | None
+    last: bool
+
+    def on_host(self) -> "_Half":
+        return _Half(self.natural.cpu(), None if self.changes is None else self.changes.cpu(), self.last)
+
+
+_TOLD = 1e-30
+"""A threshold that no change is below."""
 
 
 def calibrate(
     model: Model, guidance: Guidance, sampler: Sampler, budget: BudgetSettings, batch_size: int, precision: str
 ) -> Calibration:
-    """Find the drop fraction by sampling a few images and counting what their tokens cost.
+    """Find drop fraction, threshold of feature caching, or both, by sampling a few images and counting what they cost.
 
     Args:
         model, sampler, batch_size, precision: as images will be sampled.
-        guidance: the same; its ``drop_fraction`` is what is looked for, an ``uncond_drop_fraction`` stays as it is.
-        budget: what to meet.
+        guidance: the same; an ``uncond_drop_fraction`` stays as it is, and so do the drop fraction or the sampler's
+            threshold where the budget is met by the other alone.
+        budget: what to meet, and by what.
 
     Raises:
-        UserError: if the network drops nothing, or no drop fraction meets the budget.
+        UserError: if the network drops nothing, or nothing meets the budget.
     """
     if not model.network.routes:
         raise UserError(f"budget: {model.network.title} has one fixed cost, leave the budget out")
     fixed = guidance.settings.uncond_drop_fraction
-    meter = _Meter(model, guidance, sampler, batch_size, precision)
-    drop, spent = 0.0, meter.measure(0.0)
-    full = meter.predict(0.0, 0.0)  # no drop in either half
+    told = budget.by != "drop" or sampler.settings.cache > 0
+    meter = _Meter(model, guidance, sampler, batch_size, precision, told)
+    drop = guidance.settings.drop_fraction if budget.by == "cache" else 0.0
+    threshold = sampler.settings.cache if budget.by == "drop" else 0.0
+    spent = meter.measure(drop, threshold)
+    full = meter.predict(0.0, 0.0, 0.0)  # neither drop nor reuse, in either half
     wanted = budget.tflops if budget.tflops is not None else full * (budget.fraction or 1.0)
-    least = meter.predict(_LARGEST, fixed)
+    most = (_LARGEST if budget.by != "cache" else drop, _LARGEST_CHANGE if budget.by != "drop" else threshold)
+    least = meter.predict(most[0], fixed, most[1])
     if not least <= wanted <= spent * (1 + TOLERANCE):
         asked = f"fraction={budget.fraction:g}" if budget.fraction is not None else f"tflops={budget.tflops:.4g}"
         unit, scale = ("of the full cost", 1 / full) if budget.fraction is not None else ("TFLOPs per image", 1.0)
         raise UserError(
-            f"budget.{asked} cannot be met: from {least * scale:.4g} (drop fraction {_LARGEST}) to {spent * scale:.4g}"
-            f" (none) {unit} is possible with this sampler and guidance, ask for something in between"
+            f"budget.{asked} cannot be met by {budget.by}: from {least * scale:.4g} to {spent * scale:.4g} {unit} is"
+            " possible with this sampler and guidance, ask for something in between"
         )
     for _ in range(_ROUNDS):
         if abs(spent / wanted - 1) <= TOLERANCE:
             break
-        # Other drops lead to other images, whose routing differs a little: measure, and solve again from there.
-        drop = _solve(lambda value: meter.predict(value, fixed), wanted)
-        spent = meter.measure(drop)
+        # Other budgets lead to other images, whose routing differs a little: measure, and solve again from there.
+        if budget.by != "drop":
+            target, at = (wanted, drop) if budget.by == "cache" else (full * (wanted / full) ** _CACHE_SHARE, 0.0)
+            threshold = _solve(partial(meter.predict, at, fixed), target, _LARGEST_CHANGE)
+        if budget.by != "cache":
+            drop = _solve(partial(_of_drop, meter, fixed, threshold), wanted, _LARGEST)
+        spent = meter.measure(drop, threshold)
     if abs(spent / wanted - 1) > 2 * TOLERANCE:
         raise UserError(
-            f"budget: {wanted:.4g} TFLOPs per image was missed, drop fraction {drop:.4f} costs {spent:.4g}: give"
-            " guidance.drop_fraction instead"
+            f"budget: {wanted:.4g} TFLOPs per image was missed, drop fraction {drop:.4f} and threshold {threshold:.4g}"
+            f" cost {spent:.4g}: give guidance.drop_fraction or sampler.cache instead"
         )
-    return Calibration(round(drop, 4), spent, full)
+    return Calibration(round(drop, 4), round(threshold, 5), spent, full)
 
 
-def _solve(function: Callable[[float], float], wanted: float) -> float:
-    """Where the falling ``function`` reaches ``wanted``, by bisection."""
-    low, high = 0.0, _LARGEST
+def _of_drop(meter: _Meter, uncond_drop: float | None, threshold: float, drop: float) -> float:
+    return meter.predict(drop, uncond_drop, threshold)
+
+
+def _solve(function: Callable[[float], float], wanted: float, high: float) -> float:
+    """Where the falling ``function`` reaches ``wanted``, between 0 and ``high``, by bisection."""
+    low = 0.0
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if function(middle) > wanted else (low, middle)

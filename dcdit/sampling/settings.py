@@ -79,8 +79,11 @@ class SamplingPlan:
         assume = call_checked(AssumeSettings, values.get("assume"), "assume")
         settings = call_checked(SamplingSettings, {key: values[key] for key in values if key in names}, "")
         plan = cls(settings, assume, sampler, guidance, budget, str(values["paths"]["runs"]))
-        if plan.budget.given and (plan.guidance.drop_schedule is not None or plan.guidance.drop_fraction):
+        by = plan.budget.by if plan.budget.given else ""
+        if by in ("drop", "both") and (plan.guidance.drop_schedule is not None or plan.guidance.drop_fraction):
             raise UserError("budget: guidance.drop_fraction and drop_schedule are what it replaces, leave them out")
+        if by in ("cache", "both") and plan.sampler.cache:
+            raise UserError(f"budget.by={by}: sampler.cache is what it replaces, leave it out")
         return plan, own
 
 

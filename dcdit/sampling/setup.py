@@ -176,7 +176,7 @@ def _sampling(plan: SamplingPlan, place: Place, loaded: _Loaded) -> Sampling:
 
 
 def meet_budget(sampling: Sampling) -> Sampling:
-    """``sampling`` at the drop fraction that its budget asks for, calibrated unless that is known."""
+    """``sampling`` at the drop fraction and threshold that its budget asks for, calibrated unless they are known."""
     plan, model = sampling.plan, sampling.model
     question = {
         "budget": asdict(plan.budget),
@@ -194,11 +194,14 @@ def meet_budget(sampling: Sampling) -> Sampling:
         ),
     )
     print(
-        f"Budget: drop fraction {found.drop_fraction} costs {found.tflops:.4g} TFLOPs per image,"
+        f"Budget: drop fraction {found.drop_fraction}"
+        + (f" and sampler.cache={found.cache:g} cost" if found.cache else " costs")
+        + f" {found.tflops:.4g} TFLOPs per image,"
         f" {found.tflops / found.full_tflops:.1%} of {found.full_tflops:.4g}"
     )
     at_drop = sampling.guided(replace(sampling.guidance.settings, drop_fraction=found.drop_fraction))
-    return replace(at_drop, calibration=found)
+    sampler = Sampler(replace(sampling.sampler.settings, cache=found.cache))
+    return replace(at_drop, sampler=sampler, calibration=found)
 
 
 def _weak_model(place: Place, plan: SamplingPlan, model: Model) -> Model:

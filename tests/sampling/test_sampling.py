@@ -24,6 +24,7 @@ LATENTS = LatentSpec((1, 8, 8), IDENTITY, 1.0, 0.0, tuple("abcde"))
 SAMPLER = Sampler(DDPM(6, clip=True))
 CACHED = Sampler(DDIM(12, clip=True, cache=1.2))
 """Computes about half of the steps of the network of these tests."""
+UNCACHED = replace(CACHED, settings=replace(CACHED.settings, cache=0.0))
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +72,10 @@ def test_the_same_images_for_any_batch_size_and_number_of_processes(model, guide
 
 @pytest.mark.parametrize("guided", [{}, LITE, PART_OF_THE_TIME])
 def test_caching_computes_part_of_the_steps_and_counts_what_ran(model, guided):
-    plain = replace(CACHED, settings=replace(CACHED.settings, cache=0.0))
     tiny = replace(CACHED, settings=replace(CACHED.settings, cache=1e-30))
     guided = {key: value for key, value in guided.items() if key != "sampler"}
     (cached,), (whole,), (same,) = (
-        draw(model, range(6), 6, sampler=sampler, **guided) for sampler in (CACHED, plain, tiny)
+        draw(model, range(6), 6, sampler=sampler, **guided) for sampler in (CACHED, UNCACHED, tiny)
     )
     assert torch.equal(same.latents, whole.latents)
     assert torch.equal(same.flops, whole.flops)
@@ -122,27 +122,32 @@ def test_a_plain_transformer_costs_the_same_always():
         (BudgetSettings(fraction=0.7), {"scale": 2.0}),
         (BudgetSettings(fraction=0.6), {"scale": 2.0, "uncond_drop_fraction": 0.9}),
         (BudgetSettings(fraction=1.0), {}),
+        (BudgetSettings(fraction=0.4), {"sampler": CACHED}),
+        (BudgetSettings(fraction=0.7, by="cache"), {"sampler": UNCACHED}),
+        (BudgetSettings(fraction=0.7, by="cache"), {"sampler": UNCACHED, "scale": 2.0, "interval": [200, 700]}),
+        (BudgetSettings(fraction=0.5, by="both"), {"sampler": UNCACHED, "scale": 2.0, "uncond_drop_fraction": 0.5}),
     ],
 )
 def test_a_budget_is_met_by_other_images_too(model, target, guided):
-    found = calibrate(model, guidance(model, **guided), SAMPLER, target, 16, "fp32")
+    sampler = guided.get("sampler", SAMPLER)
+    guided = {key: value for key, value in guided.items() if key != "sampler"}
+    asked = guidance(model, **guided)
+    found = calibrate(model, asked, sampler, target, 16, "fp32")
 
-    def spent(**changes):
-        drawn = draw(model, range(64), 32, seed=9, **{**guided, **changes})
+    def spent(cache, **changes):
+        sampler_of = replace(sampler, settings=replace(sampler.settings, cache=cache))
+        drawn = draw(model, range(64), 32, seed=9, sampler=sampler_of, **{**guided, **changes})
         return torch.cat([batch.flops for batch in drawn]).mean().item() / 1e12
 
-    full = spent(drop_fraction=0.0, uncond_drop_fraction=None)
-    assert spent(drop_fraction=found.drop_fraction) == pytest.approx(target.fraction * full, rel=0.02)
+    full = spent(0.0, drop_fraction=0.0, uncond_drop_fraction=None)
+    assert spent(found.cache, drop_fraction=found.drop_fraction) == pytest.approx(target.fraction * full, rel=0.02)
     assert found.full_tflops == pytest.approx(full, rel=0.02)
-    in_tflops = calibrate(
-        model,
-        guidance(model, **guided),
-        SAMPLER,
-        BudgetSettings(target.fraction * found.full_tflops),
-        16,
-        "fp32",
-    )
-    assert in_tflops.drop_fraction == pytest.approx(found.drop_fraction, abs=0.02)
+    assert (found.drop_fraction > 0) == (target.by != "cache" and target.fraction < 1)
+    assert (found.cache > 0) == (target.by != "drop" or sampler is CACHED)
+    in_tflops = BudgetSettings(target.fraction * found.full_tflops, by=target.by)
+    again = calibrate(model, asked, sampler, in_tflops, 16, "fp32")
+    assert again.drop_fraction == pytest.approx(found.drop_fraction, abs=0.02)
+    assert again.cache == pytest.approx(found.cache, rel=0.05)
 
 
 def test_budgets_that_cannot_be(model):
@@ -155,7 +160,7 @@ def test_budgets_that_cannot_be(model):
             BudgetSettings(**values)
     plain = guidance(model)
     for target, message in (
-        (BudgetSettings(fraction=0.01), "cannot be met: from .* to"),
+        (BudgetSettings(fraction=0.01), "cannot be met by drop: from .* to"),
         (BudgetSettings(tflops=5.0), "cannot be met"),
     ):
         with pytest.raises(UserError, match=message):
