@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -50,11 +51,12 @@ def real_digits(directory: Path, side: int) -> Statistics:
 
 
 class Figures(NamedTuple):
-    """FID of samples, the share read as the class asked for, the share of positions kept, and the samples."""
+    """FID of samples, the share read as the class asked for, that of positions kept, seconds, and the samples."""
 
     fid: float
     read: float
     kept: float
+    seconds: float
     batches: list[SampleBatch]
 
 
@@ -75,7 +77,9 @@ class Trained:
         network = self.model.network
         labels: Tensor = torch.arange(count) % 10
         asked = Guidance(network, network.null_class, guidance)
+        begin = time.perf_counter()
         batches = list(generate(self.model, asked, sampler, labels, range(count), seed=0, batch_size=100))
+        seconds = time.perf_counter() - begin
         seen = self._features(self._decode(torch.cat([batch.latents for batch in batches])))
         assert seen.logits is not None
         kept = torch.cat([batch.kept for batch in batches])
@@ -83,5 +87,6 @@ class Trained:
             compare(real, partial(iter, [seen]), ["fid"])["fid"],
             float((seen.logits.argmax(1) == labels).double().mean()),
             float(kept.mean() / self.model.latents.positions),
+            seconds,
             batches,
         )

@@ -45,8 +45,8 @@ def measure(run: Path, real: Statistics) -> list[dict[str, float]]:
     trained, sampler = Trained(run), Sampler(DDIM(steps=25, clip=True))
     found = []
     for drop in DROPS if trained.model.network.routes else (0.0,):
-        fid, read, share, _ = trained.figures(real, sampler, GuidanceSettings(drop_fraction=drop), IMAGES)
-        found.append({"drop": drop, "fid": fid, "read": read, "kept": share})
+        figures = trained.figures(real, sampler, GuidanceSettings(drop_fraction=drop), IMAGES)
+        found.append({"drop": drop, "fid": figures.fid, "read": figures.read, "kept": figures.kept})
     kept.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{run.name}: " + ", ".join(f"{each['read']:.0%} / {each['fid']:.1f}" for each in found), flush=True)
     return found
