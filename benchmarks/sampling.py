@@ -31,7 +31,7 @@ FAMILIES: dict[str, dict[str, tuple[Callable[..., Any], tuple[int, ...]]]] = {
     "flow": {"euler": (Euler, (50, 25, 15, 10, 5)), "heun": (Heun, (13, 8, 5, 3))},
     "ddpm": {"ddim": (DDIM, (50, 25, 15, 10)), "dpm++": (DPMSolver, (25, 15, 10, 5))},
 }
-"""For each process its samplers, and the steps that are measured; tokens are dropped and features reused at the first."""
+"""For each process its samplers and their steps; tokens are dropped and features reused at the first."""
 
 DROPS = (0.2, 0.4, 0.6, 0.8)
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4)
