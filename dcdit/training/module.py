@@ -165,7 +165,6 @@ class DCDiTModule(pl.LightningModule):
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         """Log what all ranks found, at the steps that are logged."""
-        self.log_dict({"loss": metrics["train/loss"]}, prog_bar=True, logger=False)
         trainer = self.trainer
         if trainer.world_size > 1 and not (trainer.global_step + 1) % logging_interval(trainer):
             metrics = over_ranks(metrics, trainer.world_size)

@@ -1,6 +1,7 @@
 """How far training is, in a terminal."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
@@ -16,8 +17,11 @@ class ProgressBar(RichProgressBar):
         refresh_rate: steps between two refreshes; each one reads the loss from the device.
     """
 
+    SHOWN: ClassVar[Mapping[str, str]] = {"loss": "train/loss", "images/s": "train/images_per_s"}
+
     def __init__(self, refresh_rate: Count) -> None:
         super().__init__(refresh_rate=refresh_rate)
+        self._shown: dict[str, Any] = {}
 
     @property
     def total_train_batches(self) -> int | float:
@@ -28,7 +32,8 @@ class ProgressBar(RichProgressBar):
         return "training"
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """The metrics shown, without the logger's version number."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        """The metrics shown, those of the last refresh: Lightning's own are read from the device at every step."""
+        if trainer.global_step % self.refresh_rate == 0:
+            found = trainer.callback_metrics
+            self._shown = {name: float(found[key]) for name, key in self.SHOWN.items() if key in found}
+        return self._shown

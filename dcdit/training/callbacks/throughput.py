@@ -38,7 +38,6 @@ class Throughput(Callback):
             images = (step - first) * trainer.accumulate_grad_batches * trainer.world_size * len(batch[0])
             rate = images / (now - before)
             pl_module.log("train/images_per_s", rate)
-            pl_module.log("images/s", rate, prog_bar=True, logger=False)
             corrupt = getattr(trainer.datamodule, "corrupt", ())  # type: ignore[attr-defined]  # set by fit
             if corrupt:
                 pl_module.log("train/corrupt_samples", float(len(corrupt)))
