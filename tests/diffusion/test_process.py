@@ -49,6 +49,21 @@ def test_the_ode_of_a_gaussian_and_the_order_of_convergence(kind, shift):
     assert errors[2] < (0.05 if kind is Euler else 0.002)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_euler_steps_as_the_scheduler_of_diffusers(shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    start, trajectory = run(Euler(10, shift=shift), 3)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - step / 10 for step in range(10)])
+    x = start
+    for step, timestep in zip(trajectory, scheduler.timesteps, strict=True):
+        assert step.timestep == pytest.approx(float(timestep), rel=1e-5)
+        torch.testing.assert_close(step.x, x, rtol=1e-4, atol=1e-5)
+        x = scheduler.step(gaussian_flow(x, float(timestep), None).prediction[:, :1], timestep, x).prev_sample
+    torch.testing.assert_close(trajectory[-1].next, x, rtol=1e-4, atol=1e-5)
+
+
 def test_times_are_even_shifted_and_told_in_thousands():
     assert Sampler(Euler(4)).timesteps == pytest.approx([1000, 750, 500, 250])
     assert Sampler(Euler(2, shift=3.0)).timesteps == pytest.approx([1000, 750])
