@@ -247,6 +247,7 @@ def _order(result: Result) -> tuple[Any, ...]:
     return (
         result.plan["step"] or 0,
         result.plan["weights"],
+        result.plan["sampler"]["cache"],
         result.scale != 1,
         guidance["weak"] != "uncond",
         guidance["weak_checkpoint"] or "",
@@ -266,6 +267,7 @@ def _aspects(result: Result, axis: Axis) -> dict[str, str]:
         "step": step_words(plan["step"]),
         "weights": f"{plan['weights']} weights",
         "drop": "" if axis is DROP else f"ρ {result.drop:g}",
+        "cache": f"cache {plan['sampler']['cache']:g}",
         "scale": "" if axis is SCALE else f"guidance {result.scale:g}" if result.scale != 1 else "no guidance",
         "weak": f"weak half: {weak}" if weak else "",
     }

@@ -13,7 +13,7 @@ from dcdit.sampling.settings import SamplingPlan
 
 _PLURALS = {"drop_fraction": "drop_fractions", "uncond_drop_fraction": "uncond_drop_fractions"}
 
-LISTS = ("weights", "guidance.weak", "guidance.scale")
+LISTS = ("weights", "sampler.cache", "guidance.weak", "guidance.scale")
 """Keys of sampling that an evaluation takes lists for, beside its own ``drop_fractions``."""
 
 
@@ -40,20 +40,23 @@ def grid_of(values: Mapping[str, Any]) -> Grid:
     Raises:
         UserError: naming key, value and remedy.
     """
-    lists = [_listed(values, key) for key in LISTS]
-    first, own = SamplingPlan.of(_with(values, {"weights": lists[0][0], "guidance.weak": None, "guidance.scale": 1.0}))
+    kinds, caches, weaks, scales = (_listed(values, key) for key in LISTS)
+    alone = {"weights": kinds[0], "guidance.weak": None, "guidance.scale": 1.0}
+    alone |= {} if caches[0] is None else {"sampler.cache": caches[0]}
+    first, own = SamplingPlan.of(_with(values, alone))
     settings = call_checked(EvaluateSettings, own, "")
     _check_budget(settings, first)
     drops: list[float | None] = [*settings.drop_fractions] if settings.drop_fractions else [None]
     weak_drops: list[float | None] = [*settings.uncond_drop_fractions] if settings.uncond_drop_fractions else [None]
     points: dict[str, SamplingPlan] = {}
     left_out: list[str] = []
-    for weights, weak, weak_drop, drop, scale in product(lists[0], lists[1], weak_drops, drops, lists[2]):
+    for weights, cache, weak, weak_drop, drop, scale in product(kinds, caches, weaks, weak_drops, drops, scales):
         chosen = {"weights": weights, "guidance.weak": weak, "guidance.scale": scale}
+        chosen |= {} if cache is None else {"sampler.cache": cache}
         chosen |= {} if drop is None else {"guidance.drop_fraction": drop}
         chosen |= {} if weak_drop is None else {"guidance.uncond_drop_fraction": weak_drop}
-        alone, _ = SamplingPlan.of(_with(values, {**chosen, "guidance.scale": 1.0}))
-        guidance = alone.guidance
+        unguided, _ = SamplingPlan.of(_with(values, {**chosen, "guidance.scale": 1.0}))
+        guidance = unguided.guidance
         if scale != 1 and guidance.weak_is_strong:
             words = f"drop fraction {guidance.drop_fraction:g}, of the weak half {guidance.uncond_drop_fraction or 0:g}"
             left_out.append(f"guidance.weak=budget, {words}: the weak half would be no weaker, and guide nowhere")
@@ -63,10 +66,9 @@ def grid_of(values: Mapping[str, Any]) -> Grid:
         points.setdefault(repr(plan), plan)
     if not points:
         raise UserError(f"{left_out[0]}: give guidance.uncond_drop_fraction, such as 0.9")
-    scales = {plan.guidance.scale for plan in points.values()}
-    if settings.search and len(scales) < 2:
+    if settings.search and len({plan.guidance.scale for plan in points.values()}) < 2:
         raise UserError(
-            f"search=true looks between two scales at least, and guidance.scale={scales.pop():g} is one: give"
+            f"search=true looks between two scales at least, and guidance.scale={scales[0]:g} is one: give"
             " guidance.scale=[1,1.5,2]"
         )
     within = _within(list(points.values()), settings)

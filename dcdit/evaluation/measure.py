@@ -111,6 +111,8 @@ class Measurement:
         guidance, sampler = sampling.guidance.settings, sampling.sampler.settings
         step = "" if sampling.model.step is None else f"step{sampling.model.step}_"
         self.name = f"{step}{sampler.name}{sampler.steps}_cfg{guidance.scale:g}_drop{guidance.drop_fraction:g}"
+        if sampler.cache:
+            self.name += f"_cache{sampler.cache:g}"
         if guidance.uncond_drop_fraction is not None:
             self.name += f"_weak{guidance.uncond_drop_fraction:g}"
         self.name += f"_{digest_of(self.plan)}"

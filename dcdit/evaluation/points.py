@@ -134,6 +134,7 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "guidance": lambda plan: f"{plan['guidance']['scale']:g}",
     "weak half": lambda plan: weak_words(plan["guidance"]) or "-",
     "drop": lambda plan: f"{plan['guidance']['drop_fraction']:g}",
+    "cache": lambda plan: f"{plan['sampler']['cache']:g}",
 }
 """What distinguishes points, for the table."""
 
@@ -146,11 +147,12 @@ def table(results: list[Result]) -> Table:
     varying = [heading for heading, values in cells.items() if heading == "drop" or len(set(values)) > 1]
     scale = "" if "guidance" in varying else f", guidance {guidance['scale']:g}"
     weights = "" if "weights" in varying else f", {plan['weights']} weights"
+    cache = "" if "cache" in varying or not sampler["cache"] else f", cache {sampler['cache']:g}"
     weak = "" if "weak half" in varying or guidance["scale"] == 1 else f", weak half: {weak_words(guidance)}"
     title = (
         f"{first['run']}, {step_words(plan['step'])}{weights}, {plan['precision']}:"
         f" {plan['count']} images, {plan['labels']} labels, {rounding_words(plan)},"
-        f" {sampler['name']} {sampler['steps']} steps{scale}{weak}."
+        f" {sampler['name']} {sampler['steps']} steps{cache}{scale}{weak}."
         f" Features of {plan['features']['name']}, {reference_words(first)}."
         f" Time on {first['device']}, batches of {first['timing']['batch_size']}"
     )

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dcdit.checks import Count, DropFraction, Natural, NonNegative, NotEmpty, OneOf, Seed, conform, shown
-from dcdit.diffusion.settings import Steps
+from dcdit.diffusion.settings import CacheThreshold, Steps
 from dcdit.errors import UserError
 from dcdit.evaluation.settings import METRICS, figures_of_metrics
 from dcdit.evaluation.words import differences_from_published
 from dcdit.runtime.files import LARGEST, read_json
 
-SCHEMA = 4
+SCHEMA = 5
 """Of the files that :class:`dcdit.evaluation.measure.Measurement` writes."""
 
 
@@ -58,14 +58,16 @@ class Result:
         """What two results must share to be compared."""
         guidance = {key: self.plan["guidance"][key] for key in ("channels", "interval")} if self.scale != 1 else {}
         keys = ("sampler", "precision", "count", "labels", "rounding", "features", "reference", "metrics", "seed")
-        return {**{key: self.plan[key] for key in keys}, "guidance": guidance}
+        sampler = {key: value for key, value in self.plan["sampler"].items() if key != "cache"}
+        return {**{key: self.plan[key] for key in keys}, "sampler": sampler, "guidance": guidance}
 
     @property
     def budget(self) -> dict[str, Any]:
         """What results on one curve over the guidance scale share: all but that, and the seed of training."""
         training = {key: value for key, value in self.values["training"].items() if key != "seed"}
         guidance = {key: value for key, value in self.plan["guidance"].items() if key not in _SETTING}
-        return {"training": training, "weights": self.plan["weights"], "step": self.plan["step"], **guidance}
+        known = {"training": training, "weights": self.plan["weights"], "step": self.plan["step"]}
+        return {**known, "cache": self.plan["sampler"]["cache"], **guidance}
 
     def figure(self, key: str) -> float:
         """A figure that was measured."""
@@ -151,6 +153,7 @@ _KEYS: dict[str, Any] = {
     "plan.reference.published": list[Literal["features", "spatial"]],
     "plan.sampler.name": str,
     "plan.sampler.steps": Steps,
+    "plan.sampler.cache": CacheThreshold,
     "plan.guidance.scale": float,
     "plan.guidance.interval": tuple[int, int] | None,
     "plan.guidance.drop_fraction": DropFraction,

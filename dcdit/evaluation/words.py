@@ -64,6 +64,7 @@ def budget_words(plan: dict[str, Any]) -> str:
     """A point without its guidance scale, for people."""
     guidance = plan["guidance"]
     words = "ρ by timestep" if guidance["drop_schedule"] is not None else f"ρ {guidance['drop_fraction']:g}"
+    words += f", cache {plan['sampler']['cache']:g}" if plan["sampler"]["cache"] else ""
     weak = weak_words(guidance)
     return f"{plan['weights']} weights, {words}" + (f", weak half: {weak}" if weak else "")
 

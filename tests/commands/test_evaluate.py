@@ -262,6 +262,17 @@ def test_a_grid_is_what_its_points_are_alone(measured, capsys):
     assert len(set(results.values())) == len(results)
 
 
+def test_caching_is_an_axis_of_a_grid(run, archive, tmp_path, capsys):
+    place = (f"reference={archive}", "checkpoint=digits", f"paths.runs={tmp_path}", "metrics=[kid]")
+    run(*place, "sampler=ddim", "sampler.steps=10", "sampler.cache=[0,1]", out="x")
+    results = [json.loads(file.read_text()) for file in (tmp_path / "x").glob("[!.]*.json")]
+    whole, cached = sorted(results, key=lambda result: result["plan"]["sampler"]["cache"])
+    assert [result["plan"]["sampler"]["cache"] for result in (whole, cached)] == [0.0, 1.0]
+    assert cached["tflops_per_image"] < 0.9 * whole["tflops_per_image"]
+    assert cached["keep_ratio"]["mean"] < 0.9 * whole["keep_ratio"]["mean"]
+    assert "ema weights, ρ 0, cache 1" in capsys.readouterr().out
+
+
 def test_both_kinds_of_weights(run, tmp_path):
     run("weights=[ema,raw]", out="both")
     results = [json.loads(file.read_text()) for file in (tmp_path / "both").glob("[!.]*.json")]

@@ -115,6 +115,13 @@ def test_other_settings_are_another_section(runs, tmp_path):
     assert page.read_text().count("<h2") == page.read_text().count('<li><a href="#s') == 2
 
 
+def test_caching_makes_curves_of_one_section(runs, tmp_path):
+    changed(runs, tmp_path / "evaluation" / "cached.json", sampler={"cache": 0.2})
+    (section,) = arrange(read_results([str(runs), str(tmp_path)])[0])
+    caches = [{r.plan["sampler"]["cache"] for point in s.points for r in point.results} for s in section.series]
+    assert sorted(caches, key=sum) == [{0.0}, {0.0}, {0.2}]
+
+
 def test_a_grid_of_guidance(runs, tmp_path):
     """FID over the scale at each budget, the best of each, and the front; scale 1 stands on every curve."""
     expected = {}
