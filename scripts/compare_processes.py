@@ -2,7 +2,7 @@
 
 Trains the network of ``experiment=digits`` by either process for the same number of steps, three seeds each; measures
 how many digits are read as the class asked for and FID, FID over the number of network evaluations for every sampler,
-and the share of positions that the router keeps over the share of noise. Broken off, it goes on. An hour and a half on
+and the share of positions that the router keeps over the share of noise. Broken off, it goes on. About an hour on
 two cores.
 """
 
