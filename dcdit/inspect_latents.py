@@ -26,7 +26,7 @@ class InspectSettings:
         split: name of the split.
         verify: read every byte, not only the samples shown.
         images: samples to decode into a picture; 0 makes none.
-        picture: PNG to write; None takes ``latents_<split>.png``.
+        picture: PNG to write; None takes ``latents_<directory>_<split>.png`` here.
         autoencoder: decode with this one; None takes the one that the manifest names.
         device: ``auto`` or a torch device.
     """
@@ -67,7 +67,7 @@ def run(config: DictConfig) -> None:
     seen = seen_statistics(manifest, stored)
     Console().print(latents_table(location, manifest, seen, findings), channels_table(manifest, seen))
     if settings.images:
-        picture = Path(settings.picture or f"latents_{settings.split}.png")
+        picture = Path(settings.picture or f"latents_{Path(settings.directory).name}_{settings.split}.png")
         picture.parent.mkdir(parents=True, exist_ok=True)
         decode = load_decoder(manifest.spec, pick_device(settings.device), settings.autoencoder)
         shown = network_latents(stored[: settings.images], manifest, None)

@@ -185,14 +185,15 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     if vae.config.in_channels != 3:
         raise UserError(f"autoencoder={name!r} takes images of {vae.config.in_channels} channels, not 3")
     digest = fingerprint(vae)
-    scale, shift = _own_normalisation(vae.config, name)
+    channels = int(vae.config.latent_channels)
+    scale, shift = _own_normalisation(vae.config, name, channels)
     return Diffusers(
         vae=vae.to(device, memory_format=torch.channels_last),
         name=name,
         fingerprint=digest,
         scale=scale,
         shift=shift,
-        channels=int(vae.config.latent_channels),
+        channels=channels,
         factor=2 ** (len(vae.config[KINDS[called].stages]) - 1),
         random=KINDS[called].random,
     )
@@ -219,7 +220,7 @@ KINDS = {
 """Classes of diffusers that are understood, by the name in their configuration."""
 
 
-def _own_normalisation(config: Mapping[str, Any], name: str) -> tuple[Scale, Shift]:
+def _own_normalisation(config: Mapping[str, Any], name: str, channels: int) -> tuple[Scale, Shift]:
     """Scale and shift of the configuration of an autoencoder of diffusers.
 
     ``scaling_factor`` and ``shift_factor`` give (z - shift) * factor; ``latents_mean`` and ``latents_std``
@@ -227,6 +228,9 @@ def _own_normalisation(config: Mapping[str, Any], name: str) -> tuple[Scale, Shi
     """
     factor = float(config.get("scaling_factor") or 1.0)
     mean, deviation = (_numbers(config.get(key), f"autoencoder={name!r}: {key}") for key in _MEAN_AND_DEVIATION)
+    for key, values in zip(_MEAN_AND_DEVIATION, (mean, deviation), strict=True):
+        if isinstance(values, tuple) and len(values) != channels:
+            raise UserError(f"autoencoder={name!r}: {key} has {len(values)} numbers for {channels} channels")
     if mean is None and deviation is None:
         return factor, float(config.get("shift_factor") or 0.0)
     if config.get("shift_factor"):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from dcdit.checks import Count, Natural, Positive, Seed, checked, conform
 from dcdit.data.autoencoder import network_latents
 from dcdit.data.builtin import build_source
-from dcdit.data.latents import Scale
+from dcdit.data.latents import Scale, number_words
 from dcdit.data.manifest import MANIFEST_NAME, Manifest
 from dcdit.data.order import Position, Readers, micro_batch
 from dcdit.data.storage import Location
@@ -121,9 +121,12 @@ class LatentDataModule(pl.LightningDataModule):
             for name, wanted in (("autoencoder", self.autoencoder), ("scale", self.scale)):
                 found = getattr(manifest, name)
                 if wanted is not None and wanted != found:
+                    its = found if isinstance(found, str) else number_words(found)
+                    asked = wanted if isinstance(wanted, str) else number_words(wanted)
                     raise UserError(
-                        f"data.{name}={wanted}, but the shards in {self.location.place}/{split} were made with {found}:"
-                        f" set data.{name}={found} or null, or point data.directory at other shards"
+                        f"data.{name}={asked}, but the shards in {self.location.place}/{split} were made with {its}:"
+                        f" set data.{name}={'null' if isinstance(found, tuple) else f'{its} or null'}, or point"
+                        " data.directory at other shards"
                     )
             self._manifests[split] = manifest
             seen = manifest.spec.seen(manifest.statistics) if split == "train" else None

@@ -99,7 +99,7 @@ def latents_table(location: Location, manifest: Manifest, seen: LatentStatistics
         rows["attention"] = remark
     if height == width:
         rows["to train on them"] = (
-            f"model.grid={height} model.channels={channels} model.num_classes={len(manifest.classes)}"
+            f"model.grid={height} model.channels={channels} model.num_classes={len(manifest.classes)} data.source=null"
         )
     if findings is not None:
         rows["checksums"] = "all right" if not findings.faults else f"{len(findings.faults)} faults"

@@ -8,7 +8,7 @@ from typing import Any
 
 from dcdit.evaluation.results import Result
 from dcdit.evaluation.settings import Figure, figures_of_metrics
-from dcdit.evaluation.words import budget_words, reference_words, rounding_words, step_words, weak_words
+from dcdit.evaluation.words import budget_words, clip_words, reference_words, rounding_words, step_words, weak_words
 
 _SEED = re.compile(r"[-_/. ]*(seed)?[-_=. ]*$")
 
@@ -111,7 +111,7 @@ class Section:
             guided += f" at timesteps {plan['guidance']['interval'][0]} to {plan['guidance']['interval'][1]}"
         return (
             f"{plan['count']:,} images, {plan['labels']} labels, {rounding_words(plan)},"
-            f" {sampler['name']} with {sampler['steps']} steps, {guided}, {plan['precision']},"
+            f" {sampler['name']} with {sampler['steps']} steps{clip_words(sampler)}, {guided}, {plan['precision']},"
             f" seed {plan['seed']}; features of {plan['features']['name']} (weights {plan['features']['weights']},"
             f" resize: {plan['features']['resize']}), {reference_words(values)}"
         )

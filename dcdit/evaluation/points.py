@@ -26,6 +26,7 @@ from dcdit.evaluation.reference_images import ReferenceStatistics, default_cache
 from dcdit.evaluation.results import Result
 from dcdit.evaluation.settings import EvaluateSettings, figures_of_metrics
 from dcdit.evaluation.words import (
+    clip_words,
     differences_from_published,
     point_words,
     reference_words,
@@ -152,7 +153,7 @@ def table(results: list[Result]) -> Table:
     title = (
         f"{first['run']}, {step_words(plan['step'])}{weights}, {plan['precision']}:"
         f" {plan['count']} images, {plan['labels']} labels, {rounding_words(plan)},"
-        f" {sampler['name']} {sampler['steps']} steps{cache}{scale}{weak}."
+        f" {sampler['name']} {sampler['steps']} steps{clip_words(sampler)}{cache}{scale}{weak}."
         f" Features of {plan['features']['name']}, {reference_words(first)}."
         f" Time on {first['device']}, batches of {first['timing']['batch_size']}"
     )

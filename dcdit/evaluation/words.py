@@ -60,6 +60,11 @@ def weak_words(guidance: dict[str, Any]) -> str:
     return words if own is None else f"{words} at ρ {own:g}"
 
 
+def clip_words(sampler: dict[str, Any]) -> str:
+    """Whether predicted images were clipped."""
+    return ", x_0 clipped" if sampler.get("clip") else ""
+
+
 def budget_words(plan: dict[str, Any]) -> str:
     """A point without its guidance scale, for people."""
     guidance = plan["guidance"]

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dcdit.data.autoencoder import Autoencoder
-from dcdit.data.manifest import MOMENTS, SAMPLE, Manifest, Shard, Skipped
+from dcdit.data.latents import check_numbers
+from dcdit.data.manifest import MOMENTS, SAMPLE, Manifest, Representation, Shard, Skipped
 from dcdit.data.shards import Layout, Sample, write_shard
 from dcdit.data.statistics import Sums, Tally
 from dcdit.errors import UserError
@@ -92,8 +93,11 @@ class Extraction:
         self.directory, self.source, self.autoencoder, self.settings = directory, source, autoencoder, settings
         self.rank, self.world_size, self.workers, self.strict = rank, world_size, workers, strict
         self.layout = layout_of(settings, autoencoder)
+        self.representation: Representation = MOMENTS if settings.representation == MOMENTS else SAMPLE
         height, width = self.layout.stored_shape[1:]
         self.latent_shape = (autoencoder.channels, height, width)
+        for key, values in (("scale", autoencoder.scale), ("shift", autoencoder.shift)):
+            check_numbers(f"autoencoder={autoencoder.name!r}: its {key}", values, self.latent_shape)
         self.corrupt_limit, self._corrupt, self._not_finite, self._encoded_well = corrupt_limit, 0, 0, 0
         made_by = {"autoencoder": autoencoder.fingerprint or autoencoder.name}
         plan = {**asdict(settings), **made_by, "source": source.inventory}
@@ -148,7 +152,7 @@ class Extraction:
         return self.job.close(self._manifest)
 
     def _tally(self) -> Tally:
-        return Tally(self.latent_shape, self.settings.representation, by_element=self.settings.normalise == "element")
+        return Tally(self.latent_shape, self.representation, by_element=self.settings.normalise == "element")
 
     def _manifest(self, shards: tuple[Shard, ...], skipped: tuple[Skipped, ...], sums: Sums) -> Manifest:
         scale, shift = self.autoencoder.scale, self.autoencoder.shift
@@ -157,7 +161,7 @@ class Extraction:
         return Manifest(
             latent_shape=self.latent_shape,
             dtype=self.settings.dtype,
-            representation=self.settings.representation,
+            representation=self.representation,
             hflip=self.settings.hflip,
             autoencoder=self.autoencoder.name,
             scale=scale,

@@ -16,7 +16,8 @@ class ExtractionSettings:
 
     Attributes:
         image_size: side of the cropped images in pixels.
-        representation: mean and log-variance, or one sample of the posterior.
+        representation: mean and log-variance, or one sample of the posterior; ``auto`` takes the former where there is
+            a posterior.
         normalise: what the network is to see of them has scale and shift of the autoencoder's configuration, or mean
             0 and deviation 1 in each channel or each element. The shards are the same; the manifest says which.
         hflip: encode every image flipped left to right too.
@@ -30,7 +31,7 @@ class ExtractionSettings:
     """
 
     image_size: Count
-    representation: Literal["moments", "sample"]
+    representation: Literal["auto", "moments", "sample"]
     normalise: Normalise
     hflip: bool
     dtype: Literal["float16", "float32"]

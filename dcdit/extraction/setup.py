@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from rich.filesize import decimal
 
-from dcdit.data.autoencoder import Autoencoder, load_autoencoder
+from dcdit.data.autoencoder import load_autoencoder
 from dcdit.data.latents import number_words
-from dcdit.data.manifest import SAMPLE, Manifest
+from dcdit.data.manifest import MOMENTS, SAMPLE, Manifest
 from dcdit.errors import UserError
 from dcdit.extraction.extraction import Extraction
 from dcdit.extraction.settings import ExtractionSettings, ExtractSettings
@@ -43,18 +43,14 @@ def set_up_extraction(
     source = open_source(wanted, settings, directory)
     torch.backends.cudnn.benchmark = False  # it may choose other kernels, and other bits, in every run
     autoencoder = load_autoencoder(wanted.autoencoder, device)
+    if settings.representation == "auto":
+        settings = replace(settings, representation=MOMENTS if autoencoder.random else SAMPLE)
     if rank == 0:
-        for remark in (*source.remarks, *_remarks(autoencoder, settings)):
+        for remark in source.remarks:
             print(remark, file=sys.stderr)
     return Extraction(
         directory, source, autoencoder, settings, rank, world_size, workers, wanted.strict, wanted.corrupt_limit
     )
-
-
-def _remarks(autoencoder: Autoencoder, settings: ExtractionSettings) -> list[str]:
-    if autoencoder.random or settings.representation == SAMPLE:
-        return []
-    return [f"autoencoder={autoencoder.name!r} gives one latent per image: representation=sample takes half the space"]
 
 
 def open_source(wanted: ExtractSettings, settings: ExtractionSettings, directory: Path) -> ImageSource:

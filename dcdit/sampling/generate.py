@@ -42,6 +42,12 @@ class SampleBatch:
         routed = [lengths for halves in self.lengths for lengths in halves if lengths is not None]
         return torch.stack(routed).double().mean(dim=0) if routed else torch.zeros(len(self.indices)).double()
 
+    @property
+    def computed(self) -> Tensor:
+        """Share of the evaluations of a half, by a network with a router, that reused nothing, (n,) float64."""
+        routed = [lengths for halves in self.lengths for lengths in halves if lengths is not None]
+        return (torch.stack(routed) > 0).double().mean(dim=0) if routed else torch.ones(len(self.indices)).double()
+
     def tokens(self) -> Tensor:
         """Tokens kept by half and step, summed over the samples, (2, steps) int64; 0 where a half did not route."""
         sums = torch.zeros(2, len(self.lengths), dtype=torch.int64)

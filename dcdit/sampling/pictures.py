@@ -81,4 +81,9 @@ def sample_to_folder(
     if model.network.routes:
         kept = torch.cat([batch.kept for batch in batches]).mean() / model.latents.positions
         words += f", {kept:.1%} of the tokens kept"
+        if sampling.sampler.settings.cache:
+            ran = torch.cat([batch.computed for batch in batches]).mean()
+            words += f", {ran:.0%} of the steps computed and the others reused, which keep none"
+    sampler = sampling.sampler.settings
+    words += f", {sampler.name} {sampler.steps} steps"
     return f"{len(labels)} samples{words}: {out}"

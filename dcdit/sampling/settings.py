@@ -80,6 +80,8 @@ class SamplingPlan:
         settings = call_checked(SamplingSettings, {key: values[key] for key in values if key in names}, "")
         plan = cls(settings, assume, sampler, guidance, budget, str(values["paths"]["runs"]))
         by = plan.budget.by if plan.budget.given else ""
+        if not by and plan.budget.by != "drop":
+            raise UserError(f"budget.by={plan.budget.by} meets no budget: give budget.fraction or budget.tflops")
         if by in ("drop", "both") and (plan.guidance.drop_schedule is not None or plan.guidance.drop_fraction):
             raise UserError("budget: guidance.drop_fraction and drop_schedule are what it replaces, leave them out")
         if by in ("cache", "both") and plan.sampler.cache:

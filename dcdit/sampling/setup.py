@@ -199,6 +199,11 @@ def meet_budget(sampling: Sampling) -> Sampling:
         + f" {found.tflops:.4g} TFLOPs per image,"
         f" {found.tflops / found.full_tflops:.1%} of {found.full_tflops:.4g}"
     )
+    trained = max((model.training.get("multi_budget") or {}).get("fractions") or [0.0])
+    if found.drop_fraction > trained:
+        print(
+            f"It was trained at drop fractions up to {trained:g}, quality falls fast beyond: budget.by=both drops less"
+        )
     at_drop = sampling.guided(replace(sampling.guidance.settings, drop_fraction=found.drop_fraction))
     sampler = Sampler(replace(sampling.sampler.settings, cache=found.cache))
     return replace(at_drop, sampler=sampler, calibration=found)

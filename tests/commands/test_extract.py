@@ -193,6 +193,20 @@ def test_latents_normalised_by_channel_from_images_to_samples(run, tiny_vae, tmp
         inspect_latents.run(compose_config(f"directory={folder.parent}", "images=0", name="inspect_latents"))
 
 
+def test_what_does_not_fit_the_latents_is_told_before_anything_is_encoded(run, tiny_vae, tmp_path):
+    """Numbers for the elements of another size; and an autoencoder without a posterior stores its latents once."""
+    from diffusers import AutoencoderKL
+
+    wrong = AutoencoderKL.from_pretrained(tiny_vae, low_cpu_mem_usage=False)
+    wrong.register_to_config(latents_mean=np.zeros((4, 5, 5)).tolist(), shift_factor=None)
+    wrong.save_pretrained(tmp_path / "wrong")
+    with pytest.raises(UserError, match=r"its shift has 4 x 5 x 5 numbers, latents of shape \[4, 8, 8\] need one"):
+        run("never", f"autoencoder={tmp_path}/wrong")
+    assert not (tmp_path / "never" / "train").exists()
+    folder = run("pixels", "autoencoder=identity", "image_size=16")
+    assert (manifest_of(folder).representation, manifest_of(folder).latent_shape) == ("sample", (3, 16, 16))
+
+
 def test_samples_differ_by_seed_and_settings_are_kept(run):
     one, other = run("one", "representation=sample"), run("other", "representation=sample", "seed=1")
     assert content(one) != content(other)
@@ -295,7 +309,7 @@ def test_mistakes_are_told_before_work_is_wasted(run, tmp_path, digits, monkeypa
         ([f"source={tmp_path}/bad"], r"no image could be used; the first: class/a.jpg: not an image"),
         (["image_size=30"], r"image_size=30 is no multiple of 4"),
         (["image_size=0"], r"image_size=0 is not a positive number"),
-        (["representation=median"], r"representation='median' is not one of moments, sample"),
+        (["representation=median"], r"representation='median' is not one of auto, moments, sample"),
         (["precision=fp8"], r"precision='fp8'"),
         (["+imagesize=3"], r"imagesize=3: there is no such key"),
         ([f"autoencoder={tmp_path}/nowhere"], r"autoencoder='.*nowhere' cannot be loaded"),

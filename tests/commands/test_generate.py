@@ -140,6 +140,7 @@ def test_mistakes(run):
         ("guidance.drop_fraction=1", r"guidance.drop_fraction=1 is outside"),
         ("budget.fraction=2", r"budget.fraction=2 is outside"),
         ("budget.fraction=0.01", r"budget.fraction=0.01 cannot be met"),
+        ("budget.by=cache", r"budget.by=cache meets no budget: give budget.fraction or budget.tflops"),
         ("checkpoint=nowhere", "nowhere does not exist"),
         ("out=???", "out is not set"),
         ("sampler.steps=0", "sampler.steps=0"),

@@ -97,9 +97,10 @@ def test_mean_and_deviation_of_each_channel_are_taken_from_the_configuration(tmp
         load_autoencoder(save_kl(tmp_path / "both", latents_mean=mean, shift_factor=1.0), CPU)
     with pytest.raises(UserError, match=r"latents_std=0 is not positive"):
         load_autoencoder(save_kl(tmp_path / "zero", latents_mean=mean, latents_std=[0.0] * 4), CPU)
-    short = load_autoencoder(save_kl(tmp_path / "short", latents_mean=mean[:3], latents_std=deviation), CPU)
+    with pytest.raises(UserError, match=r"latents_mean has 3 numbers for 4 channels"):
+        load_autoencoder(save_kl(tmp_path / "short", latents_mean=mean[:3], latents_std=deviation), CPU)
     with pytest.raises(UserError, match=r"shift has 3 numbers, latents of shape \[4, 8, 8\] need one, 4"):
-        LatentSpec((4, 8, 8), short.name, short.scale, short.shift, ("a",))
+        LatentSpec((4, 8, 8), found.name, found.scale, found.shift[:3], ("a",))
 
 
 def test_dc_ae_has_one_latent_for_an_image(tmp_path):
