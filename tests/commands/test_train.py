@@ -110,7 +110,7 @@ def test_what_would_go_wrong_is_said_before_training(tiny, digits, tmp_path):
         (["data.batch_size=0"], r"data.batch_size=0 is not a positive number"),
         (["data.batch_size=4096"], r"data.batch_size=4096 exceeds the 1617 samples .*lower data.batch_size"),
         (["data.autoencoder=vae"], r"data.autoencoder=vae, but the shards .* were made with identity"),
-        (["data.scale=0.18215"], r"data.scale=0.18215, but the shards .* were made with 1.0"),
+        (["data.scale=0.18215"], r"data.scale=0.18215, but the shards .* were made with 1:"),
         (["data.corrupt_limit=-1"], r"data.corrupt_limit=-1 is negative"),
         (["data.directory=pipe:cat"], r"data.directory='pipe:cat' runs a shell command"),
         (["ckpt_path=last"], r"there is no checkpoint .*last.ckpt"),
