@@ -75,7 +75,7 @@ def locate(name: str, runs: str, key: str = "checkpoint") -> Place:
         names = [each.relative_to(path).as_posix() for part in (".", *_PARTS) for each in (path / part).glob("*")]
         path = path / pick(names, f"{key}={name}")[0]
     folder = path.resolve().parent
-    if folder.name == "checkpoints":
+    if folder.name == "checkpoints" and path.is_file():  # an exported folder there belongs to no run
         run = folder.parent
         sweep = run.parent.name
         called = f"{sweep.removesuffix('_sweep')}/{run.name}" if sweep.endswith("_sweep") else run.name

@@ -99,3 +99,11 @@ def test_a_hub_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its attempts
     with pytest.raises(UserError, match=r"the hub cannot be reached .* copy the folder and give checkpoint=weights/S"):
         locate(f"{NAME}/S-256", "runs")
+
+
+def test_an_exported_folder_is_no_run_whatever_it_lies_in(tmp_path):
+    """Results about the network that comes along must not be written into this package."""
+    from dcdit.checkpoints.locate import SHIPPED
+
+    assert SHIPPED["digits"].parent.name == "checkpoints"
+    assert locate(str(SHIPPED["digits"]), str(tmp_path)).home.parent == tmp_path
