@@ -135,7 +135,7 @@ class LatentSpec:
 
     Attributes:
         shape: (C, H, W).
-        autoencoder: ``identity``, or what ``AutoencoderKL.from_pretrained`` takes.
+        autoencoder: ``identity``, or the folder or hub id of an autoencoder of diffusers.
         scale, shift: the network sees (latent - shift) * scale; numbers for all, each channel or each element.
         classes: class names; a label is an index into them.
         fingerprint: digest of the autoencoder's weights; None if unknown.

@@ -52,7 +52,7 @@ class Manifest:
         dtype: numpy name of the stored type.
         representation: ``sample`` or ``moments``.
         hflip: each sample also holds the latent of the image flipped left to right.
-        autoencoder: ``identity``, or what ``AutoencoderKL.from_pretrained`` takes.
+        autoencoder: ``identity``, or the folder or hub id of an autoencoder of diffusers.
         scale, shift: the network sees (latent - shift) * scale; numbers for all, each channel or each element.
         classes: class names; a label is an index into them.
         shards: the files.
@@ -142,7 +142,7 @@ class Manifest:
                 raise UserError(f"statistics.{name} has {len(values)} numbers, the latents {channels} channels")
         for name, values in (("scale", self.scale), ("shift", self.shift)):
             depth = 2 if isinstance(values, tuple) and isinstance(values[0], tuple) else int(isinstance(values, tuple))
-            if depth != {"autoencoder": depth, "channel": 1, "element": 2}[self.normalise]:
+            if depth != {"channel": 1, "element": 2}.get(self.normalise, depth):
                 raise UserError(f"normalise={self.normalise}, but {name} is {number_words(values)}: it has been lost")
         seen = spec.seen(self.statistics)
         if self.normalise == "channel" and seen and not seen.is_normal:

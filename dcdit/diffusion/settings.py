@@ -63,7 +63,7 @@ PROCESSES: dict[str, Callable[..., ProcessSettings]] = {"ddpm": NoiseDiffusion, 
 
 
 CacheThreshold = Annotated[
-    float, Bounds(low=0, hint="it is a relative change of features: 0 computes every step, 0.2 about half of 25 steps")
+    float, Bounds(low=0, hint="it is a relative change of features, such as 0.1 or 0.2; 0 computes every step")
 ]
 
 

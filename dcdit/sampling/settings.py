@@ -82,7 +82,7 @@ class SamplingPlan:
         by = plan.budget.by if plan.budget.given else ""
         if not by and plan.budget.by != "drop":
             raise UserError(f"budget.by={plan.budget.by} meets no budget: give budget.fraction or budget.tflops")
-        if by in ("drop", "both") and (plan.guidance.drop_schedule is not None or plan.guidance.drop_fraction):
+        if by and (plan.guidance.drop_schedule is not None or (by != "cache" and plan.guidance.drop_fraction)):
             raise UserError("budget: guidance.drop_fraction and drop_schedule are what it replaces, leave them out")
         if by in ("cache", "both") and plan.sampler.cache:
             raise UserError(f"budget.by={by}: sampler.cache is what it replaces, leave it out")
