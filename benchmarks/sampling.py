@@ -24,6 +24,7 @@ from rich.table import Table
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from digit_trials import Trained, real_digits, write_digits
 
+from dcdit.data.builtin import Digits
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import DDIM, DPMSolver, Euler, GuidanceSettings, Heun
 
@@ -34,9 +35,9 @@ FAMILIES: dict[str, dict[str, tuple[Callable[..., Any], tuple[int, ...]]]] = {
 """For each process its samplers and their steps; tokens are dropped and features reused at the first."""
 
 DROPS = (0.2, 0.4, 0.6, 0.8)
-THRESHOLDS = (0.05, 0.1, 0.2, 0.4)
-BOTH = ((0.2, 0.05), (0.4, 0.1), (0.6, 0.2), (0.8, 0.4))
-BASES = (50, 25)
+THRESHOLDS = (0.1, 0.2, 0.4, 0.8, 1.6)
+BOTH = ((0.2, 0.2), (0.2, 0.8), (0.4, 0.4), (0.4, 0.8), (0.6, 0.8))
+BASES = (50, 25, 10)
 """Steps of the first sampler for that."""
 
 
@@ -83,7 +84,7 @@ def measure(runs: Sequence[Path], side: int, count: int, data: Path) -> list[dic
     """One row for each setting: means over the networks, and the range of FID."""
     networks = [Trained(run) for run in runs]
     process = networks[0].model.process.settings.name
-    write_digits(data, side)
+    write_digits(data, Digits(grid=side))
     real = real_digits(data, side)
     settings = settings_of(process)
     found: dict[Setting, list[tuple[float, float, float]]] = {setting: [] for setting in settings}

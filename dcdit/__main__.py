@@ -10,6 +10,7 @@ COMMANDS = {
     "generate": "many images in one file, for evaluation",
     "evaluate": "FID, precision and more at several budgets and guidance scales",
     "report": "quality against compute on one page",
+    "explore": "move a budget in the browser and see what it does",
     "status": "how far runs are",
     "flops": "what a network costs",
     "ema": "EMA weights of any length after training",

@@ -5,7 +5,7 @@ Writes the samples as one picture, their way from noise with the router's bounda
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import hydra
 from omegaconf import DictConfig
@@ -25,12 +25,14 @@ class SampleSettings:
         classes: labels or class names; None takes the first ten.
         per_class: samples of each class.
         frames: columns of ``boundaries.png``; 0 leaves the picture out.
+        animation: the way of the first sample from noise to image as a ``gif`` or ``webp``; None for none.
     """
 
     out: str | None
     classes: Annotated[list[int | str], NotEmpty("name at least one class")] | None
     per_class: Annotated[int, Bounds(1, 10**4, hint="for more images take dcdit.generate")]
     frames: Natural
+    animation: Literal["gif", "webp"] | None
 
 
 def check(config: DictConfig) -> tuple[SamplingPlan, SampleSettings]:
@@ -50,7 +52,7 @@ def run(config: DictConfig) -> Path:
 
     sampling = set_up_sampling(plan, place)
     out = Path(settings.out) if settings.out else sampling.place.home / "samples"
-    print(sample_to_folder(sampling, settings.classes, settings.per_class, settings.frames, out))
+    print(sample_to_folder(sampling, settings.classes, settings.per_class, settings.frames, settings.animation, out))
     return out
 
 

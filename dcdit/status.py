@@ -1,5 +1,8 @@
-"""How far runs are: ``python -m dcdit.status runs/b_n4_sweep``. Reads their directories alone."""
+"""How far runs are: ``python -m dcdit.status runs``; live with ``--watch``. Reads their directories alone."""
 
+import shutil
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -7,10 +10,19 @@ from typing import Annotated
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.live import Live
 
-from dcdit.checks import NotEmpty, call_checked, checked
+from dcdit.checks import Bounds, NotEmpty, call_checked, checked
 from dcdit.errors import UserError
-from dcdit.runs.progress import RunProgress, progress_of, progress_table, runs_below
+from dcdit.runs.progress import (
+    RunProgress,
+    live_table,
+    progress_of,
+    progress_table,
+    runs_below,
+    size_on_disk,
+)
+from dcdit.runs.state import State
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 
 
@@ -21,9 +33,13 @@ class StatusSettings:
 
     Attributes:
         runs: directories of runs, or folders with runs below them.
+        watch: look again and again, until no run goes on or waits.
+        every: seconds between two looks.
     """
 
     runs: Annotated[list[str], NotEmpty("name a folder, such as runs")]
+    watch: bool
+    every: Annotated[float, Bounds(0.2, 3600, hint="seconds between two looks")]
 
 
 def check(config: DictConfig) -> StatusSettings:
@@ -31,25 +47,46 @@ def check(config: DictConfig) -> StatusSettings:
     return call_checked(StatusSettings, plain(config), "")
 
 
-def run(config: DictConfig) -> list[RunProgress]:
-    """Print the table; returns what is in it."""
-    settings = check(config)
-    found, several = [], len(settings.runs) > 1  # the names of one folder's runs need not repeat it
-    seen: set[Path] = set()
+def look(settings: StatusSettings) -> dict[Path, RunProgress]:
+    """How far the runs are, by their directories; UserError if there are none."""
+    found: dict[Path, RunProgress] = {}
+    several = len(settings.runs) > 1  # the names of one folder's runs need not repeat it
     for place in map(Path, settings.runs):
         if not place.is_dir():
             raise UserError(f"runs={place} is no directory")
         for path in runs_below(place):
-            if path.resolve() not in seen:
-                name = str(path) if several or path == place else str(path.relative_to(place))
-                found.append(progress_of(path, name))
-                seen.add(path.resolve())
+            name = str(path) if several or path == place else str(path.relative_to(place))
+            found.setdefault(path.resolve(), progress_of(path, name))
     if not found:
         raise UserError(f"runs={', '.join(settings.runs)}: no runs there, python -m dcdit.train makes them")
-    Console().print(progress_table(found))
-    for each in found:
+    return found
+
+
+def run(config: DictConfig) -> list[RunProgress]:
+    """Print the table, or keep it up to date; returns what is in it."""
+    settings, console = check(config), Console()
+    found = look(settings)
+    if settings.watch:
+        found = watch(settings, console)
+    else:
+        console.print(progress_table(list(found.values())))
+    for each in found.values():
         if each.reason:
             print(f"{each.name}: {each.reason}")
+    return list(found.values())
+
+
+def watch(settings: StatusSettings, console: Console) -> dict[Path, RunProgress]:
+    """Keep a table up to date until no run goes on or waits, or Ctrl-C; returns what was seen last."""
+    with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        while True:
+            found = look(settings)
+            sizes = [size_on_disk(path) for path in found]
+            free = shutil.disk_usage(next(iter(found))).free
+            live.update(live_table(list(found.values()), sizes, free, time.strftime("%H:%M:%S")), refresh=True)
+            if not {State.RUNNING, State.QUEUED, State.WAITING} & {each.state for each in found.values()}:
+                break
+            time.sleep(settings.every)
     return found
 
 
@@ -60,4 +97,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    entry_point(main, paths=True)
+    entry_point(main, paths=True, flags={"--watch": "watch=true"})

@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 from digit_trials import ROOT, Trained, real_digits, train, write_digits
 
+from dcdit.data.builtin import Digits
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.schedule import Posterior
 from dcdit.diffusion.settings import DDIM, DDPM, DPMSolver, Euler, EulerMaruyama, GuidanceSettings, Heun
@@ -147,7 +148,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     out, workers = arguments.out.resolve(), ThreadPoolExecutor(arguments.parallel)
-    data = write_digits(out / "digits", SIDE)
+    data = write_digits(out / "digits", Digits(grid=SIDE))
     runs = {(process, seed): out / f"{process}_seed_{seed}" for seed in SEEDS for process in USUAL}
     torch.set_num_threads(1)
     real = real_digits(out / "digits", SIDE)

@@ -8,12 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from sklearn.svm import SVC
 from torch import Tensor
 
 from dcdit.checkpoints.load import Model, load_model
+from dcdit.compute.flops import count
 from dcdit.data.autoencoder import load_decoder
-from dcdit.data.builtin import Digits
+from dcdit.data.builtin import HandwrittenDigits
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import GuidanceSettings
@@ -21,6 +24,7 @@ from dcdit.evaluation.features import DigitsClassifier
 from dcdit.evaluation.images import open_images
 from dcdit.evaluation.metrics import compare
 from dcdit.evaluation.statistics import Statistics
+from dcdit.network import DiT, Network
 from dcdit.sampling.generate import SampleBatch, generate
 
 ROOT = Path(__file__).parents[1]
@@ -37,11 +41,42 @@ def train(run: Path, *words: str) -> None:
     print(f"{run.name}: trained", flush=True)
 
 
-def write_digits(directory: Path, side: int) -> str:
-    """The digits at a size, unless they are there; returns the override that names them."""
+def write_digits(directory: Path, source: HandwrittenDigits) -> str:
+    """Digits as shards, unless they are there; returns the override that names them."""
     if not (directory / "train").exists():
-        Digits(grid=side).write(directory)
+        source.write(directory)
     return f"data.directory={directory}"
+
+
+def training_tflops(network: Network, steps: int, batch: int, teacher: DiT, matched_steps: int) -> float:
+    """TFLOPs of a run: three forward passes a step, one more of the teacher while it is matched."""
+    kept = [network.positions / 4] if network.routes else []
+    passes = 3 * count(network, kept).total * steps + count(teacher).total * matched_steps
+    return passes * batch / 1e12
+
+
+class Judge:
+    """A classifier of real digits, which reads generated ones.
+
+    Args:
+        source: of the real ones.
+
+    Attributes:
+        on_unseen: the share of real digits that it reads right, of 400 that it has not seen.
+    """
+
+    def __init__(self, source: HandwrittenDigits) -> None:
+        images, labels = source.images()
+        features, truth = images.flatten(1).numpy(), labels.numpy()
+        order = np.random.default_rng(0).permutation(len(features))
+        unseen, seen = order[:400], order[400:]
+        self._reads = SVC(gamma="scale").fit(features[seen], truth[seen])
+        self.on_unseen = float((self._reads.predict(features[unseen]) == truth[unseen]).mean())
+
+    def share(self, latents: Tensor, labels: Tensor) -> float:
+        """The share of ``latents`` (N, 1, H, W) that it reads as their ``labels`` (N,)."""
+        pixels = latents.clamp(-1, 1).flatten(1).numpy()
+        return float((self._reads.predict(pixels) == labels.numpy()).mean())
 
 
 def real_digits(directory: Path, side: int) -> Statistics:
@@ -65,10 +100,11 @@ class Trained:
 
     Args:
         run: its directory.
+        device: where it samples.
     """
 
-    def __init__(self, run: Path) -> None:
-        self.model: Model = load_model(run)
+    def __init__(self, run: Path, device: torch.device = CPU) -> None:
+        self.model: Model = load_model(run, device=device)
         self._decode = load_decoder(self.model.latents, CPU)
         self._features = DigitsClassifier()
 

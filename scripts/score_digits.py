@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from digit_trials import Judge
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from sklearn.svm import SVC
 
 from dcdit.checkpoints.load import load_model
 from dcdit.checkpoints.read import read_checkpoint
@@ -27,18 +27,15 @@ TIMESTEPS = (20, 200, 500, 800)
 INK = -0.5  # in [-1, 1]; paper white is -1
 
 
-def class_accuracy(samples: Path, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+def class_accuracy(samples: Path, source: HandwrittenDigits) -> dict[str, float]:
     """Share of generated digits assigned to the requested class, and the classifier's own accuracy on unseen ones."""
-    features, truth = images.flatten(1).numpy(), labels.numpy()
-    order = np.random.default_rng(0).permutation(len(features))
-    unseen, seen = order[:400], order[400:]
-    judge = SVC(gamma="scale").fit(features[seen], truth[seen])
+    judge = Judge(source)
     with np.load(samples, allow_pickle=False) as stored:
-        generated, wanted = stored["latents"].clip(-1, 1), stored["labels"]
+        generated, wanted = torch.from_numpy(stored["latents"]), torch.from_numpy(stored["labels"])
     return {
         "generated_digits": len(wanted),
-        "class_accuracy": float((judge.predict(generated.reshape(len(wanted), -1)) == wanted).mean()),
-        "classifier_accuracy_on_unseen_real_digits": float((judge.predict(features[unseen]) == truth[unseen]).mean()),
+        "class_accuracy": judge.share(generated, wanted),
+        "classifier_accuracy_on_unseen_real_digits": judge.on_unseen,
     }
 
 
@@ -81,7 +78,7 @@ def main() -> None:
     some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:512]
 
     score = {
-        **class_accuracy(samples, images, labels),
+        **class_accuracy(samples, source),
         "one_over_compression": 1 / settings["compression"],
         "router": router_statistics(str(checkpoint), images[some], labels[some]),
     }

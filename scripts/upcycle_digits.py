@@ -14,14 +14,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from digit_trials import ROOT, Trained, real_digits, train, write_digits
+from digit_trials import ROOT, Trained, real_digits, train, training_tflops, write_digits
 
 from dcdit.checkpoints.load import load_model
-from dcdit.compute.flops import count
+from dcdit.data.builtin import Digits
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import DDIM, GuidanceSettings
 from dcdit.evaluation.statistics import Statistics
-from dcdit.network import DiT, Network
+from dcdit.network import DiT
 
 SEEDS, LENGTHS, DROPS = (0, 1, 2), (300, 600, 1200, 2400), (0.0, 0.3, 0.6)
 COPIED = (600, 1200)
@@ -50,13 +50,6 @@ def measure(run: Path, real: Statistics) -> list[dict[str, float]]:
     kept.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{run.name}: " + ", ".join(f"{each['read']:.0%} / {each['fid']:.1f}" for each in found), flush=True)
     return found
-
-
-def training_cost(network: Network, teacher: DiT, steps: int, distil_steps: int) -> float:
-    """TFLOPs of a run: three forward passes a step, one more of the teacher while it is matched."""
-    kept = network.positions / 4
-    passes = 3 * count(network, [kept]).total * steps + count(teacher).total * distil_steps
-    return passes * 64 / 1e12
 
 
 def draw(rows: list[dict], out: Path) -> None:
@@ -102,7 +95,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     out, workers = arguments.out.resolve(), ThreadPoolExecutor(arguments.parallel)
-    data = write_digits(out / "digits8", 8)
+    data = write_digits(out / "digits8", Digits(grid=8))
     teachers = {seed: out / f"teacher_seed_{seed}" for seed in SEEDS}
     jobs = [
         workers.submit(train, run, "experiment=compare_dit_2", f"seed={seed}", data) for seed, run in teachers.items()
@@ -133,7 +126,7 @@ def main() -> None:
     for run, about in runs.items():
         steps = int(about["steps"])
         matched = steps if about["variant"] == "upcycled" else 0
-        cost = training_cost(load_model(run).network, teacher, steps, matched)
+        cost = training_tflops(load_model(run).network, steps, 64, teacher, matched)
         rows += [{**about, **each, "tflops": cost} for each in measure(run, real)]
     (out / "measured.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw(rows, out / "upcycling.png")

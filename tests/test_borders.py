@@ -19,7 +19,7 @@ STOREYS = (
     {"compute", "data"},
     {"checkpoints", "extraction"},
     {"sampling"},
-    {"evaluation"},
+    {"evaluation", "explorer"},
     {"training"},
     {"cluster"},
 )
@@ -37,6 +37,7 @@ COMMANDS = {
     "export",
     "extract",
     "inspect_latents",
+    "explore",
 }
 
 FORBIDDEN = {
@@ -47,6 +48,7 @@ FORBIDDEN = {
     "extraction": ("lightning", "hydra", "omegaconf"),
     "checkpoints": ("lightning", "hydra"),
     "sampling": ("lightning", "hydra", "omegaconf"),
+    "explorer": ("lightning", "hydra", "omegaconf"),
     "evaluation": ("lightning",),
     "runs": ("torch", "lightning"),
     "settings": ("torch", "lightning"),

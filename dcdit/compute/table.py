@@ -32,6 +32,11 @@ def _short(value: float) -> str:
     return f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
 
 
+def flops_words(flops: float) -> str:
+    """For people, such as ``3.43 GFLOPs``."""
+    return f"{flops / 1e12:.3g} TFLOPs" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOPs"
+
+
 def flops_table(
     network: Network,
     name: str,

@@ -7,9 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from dcdit.diffusion.guidance import GuidedOutput
@@ -25,6 +22,11 @@ from dcdit.diffusion.settings import (
     Heun,
     SamplerSettings,
 )
+from dcdit.runtime.imports import without
+
+with without("torch._dynamo"):  # a compiler, more than a second, for a decorator of networks that nobody builds here
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 GuidedDenoiser = Callable[[Tensor, float, Tensor], GuidedOutput]
 """``denoiser(x, timestep, y)`` for x (B, C, H, W), y (B,)."""
@@ -117,6 +119,9 @@ class _MultistepStepper(_Scheduled):
     """The learned variance has no part in it. Its scheduler knows no clipping: the noise is recomputed before it."""
 
     def __init__(self, settings: DPMSolver) -> None:
+        # brings SciPy's statistics along, half a second
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
         super().__init__(DPMSolverMultistepScheduler(**_BETAS, timestep_spacing="linspace"), settings.steps)
         self.clip = settings.clip
 

@@ -78,9 +78,16 @@ class SamplerOptions:
         cache: threshold of feature caching, see :class:`dcdit.network.caching.FeatureCache`; 0 computes every step.
     """
 
+    name: ClassVar[str]
     steps: Steps
     clip: bool = False
     cache: CacheThreshold = 0.0
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        reused = f", cache {self.cache:g}" if self.cache else ""
+        return f"{self.name} {self.steps} steps{reused}"
 
 
 @checked

@@ -1,16 +1,16 @@
 """How far a run is, from its directory alone."""
 
-import csv
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.markup import escape
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from dcdit.errors import UserError
+from dcdit.runs.history import history_of, sparkline
 from dcdit.runs.lock import is_held
 from dcdit.runs.state import QUEUED_NAME, STATE_NAME, RunState, State
 
@@ -29,6 +29,8 @@ class RunProgress:
         seconds_left: at that rate; None if nothing tells.
         reason: of a failure.
         metrics: the last value of each validation metric; at the end of a run, of every metric.
+        losses: the course of the loss.
+        keep_ratio: the last logged; None without router.
     """
 
     name: str
@@ -40,6 +42,8 @@ class RunProgress:
     seconds_left: float | None
     reason: str
     metrics: Mapping[str, float]
+    losses: Sequence[float] = ()
+    keep_ratio: float | None = None
 
 
 def progress_of(run_dir: Path, name: str) -> RunProgress:
@@ -48,7 +52,8 @@ def progress_of(run_dir: Path, name: str) -> RunProgress:
         known = RunState.read(run_dir)
     except UserError as error:
         known = RunState(State.CORRUPT, reason=str(error))
-    last = _last_logged(run_dir)
+    history = history_of(run_dir)
+    last = history.last
     state, held = known.state if known else State.WAITING, is_held(run_dir)
     if not held and (run_dir / QUEUED_NAME).exists():
         state = State.QUEUED
@@ -71,22 +76,9 @@ def progress_of(run_dir: Path, name: str) -> RunProgress:
         left,
         known.reason if known else "",
         {**metrics, **(known.metrics if known else {})},
+        history.values("train/diffusion_loss"),
+        last.get("train/keep_ratio"),
     )
-
-
-def _last_logged(run_dir: Path) -> dict[str, float]:
-    """The last value of every column of the run's CSV logs, later files winning; empty without any."""
-    found: dict[str, float] = {}
-    versions = {path: path.parent.name.removeprefix("version_") for path in run_dir.glob("logs/version_*/metrics.csv")}
-    files = sorted((path for path in versions if versions[path].isdecimal()), key=lambda path: int(versions[path]))
-    for path in files:
-        with suppress(OSError, UnicodeDecodeError, csv.Error), path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                for key, value in row.items():
-                    with suppress(TypeError, ValueError):  # empty, cut off, or a line too long
-                        if isinstance(key, str) and math.isfinite(number := float(value)):
-                            found[key] = number
-    return found
 
 
 def runs_below(folder: Path) -> list[Path]:
@@ -114,4 +106,51 @@ def progress_table(found: Sequence[RunProgress]) -> Table:
         loss = "-" if each.loss is None else f"{each.loss:.4g}"
         rate = "-" if each.rate is None else f"{each.rate:,.0f}"
         shown.add_row(escape(each.name), state, steps, loss, rate, duration(each.seconds_left))
+    return shown
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of all files below ``folder``; those that vanish meanwhile count nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += 0 if path.is_symlink() or path.is_dir() else path.stat().st_size
+    return total
+
+
+def bytes_words(size: float) -> str:
+    """For people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def live_table(found: Sequence[RunProgress], sizes: Sequence[int], free: int, time: str) -> Table:
+    """What is to be seen while runs go on: one line for each run.
+
+    Args:
+        found: the runs.
+        sizes: bytes that each has on disk.
+        free: bytes that are free there.
+        time: of day.
+    """
+    shown = Table(caption=f"{time}; {bytes_words(free)} free on disk; Ctrl-C ends this, not the runs", expand=True)
+    shown.add_column("run", overflow="fold", ratio=2)
+    for heading in ("state", "step", "", "loss", "so far", "kept", "images/s", "left", "disk"):
+        shown.add_column(heading, justify="left" if heading in ("", "so far") else "right", no_wrap=heading != "step")
+    for each, size in zip(found, sizes, strict=True):
+        shown.add_row(
+            escape(each.name),
+            f"[{each.state.colour}]{each.state.value}[/]",
+            f"{each.step:,} of {each.max_steps:,}" if each.max_steps else f"{each.step:,}",
+            ProgressBar(max(1, each.max_steps), each.step, width=12),
+            "-" if each.loss is None else f"{each.loss:.4g}",
+            sparkline(each.losses, 12),
+            "-" if each.keep_ratio is None else f"{each.keep_ratio:.1%}",
+            "-" if each.rate is None else f"{each.rate:,.0f}",
+            duration(each.seconds_left),
+            bytes_words(size),
+        )
     return shown

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dcdit.errors import UserError
 from dcdit.runtime.processes import local_rank
@@ -58,6 +59,18 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def without_memory() -> torch.device:
+class _Undrawn(TorchFunctionMode):
+    """Leaves out drawing normal numbers: where there is no memory, that alone would import torch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func``, unless it draws."""
+        if func in (torch.nn.init.normal_, torch.Tensor.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
     """A context in which networks are built at any scale at no cost: their parameters have shapes alone."""
-    return torch.device("meta")
+    with torch.device("meta"), _Undrawn():
+        yield

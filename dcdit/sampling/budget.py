@@ -24,9 +24,12 @@ from dcdit.runtime.files import read_json, write_json
 from dcdit.sampling.generate import generate
 
 TOLERANCE = 0.01  # of the cost measured on the calibration's own images; half of what is promised for others
-_IMAGES, _ROUNDS, _LARGEST, _LARGEST_CHANGE = 16, 4, 0.99, 10.0
-_CACHE_SHARE = 0.5
-"""Where both meet a budget: caching alone costs the fraction asked for to this power of the full cost."""
+_IMAGES, _ROUNDS, _LARGEST = 16, 4, 0.99
+_LARGEST_CHANGE = {"drop": 0.0, "cache": 10.0, "both": 0.8}
+"""The largest threshold that is tried: where both meet a budget, drops do the rest before quality suffers."""
+_CACHE_SHARE = 0.9
+"""Where both meet a budget: caching alone costs the fraction asked for to this power of the full cost. On digits it
+does so for less than drops (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ def calibrate(
     spent = meter.measure(drop, threshold)
     full = meter.predict(0.0, 0.0, 0.0)  # neither drop nor reuse, in either half
     wanted = budget.tflops if budget.tflops is not None else full * (budget.fraction or 1.0)
-    most = (_LARGEST if budget.by != "cache" else drop, _LARGEST_CHANGE if budget.by != "drop" else threshold)
+    change = _LARGEST_CHANGE[budget.by]
+    most = (_LARGEST if budget.by != "cache" else drop, change if budget.by != "drop" else threshold)
     least = meter.predict(most[0], fixed, most[1])
     if not least <= wanted <= spent * (1 + TOLERANCE):
         asked = f"fraction={budget.fraction:g}" if budget.fraction is not None else f"tflops={budget.tflops:.4g}"
@@ -179,7 +183,7 @@ def calibrate(
         # Other budgets lead to other images, whose routing differs a little: measure, and solve again from there.
         if budget.by != "drop":
             target, at = (wanted, drop) if budget.by == "cache" else (full * (wanted / full) ** _CACHE_SHARE, 0.0)
-            threshold = _solve(partial(meter.predict, at, fixed), target, _LARGEST_CHANGE)
+            threshold = _solve(partial(meter.predict, at, fixed), target, change)
         if budget.by != "cache":
             drop = _solve(partial(_of_drop, meter, fixed, threshold), wanted, _LARGEST)
         spent = meter.measure(drop, threshold)

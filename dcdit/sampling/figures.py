@@ -1,114 +1,178 @@
 """Pictures of samples and of the router's boundary maps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.utils import save_image
 
 from dcdit.data.autoencoder import Decoder
 from dcdit.diffusion.samplers import Step
 from dcdit.runtime.files import replacing
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
+from dcdit.sampling.overlays import DROPPED, KEPT, PROBABILITY, Pixels, enlarged, overlay, probabilities
 
 
 @dataclass(frozen=True)
-class Frame:
-    """One sample at one timestep.
+class Boundaries:
+    """What the router said of one sample.
+
+    Attributes:
+        prob: (H, W) boundary probability.
+        natural: (H, W) bool, the positions that the router kept by itself.
+        mask: (H, W) bool, those that ran; none where features were reused.
+    """
+
+    prob: NDArray[Any]
+    natural: NDArray[np.bool_]
+    mask: NDArray[np.bool_]
+
+    @property
+    def words(self) -> str:
+        """How much ran."""
+        return f"kept {self.mask.mean():.0%}" if self.mask.any() else "reused"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One sample at one evaluation of the network, all on the CPU.
 
     Attributes:
         timestep: that the network was told.
-        image: (height, width, 1 or 3) uint8, the decoded x_t.
-        prob: (H, W) boundary probability.
-        mask: (H, W) bool, the kept positions.
+        x: (C, H, W) noisy latents.
+        clean: (C, H, W) the image that the prediction amounts to, x_0.
+        boundaries: None of a network without router.
     """
 
     timestep: float
-    image: Tensor
-    prob: Tensor
-    mask: Tensor
+    x: Tensor
+    clean: Tensor
+    boundaries: Boundaries | None
 
 
-class Frames:
-    """Pictures of some samples on their way, taken while they are sampled.
+class Recorder:
+    """Moments of some samples on their way, taken while they are sampled.
 
     Args:
         shown: numbers of these samples.
-        wanted: how many pictures of each, evenly spaced over ``steps``.
+        wanted: how many moments of each, evenly spaced over ``steps``; None for all.
         steps: of the sampler.
-        decode: latents to images.
+        clean: what :meth:`dcdit.diffusion.process.Process.clean` is.
+
+    Attributes:
+        rows: the moments of each sample.
     """
 
-    def __init__(self, shown: list[int], wanted: int, steps: int, decode: Decoder) -> None:
-        self.rows: dict[int, list[Frame]] = {number: [] for number in shown}
-        self._at = set(np.linspace(0, steps - 1, wanted).round().astype(int).tolist())
-        self._decode = decode
+    def __init__(
+        self, shown: Sequence[int], wanted: int | None, steps: int, clean: Callable[[Tensor, Tensor, float], Tensor]
+    ) -> None:
+        self.rows: dict[int, list[Moment]] = {number: [] for number in shown}
+        at = np.linspace(0, steps - 1, steps if wanted is None else min(wanted, steps))
+        self._at = set(at.round().astype(int).tolist())
+        self._clean = clean
 
-    def take(self, numbers: list[int], step: Step) -> None:
+    def take(self, numbers: Sequence[int], step: Step) -> None:
         """Look at a step of the samples ``numbers``."""
-        routing = step.output.halves[0]
-        if routing is None or step.index not in self._at:
+        if step.index not in self._at or not self.rows.keys() & set(numbers):
             return
+        clean = self._clean(step.output.prediction.float(), step.x, step.timestep)
+        routing = step.output.halves[0]
         for place, number in enumerate(numbers):
             if number in self.rows:
-                image = self._decode(step.x[place : place + 1])[0].permute(1, 2, 0).cpu()
-                prob, mask = (x[place].view(step.x.shape[2:]).cpu() for x in (routing.prob, routing.mask))
-                self.rows[number].append(Frame(step.timestep, image, prob, mask))
+                boundaries = None
+                if routing is not None:
+                    maps = (routing.prob, routing.natural_mask, routing.mask)
+                    boundaries = Boundaries(*(each[place].view(step.x.shape[2:]).cpu().numpy() for each in maps))
+                x, x_0 = (each[place].float().cpu() for each in (step.x, clean))
+                self.rows[number].append(Moment(step.timestep, x, x_0, boundaries))
 
 
 def save_grid(images: Tensor, columns: int, path: Path, least_side: int = 64) -> None:
     """Save ``images`` (N, 1 or 3, height, width) uint8 as one PNG; small images are enlarged, pixels kept sharp."""
+    from torchvision.utils import save_image
+
     factor = max(1, -(-least_side // images.shape[-1]))
-    enlarged = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     with replacing(path) as file:
-        save_image(enlarged.float() / 255, file, format="png", nrow=columns, padding=2, pad_value=0.5)
+        save_image(images.float() / 255, file, format="png", nrow=columns, padding=2, pad_value=0.5)
 
 
-def _outline(axes: Axes, mask: Tensor) -> None:
-    """Draw the borders of the pixels where ``mask`` (H, W) holds, corners included."""
-    around = np.pad(mask.numpy(), 1)
-    vertical = np.argwhere(around[1:-1, 1:] != around[1:-1, :-1])  # (row, column) of a border left of a pixel
-    horizontal = np.argwhere(around[1:, 1:-1] != around[:-1, 1:-1])  # above a pixel
-    lines = [[(x - 0.5, y - 0.5), (x - 0.5, y + 0.5)] for y, x in vertical]
-    lines += [[(x - 0.5, y - 0.5), (x + 0.5, y - 0.5)] for y, x in horizontal]
-    axes.add_collection(LineCollection(lines, colors="white", linewidths=0.6))
+def decoded(latents: Sequence[Tensor], decode: Decoder) -> list[NDArray[Any]]:
+    """The images (height, width, 1 or 3) uint8 of latents (C, H, W) each."""
+    return [image.permute(1, 2, 0).cpu().numpy() for image in decode(torch.stack(list(latents)))]
 
 
-def save_boundaries(rows: Sequence[Sequence[Frame]], titles: Sequence[str], path: Path) -> None:
-    """Save x_t above its boundary probability, one column per timestep, the keep ratio under each (paper, figure 3).
+def panels(moment: Moment, noisy: NDArray[Any], clean: NDArray[Any], least: int = 256) -> list[tuple[str, Pixels]]:
+    """Pictures of one moment with words, for :func:`dcdit.sampling.overlays.side_by_side`.
 
     Args:
-        rows: for each sample its frames, all at the same timesteps.
-        titles: one per sample.
-        path: PNG to write.
+        moment: what is shown.
+        noisy, clean: its decoded latents (height, width, 1 or 3).
+        least: side that small images are enlarged to.
     """
-    height, width = 2 * len(rows), len(rows[0])
+    large = enlarged(clean, least)
+    found = [(f"x_t, t = {moment.timestep:.0f}", enlarged(noisy, least)), ("x_0 predicted", large)]
+    if moment.boundaries is not None:
+        prob, natural, mask = moment.boundaries.prob, moment.boundaries.natural, moment.boundaries.mask
+        found.append((moment.boundaries.words, overlay(large, mask, natural)))
+        found.append(("boundary probability", probabilities(prob, mask, *large.shape[:2])))
+    return found
+
+
+def save_boundaries(
+    rows: Sequence[Sequence[Moment]], titles: Sequence[str], decode: Decoder, path: Path, title: str, least: int = 128
+) -> None:
+    """Save x_t, the x_0 predicted of it and the boundary probability, one column per timestep (paper, figure 3).
+
+    Over x_0 the positions that did not run are shaded; those that the router kept and the tail drop left out have an
+    outline of their own. The keep ratio stands under each.
+
+    Args:
+        rows: for each sample its moments, all at the same timesteps.
+        titles: one per sample.
+        decode: latents to images.
+        path: PNG to write.
+        title: of the picture: model, step, budget, cost.
+        least: side that small images are enlarged to.
+    """
+    import matplotlib  # a second that those who save no such picture need not wait
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Patch
+
+    height, width = 3 * len(rows), len(rows[0])
     figure, axes = plt.subplots(
-        height, width, figsize=(1.15 * width + 1, 1.22 * height), squeeze=False, layout="constrained"
+        height, width, figsize=(1.25 * width + 1, 1.3 * height + 0.8), squeeze=False, layout="constrained"
     )
-    for number, (row, title) in enumerate(zip(rows, titles, strict=True)):
-        for column, frame in enumerate(row):
-            top, bottom = axes[2 * number][column], axes[2 * number + 1][column]
-            image = frame.image.numpy()
-            top.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
-            shades = bottom.imshow(frame.prob.numpy(), cmap="magma", vmin=0, vmax=1)
-            _outline(bottom, frame.mask)
-            kept = f"kept {frame.mask.float().mean():.0%}" if frame.mask.any() else "reused"
-            bottom.set_xlabel(kept, fontsize=8)
+    for number, (row, words) in enumerate(zip(rows, titles, strict=True)):
+        images = [decoded([getattr(moment, name) for moment in row], decode) for name in ("x", "clean")]
+        for column, (moment, noisy, clean) in enumerate(zip(row, *images, strict=True)):
+            assert moment.boundaries is not None
+            pictures = [picture for _, picture in panels(moment, noisy, clean, least)]
+            for place, picture in enumerate((pictures[0], *pictures[2:])):
+                axes[3 * number + place][column].imshow(picture)
+            axes[3 * number + 2][column].set_xlabel(moment.boundaries.words, fontsize=8)
             if number == 0:
-                top.set_title(f"t = {frame.timestep:.0f}", fontsize=9)
-        axes[2 * number][0].set_ylabel(title, fontsize=9, parse_math=False)
-        axes[2 * number + 1][0].set_ylabel("boundary p", fontsize=8)
+                axes[0][column].set_title(f"t = {moment.timestep:.0f}", fontsize=9)
+        axes[3 * number][0].set_ylabel(f"{words}: x_t", fontsize=9, parse_math=False)
+        axes[3 * number + 1][0].set_ylabel("x_0 predicted", fontsize=8)
+        axes[3 * number + 2][0].set_ylabel("boundary p", fontsize=8)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
+    marks = [
+        Patch(facecolor="none", edgecolor="#" + bytes(colour).hex(), label=label)
+        for colour, label in ((KEPT, "kept"), (DROPPED, "kept by the router, dropped by the tail drop"))
+    ]
+    figure.legend(handles=marks, loc="outside lower left", ncols=2, fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=9, parse_math=False)
+    shades = ScalarMappable(Normalize(0, 1), PROBABILITY)
     figure.colorbar(shades, ax=axes, fraction=0.03, aspect=40, label="boundary probability")
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=130)

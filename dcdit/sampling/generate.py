@@ -28,13 +28,18 @@ class SampleBatch:
         lengths: for each step the tokens that were kept of each sample by the strong half and, where it ran, by the
             weak one: (n,) int64 each, on the CPU; 0 where what the backbone gave before was reused; None where no
             router is.
-        flops: of each sample over all steps and halves, (n,) float64.
+        step_flops: of each sample at each step, both halves, (steps, n) float64.
     """
 
     indices: list[int]
     latents: Tensor
     lengths: list[tuple[Tensor | None, ...]]
-    flops: Tensor
+    step_flops: Tensor
+
+    @property
+    def flops(self) -> Tensor:
+        """Of each sample over all steps and halves, (n,) float64."""
+        return self.step_flops.sum(dim=0)
 
     @property
     def kept(self) -> Tensor:
@@ -129,11 +134,10 @@ def generate(
         lengths = [tuple(None if half is None else half.cpu() for half in halves) for halves in kept]
         none = torch.zeros(len(numbers))  # of a network without router, whose cost is what it is
         flops = [
-            cost.of(none if half is None else half)
+            torch.stack([cost.of(none if half is None else half) for cost, half in zip(costs, halves, strict=False)])
             for halves in lengths
-            for cost, half in zip(costs, halves, strict=False)
         ]
-        yield SampleBatch(numbers, x.float().cpu(), lengths, torch.stack(flops).sum(dim=0))
+        yield SampleBatch(numbers, x.float().cpu(), lengths, torch.stack([each.sum(dim=0) for each in flops]))
 
 
 _NEVER = 10**9

@@ -2,19 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from dcdit.compute.table import flops_words
 from dcdit.diffusion.samplers import Step
 from dcdit.errors import UserError
 from dcdit.runtime.files import replacing, writable_folder
-from dcdit.sampling.figures import Frames, save_boundaries, save_grid
+from dcdit.sampling.figures import Moment, Recorder, decoded, panels, save_boundaries, save_grid
+from dcdit.sampling.overlays import Pixels, enlarged, save_animation, side_by_side
 from dcdit.sampling.setup import Sampling
 
+_MOST_FRAMES = 50
+"""Of an animation."""
 _SHOWN = 4
 """Samples in the picture of boundaries, the first of each class."""
 
@@ -41,8 +47,22 @@ def resolve_labels(classes: Sequence[int | str] | None, names: Sequence[str], pe
     return torch.tensor(labels).repeat_interleave(per_class)
 
 
+def animation_frames(moments: Sequence[Moment], image: NDArray[Any], sampling: Sampling, title: str) -> list[Pixels]:
+    """One picture for each moment of a sample, and the finished ``image`` (height, width, 1 or 3) at the end."""
+    noisy, clean = ([getattr(each, name) for each in moments] for name in ("x", "clean"))
+    images = zip(moments, decoded(noisy, sampling.decode), decoded(clean, sampling.decode), strict=True)
+    found = [panels(*each) for each in images]
+    last = [("image", enlarged(image, 256)), *found[-1][1:]]
+    return [side_by_side(each, title) for each in (*found, last)]
+
+
 def sample_to_folder(
-    sampling: Sampling, classes: Sequence[int | str] | None, per_class: int, frames: int, out: Path
+    sampling: Sampling,
+    classes: Sequence[int | str] | None,
+    per_class: int,
+    frames: int,
+    animation: str | None,
+    out: Path,
 ) -> str:
     """Write ``samples.png``, ``latents.npz`` and, of a network that routes, ``boundaries.png`` into ``out``.
 
@@ -50,6 +70,7 @@ def sample_to_folder(
         sampling: what samples.
         classes, per_class: see :func:`resolve_labels`.
         frames: columns of ``boundaries.png``; 0 leaves the picture out.
+        animation: ``gif`` or ``webp``: the way of the first sample from noise to image, as ``trajectory`` beside.
         out: folder, made if needed.
 
     Returns:
@@ -59,12 +80,14 @@ def sample_to_folder(
     labels = resolve_labels(classes, model.latents.classes, per_class)
     shown = list(range(0, len(labels), per_class))[:_SHOWN]
     writable_folder(out, f"out={out}")
-    taken = Frames(shown, frames, steps, sampling.decode)
+    recorder = Recorder(shown, frames, steps, model.process.clean)
+    moving = Recorder(shown[:1] if animation else [], _MOST_FRAMES, steps, model.process.clean)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("sampling", total=-(-len(labels) // sampling.batch_size) * steps)
 
         def on_step(numbers: list[int], step: Step) -> None:
-            taken.take(numbers, step)
+            recorder.take(numbers, step)
+            moving.take(numbers, step)
             progress.advance(task)
 
         batches = list(sampling.generate(labels, range(len(labels)), on_step))
@@ -74,16 +97,21 @@ def sample_to_folder(
     with replacing(out / "latents.npz") as file:
         np.savez(file, latents=latents.numpy(), labels=labels.numpy())
     save_grid(images, per_class, out / "samples.png")
+    flops = torch.cat([batch.flops for batch in batches]).mean().item()
+    title = f"{sampling.words}, {flops_words(flops)}"
+    for moments in moving.rows.values():
+        first = images[0].permute(1, 2, 0).cpu().numpy()
+        save_animation(animation_frames(moments, first, sampling, title), out / f"trajectory.{animation}")
     if frames and model.network.routes:
         titles = [model.latents.classes[int(labels[number])] for number in shown]
-        save_boundaries(list(taken.rows.values()), titles, out / "boundaries.png")
-    words = f", {torch.cat([batch.flops for batch in batches]).mean() / 1e12:.3g} TFLOPs per image"
+        rows = list(recorder.rows.values())
+        save_boundaries(rows, titles, sampling.decode, out / "boundaries.png", title)
+    words = f", {flops_words(flops)} per image"
     if model.network.routes:
         kept = torch.cat([batch.kept for batch in batches]).mean() / model.latents.positions
         words += f", {kept:.1%} of the tokens kept"
         if sampling.sampler.settings.cache:
             ran = torch.cat([batch.computed for batch in batches]).mean()
             words += f", {ran:.0%} of the steps computed and the others reused, which keep none"
-    sampler = sampling.sampler.settings
-    words += f", {sampler.name} {sampler.steps} steps"
+    words += f", {sampling.sampler.settings.words}"
     return f"{len(labels)} samples{words}: {out}"

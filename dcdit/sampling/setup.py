@@ -50,6 +50,22 @@ class Sampling:
     weak: Model | None
 
     @property
+    def words(self) -> str:
+        """What samples, and at what budget, for people."""
+        model, guidance = self.model, self.guidance.settings
+        parts = [f"{model.network.title} {self.place.run}"] + ([f"step {model.step:,}"] if model.step else [])
+        parts.append(self.sampler.settings.words)
+        if model.network.routes and guidance.drop_schedule is None:
+            parts.append(f"ρ {guidance.drop_fraction:.3g}")
+        elif guidance.drop_schedule is not None:
+            parts.append("ρ by timestep")
+        if guidance.scale != 1:
+            parts.append(f"guidance {guidance.scale:g}")
+            if guidance.uncond_drop_fraction is not None:
+                parts.append(f"weak half ρ {guidance.uncond_drop_fraction:g}")
+        return ", ".join(parts)
+
+    @property
     def batch_size(self) -> int:
         """Samples per forward pass."""
         return self.plan.settings.batch_size
@@ -121,24 +137,29 @@ def set_up_all(plans: Sequence[SamplingPlan], place: Place) -> list[Sampling]:
     keep_freed_memory()
     device = pick_device(plans[0].settings.device)
     found = read_weights(place, plans[0].assume)
-    loaded: dict[str, _Loaded] = {}
+    loaded: dict[str, Loaded] = {}
     for plan in sorted(plans, key=lambda each: each.guidance.scale == 1):  # those that need a weak half come first
         if plan.settings.weights not in loaded:
             loaded[plan.settings.weights] = _load(found, plan, place, device)
-    return [_sampling(plan, place, loaded[plan.settings.weights]) for plan in plans]
+    samplings = [sampling_of(plan, place, loaded[plan.settings.weights]) for plan in plans]
+    return [meet_budget(sampling) if sampling.plan.budget.given else sampling for sampling in samplings]
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """What samplings with one kind of weights share."""
+class Loaded:
+    """What samplings with one kind of weights share: networks and decoder."""
 
     model: Model
     decode: LatentDecoder
     weak: Model | None
 
 
-def _load(found: Weights, plan: SamplingPlan, place: Place, device: torch.device) -> _Loaded:
-    """Networks and decoder that ``plan`` asks for."""
+def load(plan: SamplingPlan, place: Place) -> Loaded:
+    """What the samplings of plans have in common that differ from ``plan`` in sampler, guidance, budget and seed."""
+    return _load(read_weights(place, plan.assume), plan, place, pick_device(plan.settings.device))
+
+
+def _load(found: Weights, plan: SamplingPlan, place: Place, device: torch.device) -> Loaded:
     settings, guidance = plan.settings, plan.guidance
     model = build_model(found, settings.weights, device)
     print(f"{place.name}: {words(found, model.network, settings.weights)}")
@@ -146,11 +167,11 @@ def _load(found: Weights, plan: SamplingPlan, place: Place, device: torch.device
     weak = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
         weak = _weak_model(locate(guidance.weak_checkpoint, plan.runs, "guidance.weak_checkpoint"), plan, model)
-    return _Loaded(model, load_decoder(model.latents, device, settings.autoencoder, settings.rounding), weak)
+    return Loaded(model, load_decoder(model.latents, device, settings.autoencoder, settings.rounding), weak)
 
 
-def _sampling(plan: SamplingPlan, place: Place, loaded: _Loaded) -> Sampling:
-    """What samples as ``plan`` says, its budget met."""
+def sampling_of(plan: SamplingPlan, place: Place, loaded: Loaded) -> Sampling:
+    """What samples as ``plan`` says, but for its budget; UserError if the networks cannot."""
     model = loaded.model
     weak = loaded.weak if plan.guidance.weak_checkpoint is not None and plan.guidance.scale != 1 else None
     check_guidance(model.network, plan.guidance, weak)
@@ -171,8 +192,7 @@ def _sampling(plan: SamplingPlan, place: Place, loaded: _Loaded) -> Sampling:
     if precision == "auto":
         precision = "bf16" if model.device.type == "cuda" else "fp32"
     guidance = Guidance(model.network, model.network.null_class, plan.guidance, weak.network if weak else None)
-    sampling = Sampling(plan, place, model, guidance, sampler, loaded.decode, precision, None, weak)
-    return meet_budget(sampling) if plan.budget.given else sampling
+    return Sampling(plan, place, model, guidance, sampler, loaded.decode, precision, None, weak)
 
 
 def meet_budget(sampling: Sampling) -> Sampling:
@@ -186,13 +206,7 @@ def meet_budget(sampling: Sampling) -> Sampling:
         "weak": sampling.weak.digest if sampling.weak else None,
         "precision": sampling.precision,
     }
-    found = remembered(
-        sampling.place.home / "budgets.json",
-        question,
-        lambda: calibrate(
-            model, sampling.guidance, sampling.sampler, plan.budget, sampling.batch_size, sampling.precision
-        ),
-    )
+    found = remembered(sampling.place.home / "budgets.json", question, lambda: calibration_of(sampling))
     print(
         f"Budget: drop fraction {found.drop_fraction}"
         + (f" and sampler.cache={found.cache:g} cost" if found.cache else " costs")
@@ -204,6 +218,17 @@ def meet_budget(sampling: Sampling) -> Sampling:
         print(
             f"It was trained at drop fractions up to {trained:g}, quality falls fast beyond: budget.by=both drops less"
         )
+    return at_budget(sampling, found)
+
+
+def calibration_of(sampling: Sampling) -> Calibration:
+    """What meets the budget of ``sampling``, measured; see :func:`dcdit.sampling.budget.calibrate`."""
+    how = sampling.guidance, sampling.sampler, sampling.plan.budget, sampling.batch_size, sampling.precision
+    return calibrate(sampling.model, *how)
+
+
+def at_budget(sampling: Sampling, found: Calibration) -> Sampling:
+    """``sampling`` at the drop fraction and threshold that were ``found``."""
     at_drop = sampling.guided(replace(sampling.guidance.settings, drop_fraction=found.drop_fraction))
     sampler = Sampler(replace(sampling.sampler.settings, cache=found.cache))
     return replace(at_drop, sampler=sampler, calibration=found)

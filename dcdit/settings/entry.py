@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,12 +124,13 @@ def _parses(parser: OverridesParser, word: str) -> bool:
         return False
 
 
-def entry_point(main: Callable[[], Any], paths: bool = False) -> None:
+def entry_point(main: Callable[[], Any], paths: bool = False, flags: Mapping[str, str] | None = None) -> None:
     """Run a command's Hydra function; a user's mistake ends in one message on stderr and exit status 2.
 
     Args:
         main: the function; the documentation of its module is what ``--help`` begins with.
         paths: words of the command line that are no overrides are ``runs``.
+        flags: words that stand for overrides.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of Hydra's own printout
 
@@ -138,6 +139,7 @@ def entry_point(main: Callable[[], Any], paths: bool = False) -> None:
         if {"--help", "-h"} & set(sys.argv[1:]):
             show_help(main.__module__)
             return
+        sys.argv[1:] = [(flags or {}).get(word, word) for word in sys.argv[1:]]
         if paths:
             sys.argv[1:] = with_paths(sys.argv[1:])
         for word in (*sys.argv[1:], *(os.environ.get(name, "") for name in ("DCDIT_DATA", "DCDIT_RUNS"))):

@@ -265,6 +265,6 @@ def test_an_image_that_is_not_finite_is_named(model):
         def __call__(self, latents):
             raise NotFiniteError("a decoded image is not finite", 2)
 
-    batch = SampleBatch([7, 9, 30], torch.zeros(3, 1, 8, 8), [], torch.zeros(3))
+    batch = SampleBatch([7, 9, 30], torch.zeros(3, 1, 8, 8), [], torch.zeros(1, 3))
     with pytest.raises(UserError, match=r"sample 30: a decoded image is not finite"):
         Sampling(None, None, model, None, SAMPLER, Breaks(), "fp32", None, None).images(batch)

@@ -37,7 +37,7 @@ from dcdit.evaluation.reference_images import ReferenceStatistics, default_cache
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime.display import Display
 from dcdit.runtime.processes import say
-from dcdit.sampling.figures import Frames, save_boundaries, save_grid
+from dcdit.sampling.figures import Recorder, save_boundaries, save_grid
 from dcdit.sampling.generate import generate
 from dcdit.sampling.setup import check_guidance
 
@@ -170,18 +170,19 @@ class FID(Callback):
         if (self._validations - 1) % self.every or not self._affordable(trainer):
             return
         begin = time.monotonic()
-        rows, boundaries, words = [], None, []
+        model = self._model(pl_module, trainer)
+        rows, first, words = [], None, []
         for drop in self.drop_fractions:
-            wanted = self.frames if boundaries is None and trainer.is_global_zero else 0
-            frames = Frames([0, 1, 2], wanted, len(self.sampler.timesteps), self._prepared.decode)
-            measured = self._measure(trainer, pl_module, self._prepared, drop, frames)
+            wanted = self.frames if first is None and trainer.is_global_zero else 0
+            recorder = Recorder([0, 1, 2], wanted, len(self.sampler.timesteps), model.process.clean)
+            measured = self._measure(trainer, pl_module, self._prepared, drop, recorder)
             for name, value in measured.figures.items():
                 pl_module.log(f"val/{name}@{drop:g}", value, on_step=False, on_epoch=True)
             rows.append(measured.images)
             words.append(f"{measured.figures['fid']:.4g} at drop fraction {drop:g}")
-            boundaries = boundaries or frames
-        if trainer.is_global_zero and boundaries is not None:
-            self._save_pictures(trainer, torch.cat(rows), boundaries)
+            first = first or recorder
+        if trainer.is_global_zero and first is not None:
+            self._save_pictures(trainer, torch.cat(rows), first, self._prepared.decode)
         say(f"Step {trainer.global_step}: FID {', '.join(words)}")
         self._last = time.monotonic() - begin
         self._spent += self._last
@@ -206,7 +207,7 @@ class FID(Callback):
         return replace(self.guidance, drop_fraction=drop)
 
     def _measure(
-        self, trainer: pl.Trainer, pl_module: Any, prepared: _Prepared, drop: float, frames: Frames
+        self, trainer: pl.Trainer, pl_module: Any, prepared: _Prepared, drop: float, recorder: Recorder
     ) -> _Measured:
         """Sample this process's share at one budget; figures of all processes."""
         model, rank, world_size = self._model(pl_module, trainer), trainer.global_rank, trainer.world_size
@@ -224,7 +225,7 @@ class FID(Callback):
             seed=self.seed,
             batch_size=self.batch_size,
             precision="bf16" if "bf16" in str(trainer.precision) else "fp32",
-            on_step=frames.take,
+            on_step=recorder.take,
         )
         for batch in batches:
             with naming("sample", batch.indices):
@@ -240,16 +241,18 @@ class FID(Callback):
             figures["keep_ratio"] = kept / self.count / model.latents.positions
         return _Measured(figures, torch.cat(first)[: self.shown])
 
-    def _save_pictures(self, trainer: pl.Trainer, images: Tensor, boundaries: Frames) -> None:
+    def _save_pictures(self, trainer: pl.Trainer, images: Tensor, recorder: Recorder, decode: LatentDecoder) -> None:
         """Save the pictures, and hand them to the loggers that take pictures."""
         self.folder.mkdir(parents=True, exist_ok=True)
         step = trainer.global_step
         pictures = {"samples": self.folder / f"step_{step:08d}_samples.png"}
         save_grid(images, len(images) // len(self.drop_fractions), pictures["samples"])
-        rows = [row for row in boundaries.rows.values() if row]
+        rows = [row for row in recorder.rows.values() if row and row[0].boundaries is not None]
         if rows:
             pictures["boundaries"] = self.folder / f"step_{step:08d}_boundaries.png"
-            save_boundaries(rows, [f"sample {number}" for number in range(len(rows))], pictures["boundaries"])
+            words = [f"sample {number}" for number in range(len(rows))]
+            title = f"step {step:,}, ρ {self.drop_fractions[0]:g}, {self.sampler.settings.words}"
+            save_boundaries(rows, words, decode, pictures["boundaries"], title)
         for logger in trainer.loggers:
             for name, path in pictures.items():
                 if isinstance(logger, WandbLogger):

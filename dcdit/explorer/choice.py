@@ -1,0 +1,110 @@
+"""What a person may choose on the explorer's page: it comes to a plan of sampling, and words for a terminal."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from dcdit.checks import Bounds, DropFraction, Natural, NonNegative, Positive, Seed, checked
+from dcdit.diffusion.settings import SAMPLERS, Steps
+from dcdit.errors import UserError
+from dcdit.sampling.settings import SamplingPlan
+
+Meet = Literal["drop", "schedule", "fraction", "tflops"]
+"""What sets the budget: a drop fraction, one that follows the timesteps, a fraction of the full cost, or TFLOPs."""
+Scale = Annotated[float, Bounds(0, 20, hint="1 is no guidance, 2 to 4 make the class clearer")]
+
+
+@checked
+@dataclass(frozen=True)
+class Choice:
+    """One image.
+
+    Attributes:
+        label: number of its class.
+        seed: of its noise.
+        sampler, steps: what samples it.
+        scale: of guidance.
+        meet: what sets the budget.
+        drop: drop fraction, of ``drop``; of ``schedule`` the one among pure noise.
+        drop_last: of ``schedule`` the one at the image.
+        fraction, tflops: the budgets of those names.
+        weak_drop: drop fraction of the weak half; None for that of the strong one.
+        cache: threshold of feature caching; 0 for none.
+    """
+
+    label: Natural
+    seed: Seed
+    sampler: str
+    steps: Steps
+    scale: Scale
+    meet: Meet = "drop"
+    drop: DropFraction = 0.0
+    drop_last: DropFraction = 0.0
+    fraction: Annotated[float, Bounds(0, 1, open_low=True, hint="0.6 asks for 60% of the full cost")] = 1.0
+    tflops: Positive = 1.0
+    weak_drop: DropFraction | None = None
+    cache: NonNegative = 0.0
+
+    @property
+    def at_full_budget(self) -> "Choice":
+        """The same without any drop or reuse."""
+        return Choice(self.label, self.seed, self.sampler, self.steps, self.scale)
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """What differs from the defaults of sampling."""
+        guidance: dict[str, Any] = {"scale": self.scale}
+        budget: dict[str, Any] = {}
+        if self.meet == "drop":
+            guidance["drop_fraction"] = self.drop
+        elif self.meet == "schedule":
+            guidance["drop_schedule"] = [[_NOISE, self.drop], [0, self.drop_last]]
+        else:
+            budget = {self.meet: getattr(self, self.meet)}
+        if self.scale != 1 and self.weak_drop is not None:
+            guidance["uncond_drop_fraction"] = self.weak_drop
+        return {"sampler": {"steps": self.steps, "cache": self.cache}, "guidance": guidance, "budget": budget}
+
+    def plan(self, base: Mapping[str, Any]) -> SamplingPlan:
+        """The plan of sampling.
+
+        Args:
+            base: the plain values of a composed configuration, changed in what was chosen.
+
+        Raises:
+            UserError: naming the value and the remedy.
+        """
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"sampler={self.sampler!r} is not one of {', '.join(SAMPLERS)}")
+        chosen = self.sections()
+        sampler = {"clip": base["sampler"].get("clip", False), **chosen["sampler"], "name": self.sampler}
+        values = {**base, "seed": self.seed, "sampler": sampler}
+        values |= {name: {**base[name], **chosen[name]} for name in ("guidance", "budget")}
+        return SamplingPlan.of(values)[0]
+
+    def command(self, base: Mapping[str, Any], checkpoint: str) -> str:
+        """The words for a terminal that make the same image.
+
+        Args:
+            base: as of :meth:`plan`.
+            checkpoint: what it is made with.
+        """
+        chosen = self.sections()
+        words = [f"checkpoint={checkpoint}", f"classes=[{self.label}]", "per_class=1", f"seed={self.seed}"]
+        words += [f"sampler={self.sampler}", f"sampler.steps={self.steps}"]
+        words += ["sampler.clip=true"] if base["sampler"].get("clip") else []
+        words += [f"sampler.cache={self.cache:g}"] if self.cache else []
+        for name in ("guidance", "budget"):
+            words += [f"{name}.{key}={_value(value)}" for key, value in chosen[name].items() if value]
+        return " ".join(["dcdit", "sample", *map(shlex.quote, words)])
+
+
+_NOISE = 1000
+"""The timestep of pure noise; 999 of DDPM is as good as that."""
+
+
+def _value(value: Any) -> str:
+    """As a person writes it on a command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_value, value))}]"
+    return f"{value:g}"

@@ -1,0 +1,328 @@
+"""The explorer's page: controls, and what they change. Everything it shows comes from this machine."""
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+
+import gradio as gr
+
+from dcdit.errors import UserError
+from dcdit.explorer import view
+from dcdit.explorer.choice import Choice
+from dcdit.explorer.studio import Painting, StoppedError, Studio
+from dcdit.sampling.overlays import save_animation
+
+_ABOUT = (
+    "From noise to image, a router keeps those positions of the grid as tokens that their neighbourhood does not"
+    " predict; the transformer runs on them alone. **Move a drop fraction ρ**: that share of the kept tokens, the"
+    " router's least certain ones, is left out. You see both images, where their tokens were at every timestep, what"
+    " they cost, and what the drop changed. All of it is computed on this machine."
+)
+_MEET = [
+    ("drop fraction ρ", "drop"),
+    ("ρ that follows the timesteps", "schedule"),
+    ("fraction of the full cost", "fraction"),
+    ("TFLOPs per image", "tflops"),
+]
+_WAITING = 16
+"""Jobs that may wait for their turn; more are refused in words."""
+_SESSIONS = 32
+"""Browsers whose images are remembered."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """The controls of A or B, in the order in which their values come."""
+
+    checkpoint: Any
+    meet: Any
+    drop: Any
+    drop_last: Any
+    fraction: Any
+    tflops: Any
+    own_weak: Any
+    weak_drop: Any
+    cache: Any
+    sampler: Any
+    steps: Any
+    scale: Any
+
+    @property
+    def controls(self) -> list[Any]:
+        """All of them."""
+        return list(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one side asks for: the number of a checkpoint, and the choice."""
+
+    checkpoint: int
+    choice: Choice
+
+
+def asked(label: Any, seed: Any, values: Sequence[Any]) -> Asked:
+    """What the values of a side's controls ask for; UserError naming what is wrong."""
+    given = Side(*values)
+    if seed is None or given.tflops is None:
+        raise UserError("a number is missing: type one")
+    choice = Choice(
+        label=label,
+        seed=seed,
+        sampler=given.sampler,
+        steps=given.steps,
+        scale=given.scale,
+        meet=given.meet,
+        drop=given.drop if given.meet in ("drop", "schedule") else 0.0,
+        drop_last=given.drop_last if given.meet == "schedule" else 0.0,
+        fraction=given.fraction if given.meet == "fraction" else 1.0,
+        tflops=given.tflops if given.meet == "tflops" else 1.0,
+        weak_drop=given.weak_drop if given.own_weak and given.scale != 1 else None,
+        cache=given.cache,
+    )
+    return Asked(given.checkpoint, choice)
+
+
+class Page:
+    """The page, and what happens on it.
+
+    Args:
+        studio: what samples.
+        title: of the page.
+    """
+
+    def __init__(self, studio: Studio, title: str) -> None:
+        self.studio, self.title = studio, title
+        self._stopped: set[str] = set()
+
+    # ---- what happens ------------------------------------------------------------------------------------------
+
+    def _on_step(self, session: str) -> Callable[[int, int, str], None]:
+        """Tells the page how far a job is, and ends it where its browser asked for that."""
+        self._stopped.discard(session)
+        progress = gr.Progress()
+
+        def tell(done: int, steps: int, what: str) -> None:
+            if session in self._stopped:
+                raise StoppedError
+            progress((done, steps), desc=what, unit="steps")
+
+        return tell
+
+    def stop(self, request: gr.Request) -> None:
+        """End the job of this browser at its next step."""
+        self._stopped.add(str(request.session_hash))
+
+    def forget(self, request: gr.Request) -> None:
+        """A browser has gone: nobody waits for its job."""
+        self._stopped.add(str(request.session_hash))
+
+    def update(
+        self,
+        request: gr.Request,
+        known: tuple[tuple[Asked, Painting], ...],
+        label: Any,
+        seed: Any,
+        *values: Any,
+    ) -> list[Any]:
+        """Sample whichever side asks for something else than it shows."""
+        names = view.NAMES
+        half = len(values) // 2
+        found: list[tuple[Asked, Painting]] = []
+        on_step = self._on_step(str(request.session_hash))
+        try:
+            for number, some in enumerate((values[:half], values[half:])):
+                wanted = asked(label, seed, some)
+                same = [painting for one, painting in known if one == wanted]
+                told = lambda done, steps, what, name=names[number]: on_step(done, steps, f"{name}: {what}")  # noqa: E731
+                painting = same[0] if same else self.studio.paint(wanted.checkpoint, wanted.choice, told)
+                found.append((wanted, painting))
+        except StoppedError:
+            return [gr.skip()] * (_OUTPUTS - 1) + [view.message("Stopped. The page shows what was there before.")]
+        except UserError as error:
+            return [gr.skip()] * (_OUTPUTS - 1) + [view.message(str(error))]
+        paintings = [painting for _, painting in found]
+        words = [self.studio.classes(one.checkpoint)[one.choice.label] for one, _ in found]
+        return [
+            tuple(found),
+            *(view.image(*each) for each in zip(names, paintings, words, strict=True)),
+            view.difference_of(*paintings),
+            view.numbers(paintings),
+            view.downloads(paintings),
+            "\n".join(self.studio.command(one.checkpoint, one.choice) for one, _ in found),
+            view.message("Done.", problem=False),
+        ]
+
+    def course(self, known: tuple[tuple[Asked, Painting], ...], place: float) -> list[str]:
+        """How both images came about: one evaluation of each, and the curves."""
+        return [*self.moments(known, place), view.curves([painting for _, painting in known]) if known else ""]
+
+    def moments(self, known: tuple[tuple[Asked, Painting], ...], place: float) -> list[str]:
+        """One evaluation of each side, at a place between 0, noise, and 100, the image."""
+        pictures = [view.moment(name, each[1], place / 100) for name, each in zip(view.NAMES, known, strict=False)]
+        return pictures or ["", ""]
+
+    def strip(self, request: gr.Request, label: Any, seed: Any, *values: Any) -> str:
+        """The same seed at seven budgets, by the other settings of A."""
+        try:
+            wanted = asked(label, seed, values)
+            on_step = self._on_step(str(request.session_hash))
+            return view.strip(self.studio.strip(wanted.checkpoint, wanted.choice, on_step))
+        except StoppedError:
+            return view.message("Stopped.")
+        except UserError as error:
+            return view.message(str(error))
+
+    def animate(self, known: tuple[tuple[Asked, Painting], ...], form: str) -> list[str]:
+        """Both sides as animations."""
+        found = []
+        with tempfile.TemporaryDirectory() as folder:
+            for name, (_, painting) in zip(view.NAMES, known, strict=False):
+                file = Path(folder) / f"{name}.{form.lower()}"
+                save_animation(painting.animation(), file)
+                found.append(view.animated(name, painting, file))
+        return found or [view.message("There is no image yet.")] * 2
+
+    # ---- what there is -----------------------------------------------------------------------------------------
+
+    def _side(self, name: str, drop: float, base: dict[str, Any]) -> Side:
+        """The controls of one side."""
+        studio = self.studio
+        several = len(studio.places) > 1
+        number = view.NAMES.index(name) if several else 0
+        with gr.Group():
+            choices = [(place.run, index) for index, place in enumerate(studio.places)]
+            checkpoint = gr.Radio(choices, value=number, label=f"{name}: checkpoint", visible=several)
+            first = gr.Slider(0, 0.95, drop, step=0.05, label=f"{name}: drop fraction ρ", elem_id=f"drop_{name}")
+        with gr.Accordion(f"{name}: more", open=False):
+            meet = gr.Radio(_MEET, value="drop", label="what sets the budget")
+            last = gr.Slider(0, 0.95, 0.0, step=0.05, label="ρ at the image; above stands that in noise", visible=False)
+            fraction = gr.Slider(0.05, 1, 0.7, step=0.05, label="fraction of the full cost", visible=False)
+            tflops = gr.Number(1.0, label="TFLOPs per image", visible=False, minimum=0)
+            scale = gr.Slider(0, 10, base["guidance"]["scale"], step=0.25, label="guidance scale, 1 for none")
+            own_weak = gr.Checkbox(False, label="the half without class has a ρ of its own (Lite-CFG)")
+            weak = gr.Slider(0, 0.95, 0.9, step=0.05, label="its ρ", visible=False)
+            top = max(0.5, float(base["sampler"]["cache"]))
+            cache = gr.Slider(
+                0, top, base["sampler"]["cache"], step=0.01, label="feature caching: threshold, 0 for none"
+            )
+            samplers = sorted({each for index in range(len(studio.places)) for each in studio.samplers(index)})
+            sampler = gr.Dropdown(samplers, value=studio.sampler(number), label="sampler")
+            most = studio.most_steps
+            steps = gr.Slider(2, most, min(most, base["sampler"]["steps"]), step=1, label="steps")
+        shown = lambda what: [  # noqa: E731
+            gr.update(visible=what in ("drop", "schedule")),
+            *(gr.update(visible=what == each) for each in ("schedule", "fraction", "tflops")),
+        ]
+        meet.input(shown, meet, [first, last, fraction, tflops], **_SILENT)
+        own_weak.input(lambda own: gr.update(visible=own), own_weak, weak, **_SILENT)
+        return Side(checkpoint, meet, first, last, fraction, tflops, own_weak, weak, cache, sampler, steps, scale)
+
+    def blocks(self, base: dict[str, Any]) -> gr.Blocks:
+        """The page.
+
+        Args:
+            base: the plain values of the configuration, which the controls begin with.
+        """
+        studio = self.studio
+        names = [(name, number) for number, name in enumerate(studio.classes(0))]
+        routes = any(studio.routes(number) for number in range(len(studio.places)))
+        with gr.Blocks(title=self.title, analytics_enabled=False, fill_width=True) as page:
+            gr.Markdown(f"# {self.title}\n\n{_ABOUT}")
+            known = gr.State((), time_to_live=3600)
+            with gr.Row():
+                with gr.Column(scale=2, min_width=280):
+                    with gr.Group():
+                        label = gr.Dropdown(names, value=0, label="class", elem_id="label")
+                        seed = gr.Number(base["seed"], label="seed", precision=0, minimum=0, elem_id="seed")
+                        another = gr.Button("another seed", size="sm", elem_id="another")
+                    sides = [self._side(name, drop, base) for name, drop in zip(view.NAMES, (0.0, 0.5), strict=True)]
+                    stop = gr.Button("stop", size="sm", elem_id="stop")
+                    status = gr.HTML(elem_id="status")
+                with gr.Column(scale=5, min_width=280):
+                    with gr.Row():
+                        images = [gr.HTML(elem_id=f"image_{name}", min_height=120) for name in view.NAMES]
+                        between = gr.HTML(elem_id="difference")
+                    numbers = gr.HTML(elem_id="numbers")
+                    place = gr.Slider(0, 100, 60, step=1, label="time: 0 is noise, 100 the image", elem_id="place")
+                    moments = [gr.HTML(elem_id=f"moment_{name}") for name in view.NAMES]
+                    curves = gr.HTML(elem_id="curves")
+                    with gr.Row():
+                        seven = gr.Button("same seed at seven budgets", elem_id="seven", visible=routes)
+                        form = gr.Radio(["GIF", "WebP"], value="GIF", label="animation as")
+                        move = gr.Button("animate A and B", elem_id="animate")
+                    strip = gr.HTML(elem_id="strip")
+                    with gr.Row():
+                        animations = [gr.HTML(elem_id=f"animation_{name}") for name in view.NAMES]
+                    downloads = gr.HTML(elem_id="downloads")
+                    commands = gr.Textbox(
+                        label="the same images from a terminal, A then B", lines=2, elem_id="commands"
+                    )
+            inputs = [known, label, seed, *sides[0].controls, *sides[1].controls]
+            outputs = [known, *images, between, numbers, downloads, commands, status]
+            assert len(outputs) == _OUTPUTS
+            one = {"concurrency_id": "sampling", "concurrency_limit": 1, "trigger_mode": "always_last"}
+
+            changed = [control.input for control in (label, seed, *sides[0].controls, *sides[1].controls)]
+            shared: dict[str, Any] = {"show_progress_on": status, "api_visibility": "private", **one}
+            seeded = another.click(lambda old: (int(old or 0) + 1) % 2**31, seed, seed, **_SILENT)
+            for updated in (
+                gr.on([page.load, *changed], self.update, inputs, outputs, **shared),
+                seeded.then(self.update, inputs, outputs, **shared),
+            ):
+                updated.then(self.course, [known, place], [*moments, curves], **_SILENT)
+            place.input(self.moments, [known, place], moments, trigger_mode="always_last", **_SILENT)
+            seven.click(self.strip, [label, seed, *sides[0].controls], strip, **{**shared, "show_progress_on": strip})
+            move.click(self.animate, [known, form], animations, api_visibility="private", concurrency_limit=1)
+            stop.click(self.stop, queue=False, **_SILENT)
+            page.unload(self.forget)
+        return page.queue(max_size=_WAITING, default_concurrency_limit=4)
+
+
+_OUTPUTS = 8
+_SILENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def serve(page: gr.Blocks, host: str, port: int | None, share: bool, browser: bool, block: bool = True) -> str:
+    """Answer browsers until interrupted; returns the address where this does not ``block``.
+
+    Args:
+        page: what they see.
+        host, port: where; None takes the first free port from 7860.
+        share: through a public address of Gradio's as well.
+        browser: open one.
+        block: wait here.
+
+    Raises:
+        UserError: if the port is taken.
+    """
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            inbrowser=browser,
+            quiet=not share,
+            prevent_thread_lock=True,
+            theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+            css=view.CSS,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            max_file_size="1kb",
+            state_session_capacity=_SESSIONS,
+        )
+    except OSError as error:
+        raise UserError(f"port={port}: it is taken, choose another or leave the key out ({error})") from None
+    print(f"The explorer is at {address}   (Ctrl-C ends it)", flush=True)
+    if block:
+        page.block_thread()
+    return address

@@ -1,0 +1,243 @@
+"""Samples what is chosen on the explorer's page, one image at a time, with all that is to be shown of it."""
+
+import statistics
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dcdit.checkpoints.locate import Place
+from dcdit.compute.table import flops_words
+from dcdit.diffusion.samplers import Step
+from dcdit.diffusion.settings import samplers_of
+from dcdit.errors import UserError
+from dcdit.explorer.choice import Choice
+from dcdit.runtime.memory import keep_freed_memory
+from dcdit.sampling.budget import Calibration
+from dcdit.sampling.figures import Moment, Recorder, decoded, panels
+from dcdit.sampling.overlays import Pixels, side_by_side
+from dcdit.sampling.pictures import animation_frames
+from dcdit.sampling.settings import SamplingPlan
+from dcdit.sampling.setup import Sampling, at_budget, calibration_of, load, sampling_of
+
+STRIP = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+"""Drop fractions of the strip of seven budgets."""
+_TIMED, _KEPT = 9, 64
+
+OnStep = Callable[[int, int, str], None]
+"""Told before long: the evaluation that was done, of how many, and of what."""
+
+
+class StoppedError(Exception):
+    """Somebody asked to stop; raised by an :data:`OnStep`."""
+
+
+@dataclass(frozen=True)
+class Painting:
+    """An image and how it came about.
+
+    Attributes:
+        choice: what was chosen.
+        sampling: what made it.
+        title: model, sampler, budget and cost in words.
+        image: (height, width, 1 or 3) uint8.
+        moments: at every evaluation of the network.
+        tokens: share of the positions that ran at each of them, of the strong half; empty without router.
+        drops: drop fraction of the strong half at each.
+        step_flops: FLOPs of each, both halves.
+        flops: of all.
+        milliseconds: of sampling: the median of the last runs with these settings on this machine.
+        runs: how many these are.
+        full: the same image at the full budget; None if this is it.
+    """
+
+    choice: Choice
+    sampling: Sampling
+    title: str
+    image: NDArray[Any]
+    moments: Sequence[Moment]
+    tokens: Sequence[float]
+    drops: Sequence[float]
+    step_flops: Sequence[float]
+    flops: float
+    milliseconds: float
+    runs: int
+    full: "Painting | None"
+
+    @property
+    def lost(self) -> float:
+        """Mean absolute difference from the image at the full budget, as a share of the range of a pixel."""
+        return 0.0 if self.full is None else difference(self.image, self.full.image).mean() / 255
+
+    def at(self, index: int) -> list[tuple[str, Pixels]]:
+        """Pictures of one evaluation: x_t, the x_0 that is predicted of it, what ran, and the probability."""
+        moment = self.moments[min(index, len(self.moments) - 1)]
+        noisy, clean = decoded([moment.x, moment.clean], self.sampling.decode)
+        return panels(moment, noisy, clean)
+
+    def animation(self) -> list[Pixels]:
+        """Pictures of its way from noise, fifty at most, and of itself at the end."""
+        chosen = np.linspace(0, len(self.moments) - 1, min(50, len(self.moments))).round().astype(int)
+        return animation_frames([self.moments[each] for each in chosen], self.image, self.sampling, self.title)
+
+
+def difference(one: NDArray[Any], two: NDArray[Any]) -> NDArray[Any]:
+    """Absolute difference of two images (height, width, channels) uint8, pixel by pixel; UserError if sizes differ."""
+    if one.shape != two.shape:
+        raise UserError(f"images of {_size(one)} and {_size(two)} pixels have no difference")
+    return np.abs(one.astype(np.int16) - two.astype(np.int16)).astype(np.uint8)
+
+
+def _size(image: NDArray[Any]) -> str:
+    return f"{image.shape[0]} x {image.shape[1]}"
+
+
+T = TypeVar("T")
+
+
+class _Newest(Generic[T]):
+    """The newest answers to questions; older ones are forgotten."""
+
+    def __init__(self, size: int) -> None:
+        self._known: OrderedDict[Hashable, T] = OrderedDict()
+        self._size = size
+
+    def get(self, key: Hashable, find: Callable[[], T]) -> T:
+        """What is known, or what ``find`` says."""
+        found = self._known.pop(key) if key in self._known else find()
+        self._known[key] = found
+        while len(self._known) > self._size:
+            self._known.popitem(last=False)
+        return found
+
+
+class Studio:
+    """One or two checkpoints, and what was sampled with them lately.
+
+    Args:
+        plan: what holds for all of them, see :class:`Choice`.
+        base: the plain values that it was made of.
+        places: of the checkpoints.
+        most_steps: of a sampler.
+        words: for commands: what was said beside.
+    """
+
+    def __init__(
+        self, plan: SamplingPlan, base: Mapping[str, Any], places: Sequence[Place], most_steps: int, words: str = ""
+    ) -> None:
+        keep_freed_memory()
+        self.base, self.places, self.most_steps, self.words = base, places, most_steps, words
+        self.loaded = [load(plan, place) for place in places]
+        self._times: _Newest[deque[float]] = _Newest(_KEPT)
+        self._full: _Newest[Painting] = _Newest(8)
+        self._budgets: _Newest[Calibration] = _Newest(_KEPT)
+
+    def classes(self, side: int) -> Sequence[str]:
+        """Names of the classes that a checkpoint knows."""
+        return self.loaded[side].model.latents.classes
+
+    def samplers(self, side: int) -> list[str]:
+        """Those that fit a checkpoint."""
+        return samplers_of(self.loaded[side].model.process.settings.name)
+
+    def sampler(self, side: int) -> str:
+        """The one that the command asked for."""
+        model = self.loaded[side].model
+        return model.process.sampler(SamplingPlan.of(self.base)[0].sampler).name
+
+    def routes(self, side: int) -> bool:
+        """Whether a checkpoint has budgets."""
+        return self.loaded[side].model.network.routes
+
+    def command(self, side: int, choice: Choice) -> str:
+        """The words for a terminal that make the same image."""
+        place = self.places[side]
+        name = str(Path(place.name).resolve()) if Path(place.name).exists() else place.name
+        return " ".join(filter(None, [choice.command(self.base, name), self.words]))
+
+    def paint(self, side: int, choice: Choice, on_step: OnStep) -> Painting:
+        """Sample what was chosen, and first, unless that is known, the same at the full budget.
+
+        Raises:
+            UserError: naming what cannot be, and the remedy.
+        """
+        sampling = self._sampling(side, choice)
+        full = None
+        if choice != choice.at_full_budget:
+            key = (side, choice.at_full_budget)
+            full = self._full.get(key, lambda: self._sample(side, choice.at_full_budget, on_step, "full budget"))
+        painting = self._sample(side, choice, on_step, "image", sampling)
+        if full is None:
+            self._full.get((side, choice), lambda: painting)
+            return painting
+        times = self._times_of(side, full.choice)
+        return replace(painting, full=replace(full, milliseconds=statistics.median(times), runs=len(times)))
+
+    def strip(self, side: int, choice: Choice, on_step: OnStep) -> Pixels:
+        """The same seed at seven budgets."""
+        if not self.routes(side):
+            raise UserError(f"{self.places[side].run} has one budget: its network drops no tokens")
+        found = []
+        for drop in STRIP:
+            each = replace(choice, meet="drop", drop=drop)
+            painting = self._sample(side, each, on_step, f"ρ {drop:g}")
+            found.append((f"ρ {drop:g}: {flops_words(painting.flops)}", painting.image))
+        return side_by_side(found, "", 144)
+
+    def _times_of(self, side: int, choice: Choice) -> "deque[float]":
+        """Milliseconds of the last runs with these settings, whatever the image."""
+        return self._times.get((side, replace(choice, label=0, seed=0)), lambda: deque(maxlen=_TIMED))
+
+    def _sampling(self, side: int, choice: Choice) -> Sampling:
+        """What samples it."""
+        if choice.steps > self.most_steps:
+            raise UserError(f"steps={choice.steps}: the page takes at most {self.most_steps}, or start it with more")
+        if choice.label >= len(self.classes(side)):
+            known = len(self.classes(side))
+            raise UserError(f"class {choice.label}: {self.places[side].run} knows the classes 0 to {known - 1}")
+        plan = choice.plan(self.base)
+        sampling = sampling_of(plan, self.places[side], self.loaded[side])
+        if not plan.budget.given:
+            return sampling
+        key = (side, replace(choice, label=0, seed=0))
+        return at_budget(sampling, self._budgets.get(key, lambda: calibration_of(sampling)))
+
+    def _sample(
+        self, side: int, choice: Choice, on_step: OnStep, what: str, sampling: Sampling | None = None
+    ) -> Painting:
+        """Sample one image, without looking at what is known."""
+        sampling = sampling or self._sampling(side, choice)
+        model, timesteps = sampling.model, sampling.sampler.timesteps
+        recorder = Recorder([0], None, len(timesteps), model.process.clean)
+
+        def note(numbers: list[int], step: Step) -> None:
+            recorder.take(numbers, step)
+            on_step(step.index + 1, len(timesteps), what)
+
+        begin = time.perf_counter()
+        (batch,) = sampling.generate(torch.tensor([choice.label]), [0], note)
+        times = self._times_of(side, choice)
+        times.append(1000 * (time.perf_counter() - begin))
+        moments = recorder.rows[0]
+        routed = [each.boundaries.mask.mean() for each in moments if each.boundaries is not None]
+        flops = batch.flops.item()
+        return Painting(
+            choice,
+            sampling,
+            f"{sampling.words}, {flops_words(flops)}",
+            sampling.images(batch)[0].permute(1, 2, 0).cpu().numpy(),
+            moments,
+            [float(share) for share in routed],
+            [sampling.guidance.settings.drop_at(timestep)[0] for timestep in timesteps],
+            batch.step_flops[:, 0].tolist(),
+            flops,
+            statistics.median(times),
+            len(times),
+            None,
+        )

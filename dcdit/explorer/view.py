@@ -1,0 +1,169 @@
+"""What the explorer shows of paintings, as fragments of HTML: pictures within, nothing that is fetched."""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from PIL import Image
+
+from dcdit.compute.table import flops_words
+from dcdit.explorer.studio import Painting, difference
+from dcdit.sampling.overlays import Pixels, enlarged
+
+NAMES = ("A", "B")
+_COLOURS = ("#0072B2", "#D55E00")
+"""Of A and B: told apart by everyone, and seen on light and dark."""
+_INK = "#010203"
+"""A colour that nobody takes; in the page it becomes that of the text."""
+
+_fragments: Any = (
+    Environment(loader=PackageLoader("dcdit", "explorer"), autoescape=True).get_template("fragments.html").module
+)
+
+CSS = """
+figure.dcdit { margin: 0; } figure.dcdit img { width: 100%; image-rendering: pixelated; border-radius: 4px; }
+figure.dcdit svg { width: 100%; height: auto; }
+div.dcdit-row { display: flex; flex-wrap: wrap; gap: .5rem; } div.dcdit-row > figure { flex: 1 1 9rem; }
+div.dcdit-plots > figure { flex: 1 1 20rem; min-width: 0; }
+figure.dcdit figcaption, p.dcdit { font-size: .85rem; overflow-wrap: anywhere; }
+p.dcdit a, figure.dcdit a { text-decoration: underline; margin-right: 1rem; }
+p.problem { border-left: 4px solid #D55E00; padding: .4rem .8rem; font-weight: 600; }
+.dcdit-wide { overflow-x: auto; } table.dcdit { font-variant-numeric: tabular-nums; width: 100%; }
+table.dcdit th, table.dcdit td { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; }
+table.dcdit th[scope=row] { font-weight: 400; }
+"""
+
+
+def _source(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def png(pixels: Pixels) -> str:
+    """A picture (height, width, 3) as the source of an ``<img>``."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return _source(file.getvalue(), "image/png")
+
+
+def image(name: str, painting: Painting, words: str) -> str:
+    """The finished image of one side."""
+    alt = f"{name}: class {words}, seed {painting.choice.seed}, {painting.title}"
+    return str(_fragments.picture(png(enlarged(painting.image, 256)), f"{name}: {painting.title}", alt))
+
+
+def difference_of(one: Painting, two: Painting) -> str:
+    """Where two images differ, white where most."""
+    try:
+        found = difference(one.image, two.image)
+    except ValueError as error:
+        return message(str(error))
+    share = found.mean() / 255
+    words = f"|A − B|: {share:.2%} of the range on average"
+    return str(_fragments.picture(png(enlarged(found, 256)), words, f"difference of A and B, {words}"))
+
+
+def moment(name: str, painting: Painting, place: float) -> str:
+    """One evaluation of the network, at a ``place`` between 0, noise, and 1, the image."""
+    index = round(place * (len(painting.moments) - 1))
+    at = painting.moments[index]
+    cost = flops_words(painting.step_flops[index])
+    words = f"{name}: evaluation {index + 1} of {len(painting.moments)}, {cost}"
+    if at.boundaries is not None:
+        words += f", {at.boundaries.words}; orange: kept, blue: dropped by the tail drop, grey: left to the encoder"
+    return str(_fragments.pictures([(png(picture), said) for said, picture in painting.at(index)], words))
+
+
+def _share(value: float, full: float) -> str:
+    return f"{value / full:.0%} of the full budget's"
+
+
+def numbers(paintings: Sequence[Painting]) -> str:
+    """What they cost and lost, beside the same image at the full budget."""
+    rows: dict[str, list[str]] = {}
+
+    def add(words: str, cell: str) -> None:
+        rows.setdefault(words, []).append(cell)
+
+    for painting in paintings:
+        full = painting.full or painting
+        ran = [share for share in painting.tokens if share]
+        drops = sorted({round(drop, 3) for drop in painting.drops})
+        add("work", f"{flops_words(painting.flops)}, {_share(painting.flops, full.flops)}")
+        times = f"{painting.milliseconds:.0f} ms (median of {painting.runs}), "
+        add("time here", times + _share(painting.milliseconds, full.milliseconds))
+        add("tokens kept", f"{np.mean(ran):.1%} of all positions" if painting.tokens else "all patches")
+        add("drop fraction ρ", " to ".join(f"{drop:g}" for drop in (drops[0], drops[-1])[: len(drops)]))
+        add("steps reused", f"{len(painting.tokens) - len(ran)} of {len(painting.moments)}")
+        add("differs from the full budget", f"{painting.lost:.2%} of the range on average")
+    return str(_fragments.numbers(NAMES, rows.items()))
+
+
+def curves(paintings: Sequence[Painting]) -> str:
+    """Tokens kept, drop fraction and FLOPs over the timesteps, as SVG in the page's own colours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    drawn = []
+    style: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
+    for words in ("tokens kept, %", "GFLOPs of an evaluation"):
+        with plt.rc_context({**style, "svg.fonttype": "none"}):
+            figure, axes = plt.subplots(figsize=(4.6, 2.5), layout="constrained")
+            for name, painting, colour, line in zip(NAMES, paintings, _COLOURS, ("-", "--"), strict=False):
+                timesteps = [each.timestep for each in painting.moments]
+                if words.startswith("GFLOPs"):
+                    axes.plot(timesteps, np.divide(painting.step_flops, 1e9), line, c=colour, marker=".", label=name)
+                elif painting.tokens:
+                    axes.plot(timesteps, np.multiply(painting.tokens, 100), line, c=colour, marker=".", label=name)
+                    axes.plot(timesteps, np.multiply(painting.drops, 100), ":", c=colour, lw=1, label=f"ρ of {name}, %")
+            axes.set(xlabel="timestep: from noise to image", ylabel=words, ylim=(0, None))
+            axes.invert_xaxis()
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.patch.set_alpha(0)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+            file = io.StringIO()
+            figure.savefig(file, format="svg", transparent=True)
+            plt.close(figure)
+        text = file.getvalue()
+        tag = text[text.index("<svg") :].replace(_INK, "currentColor")
+        drawn.append(tag.replace("<svg", f'<svg role="img" aria-label="{words} over the timesteps"', 1))
+    return (
+        f'<div class="dcdit-row dcdit-plots">{"".join(f"<figure class=dcdit>{each}</figure>" for each in drawn)}</div>'
+    )
+
+
+def downloads(paintings: Sequence[Painting]) -> str:
+    """Links that save the finished images as PNG, pixel by pixel."""
+    links = []
+    for name, painting in zip(NAMES, paintings, strict=False):
+        links.append((png(enlarged(painting.image, 1)), _file(painting, f"{name}.png"), f"{name} as PNG"))
+    return str(_fragments.downloads(links))
+
+
+def animated(name: str, painting: Painting, file: Path) -> str:
+    """An animation that was saved as ``file``, and a link that saves it."""
+    kind = {".gif": "image/gif", ".webp": "image/webp"}[file.suffix]
+    words = f"save {name} as {file.suffix[1:].upper()}"
+    source = _source(file.read_bytes(), kind)
+    return str(_fragments.saved(source, _file(painting, f"{name}{file.suffix}"), words, f"{name}: from noise to image"))
+
+
+def strip(picture: Pixels) -> str:
+    """The same seed at several budgets."""
+    words = "The same seed at seven budgets"
+    return str(_fragments.saved(png(picture), "seven_budgets.png", "save as PNG", words))
+
+
+def message(words: str, problem: bool = True) -> str:
+    """What is wrong, or going on."""
+    return str(_fragments.message("problem" if problem else "", words))
+
+
+def _file(painting: Painting, ending: str) -> str:
+    return f"class_{painting.choice.label}_seed_{painting.choice.seed}_{ending}"

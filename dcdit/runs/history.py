@@ -1,0 +1,84 @@
+"""What a run logged, from its CSV files: the whole course, or the last value of everything."""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class History:
+    """The course of every logged value.
+
+    Attributes:
+        courses: for each value its steps and what it was; where a run was resumed earlier on, later files win.
+        last: the value that was written last of each.
+    """
+
+    courses: Mapping[str, tuple[Sequence[int], Sequence[float]]]
+    last: Mapping[str, float]
+
+    def values(self, name: str) -> Sequence[float]:
+        """The course of one value, without its steps; empty if it was never logged."""
+        return self.courses[name][1] if name in self.courses else ()
+
+
+def history_of(run_dir: Path) -> History:
+    """What the run in ``run_dir`` logged; nothing if it did not, or what cannot be read."""
+    versions = {path: path.parent.name.removeprefix("version_") for path in run_dir.glob("logs/version_*/metrics.csv")}
+    files = sorted((path for path in versions if versions[path].isdecimal()), key=lambda path: int(versions[path]))
+    courses: dict[str, dict[int, float]] = {}
+    last: dict[str, float] = {}
+    for path in files:
+        with suppress(OSError):
+            status = path.stat()
+            for key, rows in _read(path, status.st_mtime_ns, status.st_size).items():
+                courses.setdefault(key, {}).update(rows)
+                last[key] = list(rows.values())[-1]
+    ordered = {key: sorted(rows.items()) for key, rows in courses.items()}
+    return History({key: ([s for s, _ in rows], [v for _, v in rows]) for key, rows in ordered.items()}, last)
+
+
+@lru_cache(maxsize=256)
+def _read(path: Path, _time: int, _size: int) -> Mapping[str, Mapping[int, float]]:
+    """The numbers of one file by column and step; read anew when its time or size is another."""
+    found: dict[str, dict[int, float]] = {}
+    with suppress(OSError, UnicodeDecodeError, csv.Error), path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            step = _number(row.get("step"))
+            for key, value in row.items():
+                number = _number(value)
+                if isinstance(key, str) and number is not None:
+                    # written last, stands last: a dictionary keeps the place of what it replaces
+                    rows = found.setdefault(key, {})
+                    rows.pop(int(step or 0), None)
+                    rows[int(step or 0)] = number
+    return found
+
+
+def _number(value: object) -> float | None:
+    """A finite number in a cell; None if it is empty, cut off, or of a line too long."""
+    with suppress(TypeError, ValueError):
+        number = float(value)  # type: ignore[arg-type]
+        return number if math.isfinite(number) else None
+    return None
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int = 16) -> str:
+    """A course in one line of ``width`` characters at most: means of as many equal parts, least to greatest."""
+    if not values:
+        return ""
+    parts = min(width, len(values))
+    edges = [len(values) * part // parts for part in range(parts + 1)]
+    means = [sum(values[low:high]) / (high - low) for low, high in pairwise(edges)]
+    low, high = min(means), max(means)
+    if high == low:
+        return _BARS[0] * parts
+    return "".join(_BARS[round((mean - low) / (high - low) * (len(_BARS) - 1))] for mean in means)

@@ -1,0 +1,144 @@
+"""What the router kept, drawn over decoded images at the resolution of their pixels, and trajectories that move."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from dcdit.runtime.files import replacing
+
+Pixels = NDArray[np.uint8]
+"""An image (height, width, 3)."""
+
+KEPT, DROPPED = (230, 159, 0), (86, 180, 233)
+"""Outlines of kept positions, orange, and of those that the tail drop left out, sky blue: told apart by everyone
+(Okabe and Ito's palette)."""
+PROBABILITY = "magma"
+"""Colours of the boundary probability, from 0 to 1 in every picture."""
+_BESIDE, _SHADE = 0.45, 96.0
+"""How much of an image is left beside kept positions, and the grey that the rest becomes."""
+
+
+def enlarged(image: NDArray[Any], least: int) -> Pixels:
+    """An image (height, width, 1 or 3) uint8 in colours, by a whole factor at least ``least`` high, pixels sharp."""
+    factor = max(1, -(-least // image.shape[0]))
+    return np.broadcast_to(image.repeat(factor, 0).repeat(factor, 1), _size(image, factor)).copy()
+
+
+def _size(image: NDArray[Any], factor: int) -> tuple[int, int, int]:
+    return image.shape[0] * factor, image.shape[1] * factor, 3
+
+
+def spread(grid: NDArray[Any], height: int, width: int) -> NDArray[Any]:
+    """Each pixel's value of a ``grid`` (H, W): (height, width)."""
+    rows = np.arange(height) * grid.shape[0] // height
+    columns = np.arange(width) * grid.shape[1] // width
+    return grid[rows][:, columns]
+
+
+def _outline(image: Pixels, grid: NDArray[np.bool_], colour: tuple[int, int, int]) -> None:
+    """Draw, within ``image``, the inner border of the positions in ``grid`` (H, W), neighbours as one."""
+    inside = spread(grid, *image.shape[:2])
+    thickness = max(1, image.shape[0] // 160)
+    around = np.pad(inside, thickness)
+    height, width = inside.shape
+    whole = inside.copy()
+    for down in (0, thickness, 2 * thickness):
+        for right in (0, thickness, 2 * thickness):
+            whole &= around[down : down + height, right : right + width]
+    image[inside & ~whole] = colour
+
+
+def overlay(image: Pixels, kept: NDArray[np.bool_], natural: NDArray[np.bool_]) -> Pixels:
+    """``image`` with the positions that were ``kept`` (H, W) clear and outlined, and the others shaded.
+
+    Args:
+        image: (height, width, 3).
+        kept: positions that ran.
+        natural: those that the router kept by itself; where they did not run, the tail drop left them out.
+    """
+    clear = spread(kept, *image.shape[:2])[..., None]
+    drawn = np.where(clear, image, _BESIDE * image + (1 - _BESIDE) * _SHADE).astype(np.uint8)
+    _outline(drawn, natural & ~kept, DROPPED)
+    _outline(drawn, kept, KEPT)
+    return drawn
+
+
+def probabilities(prob: NDArray[Any], kept: NDArray[np.bool_], height: int, width: int) -> Pixels:
+    """The boundary probability ``prob`` (H, W) as colours, the kept positions outlined: (height, width, 3)."""
+    from matplotlib import colormaps
+
+    drawn = (colormaps[PROBABILITY](spread(prob, height, width))[..., :3] * 255).round().astype(np.uint8)
+    _outline(drawn, kept, (255, 255, 255))
+    return drawn
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's own font: it is always there, and knows ρ."""
+    from matplotlib import font_manager
+
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
+
+
+_SIZE = 18
+"""Of letters, in pixels."""
+
+
+def side_by_side(panels: Sequence[tuple[str, Pixels]], title: str = "", least: int = 256) -> Pixels:
+    """Panels of one height beside each other, the words of each above it, a title above all, on white.
+
+    Args:
+        panels: words and picture of each.
+        title: nothing leaves it out; what is too long goes on in a second line.
+        least: side that smaller pictures are enlarged to.
+    """
+    pictures = [enlarged(picture, least) for _, picture in panels]
+    gap, line = 8, 27
+    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) + 1)
+    lines = _lines(title, width - 2 * gap)
+    top = gap + line * (len(lines) + 1)
+    canvas = Image.new("RGB", (width, top + max(picture.shape[0] for picture in pictures) + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, words in enumerate(lines):
+        draw.text((gap, gap // 2 + number * line), words, "black", _font(_SIZE))
+    left = gap
+    for (words, _), picture in zip(panels, pictures, strict=True):
+        draw.text((left, top - line), words, "#333333", _font(_SIZE))
+        canvas.paste(Image.fromarray(picture), (left, top))
+        left += picture.shape[1] + gap
+    return np.asarray(canvas)
+
+
+def _lines(text: str, width: int) -> list[str]:
+    """``text`` in lines of at most ``width`` pixels."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and _font(_SIZE).getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def save_animation(frames: Sequence[Pixels], path: Path, milliseconds: int = 160, hold: int = 1600) -> None:
+    """Save ``frames`` of one size as a GIF or WebP that repeats, the last one held.
+
+    Args:
+        frames: at least one.
+        path: its ending says which of the two.
+        milliseconds: of a frame.
+        hold: of the last.
+    """
+    pictures = [Image.fromarray(frame) for frame in frames]
+    durations = [milliseconds] * (len(pictures) - 1) + [hold]
+    form = "WEBP" if path.suffix == ".webp" else "GIF"
+    with replacing(path) as file:
+        pictures[0].save(
+            file, format=form, save_all=True, append_images=pictures[1:], duration=durations, loop=0, lossless=True
+        )
