@@ -2,6 +2,7 @@
 # Everything that is to be known about this GPU, in one go: the tests that need one, attention, steps, budgets.
 #
 #   benchmarks/gpu.sh [python] > benchmarks/results/$(date -I)_gpu.md
+#   SKIP=networks,sampling benchmarks/gpu.sh ...      without the parts that train; each of them fits ten minutes
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-.venv/bin/python}
@@ -29,3 +30,15 @@ for choice in "" --compile "--compile --checkpointing"; do
 done
 verbatim benchmarks/budget.py --model dcdit_b --batch 128 --precision bf16 --device cuda
 verbatim benchmarks/budget.py --model dcdit_b --batch 128 --precision bf16 --device cuda --compile
+
+skipped() { [[ ",${SKIP:-}," == *",$1,"* ]]; }
+
+# What a laptop is too small for: DC-DiT N4 beside DiT/2 with twelve blocks, at equal training compute and upcycled
+if ! skipped networks; then
+    measure scripts/compare_networks.py digits trainer=gpu
+    measure scripts/compare_networks.py mnist trainer=gpu
+fi
+# FID against FLOPs and time, by drops, caching, both and fewer steps
+if ! skipped sampling; then
+    verbatim benchmarks/sampling.py runs/networks_digits/DCDiT_{0,1,2} --device cuda --out runs/sampling_gpu
+fi

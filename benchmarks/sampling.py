@@ -27,6 +27,7 @@ from digit_trials import Trained, real_digits, write_digits
 from dcdit.data.builtin import Digits
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import DDIM, DPMSolver, Euler, GuidanceSettings, Heun
+from dcdit.runtime.devices import pick_device
 
 FAMILIES: dict[str, dict[str, tuple[Callable[..., Any], tuple[int, ...]]]] = {
     "flow": {"euler": (Euler, (50, 25, 15, 10, 5)), "heun": (Heun, (13, 8, 5, 3))},
@@ -80,14 +81,16 @@ def front(rows: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
     return best
 
 
-def measure(runs: Sequence[Path], side: int, count: int, data: Path) -> list[dict[str, Any]]:
+def measure(runs: Sequence[Path], side: int, count: int, data: Path, device: torch.device) -> list[dict[str, Any]]:
     """One row for each setting: means over the networks, and the range of FID."""
-    networks = [Trained(run) for run in runs]
+    networks = [Trained(run, device) for run in runs]
     process = networks[0].model.process.settings.name
     write_digits(data, Digits(grid=side))
     real = real_digits(data, side)
     settings = settings_of(process)
     found: dict[Setting, list[tuple[float, float, float]]] = {setting: [] for setting in settings}
+    for network in networks:  # a process is slow at first
+        network.figures(real, Sampler(FAMILIES[process][settings[0].sampler][0](steps=5)), GuidanceSettings(), 100)
     work = [(network, setting) for network in networks for setting in settings]
     for network, setting in track(work, "measuring", console=Console(stderr=True), transient=True):
         kind = FAMILIES[process][setting.sampler][0]
@@ -136,11 +139,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="runs of one kind, such as three seeds")
     parser.add_argument("--count", type=int, default=1000, help="images for each point")
+    parser.add_argument("--device", default="cpu", help="where they sample")
     parser.add_argument("--out", type=Path, default=Path("runs/sampling"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     side = Trained(options.runs[0]).model.network.grid[0]
-    rows = measure(options.runs, side, options.count, options.out / f"digits{side}")
+    data, device = options.out / f"digits{side}", pick_device(options.device)
+    rows = measure(options.runs, side, options.count, data, device)
     (options.out / "sampling.json").write_text(json.dumps(rows, indent=1) + "\n")
     title = f"{len(options.runs)} networks, {options.count} images each"
     draw(rows, options.out / "sampling.png", title)

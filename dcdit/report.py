@@ -1,7 +1,7 @@
-"""One page of quality against compute: ``python -m dcdit.report runs/b_n4 runs/dit_b_2``.
+"""One page of quality against compute, and of how training went: ``python -m dcdit.report runs/b_n4 runs/dit_b_2``.
 
-Reads what ``dcdit.evaluate`` left in and below the given folders, and writes ``report.html``, which needs no other
-file, the plots, and the measurements as CSV and JSON.
+Reads what ``dcdit.evaluate`` and training left in and below the given folders, and writes ``report.html``, which needs
+no other file, the plots, and the measurements as CSV and JSON.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class ReportSettings:
     """What to report on: the keys of ``configs/report.yaml``.
 
     Attributes:
-        runs: folders with results in or below them, or single results.
+        runs: folders with runs or results in or below them, or single results.
         out: folder for the report.
         title: of the page.
     """
@@ -39,15 +39,18 @@ def check(config: DictConfig) -> ReportSettings:
 def run(config: DictConfig) -> Path:
     """Write the report; returns the page."""
     settings = check(config)
+    from dcdit.evaluation.courses import courses_below
     from dcdit.evaluation.page import write_report
-    from dcdit.evaluation.results import read_results
+    from dcdit.evaluation.results import find_results, read_results
 
-    results, left_out = read_results(settings.runs)
-    page = write_report(results, Path(settings.out), settings.title, left_out)
+    courses = courses_below(settings.runs)
+    results, left_out = find_results(settings.runs) if courses else read_results(settings.runs)
+    page = write_report(results, courses, Path(settings.out), settings.title, left_out)
     runs = len({result.values["run"] for result in results})
     for reason in left_out:
         print(f"Left out: {reason}")
-    print(f"{len(results)} measurement{'s'[: len(results) > 1]} of {runs} run{'s'[: runs > 1]}: {page}")
+    measured = f"{len(results)} measurement{'s'[: len(results) != 1]} of {runs} run{'s'[: runs != 1]}"
+    print(f"{measured}, the course of {len(courses)} run{'s'[: len(courses) != 1]}: {page}")
     return page
 
 

@@ -319,12 +319,13 @@ class BudgetSettings:
     Attributes:
         tflops: TFLOPs per image, all steps and halves, residual projection included.
         fraction: share of what an image costs without any drop or reuse.
-        by: what meets it: the drop fraction, the threshold of feature caching, or both.
+        by: what meets it: the drop fraction, the threshold of feature caching, or both; None takes both where the
+            network caches and no threshold is given.
     """
 
     tflops: Annotated[float, Bounds(low=0, open_low=True)] | None = None
     fraction: Annotated[float, Bounds(0, 1, open_low=True, hint="0.6 asks for 60% of the full cost")] | None = None
-    by: Literal["drop", "cache", "both"] = "drop"
+    by: Literal["drop", "cache", "both"] | None = None
 
     def __post_init__(self) -> None:
         if self.tflops is not None and self.fraction is not None:

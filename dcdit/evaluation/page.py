@@ -11,13 +11,14 @@ from jinja2 import Environment, PackageLoader
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure as PlotFigure
 
+from dcdit.evaluation.courses import LARGEST, Course, lines
 from dcdit.evaluation.curves import Section, arrange, best_words, pareto
-from dcdit.evaluation.plots import keep_ratio, over_scale, trade_off
+from dcdit.evaluation.plots import course_plot, keep_ratio, over_scale, trade_off
 from dcdit.evaluation.results import Result
 from dcdit.evaluation.words import differences_from_published
 from dcdit.runtime.files import replacing, writable_folder, write_csv, write_json, write_text
 
-_PLOT = re.compile(r"(\d+_)?(guidance|tflops|milliseconds|keep_ratio)\.png")
+_PLOT = re.compile(r"(\d+_)?(guidance|tflops|milliseconds|keep_ratio)\.png|training_\w+\.png")
 
 
 def _source(image: bytes) -> str:
@@ -47,12 +48,40 @@ def figures(section: Section, prefix: str, out: Path) -> Iterable[dict[str, str]
     """Draw and save the plots of a section; yields them for the page."""
     for name, title, figure in plots(section):
         if figure is not None:
-            image = io.BytesIO()
-            figure.savefig(image, dpi=130, format="png")
-            plt.close(figure)
-            with replacing(out / f"{prefix}{name}.png") as file:
-                file.write(image.getvalue())
-            yield {"title": title, "source": _source(image.getvalue())}
+            yield {"title": title, "source": saved(figure, out / f"{prefix}{name}.png")}
+
+
+def saved(figure: PlotFigure, path: Path) -> str:
+    """Save a plot; what a page shows of it."""
+    image = io.BytesIO()
+    figure.savefig(image, dpi=130, format="png")
+    plt.close(figure)
+    with replacing(path) as file:
+        file.write(image.getvalue())
+    return _source(image.getvalue())
+
+
+def training(courses: Sequence[Course], out: Path) -> dict[str, Any]:
+    """How the runs went: a table, curves, and the pictures of their validations."""
+    found = []
+    for title, curves in lines(courses).items():
+        targets = sorted({each.target for each in courses if each.target}) if title == "keep ratio" else []
+        name = f"training_{title.split()[0].lower() if title != 'diffusion loss' else 'loss'}.png"
+        source = saved(course_plot(curves, title, targets), out / name)
+        found.append({"title": f"{title} over the steps of training".capitalize(), "source": source})
+    return {
+        "rows": [{"name": each.name, "cells": each.cells} for each in courses],
+        "left_out": max(0, len(courses) - LARGEST),
+        "figures": found,
+        "runs": [
+            {
+                "name": each.name,
+                "pictures": [{"at": path.stem, "source": _source(path.read_bytes())} for path in each.pictures],
+            }
+            for each in courses[:LARGEST]
+            if each.pictures
+        ],
+    }
 
 
 def _range(values: Sequence[float]) -> str:
@@ -100,11 +129,14 @@ def save_measurements(results: Sequence[Result], out: Path) -> None:
     write_json(out / "measurements.json", [result.values for result in results])
 
 
-def write_report(results: Sequence[Result], out: Path, title: str, left_out: Sequence[str] = ()) -> Path:
+def write_report(
+    results: Sequence[Result], courses: Sequence[Course], out: Path, title: str, left_out: Sequence[str] = ()
+) -> Path:
     """Write page, plots and measurements into ``out``, which is made if needed; returns the page.
 
     Args:
-        results: what is reported.
+        results: what was measured.
+        courses: how runs went, measured or not.
         out: the folder.
         title: of the page.
         left_out: what is wrong with files that are not in it.
@@ -133,6 +165,7 @@ def write_report(results: Sequence[Result], out: Path, title: str, left_out: Seq
     template = Environment(loader=PackageLoader("dcdit", "evaluation"), autoescape=True).get_template("report.html")
     runs = len({result.values["run"] for result in results})
     page = out / "report.html"
-    text = template.render(title=title, sections=shown, count=len(results), runs=runs, left_out=left_out)
+    went = training(courses, out) if courses else None
+    text = template.render(title=title, sections=shown, training=went, count=len(results), runs=runs, left_out=left_out)
     write_text(page, text)
     return page

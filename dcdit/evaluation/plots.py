@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 
+from dcdit.evaluation.courses import Line
 from dcdit.evaluation.curves import Section, Series, pareto
 from dcdit.evaluation.settings import Figure
 
@@ -48,6 +49,28 @@ def _finish(figure: PlotFigure, axes: Axes, measured: Figure | None = None) -> P
     entries = len(axes.get_legend_handles_labels()[0])
     figure.legend(loc="outside right upper", fontsize=8 if entries <= 14 else 6, frameon=False)
     return figure
+
+
+def course_plot(curves: Sequence[Line], ylabel: str, targets: Sequence[float]) -> PlotFigure:
+    """Curves over the steps of training, one colour for each run.
+
+    Args:
+        curves: what is drawn.
+        ylabel: of the axis.
+        targets: values to mark, such as the keep ratios that were asked for.
+    """
+    figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
+    palette = plt.get_cmap("tab10" if max(curve.run for curve in curves) < 10 else "tab20")
+    for curve in curves:
+        style = {"marker": "o", "markersize": 4, "linestyle": "--"} if curve.marked else {"linewidth": 1.2}
+        axes.plot(curve.steps, curve.values, color=palette(curve.run), label=verbatim(curve.label), **style)
+    for target in targets:
+        axes.axhline(target, color="black", linestyle=":", linewidth=1, label=f"asked for: {target:.3g}")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel(ylabel)
+    if ylabel == "diffusion loss" and min(min(curve.values) for curve in curves) > 0:
+        axes.set_yscale("log")
+    return _finish(figure, axes)
 
 
 def trade_off(section: Section, measured: Figure, cost: str, xlabel: str) -> PlotFigure:

@@ -17,8 +17,10 @@ SCHEMA = 5
 """Of the files that :class:`dcdit.evaluation.measure.Measurement` writes."""
 
 
-def _is_png(path: Path) -> bool:
-    """Whether a file is a picture of no unusual size: it goes into the page."""
+def is_png(path: Path) -> bool:
+    """Whether a file is a picture of no unusual size, and no link: it goes into the page."""
+    if not path.is_file() or path.is_symlink():
+        return False
     with path.open("rb") as file:
         return file.read(8) == b"\x89PNG\r\n\x1a\n" and path.stat().st_size <= LARGEST
 
@@ -82,7 +84,7 @@ class Result:
     def preview(self) -> Path | None:
         """Picture of the first images, if it is there."""
         path = self.path.with_suffix(".png")
-        return path if path.is_file() and not path.is_symlink() and _is_png(path) else None
+        return path if is_png(path) else None
 
     def row(self) -> dict[str, Any]:
         """The measurement as one flat row."""
@@ -173,13 +175,25 @@ _ROUTED: dict[str, Any] = {
 
 
 def read_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
+    """What :func:`find_results` finds; UserError if there is no result that can be used."""
+    results, left_out = find_results(places)
+    if not results:
+        raise UserError(
+            left_out[0]
+            if left_out
+            else f"runs={', '.join(places)}: no results there, python -m dcdit.evaluate writes them"
+        )
+    return results, left_out
+
+
+def find_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
     """All results in and below ``places``, by path; the newest where a run was measured twice in the same way.
 
     Returns:
         The results, and what is wrong with the files that are left out.
 
     Raises:
-        UserError: if a place does not exist, or there is no result that can be used.
+        UserError: if a place does not exist.
     """
     files: list[Path] = []
     for place in map(Path, places):
@@ -200,12 +214,6 @@ def read_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
             continue
         values = result.values
         results[json.dumps([values["run"], result.setting, result.budget, result.scale], sort_keys=True)] = result
-    if not results:
-        raise UserError(
-            left_out[0]
-            if left_out
-            else f"runs={', '.join(places)}: no results there, python -m dcdit.evaluate writes them"
-        )
     return sorted(results.values(), key=lambda result: result.path), left_out
 
 

@@ -75,10 +75,15 @@ def sparkline(values: Sequence[float], width: int = 16) -> str:
     """A course in one line of ``width`` characters at most: means of as many equal parts, least to greatest."""
     if not values:
         return ""
-    parts = min(width, len(values))
-    edges = [len(values) * part // parts for part in range(parts + 1)]
-    means = [sum(values[low:high]) / (high - low) for low, high in pairwise(edges)]
-    low, high = min(means), max(means)
+    heights = means(values, width)
+    low, high = min(heights), max(heights)
     if high == low:
-        return _BARS[0] * parts
-    return "".join(_BARS[round((mean - low) / (high - low) * (len(_BARS) - 1))] for mean in means)
+        return _BARS[0] * len(heights)
+    return "".join(_BARS[round((each - low) / (high - low) * (len(_BARS) - 1))] for each in heights)
+
+
+def means(values: Sequence[float], parts: int) -> list[float]:
+    """The means of ``parts`` equal parts of a course; itself if it has no more values."""
+    parts = min(parts, len(values))
+    edges = [len(values) * part // parts for part in range(parts + 1)] if parts else []
+    return [sum(values[low:high]) / (high - low) for low, high in pairwise(edges)]

@@ -25,7 +25,7 @@ from dcdit.sampling.generate import generate
 
 TOLERANCE = 0.01  # of the cost measured on the calibration's own images; half of what is promised for others
 _IMAGES, _ROUNDS, _LARGEST = 16, 4, 0.99
-_LARGEST_CHANGE = {"drop": 0.0, "cache": 10.0, "both": 0.8}
+_LARGEST_CHANGE = {"drop": 0.0, "cache": 10.0, "both": 0.4}
 """The largest threshold that is tried: where both meet a budget, drops do the rest before quality suffers."""
 _CACHE_SHARE = 0.9
 """Where both meet a budget: caching alone costs the fraction asked for to this power of the full cost. On digits it
@@ -160,31 +160,33 @@ def calibrate(
     if not model.network.routes:
         raise UserError(f"budget: {model.network.title} has one fixed cost, leave the budget out")
     fixed = guidance.settings.uncond_drop_fraction
-    told = budget.by != "drop" or sampler.settings.cache > 0
-    meter = _Meter(model, guidance, sampler, batch_size, precision, told)
-    drop = guidance.settings.drop_fraction if budget.by == "cache" else 0.0
-    threshold = sampler.settings.cache if budget.by == "drop" else 0.0
+    weak = guidance.weak if isinstance(guidance.weak, Network) else model.network
+    caching = model.network.caches and weak.caches and not sampler.settings.cache
+    by = budget.by or ("both" if caching else "drop")
+    meter = _Meter(model, guidance, sampler, batch_size, precision, by != "drop" or sampler.settings.cache > 0)
+    drop = guidance.settings.drop_fraction if by == "cache" else 0.0
+    threshold = sampler.settings.cache if by == "drop" else 0.0
     spent = meter.measure(drop, threshold)
     full = meter.predict(0.0, 0.0, 0.0)  # neither drop nor reuse, in either half
     wanted = budget.tflops if budget.tflops is not None else full * (budget.fraction or 1.0)
-    change = _LARGEST_CHANGE[budget.by]
-    most = (_LARGEST if budget.by != "cache" else drop, change if budget.by != "drop" else threshold)
+    change = _LARGEST_CHANGE[by]
+    most = (_LARGEST if by != "cache" else drop, change if by != "drop" else threshold)
     least = meter.predict(most[0], fixed, most[1])
     if not least <= wanted <= spent * (1 + TOLERANCE):
         asked = f"fraction={budget.fraction:g}" if budget.fraction is not None else f"tflops={budget.tflops:.4g}"
         unit, scale = ("of the full cost", 1 / full) if budget.fraction is not None else ("TFLOPs per image", 1.0)
         raise UserError(
-            f"budget.{asked} cannot be met by {budget.by}: from {least * scale:.4g} to {spent * scale:.4g} {unit} is"
+            f"budget.{asked} cannot be met by {by}: from {least * scale:.4g} to {spent * scale:.4g} {unit} is"
             " possible with this sampler and guidance, ask for something in between"
         )
     for _ in range(_ROUNDS):
         if abs(spent / wanted - 1) <= TOLERANCE:
             break
         # Other budgets lead to other images, whose routing differs a little: measure, and solve again from there.
-        if budget.by != "drop":
-            target, at = (wanted, drop) if budget.by == "cache" else (full * (wanted / full) ** _CACHE_SHARE, 0.0)
+        if by != "drop":
+            target, at = (wanted, drop) if by == "cache" else (full * (wanted / full) ** _CACHE_SHARE, 0.0)
             threshold = _solve(partial(meter.predict, at, fixed), target, change)
-        if budget.by != "cache":
+        if by != "cache":
             drop = _solve(partial(_of_drop, meter, fixed, threshold), wanted, _LARGEST)
         spent = meter.measure(drop, threshold)
     if abs(spent / wanted - 1) > 2 * TOLERANCE:

@@ -79,10 +79,11 @@ class SamplingPlan:
         assume = call_checked(AssumeSettings, values.get("assume"), "assume")
         settings = call_checked(SamplingSettings, {key: values[key] for key in values if key in names}, "")
         plan = cls(settings, assume, sampler, guidance, budget, str(values["paths"]["runs"]))
-        by = plan.budget.by if plan.budget.given else ""
-        if not by and plan.budget.by != "drop":
-            raise UserError(f"budget.by={plan.budget.by} meets no budget: give budget.fraction or budget.tflops")
-        if by and (plan.guidance.drop_schedule is not None or (by != "cache" and plan.guidance.drop_fraction)):
+        by = plan.budget.by
+        if by is not None and not plan.budget.given:
+            raise UserError(f"budget.by={by} meets no budget: give budget.fraction or budget.tflops")
+        dropped = plan.guidance.drop_schedule is not None or (by != "cache" and plan.guidance.drop_fraction)
+        if plan.budget.given and dropped:
             raise UserError("budget: guidance.drop_fraction and drop_schedule are what it replaces, leave them out")
         if by in ("cache", "both") and plan.sampler.cache:
             raise UserError(f"budget.by={by}: sampler.cache is what it replaces, leave it out")

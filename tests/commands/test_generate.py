@@ -155,7 +155,7 @@ def test_a_budget_is_calibrated_once(tiny, tmp_path, capsys):
     stored = torch.load(checkpoint, weights_only=True)
     stored["state_dict"]["network.router.scorer.3.bias"].zero_()  # a fresh router keeps next to nothing
     torch.save(stored, checkpoint)
-    settings = ("count=20", "chunk_size=20", "sampler.steps=5", "budget.fraction=0.8")
+    settings = ("count=20", "chunk_size=20", "sampler.steps=5", "budget.fraction=0.8", "budget.by=drop")
     arguments = (f"checkpoint={checkpoint}", f"out={tmp_path}/some", *settings)
     folder = generate.run(compose_config(*arguments, name="generate"))
     assert "Budget: drop fraction 0." in capsys.readouterr().out

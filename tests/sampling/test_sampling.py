@@ -118,9 +118,10 @@ def test_a_plain_transformer_costs_the_same_always():
 @pytest.mark.parametrize(
     ("target", "guided"),
     [
-        (BudgetSettings(fraction=0.7), {}),
-        (BudgetSettings(fraction=0.7), {"scale": 2.0}),
-        (BudgetSettings(fraction=0.6), {"scale": 2.0, "uncond_drop_fraction": 0.9}),
+        (BudgetSettings(fraction=0.7), {"sampler": UNCACHED}),
+        (BudgetSettings(fraction=0.7, by="drop"), {}),
+        (BudgetSettings(fraction=0.7, by="drop"), {"scale": 2.0}),
+        (BudgetSettings(fraction=0.6, by="drop"), {"scale": 2.0, "uncond_drop_fraction": 0.9}),
         (BudgetSettings(fraction=1.0), {}),
         (BudgetSettings(fraction=0.4), {"sampler": CACHED}),
         (BudgetSettings(fraction=0.7, by="cache"), {"sampler": UNCACHED}),
@@ -143,7 +144,7 @@ def test_a_budget_is_met_by_other_images_too(model, target, guided):
     assert spent(found.cache, drop_fraction=found.drop_fraction) == pytest.approx(target.fraction * full, rel=0.02)
     assert found.full_tflops == pytest.approx(full, rel=0.02)
     assert (found.drop_fraction > 0) == (target.by != "cache" and target.fraction < 1)
-    assert (found.cache > 0) == (target.by != "drop" or sampler is CACHED)
+    assert (found.cache > 0) == (sampler is CACHED or (target.by != "drop" and target.fraction < 1))
     in_tflops = BudgetSettings(target.fraction * found.full_tflops, by=target.by)
     again = calibrate(model, asked, sampler, in_tflops, 16, "fp32")
     assert again.drop_fraction == pytest.approx(found.drop_fraction, abs=0.02)
@@ -160,7 +161,8 @@ def test_budgets_that_cannot_be(model):
             BudgetSettings(**values)
     plain = guidance(model)
     for target, message in (
-        (BudgetSettings(fraction=0.01), "cannot be met by drop: from .* to"),
+        (BudgetSettings(fraction=0.01), "cannot be met by both: from .* to"),
+        (BudgetSettings(fraction=0.01, by="drop"), "cannot be met by drop: from .* to"),
         (BudgetSettings(tflops=5.0), "cannot be met"),
     ):
         with pytest.raises(UserError, match=message):

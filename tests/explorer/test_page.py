@@ -1,0 +1,264 @@
+"""The explorer in a real browser: what a person sees, and what it must not do."""
+
+import base64
+import io
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.configs import compose_config
+
+from dcdit import explore, sample
+from dcdit.checkpoints.locate import locate
+from dcdit.evaluation.features import DigitsClassifier
+
+pytest.importorskip("gradio", reason="the extra `explore` is not installed")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no browser")
+
+from dcdit.explorer.page import Page, serve
+from dcdit.explorer.studio import Studio
+
+PATIENCE = 60_000  # milliseconds; of a machine that does other things beside
+
+
+@pytest.fixture(scope="module")
+def address():
+    plan, settings, base = explore.check(compose_config("sampler.steps=8", "seed=3", name="explore"))
+    studio = Studio(plan, base, [locate("digits", plan.runs)], settings.most_steps)
+    blocks = Page(studio, "dcdit: digits").blocks(base)
+    yield serve(blocks, "127.0.0.1", None, share=False, browser=False, block=False)
+    blocks.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def new_page(address, browser):
+    """Opens the page as a browser of its own; whatever it logs as an error fails the test."""
+    contexts, errors = [], []
+
+    def open_page(width=1200, **options):
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, **options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.asked_for = []
+        page.on("request", lambda request: page.asked_for.append(request.url))
+        page.goto(address)
+        page.wait_for_selector("#moment_B img")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+def pixels(page, name):
+    """The finished image of A or B as the browser has it."""
+    source = page.locator(f"#image_{name} img").get_attribute("src")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+
+
+def caption(page, name):
+    return page.locator(f"#image_{name} figcaption").inner_text()
+
+
+def gflops(page, name):
+    return float(re.search(r"([\d.]+) GFLOPs", caption(page, name))[1])
+
+
+def settle(page, act):
+    """Do something that changes B, and wait until the page shows it."""
+    before = page.locator("#image_B img").get_attribute("src")
+    act()
+    page.wait_for_function(
+        "before => document.querySelector('#image_B img').getAttribute('src') !== before", arg=before
+    )
+
+
+def move(page, name, steps):
+    """Move the slider of ρ by the keyboard."""
+    slider = page.locator(f"#drop_{name} input[type=range]")
+    slider.focus()
+    for _ in range(abs(steps)):
+        slider.press("ArrowRight" if steps > 0 else "ArrowLeft")
+
+
+def choose(page, label, seed):
+    """Another class and seed, by the keyboard."""
+
+    def act():
+        page.locator("#seed input").fill(str(seed))
+        box = page.locator("#label input")
+        box.click()
+        box.fill(str(label))
+        box.press("Enter")
+
+    settle(page, act)
+    page.wait_for_function(
+        "words => document.querySelector('#image_B img').alt.includes(words)", arg=f"class {label}, seed {seed},"
+    )
+
+
+def test_nothing_is_fetched_from_outside(new_page, address):
+    page = new_page()
+    page.locator("#seven").click()
+    page.wait_for_selector("#strip img")
+    outside = [url for url in page.asked_for if not url.startswith((address, "data:", "blob:"))]
+    assert outside == []
+    assert len(page.asked_for) > 5
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1400, "light")])
+def test_it_fits_a_telephone_and_a_screen(new_page, tmp_path, width, scheme):
+    page = new_page(width, color_scheme=scheme)
+    seen = page.evaluate(
+        """() => ({
+            wide: document.documentElement.scrollWidth > innerWidth,
+            images: document.images.length,
+            nameless: [...document.images].filter((each) => !each.alt).length,
+            broken: [...document.images].filter((each) => each.complete && !each.naturalWidth).length,
+            dark: getComputedStyle(document.body).backgroundColor,
+        })"""
+    )
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert not seen["wide"]
+    assert seen["images"] >= 11
+    assert seen["nameless"] == seen["broken"] == 0
+    brightness = sum(map(int, re.findall(r"\d+", seen["dark"])[:3]))
+    assert (brightness < 200) == (scheme == "dark")
+
+
+def test_a_slider_changes_image_and_cost_of_its_side_alone(new_page):
+    page = new_page()
+    one, two, cost = pixels(page, "A"), pixels(page, "B"), gflops(page, "B")
+    assert not np.array_equal(one, two)
+    settle(page, lambda: move(page, "B", 6))
+    assert "ρ 0.8" in caption(page, "B")
+    assert gflops(page, "B") < 0.95 * cost
+    assert not np.array_equal(pixels(page, "B"), two)
+    assert np.array_equal(pixels(page, "A"), one)
+    settle(page, lambda: move(page, "B", -16))  # to 0: both are the same then
+    page.wait_for_function("() => document.querySelector('#difference').innerText.includes('0.00%')")
+    assert np.array_equal(pixels(page, "B"), one)
+    assert gflops(page, "B") == gflops(page, "A")
+
+
+def test_numbers_are_those_of_the_images(new_page):
+    page = new_page()
+    rows = {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in page.locator("#numbers tbody tr").all()}
+    share = int(re.search(r"(\d+)% of the full", rows["work"][1])[1]) / 100
+    assert share == pytest.approx(gflops(page, "B") / gflops(page, "A"), abs=0.01)
+    assert rows["work"][0].endswith("100% of the full budget's")
+    assert rows["drop fraction ρ"] == ["0", "0.5"]
+    lost = float(re.search(r"([\d.]+)%", rows["differs from the full budget"][1])[1])
+    one, two = (pixels(page, name).astype(float) for name in "AB")
+    assert lost == pytest.approx(100 * np.abs(one - two).mean() / 255, abs=0.01)
+    for time in rows["time here"]:
+        assert re.match(r"\d+ ms \(median of \d+\), \d+% of the full budget's", time)
+
+
+def test_the_class_that_was_asked_for_appears(new_page):
+    page = new_page()
+    classifier, read = DigitsClassifier(), []
+    for number in range(10):
+        choose(page, (number * 3 + 1) % 10, 20 + number)
+        seen = torch.from_numpy(pixels(page, "A")[::16, ::16, 0].copy())[None, None]
+        read.append(int(classifier(seen).logits.argmax()) == (number * 3 + 1) % 10)
+    assert sum(read) >= 9
+
+
+def test_time_slider_and_plots(new_page):
+    page = new_page()
+    words = page.locator("#moment_A p").inner_text()
+    assert "evaluation 5 of 8" in words or "evaluation 6 of 8" in words
+    slider = page.locator("#place input[type=range]")
+    slider.focus()
+    slider.press("End")
+    page.wait_for_function("() => document.querySelector('#moment_A').innerText.includes('evaluation 8 of 8')")
+    assert page.locator("#moment_A img").count() == page.locator("#moment_B img").count() == 4
+    assert page.locator("#curves svg").count() == 2
+    assert "None" not in page.locator("#curves").inner_html()
+
+
+def test_mistakes_are_told_in_words_and_nothing_is_lost(new_page):
+    page = new_page()
+    before = pixels(page, "B")
+    page.locator("#seed input").fill("")
+    page.wait_for_selector("#status .problem")
+    assert "a number is missing" in page.locator("#status").inner_text()
+    assert np.array_equal(pixels(page, "B"), before)
+    page.locator("#seed input").fill("3")
+    page.wait_for_function("() => document.querySelector('#status').innerText.includes('Done')")
+    page.get_by_text("B: more").click()
+    page.get_by_label("TFLOPs per image").nth(1).check()
+    page.wait_for_selector("#status .problem")
+    words = page.locator("#status").inner_text()
+    assert "budget.tflops=1 cannot be met" in words
+    assert "ask for something in between" in words
+
+
+def test_two_browsers_see_their_own(new_page):
+    one, two = new_page(), new_page()
+    for page, label, seed in ((one, 4, 11), (two, 7, 12), (one, 2, 13), (two, 5, 14)):
+        choose(page, label, seed)
+    for page, words in ((one, "class 2, seed 13,"), (two, "class 5, seed 14,")):
+        assert all(words in page.locator(f"#image_{name} img").get_attribute("alt") for name in "AB")
+    move(one, "B", 2)
+    move(two, "B", 4)
+    for page, words in ((one, "ρ 0.6"), (two, "ρ 0.7")):
+        page.wait_for_function("words => document.querySelector('#image_B').innerText.includes(words)", arg=words)
+
+
+def test_a_job_can_be_stopped(new_page):
+    page = new_page()
+    page.get_by_text("A: more").click()
+    steps = page.locator("#steps_A input[type=number]")
+    steps.fill("250")
+    steps.press("Enter")
+    page.wait_for_function("() => /step|\\\\d+\\\\/250/.test(document.querySelector('#status').innerText)", timeout=PATIENCE)
+    page.locator("#stop").click()
+    page.wait_for_selector("#status .problem")
+    assert "Stopped" in page.locator("#status").inner_text()
+    assert "8 steps" in caption(page, "A")
+
+
+def test_animations_and_strip_can_be_saved(new_page):
+    page = new_page()
+    page.locator("#animate").click()
+    page.wait_for_selector("#animation_B img")
+    for name in "AB":
+        link = page.locator(f"#animation_{name} a")
+        assert link.get_attribute("download") == f"class_0_seed_3_{name}.gif"
+        moving = Image.open(io.BytesIO(base64.b64decode(link.get_attribute("href").partition(",")[2])))
+        assert moving.n_frames == 9  # 8 evaluations, and the image
+    page.locator("#seven").click()
+    page.wait_for_selector("#strip img")
+    assert page.locator("#strip a").get_attribute("download") == "seven_budgets.png"
+
+
+def test_the_commands_make_the_same_images(new_page, tmp_path, monkeypatch):
+    page = new_page()
+    settle(page, lambda: move(page, "B", -2))
+    monkeypatch.chdir(tmp_path)
+    for name, line in zip("AB", page.locator("#commands textarea").input_value().splitlines(), strict=True):
+        program, command, *words = shlex.split(line)
+        assert (program, command) == ("dcdit", "sample")
+        out = sample.run(compose_config(*words, f"out={tmp_path}/{name}", "frames=0", name="sample"))
+        stored = torch.from_numpy(np.load(out / "latents.npz")["latents"])[0, 0]
+        expected = ((stored + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8).numpy()
+        assert np.array_equal(pixels(page, name)[::16, ::16, 0], expected)
