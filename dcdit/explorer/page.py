@@ -214,7 +214,9 @@ class Page:
             samplers = sorted({each for index in range(len(studio.places)) for each in studio.samplers(index)})
             sampler = gr.Dropdown(samplers, value=studio.sampler(number), label="sampler")
             most = studio.most_steps
-            steps = gr.Slider(2, most, min(most, base["sampler"]["steps"]), step=1, label="steps", elem_id=f"steps_{name}")
+            steps = gr.Slider(
+                2, most, min(most, base["sampler"]["steps"]), step=1, label="steps", elem_id=f"steps_{name}"
+            )
         shown = lambda what: [  # noqa: E731
             gr.update(visible=what in ("drop", "schedule")),
             *(gr.update(visible=what == each) for each in ("schedule", "fraction", "tflops")),

@@ -160,7 +160,10 @@ def test_a_slider_changes_image_and_cost_of_its_side_alone(new_page):
 
 def test_numbers_are_those_of_the_images(new_page):
     page = new_page()
-    rows = {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in page.locator("#numbers tbody tr").all()}
+    rows = {
+        row.locator("th").inner_text(): row.locator("td").all_inner_texts()
+        for row in page.locator("#numbers tbody tr").all()
+    }
     share = int(re.search(r"(\d+)% of the full", rows["work"][1])[1]) / 100
     assert share == pytest.approx(gflops(page, "B") / gflops(page, "A"), abs=0.01)
     assert rows["work"][0].endswith("100% of the full budget's")
@@ -230,7 +233,9 @@ def test_a_job_can_be_stopped(new_page):
     steps = page.locator("#steps_A input[type=number]")
     steps.fill("250")
     steps.press("Enter")
-    page.wait_for_function("() => /step|\\\\d+\\\\/250/.test(document.querySelector('#status').innerText)", timeout=PATIENCE)
+    page.wait_for_function(
+        "() => /step|\\\\d+\\\\/250/.test(document.querySelector('#status').innerText)", timeout=PATIENCE
+    )
     page.locator("#stop").click()
     page.wait_for_selector("#status .problem")
     assert "Stopped" in page.locator("#status").inner_text()

@@ -1,0 +1,107 @@
+"""What the compiler makes of the compiled parts for a GPU, without one: torch's own code generator, told of an H100.
+
+It uses private parts of torch: where a release moves them, the tests are skipped and say so.
+"""
+
+import re
+from contextlib import ExitStack
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from dcdit.network.blocks import DiTBlock
+
+PROPERTIES = {"multi_processor_count": 132, "warp_size": 32, "total_memory": 80 << 30, "L2_cache_size": 50 << 20}
+WIDTH, HEADS, TOKENS, SAMPLES = 64, 2, 100, 4
+
+try:
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.runtime.hints import DeviceProperties
+    from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    H100 = DeviceProperties("cuda", 0, 132, 90, 9, 65_536, 2048, 1024, 32)
+except (ImportError, TypeError) as error:
+    pytest.skip(f"this torch generates code in another way: {error}", allow_module_level=True)
+pytest.importorskip("triton")
+
+
+def generated(part, shapes, precision):
+    """The traced operations and the code for the GPU of one part of a block.
+
+    Args:
+        part: ``_before`` or ``_after``.
+        shapes: of its tensors; ints become int64.
+        precision: None, or what autocast takes.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # before it is told that there is a GPU
+        for name, value in (
+            ("torch.cuda.is_available", lambda: True),
+            ("torch.cuda.is_initialized", lambda: True),
+            (
+                "torch.cuda.get_device_properties",
+                lambda *_: SimpleNamespace(name="H100", major=9, minor=0, **PROPERTIES),
+            ),
+            ("torch.cuda.current_device", lambda: 0),
+            ("torch.cuda.device_count", lambda: 1),
+            ("torch.cuda.get_device_capability", lambda *_: (9, 0)),
+            ("torch.cuda.is_bf16_supported", lambda *_, **__: True),
+            ("torch.utils._triton.triton_hash_with_backend", lambda: "none"),
+        ):
+            stack.enter_context(patch(name, value))
+        stack.enter_context(patch.object(DeviceProperties, "create", lambda _: H100))
+        with torch.device("cuda"):
+            block = DiTBlock(WIDTH, HEADS, 4.0, "released", "sdpa")
+            tensors = [torch.zeros(shape, dtype=kind) for shape, kind in shapes]
+
+        def run(*arguments):
+            with torch.no_grad(), torch.autocast("cuda", precision, enabled=precision is not None):
+                return getattr(block, part)(*arguments)
+
+        traced = make_fx(run, decomposition_table=select_decomp_table(), tracing_mode="fake")(*tensors)
+        lowered = GraphLowering(traced)
+        with V.set_graph_handler(lowered), V.set_debug_handler(DebugContext()):
+            lowered.run(*tensors)
+            code = lowered.codegen()[0].value
+    return traced, code
+
+
+def parts(activations):
+    tokens, modulation = ((TOKENS, WIDTH), torch.float32), ((SAMPLES, 6 * WIDTH), activations)
+    sample = ((TOKENS,), torch.int64)
+    return {
+        "_before": [tokens, modulation, sample],
+        "_after": [tokens, ((TOKENS, WIDTH), activations), modulation, sample],
+    }
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize(("part", "most", "linears"), [("_before", 1, 1), ("_after", 4, 3)])
+def test_element_wise_operations_become_few_kernels(part, most, linears, precision):
+    """Norm, modulation and the gather of a sample's vectors are one kernel, not the dozen that they are uncompiled."""
+    traced, code = generated(part, parts(precision or torch.float32)[part], precision)
+    kernels = set(re.findall(r"def (triton_\w+)\(", code))
+    casts = 2 * linears if precision else 0  # of weights and biases, at most one each
+    assert 1 <= len(kernels) <= most + casts
+    assert len(re.findall(r"extern_kernels\.\w*mm\(", code)) == linears
+    on_host = [node for node in traced.graph.nodes if "_local_scalar" in str(node.target) or "cpu" in str(node.args)]
+    assert on_host == []
+
+
+def test_products_run_in_bf16_and_norms_in_float32():
+    for part, shapes in parts(torch.bfloat16).items():
+        traced, _ = generated(part, shapes, torch.bfloat16)
+        kinds = {}
+        for node in traced.graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "call_function" and isinstance(value, torch.Tensor):
+                kinds.setdefault(str(node.target).removeprefix("aten."), set()).add(value.dtype)
+        products = {kind for name, found in kinds.items() if name.startswith(("addmm", "mm", "bmm")) for kind in found}
+        assert products == {torch.bfloat16}
+        assert kinds["rsqrt.default"] == {torch.float32}
