@@ -16,7 +16,7 @@ from dcdit.checks import Bounds, NotEmpty, call_checked, checked
 from dcdit.errors import UserError
 from dcdit.runs.progress import (
     RunProgress,
-    live_table,
+    live_view,
     progress_of,
     progress_table,
     runs_below,
@@ -24,6 +24,8 @@ from dcdit.runs.progress import (
 )
 from dcdit.runs.state import State
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+
+FLAGS = {"--watch": "watch=true"}
 
 
 @checked
@@ -83,7 +85,7 @@ def watch(settings: StatusSettings, console: Console) -> dict[Path, RunProgress]
             found = look(settings)
             sizes = [size_on_disk(path) for path in found]
             free = shutil.disk_usage(next(iter(found))).free
-            live.update(live_table(list(found.values()), sizes, free, time.strftime("%H:%M:%S")), refresh=True)
+            live.update(live_view(list(found.values()), sizes, free, time.strftime("%H:%M:%S")), refresh=True)
             if not {State.RUNNING, State.QUEUED, State.WAITING} & {each.state for each in found.values()}:
                 break
             time.sleep(settings.every)
@@ -97,4 +99,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    entry_point(main, paths=True, flags={"--watch": "watch=true"})
+    entry_point(main, paths=True, flags=FLAGS)

@@ -200,7 +200,7 @@ class Page:
             checkpoint = gr.Radio(choices, value=number, label=f"{name}: checkpoint", visible=several)
             first = gr.Slider(0, 0.95, drop, step=0.05, label=f"{name}: drop fraction ρ", elem_id=f"drop_{name}")
         with gr.Accordion(f"{name}: more", open=False):
-            meet = gr.Radio(_MEET, value="drop", label="what sets the budget")
+            meet = gr.Radio(_MEET, value="drop", label="what sets the budget", elem_id=f"meet_{name}")
             last = gr.Slider(0, 0.95, 0.0, step=0.05, label="ρ at the image; above stands that in noise", visible=False)
             fraction = gr.Slider(0.05, 1, 0.7, step=0.05, label="fraction of the full cost", visible=False)
             tflops = gr.Number(1.0, label="TFLOPs per image", visible=False, minimum=0)

@@ -1,13 +1,16 @@
 """How far a run is, from its directory alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Group
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from dcdit.errors import UserError
 from dcdit.runs.history import history_of, sparkline
@@ -127,8 +130,13 @@ def bytes_words(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-def live_table(found: Sequence[RunProgress], sizes: Sequence[int], free: int, time: str) -> Table:
-    """What is to be seen while runs go on: one line for each run.
+def _logarithms(values: Sequence[float]) -> Sequence[float]:
+    """In which a loss still falls long after its first steps; themselves if one is not positive."""
+    return [math.log(value) for value in values] if min(values, default=0.0) > 0 else values
+
+
+def live_view(found: Sequence[RunProgress], sizes: Sequence[int], free: int, time: str) -> Group:
+    """What is to be seen while runs go on: two lines for each run, for terminals of 80 characters and more.
 
     Args:
         found: the runs.
@@ -136,21 +144,22 @@ def live_table(found: Sequence[RunProgress], sizes: Sequence[int], free: int, ti
         free: bytes that are free there.
         time: of day.
     """
-    shown = Table(caption=f"{time}; {bytes_words(free)} free on disk; Ctrl-C ends this, not the runs", expand=True)
-    shown.add_column("run", overflow="fold", ratio=2)
-    for heading in ("state", "step", "", "loss", "so far", "kept", "images/s", "left", "disk"):
-        shown.add_column(heading, justify="left" if heading in ("", "so far") else "right", no_wrap=heading != "step")
+    parts: list[Table | Text] = []
     for each, size in zip(found, sizes, strict=True):
-        shown.add_row(
-            escape(each.name),
-            f"[{each.state.colour}]{each.state.value}[/]",
-            f"{each.step:,} of {each.max_steps:,}" if each.max_steps else f"{each.step:,}",
-            ProgressBar(max(1, each.max_steps), each.step, width=12),
-            "-" if each.loss is None else f"{each.loss:.4g}",
-            sparkline(each.losses, 12),
-            "-" if each.keep_ratio is None else f"{each.keep_ratio:.1%}",
-            "-" if each.rate is None else f"{each.rate:,.0f}",
-            duration(each.seconds_left),
-            bytes_words(size),
-        )
-    return shown
+        head = Table.grid(padding=(0, 2), expand=True)
+        head.add_column(ratio=1, overflow="fold")
+        for _ in range(3):
+            head.add_column(no_wrap=True, justify="right")
+        steps = f"{each.step:,} of {each.max_steps:,}" if each.max_steps else f"{each.step:,}"
+        bar = ProgressBar(max(1, each.max_steps), each.step, width=16)
+        head.add_row(f"[bold]{escape(each.name)}[/]", f"[{each.state.colour}]{each.state.value}[/]", steps, bar)
+        words = [
+            "no loss yet" if each.loss is None else f"loss {each.loss:.4g} {sparkline(_logarithms(each.losses), 16)}"
+        ]
+        words += [] if each.keep_ratio is None else [f"kept {each.keep_ratio:.1%}"]
+        words += [] if each.rate is None else [f"{each.rate:,.0f} images/s"]
+        words += [] if each.seconds_left is None else [f"{duration(each.seconds_left)} left"]
+        parts += [head, Text("  " + "   ".join([*words, bytes_words(size)]))]
+    return Group(
+        *parts, Text(f"{time}   {bytes_words(free)} free on disk   Ctrl-C ends this, not the runs", style="dim")
+    )

@@ -16,8 +16,9 @@ from support.configs import PLAIN_DIT, compose_config
 
 from dcdit import evaluate, report
 from dcdit.errors import UserError
+from dcdit.evaluation.courses import courses_below, lines
 from dcdit.evaluation.curves import arrange, best_words, pareto
-from dcdit.evaluation.results import read_results
+from dcdit.evaluation.results import find_results, read_results
 from dcdit.evaluation.words import differences_from_published
 from dcdit.settings.entry import with_paths
 
@@ -112,7 +113,7 @@ def test_other_settings_are_another_section(runs, tmp_path):
     plots = {file.name for file in page.parent.glob("*.png")}
     assert {"1_keep_ratio.png", "2_keep_ratio.png"} <= plots
     assert len([name for name in plots if "tflops" in name]) == 1  # a single point is no trade-off
-    assert page.read_text().count("<h2") == page.read_text().count('<li><a href="#s') == 2
+    assert page.read_text().count('<h2 id="s') == page.read_text().count('<li><a href="#s') == 2
 
 
 def test_caching_makes_curves_of_one_section(runs, tmp_path):
@@ -221,7 +222,36 @@ def test_the_page_in_a_browser(runs, tmp_path, width):
     command += ["--virtual-time-budget=10000", f"--window-size={width},900", "--dump-dom", looked.as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     seen = json.loads(re.search(r'data-seen="([^"]*)"', shown)[1].replace("&quot;", '"'))
-    assert seen == {"images": 6, "broken": 0, "nameless": 0, "outside": 0, "wide": False, "rows": 3}
+    assert seen == {"images": 8, "broken": 0, "nameless": 0, "outside": 0, "wide": False, "rows": 6}
+
+
+def test_a_run_that_was_never_evaluated_has_its_curves_and_pictures(trained_run, tmp_path, capsys):
+    """Loss, keep ratio with what was asked for, FID, and of six validations four pictures of samples."""
+    log = trained_run / "logs" / "version_7" / "metrics.csv"
+    log.parent.mkdir()
+    log.write_text("step,val/fid@0,val/fid@0.3\n1,50,60\n3,40,45\n")
+    (trained_run / "validation").mkdir()
+    for step in range(6):
+        for kind in ("samples", "boundaries"):
+            Image.new("L", (4, 4)).save(trained_run / "validation" / f"step_{step:08d}_{kind}.png")
+    (trained_run / "validation" / "step_00000009_samples.png").write_text("no picture")
+    (trained_run / "validation" / "step_00000008_boundaries.png").symlink_to("/etc/hostname")
+    page = written(trained_run, tmp_path / "report")
+    assert {path.name for path in page.parent.glob("*.png")} == {
+        *("training_loss.png", "training_keep.png", "training_fid.png"),
+    }
+    text = page.read_text()
+    for step in (0, 2, 3, 5):
+        assert f"step_{step:08d}_samples" in text
+    assert "step_00000001_samples" not in text
+    assert "step_00000005_boundaries" in text
+    assert text.count("<img") == 3 + 4 + 1
+    assert "Nothing was measured yet" in text
+    assert "0 measurements of 0 runs, the course of 1 run" in capsys.readouterr().out
+    drawn = lines(courses_below([str(trained_run)]))
+    assert [line.label.rpartition(", ")[2] for line in drawn["FID at validations"]] == ["ρ 0", "ρ 0.3"]
+    assert drawn["FID at validations"][1].values == [60.0, 45.0]
+    assert courses_below([str(trained_run)])[0].target == 0.25
 
 
 def test_the_command_takes_bare_paths(runs, tmp_path, capsys):
@@ -243,6 +273,7 @@ def test_mistakes(tmp_path):
         with_paths(["a", "runs=[b]"])
     with pytest.raises(UserError, match=r"no results there, python -m dcdit\.evaluate writes them"):
         written(tmp_path, tmp_path / "report")
+    assert find_results([str(tmp_path)]) == ([], [])
     with pytest.raises(UserError, match="runs is not set"):
         report.run(compose_config(name="report"))
     assert not (tmp_path / "report").exists()

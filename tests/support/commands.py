@@ -25,7 +25,7 @@ class Result(NamedTuple):
 
 def typed(capsys: pytest.CaptureFixture, folder: Path, command: str, *words: str) -> Result:
     """``python -m dcdit.<command> <words>`` in ``folder``."""
-    main = import_module(f"dcdit.{command}").main
+    module = import_module(f"dcdit.{command}")
     log = logging.getLogger("dcdit")
     before, status = (list(log.handlers), log.propagate), 0
     capsys.readouterr()
@@ -33,7 +33,8 @@ def typed(capsys: pytest.CaptureFixture, folder: Path, command: str, *words: str
         patch.chdir(folder)
         patch.setattr(sys, "argv", [f"{command}.py", *words])
         try:
-            entry_point(main, paths=command in ("report", "status"))
+            flags = getattr(module, "FLAGS", None)
+            entry_point(module.main, paths=command in ("report", "status"), flags=flags)
         except SystemExit as leaving:
             status = leaving.code or 0
         finally:

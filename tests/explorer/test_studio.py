@@ -1,0 +1,153 @@
+"""What the explorer samples: the very images of the commands, at the cost that they have."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.configs import PLAIN_DIT, compose_config
+
+from dcdit import explore
+from dcdit.checkpoints.locate import locate
+from dcdit.errors import UserError
+from dcdit.explorer.choice import Choice
+from dcdit.explorer.studio import STRIP, StoppedError, Studio, difference
+
+CHOICE = Choice(label=3, seed=5, sampler="ddim", steps=6, scale=2.0)
+
+
+def studio_of(*checkpoints, most_steps=50):
+    plan, _, base = explore.check(compose_config(f"checkpoint={checkpoints[0]}", name="explore"))
+    return Studio(plan, base, [locate(str(each), "runs") for each in checkpoints], most_steps)
+
+
+def quiet(done, steps, what):
+    pass
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return studio_of("digits")
+
+
+def test_costs_stand_beside_the_full_budget(studio):
+    full = studio.paint(0, CHOICE, quiet)
+    assert full.full is None
+    assert full.lost == 0
+    half = studio.paint(0, replace(CHOICE, drop=0.5), quiet)
+    assert np.array_equal(half.full.image, full.image)
+    assert half.full.flops == full.flops == pytest.approx(sum(full.step_flops))
+    assert half.flops < full.flops
+    assert half.lost == pytest.approx(difference(half.image, full.image).mean() / 255)
+    assert max(one / two for one, two in zip(half.tokens, full.tokens, strict=True)) < 1
+    assert half.drops == [0.5] * 6
+    again = studio.paint(0, replace(CHOICE, drop=0.5, seed=6), quiet)
+    assert again.runs == 2  # the median is that of all images with these settings
+    assert studio.paint(0, CHOICE, quiet).runs >= 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"meet": "schedule", "drop": 0.6, "drop_last": 0.1},
+        {"meet": "fraction", "fraction": 0.8},
+        {"cache": 0.3},
+        {"weak_drop": 0.9},
+        {"sampler": "dpm++"},
+        {"scale": 1.0},
+    ],
+)
+def test_every_choice_is_what_a_command_can_say(studio, changes):
+    choice = replace(CHOICE, **changes)
+    painting = studio.paint(0, choice, quiet)
+    assert painting.flops < 1.2 * studio.paint(0, CHOICE, quiet).flops
+    words = studio.command(0, choice)
+    for expected in {
+        "schedule": ["guidance.drop_schedule=[[1000,0.6],[0,0.1]]"],
+        "fraction": ["budget.fraction=0.8"],
+    }.get(choice.meet, [f"sampler={choice.sampler}", "sampler.steps=6", "seed=5", "classes=[3]"]):
+        assert expected in words.replace("'", "")
+    if choice.meet == "schedule":
+        assert painting.drops[0] > 0.5
+        assert painting.drops[-1] == pytest.approx(0.1, abs=0.01)
+    if choice.meet == "fraction":
+        assert painting.flops == pytest.approx(0.8 * painting.full.flops, rel=0.1)
+    if choice.cache:
+        assert 0 in painting.tokens
+
+
+def test_what_cannot_be_is_told(studio):
+    for changes, message in (
+        ({"label": 10}, "class 10: pretrained_digits knows the classes 0 to 9"),
+        ({"steps": 51}, "the page takes at most 50"),
+        ({"steps": 5000}, "steps=5000 is outside"),
+        ({"sampler": "euler"}, "sampler=euler does not fit"),
+        ({"sampler": "best"}, "is not one of"),
+        ({"scale": 50.0}, r"scale=50 is outside \[0, 20\]"),
+        ({"drop": 1.0}, r"drop=1 is outside"),
+        ({"meet": "tflops", "tflops": 3.0}, "budget.tflops=3 cannot be met"),
+        ({"seed": -1}, "seed=-1 is"),
+    ):
+        with pytest.raises(UserError, match=message):
+            studio.paint(0, replace(CHOICE, **changes), quiet)
+
+
+def test_a_job_ends_where_it_is_told_to(studio):
+    seen = []
+
+    def stop(done, steps, what):
+        seen.append(done)
+        if done == 3:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        studio.paint(0, replace(CHOICE, seed=99), stop)
+    assert seen == [1, 2, 3]
+    assert studio.paint(0, replace(CHOICE, seed=99), quiet).image.shape == (16, 16, 1)
+
+
+def test_seven_budgets_in_one_strip(studio):
+    strip = studio.strip(0, replace(CHOICE, meet="fraction", fraction=0.9), quiet)
+    assert strip.shape[1] > len(STRIP) * 144
+
+
+def test_what_is_remembered_is_bounded(studio):
+    for seed in range(70):
+        studio._full.get(seed, lambda seed=seed: seed)
+    assert len(studio._full._known) == 8
+    assert studio._full.get(69, lambda: None) == 69
+
+
+def test_two_checkpoints_beside_each_other(tiny, capsys):
+    routed, plain = tiny("routed", "trainer.max_steps=2"), tiny("plain", "trainer.max_steps=2", *PLAIN_DIT)
+    both = studio_of(routed, plain)
+    assert [both.routes(side) for side in (0, 1)] == [True, False]
+    one, two = (both.paint(side, replace(CHOICE, scale=1.0), quiet) for side in (0, 1))
+    assert one.image.shape == two.image.shape == (8, 8, 1)
+    assert two.tokens == []
+    with pytest.raises(UserError, match="has one budget: its network drops no tokens"):
+        both.strip(1, CHOICE, quiet)
+    with pytest.raises(UserError, match="DiT/2 drops no tokens"):
+        both.paint(1, replace(CHOICE, drop=0.5), quiet)
+    with pytest.raises(UserError, match="16 x 16 and 8 x 8 pixels have no difference"):
+        difference(np.zeros((16, 16, 1), np.uint8), one.image)
+
+
+def test_a_flow_network(tiny):
+    run = tiny("flow", "diffusion=flow", "trainer.max_steps=2")
+    studio = studio_of(run)
+    assert studio.samplers(0) == ["euler", "heun", "sde"]
+    assert studio.sampler(0) == "euler"
+    painting = studio.paint(0, replace(CHOICE, sampler="heun", drop=0.3), quiet)
+    assert len(painting.moments) == 11
+    assert painting.moments[0].timestep == 1000
+
+
+def test_mistakes_before_anything_is_loaded():
+    for words, message in (
+        (["budget.fraction=0.5"], "budget and guidance.drop_schedule are what the page chooses"),
+        (["port=0"], "port=0 is outside"),
+        (["host=a b"], "is not an address"),
+        (["most_steps=2000"], "most_steps=2000 is outside"),
+    ):
+        with pytest.raises(UserError, match=message):
+            explore.check(compose_config(*words, name="explore"))

@@ -1,0 +1,94 @@
+"""What is read of a run's logs, and how it is shown while it goes on."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from support.commands import typed
+from support.configs import compose_config
+
+from dcdit import status
+from dcdit.errors import UserError
+from dcdit.runs.history import history_of, means, sparkline
+from dcdit.runs.lock import sole_writer
+from dcdit.runs.progress import bytes_words, size_on_disk
+from dcdit.runs.state import RunState, State
+
+
+def log(run, version, text):
+    path = run / "logs" / f"version_{version}" / "metrics.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_later_files_win_and_what_is_damaged_is_left_out(tmp_path):
+    log(tmp_path, 0, "step,loss,keep\n1,3.0,\n2,2.0,0.3\n3,nan,0.4\n4,1.5")
+    log(tmp_path, 10, "step,loss\n3,1.0\n4,0.5,7,8\n\x00")
+    log(tmp_path, 2, "step,loss\n3,9.0\n")
+    history = history_of(tmp_path)
+    assert history.courses["loss"] == ([1, 2, 3, 4], [3.0, 2.0, 1.0, 0.5])
+    assert history.courses["keep"] == ([2, 3], [0.3, 0.4])
+    assert history.last["loss"] == 0.5
+    assert history.values("nothing") == ()
+    log(tmp_path, 11, "step,loss\n5,0.25\n")
+    assert history_of(tmp_path).last["loss"] == 0.25
+    assert history_of(tmp_path / "nowhere").courses == {}
+
+
+@given(st.lists(st.floats(-1e6, 1e6), max_size=60), st.integers(1, 30))
+def test_a_sparkline_is_as_high_as_its_values(values, width):
+    line = sparkline(values, width)
+    assert len(line) == min(width, len(values))
+    heights = means(values, width)
+    if line:
+        assert line[heights.index(min(heights))] == "▁"
+        if max(heights) > min(heights):
+            assert line[heights.index(max(heights))] == "█"
+    if len(values) <= width:
+        assert heights == pytest.approx(values)
+
+
+def test_sizes(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(b"x" * 1500)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    assert size_on_disk(tmp_path) == 1500
+    assert [bytes_words(each) for each in (0, 999, 1500, 2.5e6, 7e12)] == ["0 B", "999 B", "1.5 kB", "2.5 MB", "7 TB"]
+
+
+def test_watching_ends_with_the_last_run(trained_run, tmp_path, monkeypatch):
+    """Three looks: a run that goes on, further on, and finished."""
+    known = RunState.read(trained_run)
+    replace(known, state=State.RUNNING, max_steps=90, metrics={}).write(trained_run)
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 1:
+            log(trained_run, 5, "step,train/diffusion_loss,train/images_per_s\n44,0.125,8\n")
+        else:
+            replace(known, state=State.FINISHED, max_steps=90, step=90).write(trained_run)
+
+    monkeypatch.setattr(status.time, "sleep", sleep)
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=160)
+    settings = status.check(compose_config(f"runs=[{tmp_path}]", "watch=true", "every=0.5", name="status"))
+    with sole_writer(trained_run, 0):
+        found = status.watch(settings, console)
+    assert looks == [0.5, 0.5]
+    assert [each.state for each in found.values()] == [State.FINISHED]
+    text = shown.getvalue()
+    for words in ("running", "finished", "45 of 90", "0.125", "free on disk", " MB", "45 s"):
+        assert words in text
+
+
+def test_watching_as_it_is_typed(trained_run, tmp_path, capsys):
+    result = typed(capsys, tmp_path, "status", str(trained_run), "--watch")
+    assert result.status == 0, result.err
+    assert "3 of 3" in result.out
+    assert "Ctrl-C ends this" in result.out
+    with pytest.raises(UserError, match=r"every=0 is outside \[0.2, 3600\]: seconds between two looks"):
+        status.check(compose_config("runs=[x]", "every=0", name="status"))
