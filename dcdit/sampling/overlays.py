@@ -43,7 +43,7 @@ def spread(grid: NDArray[Any], height: int, width: int) -> NDArray[Any]:
 def _outline(image: Pixels, grid: NDArray[np.bool_], colour: tuple[int, int, int]) -> None:
     """Draw, within ``image``, the inner border of the positions in ``grid`` (H, W), neighbours as one."""
     inside = spread(grid, *image.shape[:2])
-    thickness = max(1, image.shape[0] // 160)
+    thickness = max(1, image.shape[0] // 96)
     around = np.pad(inside, thickness)
     height, width = inside.shape
     whole = inside.copy()
@@ -140,5 +140,5 @@ def save_animation(frames: Sequence[Pixels], path: Path, milliseconds: int = 160
     form = "WEBP" if path.suffix == ".webp" else "GIF"
     with replacing(path) as file:
         pictures[0].save(
-            file, format=form, save_all=True, append_images=pictures[1:], duration=durations, loop=0, lossless=True
+            file, format=form, save_all=True, append_images=pictures[1:], duration=durations, loop=0, lossless=True, method=6
         )
