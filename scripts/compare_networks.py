@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from digit_trials import ROOT, Judge, Trained, real_digits, train, training_tflops, write_digits
 
+from dcdit.checkpoints.load import load_model
 from dcdit.data.builtin import Digits, HandwrittenDigits, Mnist
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import GuidanceSettings, Heun
@@ -51,8 +52,9 @@ def words_of(variant: str, steps: int, teacher: Path) -> list[str]:
     matched = ["model=dcdit_digits_deep", "match_compute.baseline=dit_digits_2_deep"]
     if variant == SCRATCH:
         return [*matched, f"match_compute.steps={steps}", f"multi_budget.full_budget_steps={steps // 8}"]
-    upcycle = ["init=upcycle", f"init.teacher={teacher}", f"init.distil_steps={distil_steps(steps)}"]
-    return [*matched, f"match_compute.steps={steps // 2}", *upcycle]
+    first = distil_steps(steps)
+    upcycle = ["init=upcycle", f"init.teacher={teacher}", f"init.distil_steps={first}"]
+    return [*matched, f"match_compute.steps={steps // 2}", *upcycle, f"multi_budget.full_budget_steps={first}"]
 
 
 def distil_steps(steps: int) -> int:
@@ -79,9 +81,9 @@ def measure(run: Path, real: Statistics, judge: Judge, device: torch.device) -> 
 
 def cost(run: Path, teacher: Path, batch: int, matched: int) -> float:
     """TFLOPs of training it."""
-    trained, other = Trained(run).model, Trained(teacher).model.network
+    other = load_model(teacher).network
     assert isinstance(other, DiT)
-    return training_tflops(trained.network, trained.step or 0, batch, other, matched)
+    return training_tflops(load_model(run), batch, other, matched)
 
 
 def _range(values: Sequence[float], form: str) -> str:

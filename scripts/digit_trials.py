@@ -24,7 +24,7 @@ from dcdit.evaluation.features import DigitsClassifier
 from dcdit.evaluation.images import open_images
 from dcdit.evaluation.metrics import compare
 from dcdit.evaluation.statistics import Statistics
-from dcdit.network import DiT, Network
+from dcdit.network import DiT
 from dcdit.sampling.generate import SampleBatch, generate
 
 ROOT = Path(__file__).parents[1]
@@ -48,10 +48,17 @@ def write_digits(directory: Path, source: HandwrittenDigits) -> str:
     return f"data.directory={directory}"
 
 
-def training_tflops(network: Network, steps: int, batch: int, teacher: DiT, matched_steps: int) -> float:
-    """TFLOPs of a run: three forward passes a step, one more of the teacher while it is matched."""
-    kept = [network.positions / 4] if network.routes else []
-    passes = 3 * count(network, kept).total * steps + count(teacher).total * matched_steps
+def training_tflops(model: Model, batch: int, teacher: DiT, matched_steps: int) -> float:
+    """TFLOPs of a run of N = 4: three forward passes a step, one more of the teacher while it is matched."""
+    network, budgets = model.network, model.training.get("multi_budget") or {}
+    kept, steps = network.positions / 4, model.step or 0
+    first = min(steps, budgets.get("full_budget_steps", 0))
+    drops = budgets.get("fractions") or [0.0]
+    at_full, others = (
+        sum(count(network, [kept * (1 - drop)] if network.routes else []).total for drop in some) / len(some)
+        for some in ([0.0], drops)
+    )
+    passes = 3 * (first * at_full + (steps - first) * others) + count(teacher).total * matched_steps
     return passes * batch / 1e12
 
 

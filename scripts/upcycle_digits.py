@@ -126,7 +126,7 @@ def main() -> None:
     for run, about in runs.items():
         steps = int(about["steps"])
         matched = steps if about["variant"] == "upcycled" else 0
-        cost = training_tflops(load_model(run).network, steps, 64, teacher, matched)
+        cost = training_tflops(load_model(run), 64, teacher, matched)
         rows += [{**about, **each, "tflops": cost} for each in measure(run, real)]
     (out / "measured.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw(rows, out / "upcycling.png")

@@ -140,5 +140,12 @@ def save_animation(frames: Sequence[Pixels], path: Path, milliseconds: int = 160
     form = "WEBP" if path.suffix == ".webp" else "GIF"
     with replacing(path) as file:
         pictures[0].save(
-            file, format=form, save_all=True, append_images=pictures[1:], duration=durations, loop=0, lossless=True, method=6
+            file,
+            format=form,
+            save_all=True,
+            append_images=pictures[1:],
+            duration=durations,
+            loop=0,
+            lossless=True,
+            method=6,
         )
