@@ -2,9 +2,12 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
@@ -14,7 +17,7 @@ import gradio as gr
 from dcdit.errors import UserError
 from dcdit.explorer import view
 from dcdit.explorer.choice import Choice
-from dcdit.explorer.studio import Painting, StoppedError, Studio
+from dcdit.explorer.studio import OnStep, Painting, StoppedError, Studio
 from dcdit.sampling.overlays import save_animation
 
 _ABOUT = (
@@ -88,6 +91,11 @@ def asked(label: Any, seed: Any, values: Sequence[Any]) -> Asked:
     return Asked(given.checkpoint, choice)
 
 
+def _named(on_step: OnStep, name: str, done: int, steps: int, what: str) -> None:
+    """Tell of a step of A or B."""
+    on_step(done, steps, f"{name}: {what}")
+
+
 class Page:
     """The page, and what happens on it.
 
@@ -98,29 +106,31 @@ class Page:
 
     def __init__(self, studio: Studio, title: str) -> None:
         self.studio, self.title = studio, title
-        self._stopped: set[str] = set()
+        self._jobs: dict[str, Event] = {}  # of each browser, and whether it is to stop
 
     # ---- what happens ------------------------------------------------------------------------------------------
 
-    def _on_step(self, session: str) -> Callable[[int, int, str], None]:
-        """Tells the page how far a job is, and ends it where its browser asked for that."""
-        self._stopped.discard(session)
-        progress = gr.Progress()
+    @contextmanager
+    def _job(self, request: gr.Request) -> Iterator[OnStep]:
+        """A job of a browser: tells its page how far it is, and ends where that asks for it."""
+        session, stopped, progress = str(request.session_hash), Event(), gr.Progress()
+        self._jobs[session] = stopped
 
         def tell(done: int, steps: int, what: str) -> None:
-            if session in self._stopped:
+            if stopped.is_set():
                 raise StoppedError
             progress((done, steps), desc=what, unit="steps")
 
-        return tell
+        try:
+            yield tell
+        finally:
+            self._jobs.pop(session, None)
 
     def stop(self, request: gr.Request) -> None:
-        """End the job of this browser at its next step."""
-        self._stopped.add(str(request.session_hash))
-
-    def forget(self, request: gr.Request) -> None:
-        """A browser has gone: nobody waits for its job."""
-        self._stopped.add(str(request.session_hash))
+        """End the job of this browser, which asks for that or has gone, at its next step."""
+        job = self._jobs.get(str(request.session_hash))
+        if job is not None:
+            job.set()
 
     def update(
         self,
@@ -134,14 +144,14 @@ class Page:
         names = view.NAMES
         half = len(values) // 2
         found: list[tuple[Asked, Painting]] = []
-        on_step = self._on_step(str(request.session_hash))
         try:
-            for number, some in enumerate((values[:half], values[half:])):
-                wanted = asked(label, seed, some)
-                same = [painting for one, painting in known if one == wanted]
-                told = lambda done, steps, what, name=names[number]: on_step(done, steps, f"{name}: {what}")  # noqa: E731
-                painting = same[0] if same else self.studio.paint(wanted.checkpoint, wanted.choice, told)
-                found.append((wanted, painting))
+            with self._job(request) as on_step:
+                for name, some in zip(names, (values[:half], values[half:]), strict=True):
+                    wanted = asked(label, seed, some)
+                    same = [painting for one, painting in known if one == wanted]
+                    told = partial(_named, on_step, name)
+                    painting = same[0] if same else self.studio.paint(wanted.checkpoint, wanted.choice, told)
+                    found.append((wanted, painting))
         except StoppedError:
             return [gr.skip()] * (_OUTPUTS - 1) + [view.message("Stopped. The page shows what was there before.")]
         except UserError as error:
@@ -171,8 +181,8 @@ class Page:
         """The same seed at seven budgets, by the other settings of A."""
         try:
             wanted = asked(label, seed, values)
-            on_step = self._on_step(str(request.session_hash))
-            return view.strip(self.studio.strip(wanted.checkpoint, wanted.choice, on_step))
+            with self._job(request) as on_step:
+                return view.strip(self.studio.strip(wanted.checkpoint, wanted.choice, on_step))
         except StoppedError:
             return view.message("Stopped.")
         except UserError as error:
@@ -282,7 +292,7 @@ class Page:
             seven.click(self.strip, [label, seed, *sides[0].controls], strip, **{**shared, "show_progress_on": strip})
             move.click(self.animate, [known, form], animations, api_visibility="private", concurrency_limit=1)
             stop.click(self.stop, queue=False, **_SILENT)
-            page.unload(self.forget)
+            page.unload(self.stop)
         return page.queue(max_size=_WAITING, default_concurrency_limit=4)
 
 

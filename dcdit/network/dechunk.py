@@ -47,28 +47,38 @@ def nearest_kept(mask: Tensor) -> Tensor:
     return (nearest_row * width + chosen).flatten(1)
 
 
-def blur(field: Tensor, sigma: float) -> Tensor:
-    """Unnormalised Gaussian sum over the grid: out_i = sum_j exp(-|u_i - u_j|^2 / (2 sigma^2)) field_j.
+def gaussian(side: int, sigma: float, device: torch.device) -> Tensor:
+    """exp(-(i - j)^2 / (2 sigma^2)) for positions i, j of one side of the grid: (side, side); 1e-15 or less is none."""
+    at = torch.arange(side, dtype=torch.float32, device=device)
+    return F.threshold(torch.exp(-(at[:, None] - at).square() / (2 * sigma**2)), _NEGLIGIBLE, 0)
 
-    The Gaussian separates into rows and columns, so this is two small matrix products. Factors of 1e-15 or less, of a
-    row or a column, count as none.
+
+Kernels = tuple[Tensor, Tensor]
+"""A Gaussian over the grid separates: that of the rows (H, H), and that of the columns (W, W)."""
+
+
+def kernels(grid: tuple[int, int], sigma: float, device: torch.device) -> Kernels:
+    """Both :func:`gaussian`s of a ``grid`` (H, W); of a square one they are the same."""
+    rows = gaussian(grid[0], sigma, device)
+    return rows, rows if grid[0] == grid[1] else gaussian(grid[1], sigma, device)
+
+
+def blur(field: Tensor, weights: Kernels) -> Tensor:
+    """Unnormalised Gaussian sum over the grid: out_i = sum_j exp(-|u_i - u_j|^2 / (2 sigma^2)) field_j.
 
     Args:
         field: (B, H, W, D) float32.
-        sigma: standard deviation in grid positions.
+        weights: see :func:`kernels`; one small matrix product each.
 
     Returns:
         (B, H, W, D) float32.
     """
-    for axis in (1, 2):
-        at = torch.arange(field.shape[axis], dtype=torch.float32, device=field.device)
-        kernel = torch.exp(-(at[:, None] - at).square() / (2 * sigma**2))
-        kernel = F.threshold(kernel, _NEGLIGIBLE, 0)
+    for axis, kernel in zip((1, 2), weights, strict=True):
         field = torch.matmul(kernel, field.flatten(axis + 1)).view_as(field)
     return field
 
 
-def gaussian_sums(field: Tensor, packing: Packing, grid: tuple[int, int], sigma: float) -> Tensor:
+def gaussian_sums(field: Tensor, packing: Packing, grid: tuple[int, int], weights: Kernels) -> Tensor:
     """For each kept token i the sum of exp(-|u_i - u_j|^2 / (2 sigma^2)) field_j over the kept tokens j of its sample.
 
     Equals blurring the grid of all samples at once; taking a few samples at a time bounds the memory by that of a few
@@ -78,7 +88,7 @@ def gaussian_sums(field: Tensor, packing: Packing, grid: tuple[int, int], sigma:
         field: (T, D) float32.
         packing: where the tokens lie.
         grid: (H, W).
-        sigma: standard deviation in grid positions.
+        weights: of the grid, see :func:`kernels`.
 
     Returns:
         (T, D) float32.
@@ -91,7 +101,7 @@ def gaussian_sums(field: Tensor, packing: Packing, grid: tuple[int, int], sigma:
     for number, (part, index) in enumerate(zip(field.split(tokens), packing.index.split(tokens), strict=True)):
         at = index - number * together * positions
         flat = part.new_zeros(len(groups[number]) * positions, part.shape[1]).index_copy(0, at, part)
-        sums.append(blur(flat.unflatten(0, (-1, *grid)), sigma).flatten(0, 2).index_select(0, at))
+        sums.append(blur(flat.unflatten(0, (-1, *grid)), weights).flatten(0, 2).index_select(0, at))
     return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
@@ -113,9 +123,9 @@ def smooth(tokens: Tensor, prob: Tensor, packing: Packing, grid: tuple[int, int]
     """
     q = prob.clamp(1e-4, 1 - 1e-4)[:, None]
     # Two sums rather than one of D + 1 channels: an odd channel count costs the matrix product its speed.
-    own = q * tokens
-    weights = gaussian_sums(q, packing, grid, sigma) + 1e-8
-    return torch.addcmul(own, (1 - q) / weights, gaussian_sums(own, packing, grid, sigma))
+    own, weights = q * tokens, kernels(grid, sigma, tokens.device)
+    total = gaussian_sums(q, packing, grid, weights) + 1e-8
+    return torch.addcmul(own, (1 - q) / total, gaussian_sums(own, packing, grid, weights))
 
 
 def plug_back(tokens: Tensor, packing: Packing, mask: Tensor) -> Tensor:

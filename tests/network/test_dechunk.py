@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.configs import golden_folders
 
 from dcdit.network import dechunk as chunking
-from dcdit.network.dechunk import blur, dechunk, nearest_kept, smooth, straight_through
+from dcdit.network.dechunk import blur, dechunk, kernels, nearest_kept, smooth, straight_through
 from dcdit.network.packing import full_packing, make_packing, pack
 from dcdit.network.routing import Routing
 
@@ -92,7 +92,7 @@ def test_blur_of_a_point_is_the_kernel():
     field[0, 2, 3, 0] = 2.0
     row, column = torch.meshgrid(torch.arange(5) - 2, torch.arange(7) - 3, indexing="ij")
     expected = 2 * torch.exp(-(row.square() + column.square()) / (2 * 1.5**2))
-    torch.testing.assert_close(blur(field, 1.5)[0, ..., 0], expected)
+    torch.testing.assert_close(blur(field, kernels((5, 7), 1.5, field.device))[0, ..., 0], expected)
 
 
 @given(s=st.floats(0.5, 1.0, width=32))
