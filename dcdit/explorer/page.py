@@ -205,6 +205,7 @@ class Page:
         studio = self.studio
         several = len(studio.places) > 1
         number = view.NAMES.index(name) if several else 0
+        drop = drop if studio.routes(number) else 0.0
         with gr.Group():
             choices = [(place.run, index) for index, place in enumerate(studio.places)]
             checkpoint = gr.Radio(choices, value=number, label=f"{name}: checkpoint", visible=several)
