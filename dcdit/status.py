@@ -35,7 +35,7 @@ class StatusSettings:
 
     Attributes:
         runs: directories of runs, or folders with runs below them.
-        watch: look again and again, until no run goes on or waits.
+        watch: look again and again, until runs that went on or waited have ended.
         every: seconds between two looks.
     """
 
@@ -67,10 +67,10 @@ def look(settings: StatusSettings) -> dict[Path, RunProgress]:
 def run(config: DictConfig) -> list[RunProgress]:
     """Print the table, or keep it up to date; returns what is in it."""
     settings, console = check(config), Console()
-    found = look(settings)
     if settings.watch:
         found = watch(settings, console)
     else:
+        found = look(settings)
         console.print(progress_table(list(found.values())))
     for each in found.values():
         if each.reason:
@@ -79,15 +79,24 @@ def run(config: DictConfig) -> list[RunProgress]:
 
 
 def watch(settings: StatusSettings, console: Console) -> dict[Path, RunProgress]:
-    """Keep a table up to date until no run goes on or waits, or Ctrl-C; returns what was seen last."""
+    """Keep a view up to date until runs that went on or waited have ended, or Ctrl-C; returns what was seen last.
+
+    Where none goes on yet, one may be starting: it waits.
+    """
+    found: dict[Path, RunProgress] = {}
+    went_on = False
     with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
-            found = look(settings)
+            with suppress(UserError):  # no folder yet, or no run
+                found = look(settings)
+            goes_on = bool({State.RUNNING, State.QUEUED, State.WAITING} & {each.state for each in found.values()})
             sizes = [size_on_disk(path) for path in found]
-            free = shutil.disk_usage(next(iter(found))).free
-            live.update(live_view(list(found.values()), sizes, free, time.strftime("%H:%M:%S")), refresh=True)
-            if not {State.RUNNING, State.QUEUED, State.WAITING} & {each.state for each in found.values()}:
+            free = shutil.disk_usage(next(iter(found), Path())).free
+            now = time.strftime("%H:%M:%S") + ("" if goes_on or went_on else "   waiting for a run to go on")
+            live.update(live_view(list(found.values()), sizes, free, now), refresh=True)
+            if went_on and not goes_on:
                 break
+            went_on = goes_on
             time.sleep(settings.every)
     return found
 

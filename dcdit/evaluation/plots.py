@@ -62,7 +62,8 @@ def course_plot(curves: Sequence[Line], ylabel: str, targets: Sequence[float]) -
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
     palette = plt.get_cmap("tab10" if max(curve.run for curve in curves) < 10 else "tab20")
     for curve in curves:
-        style = {"marker": "o", "markersize": 4, "linestyle": "--"} if curve.marked else {"linewidth": 1.2}
+        few = curve.marked or len(curve.values) < 3
+        style = {"marker": "o", "markersize": 4, "linestyle": "--"} if few else {"linewidth": 1.2}
         axes.plot(curve.steps, curve.values, color=palette(curve.run), label=verbatim(curve.label), **style)
     for target in targets:
         axes.axhline(target, color="black", linestyle=":", linewidth=1, label=f"asked for: {target:.3g}")

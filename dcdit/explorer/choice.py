@@ -29,6 +29,7 @@ class Choice:
         drop: drop fraction, of ``drop``; of ``schedule`` the one among pure noise.
         drop_last: of ``schedule`` the one at the image.
         fraction, tflops: the budgets of those names.
+        by: what meets these: drops, reuse of features, or both.
         weak_drop: drop fraction of the weak half; None for that of the strong one.
         cache: threshold of feature caching; 0 for none.
     """
@@ -43,6 +44,7 @@ class Choice:
     drop_last: DropFraction = 0.0
     fraction: Annotated[float, Bounds(0, 1, open_low=True, hint="0.6 asks for 60% of the full cost")] = 1.0
     tflops: Positive = 1.0
+    by: Literal["drop", "cache", "both"] = "both"
     weak_drop: DropFraction | None = None
     cache: NonNegative = 0.0
 
@@ -60,7 +62,7 @@ class Choice:
         elif self.meet == "schedule":
             guidance["drop_schedule"] = [[_NOISE, self.drop], [0, self.drop_last]]
         else:
-            budget = {self.meet: getattr(self, self.meet)}
+            budget = {self.meet: getattr(self, self.meet), "by": self.by}
         if self.scale != 1 and self.weak_drop is not None:
             guidance["uncond_drop_fraction"] = self.weak_drop
         return {"sampler": {"steps": self.steps, "cache": self.cache}, "guidance": guidance, "budget": budget}
@@ -82,15 +84,22 @@ class Choice:
         values |= {name: {**base[name], **chosen[name]} for name in ("guidance", "budget")}
         return SamplingPlan.of(values)[0]
 
-    def command(self, base: Mapping[str, Any], checkpoint: str) -> str:
+    def command(self, base: Mapping[str, Any], checkpoint: str, out: str) -> str:
         """The words for a terminal that make the same image.
 
         Args:
             base: as of :meth:`plan`.
             checkpoint: what it is made with.
+            out: folder for it.
         """
         chosen = self.sections()
-        words = [f"checkpoint={checkpoint}", f"classes=[{self.label}]", "per_class=1", f"seed={self.seed}"]
+        words = [
+            f"checkpoint={checkpoint}",
+            f"classes=[{self.label}]",
+            "per_class=1",
+            f"seed={self.seed}",
+            f"out={out}",
+        ]
         words += [f"sampler={self.sampler}", f"sampler.steps={self.steps}"]
         words += ["sampler.clip=true"] if base["sampler"].get("clip") else []
         words += [f"sampler.cache={self.cache:g}"] if self.cache else []
@@ -107,4 +116,4 @@ def _value(value: Any) -> str:
     """As a person writes it on a command line."""
     if isinstance(value, list):
         return f"[{','.join(map(_value, value))}]"
-    return f"{value:g}"
+    return value if isinstance(value, str) else f"{value:g}"

@@ -32,6 +32,7 @@ _MEET = [
     ("fraction of the full cost", "fraction"),
     ("TFLOPs per image", "tflops"),
 ]
+_BY = [("reuse and drops", "both"), ("drops alone", "drop"), ("reuse alone", "cache")]
 _WAITING = 16
 """Jobs that may wait for their turn; more are refused in words."""
 _SESSIONS = 32
@@ -48,6 +49,7 @@ class Side:
     drop_last: Any
     fraction: Any
     tflops: Any
+    by: Any
     own_weak: Any
     weak_drop: Any
     cache: Any
@@ -69,22 +71,34 @@ class Asked:
     choice: Choice
 
 
-def asked(label: Any, seed: Any, values: Sequence[Any]) -> Asked:
-    """What the values of a side's controls ask for; UserError naming what is wrong."""
+def asked(name: str, label: Any, seed: Any, values: Sequence[Any]) -> Asked:
+    """What the values of the controls of the side ``name`` ask for; UserError naming what is wrong."""
     given = Side(*values)
-    if seed is None or given.tflops is None:
-        raise UserError("a number is missing: type one")
+    meant = {"class": label, "seed": seed, f"{name}: guidance scale": given.scale, f"{name}: steps": given.steps}
+    meant |= {f"{name}: threshold of feature caching": given.cache}
+    if given.meet in ("drop", "schedule"):
+        meant[f"{name}: drop fraction ρ"] = given.drop
+    if given.meet == "schedule":
+        meant[f"{name}: ρ at the image"] = given.drop_last
+    elif given.meet != "drop":
+        meant[f"{name}: {next(words for words, what in _MEET if what == given.meet)}"] = getattr(given, given.meet)
+    if given.own_weak:
+        meant[f"{name}: ρ of the half without class"] = given.weak_drop
+    empty = [words for words, value in meant.items() if value is None]
+    if empty:
+        raise UserError(f"{', '.join(empty)}: there is nothing, give a value")
     choice = Choice(
         label=label,
-        seed=seed,
+        seed=_whole(seed),
         sampler=given.sampler,
-        steps=given.steps,
+        steps=_whole(given.steps),
         scale=given.scale,
         meet=given.meet,
         drop=given.drop if given.meet in ("drop", "schedule") else 0.0,
         drop_last=given.drop_last if given.meet == "schedule" else 0.0,
         fraction=given.fraction if given.meet == "fraction" else 1.0,
         tflops=given.tflops if given.meet == "tflops" else 1.0,
+        by=given.by if given.meet in ("fraction", "tflops") else "both",
         weak_drop=given.weak_drop if given.own_weak and given.scale != 1 else None,
         cache=given.cache,
     )
@@ -94,6 +108,21 @@ def asked(label: Any, seed: Any, values: Sequence[Any]) -> Asked:
 def _named(on_step: OnStep, name: str, done: int, steps: int, what: str) -> None:
     """Tell of a step of A or B."""
     on_step(done, steps, f"{name}: {what}")
+
+
+def _whole(value: Any) -> Any:
+    """A whole number that came as a fraction; anything else as it is, to be refused in words."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _plainly(component: Any) -> Any:
+    """A component whose values come as they were typed: what is wrong with them we say ourselves, by name."""
+    component.preprocess = lambda payload: payload
+    return component
+
+
+def _slider(low: float, high: float, value: float, step: float, label: str, **options: Any) -> Any:
+    return _plainly(gr.Slider(low, high, value, step=step, label=label, **options))
 
 
 class Page:
@@ -147,7 +176,7 @@ class Page:
         try:
             with self._job(request) as on_step:
                 for name, some in zip(names, (values[:half], values[half:]), strict=True):
-                    wanted = asked(label, seed, some)
+                    wanted = asked(name, label, seed, some)
                     same = [painting for one, painting in known if one == wanted]
                     told = partial(_named, on_step, name)
                     painting = same[0] if same else self.studio.paint(wanted.checkpoint, wanted.choice, told)
@@ -164,7 +193,10 @@ class Page:
             view.difference_of(*paintings),
             view.numbers(paintings),
             view.downloads(paintings),
-            "\n".join(self.studio.command(one.checkpoint, one.choice) for one, _ in found),
+            "\n".join(
+                self.studio.command(one.checkpoint, one.choice, f"explored/{name}")
+                for name, (one, _) in zip(names, found, strict=True)
+            ),
             view.message("Done.", problem=False),
         ]
 
@@ -180,7 +212,7 @@ class Page:
     def strip(self, request: gr.Request, label: Any, seed: Any, *values: Any) -> str:
         """The same seed at seven budgets, by the other settings of A."""
         try:
-            wanted = asked(label, seed, values)
+            wanted = asked("A", label, seed, values)
             with self._job(request) as on_step:
                 return view.strip(self.studio.strip(wanted.checkpoint, wanted.choice, on_step))
         except StoppedError:
@@ -206,35 +238,38 @@ class Page:
         several = len(studio.places) > 1
         number = view.NAMES.index(name) if several else 0
         drop = drop if studio.routes(number) else 0.0
+        sampler_keys, most = base["sampler"], studio.most_steps
         with gr.Group():
             choices = [(place.run, index) for index, place in enumerate(studio.places)]
             checkpoint = gr.Radio(choices, value=number, label=f"{name}: checkpoint", visible=several)
-            first = gr.Slider(0, 0.95, drop, step=0.05, label=f"{name}: drop fraction ρ", elem_id=f"drop_{name}")
+            first = _slider(0, 0.95, drop, 0.05, f"{name}: drop fraction ρ", elem_id=f"drop_{name}")
         with gr.Accordion(f"{name}: more", open=False):
             meet = gr.Radio(_MEET, value="drop", label="what sets the budget", elem_id=f"meet_{name}")
-            last = gr.Slider(0, 0.95, 0.0, step=0.05, label="ρ at the image; above stands that in noise", visible=False)
-            fraction = gr.Slider(0.05, 1, 0.7, step=0.05, label="fraction of the full cost", visible=False)
-            tflops = gr.Number(1.0, label="TFLOPs per image", visible=False, minimum=0)
-            scale = gr.Slider(0, 10, base["guidance"]["scale"], step=0.25, label="guidance scale, 1 for none")
-            own_weak = gr.Checkbox(False, label="the half without class has a ρ of its own (Lite-CFG)")
-            weak = gr.Slider(0, 0.95, 0.9, step=0.05, label="its ρ", visible=False)
-            top = max(0.5, float(base["sampler"]["cache"]))
-            cache = gr.Slider(
-                0, top, base["sampler"]["cache"], step=0.01, label="feature caching: threshold, 0 for none"
-            )
+            last = _slider(0, 0.95, 0.0, 0.05, "ρ at the image", visible=False)
+            fraction = _slider(0.05, 1, 0.7, 0.05, "fraction of the full cost", visible=False)
+            usual, words = studio.usual_tflops(number), "TFLOPs per image (0.001 is a GFLOP)"
+            tflops = _plainly(gr.Number(usual, label=words, visible=False, elem_id=f"tflops_{name}"))
+            by = gr.Radio(_BY, value="both", label="what meets that budget", visible=False)
+            scale = _slider(1, 10, base["guidance"]["scale"], 0.25, "guidance scale, 1 for none")
+            own_weak = gr.Checkbox(False, label="with guidance: the half without class has a ρ of its own (Lite-CFG)")
+            weak = _slider(0, 0.95, 0.9, 0.05, "its ρ", visible=False)
+            cache = _slider(0, 2, sampler_keys["cache"], 0.05, "feature caching: threshold, 0 for none")
             samplers = sorted({each for index in range(len(studio.places)) for each in studio.samplers(index)})
             sampler = gr.Dropdown(samplers, value=studio.sampler(number), label="sampler")
-            most = studio.most_steps
-            steps = gr.Slider(
-                2, most, min(most, base["sampler"]["steps"]), step=1, label="steps", elem_id=f"steps_{name}"
-            )
-        shown = lambda what: [  # noqa: E731
-            gr.update(visible=what in ("drop", "schedule")),
-            *(gr.update(visible=what == each) for each in ("schedule", "fraction", "tflops")),
-        ]
-        meet.input(shown, meet, [first, last, fraction, tflops], **_SILENT)
+            steps = _slider(2, most, min(most, sampler_keys["steps"]), 1, "steps", elem_id=f"steps_{name}")
+
+        def shown(what: str) -> list[Any]:
+            words = f"{name}: ρ in noise" if what == "schedule" else f"{name}: drop fraction ρ"
+            asks = what in ("fraction", "tflops")
+            return [
+                gr.update(visible=not asks, label=words),
+                *(gr.update(visible=what == each) for each in ("schedule", "fraction", "tflops")),
+                gr.update(visible=asks),
+            ]
+
+        meet.input(shown, meet, [first, last, fraction, tflops, by], **_SILENT)
         own_weak.input(lambda own: gr.update(visible=own), own_weak, weak, **_SILENT)
-        return Side(checkpoint, meet, first, last, fraction, tflops, own_weak, weak, cache, sampler, steps, scale)
+        return Side(checkpoint, meet, first, last, fraction, tflops, by, own_weak, weak, cache, sampler, steps, scale)
 
     def blocks(self, base: dict[str, Any]) -> gr.Blocks:
         """The page.
@@ -248,19 +283,19 @@ class Page:
         with gr.Blocks(title=self.title, analytics_enabled=False, fill_width=True) as page:
             gr.Markdown(f"# {self.title}\n\n{_ABOUT}")
             known = gr.State((), time_to_live=3600)
+            with gr.Row(elem_id="images"):
+                images = [gr.HTML(elem_id=f"image_{name}", min_height=120) for name in view.NAMES]
+                between = gr.HTML(elem_id="difference")
             with gr.Row():
                 with gr.Column(scale=2, min_width=280):
                     with gr.Group():
                         label = gr.Dropdown(names, value=0, label="class", elem_id="label")
-                        seed = gr.Number(base["seed"], label="seed", precision=0, minimum=0, elem_id="seed")
+                        seed = _plainly(gr.Number(base["seed"], label="seed", precision=0, elem_id="seed"))
                         another = gr.Button("another seed", size="sm", elem_id="another")
                     sides = [self._side(name, drop, base) for name, drop in zip(view.NAMES, (0.0, 0.5), strict=True)]
+                    status = gr.HTML(elem_id="status", min_height=70)
                     stop = gr.Button("stop", size="sm", elem_id="stop")
-                    status = gr.HTML(elem_id="status")
                 with gr.Column(scale=5, min_width=280):
-                    with gr.Row():
-                        images = [gr.HTML(elem_id=f"image_{name}", min_height=120) for name in view.NAMES]
-                        between = gr.HTML(elem_id="difference")
                     numbers = gr.HTML(elem_id="numbers")
                     place = gr.Slider(0, 100, 60, step=1, label="time: 0 is noise, 100 the image", elem_id="place")
                     moments = [gr.HTML(elem_id=f"moment_{name}") for name in view.NAMES]
@@ -281,7 +316,9 @@ class Page:
             assert len(outputs) == _OUTPUTS
             one = {"concurrency_id": "sampling", "concurrency_limit": 1, "trigger_mode": "always_last"}
 
-            changed = [control.input for control in (label, seed, *sides[0].controls, *sides[1].controls)]
+            every = (label, seed, *sides[0].controls, *sides[1].controls)
+            # A slider that a browser brings back within its bounds has changed, though nobody moved it.
+            changed = [each.change if isinstance(each, gr.Slider) else each.input for each in every]
             shared: dict[str, Any] = {"show_progress_on": status, "api_visibility": "private", **one}
             seeded = another.click(lambda old: (int(old or 0) + 1) % 2**31, seed, seed, **_SILENT)
             for updated in (

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dcdit.checkpoints.locate import Place
+from dcdit.compute.flops import count
 from dcdit.compute.table import flops_words
 from dcdit.diffusion.samplers import Step
 from dcdit.diffusion.settings import samplers_of
@@ -21,7 +22,7 @@ from dcdit.explorer.choice import Choice
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.sampling.budget import Calibration
 from dcdit.sampling.figures import Moment, Recorder, decoded, panels
-from dcdit.sampling.overlays import Pixels, side_by_side
+from dcdit.sampling.overlays import Pixels, enlarged
 from dcdit.sampling.pictures import animation_frames
 from dcdit.sampling.settings import SamplingPlan
 from dcdit.sampling.setup import Sampling, at_budget, calibration_of, load, sampling_of
@@ -52,8 +53,8 @@ class Painting:
         drops: drop fraction of the strong half at each.
         step_flops: FLOPs of each, both halves.
         flops: of all.
-        milliseconds: of sampling: the median of the last runs with these settings on this machine.
-        runs: how many these are.
+        kept: tokens, as a share of the positions, in the mean of all evaluations of both halves; of reused ones none.
+        times: milliseconds of sampling in the last runs with these settings on this machine; it grows with them.
         full: the same image at the full budget; None if this is it.
     """
 
@@ -66,9 +67,14 @@ class Painting:
     drops: Sequence[float]
     step_flops: Sequence[float]
     flops: float
-    milliseconds: float
-    runs: int
+    kept: float
+    times: Sequence[float]
     full: "Painting | None"
+
+    @property
+    def milliseconds(self) -> float:
+        """The median of the last runs."""
+        return statistics.median(self.times)
 
     @property
     def lost(self) -> float:
@@ -90,7 +96,7 @@ class Painting:
 def difference(one: NDArray[Any], two: NDArray[Any]) -> NDArray[Any]:
     """Absolute difference of two images (height, width, channels) uint8, pixel by pixel; UserError if sizes differ."""
     if one.shape != two.shape:
-        raise UserError(f"images of {_size(one)} and {_size(two)} pixels have no difference")
+        raise UserError(f"an image of {_size(one)} pixels cannot be compared with one of {_size(two)}")
     return np.abs(one.astype(np.int16) - two.astype(np.int16)).astype(np.uint8)
 
 
@@ -137,6 +143,9 @@ class Studio:
         self._times: _Newest[deque[float]] = _Newest(_KEPT)
         self._full: _Newest[Painting] = _Newest(8)
         self._budgets: _Newest[Calibration] = _Newest(_KEPT)
+        for side in range(len(places)):  # the first run is a slow one, and no measure of anything
+            self._sample(side, Choice(0, 0, self.sampler(side), 2, 1.0), lambda *_: None, "")
+        self._times = _Newest(_KEPT)
 
     def classes(self, side: int) -> Sequence[str]:
         """Names of the classes that a checkpoint knows."""
@@ -155,11 +164,11 @@ class Studio:
         """Whether a checkpoint has budgets."""
         return self.loaded[side].model.network.routes
 
-    def command(self, side: int, choice: Choice) -> str:
-        """The words for a terminal that make the same image."""
+    def command(self, side: int, choice: Choice, out: str) -> str:
+        """The words for a terminal that make the same image in the folder ``out``."""
         place = self.places[side]
         name = str(Path(place.name).resolve()) if Path(place.name).exists() else place.name
-        return " ".join(filter(None, [choice.command(self.base, name), self.words]))
+        return " ".join(filter(None, [choice.command(self.base, name, out), self.words]))
 
     def paint(self, side: int, choice: Choice, on_step: OnStep) -> Painting:
         """Sample what was chosen, and first, unless that is known, the same at the full budget.
@@ -176,19 +185,26 @@ class Studio:
         if full is None:
             self._full.get((side, choice), lambda: painting)
             return painting
-        times = self._times_of(side, full.choice)
-        return replace(painting, full=replace(full, milliseconds=statistics.median(times), runs=len(times)))
+        return replace(painting, full=full)
 
-    def strip(self, side: int, choice: Choice, on_step: OnStep) -> Pixels:
-        """The same seed at seven budgets."""
+    def usual_tflops(self, side: int) -> float:
+        """What an image costs about, at seven tenths of the full budget and with what the command said of sampling."""
+        plan, model = SamplingPlan.of(self.base)[0], self.loaded[side].model
+        compression = float(model.training.get("compression") or 4)
+        evaluation = count(model.network, [model.network.positions / compression] if model.network.routes else []).total
+        halves = 1 if plan.guidance.scale == 1 else 2
+        return float(f"{0.7 * evaluation * plan.sampler.steps * halves / 1e12:.2g}")
+
+    def strip(self, side: int, choice: Choice, on_step: OnStep) -> list[tuple[str, Pixels]]:
+        """The same seed at seven budgets, with words for each."""
         if not self.routes(side):
             raise UserError(f"{self.places[side].run} has one budget: its network drops no tokens")
         found = []
         for drop in STRIP:
             each = replace(choice, meet="drop", drop=drop)
             painting = self._sample(side, each, on_step, f"ρ {drop:g}")
-            found.append((f"ρ {drop:g}: {flops_words(painting.flops)}", painting.image))
-        return side_by_side(found, "", 144)
+            found.append((f"ρ {drop:g}, {flops_words(painting.flops)}", enlarged(painting.image, 256)))
+        return found
 
     def _times_of(self, side: int, choice: Choice) -> "deque[float]":
         """Milliseconds of the last runs with these settings, whatever the image."""
@@ -224,6 +240,7 @@ class Studio:
         (batch,) = sampling.generate(torch.tensor([choice.label]), [0], note)
         times = self._times_of(side, choice)
         times.append(1000 * (time.perf_counter() - begin))
+        positions = model.latents.positions
         moments = recorder.rows[0]
         routed = [each.boundaries.mask.mean() for each in moments if each.boundaries is not None]
         flops = batch.flops.item()
@@ -237,7 +254,7 @@ class Studio:
             [sampling.guidance.settings.drop_at(timestep)[0] for timestep in timesteps],
             batch.step_flops[:, 0].tolist(),
             flops,
-            statistics.median(times),
-            len(times),
+            batch.kept.item() / positions,
+            times,
             None,
         )

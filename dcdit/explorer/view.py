@@ -12,7 +12,7 @@ from PIL import Image
 
 from dcdit.compute.table import flops_words
 from dcdit.explorer.studio import Painting, difference
-from dcdit.sampling.overlays import Pixels, enlarged
+from dcdit.sampling.overlays import Pixels, enlarged, side_by_side
 
 NAMES = ("A", "B")
 _COLOURS = ("#0072B2", "#D55E00")
@@ -20,6 +20,11 @@ _COLOURS = ("#0072B2", "#D55E00")
 _INK = "#010203"
 """A colour that nobody takes; in the page it becomes that of the text."""
 
+_NOTE = (
+    "Tokens kept: the mean of all evaluations and both halves of guidance; reused ones keep none. This is one image at"
+    " a time: a small network then takes about as long whatever is dropped, for it takes longer to begin each operation"
+    " than to do it."
+)
 _fragments: Any = (
     Environment(loader=PackageLoader("dcdit", "explorer"), autoescape=True).get_template("fragments.html").module
 )
@@ -31,6 +36,9 @@ div.dcdit-row { display: flex; flex-wrap: wrap; gap: .5rem; } div.dcdit-row > fi
 div.dcdit-plots > figure { flex: 1 1 20rem; min-width: 0; }
 figure.dcdit figcaption, p.dcdit { font-size: .85rem; overflow-wrap: anywhere; }
 p.dcdit a, figure.dcdit a { text-decoration: underline; margin-right: 1rem; }
+#images { max-width: 60rem; gap: .5rem; flex-wrap: nowrap; }
+#images > * { min-width: 0 !important; }
+@media (max-width: 700px) { #images { position: sticky; top: 0; z-index: 9; background: var(--body-background-fill); } }
 p.problem { border-left: 4px solid #D55E00; padding: .4rem .8rem; font-weight: 600; }
 .dcdit-wide { overflow-x: auto; } table.dcdit { font-variant-numeric: tabular-nums; width: 100%; }
 table.dcdit th, table.dcdit td { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; }
@@ -52,7 +60,16 @@ def png(pixels: Pixels) -> str:
 def image(name: str, painting: Painting, words: str) -> str:
     """The finished image of one side."""
     alt = f"{name}: class {words}, seed {painting.choice.seed}, {painting.title}"
-    return str(_fragments.picture(png(enlarged(painting.image, 256)), f"{name}: {painting.title}", alt))
+    return str(_fragments.picture(png(enlarged(painting.image, 256)), f"{name}: {short(painting)}", alt))
+
+
+def short(painting: Painting) -> str:
+    """Budget and cost in few words."""
+    drops = sorted({round(drop, 2) for drop in painting.drops})
+    found = [f"ρ {' to '.join(f'{drop:g}' for drop in (drops[0], drops[-1])[: len(drops)])}"]
+    cache = painting.sampling.sampler.settings.cache
+    found += [f"cache {cache:.3g}"] if cache else []
+    return ", ".join([*found, flops_words(painting.flops)])
 
 
 def difference_of(one: Painting, two: Painting) -> str:
@@ -73,7 +90,11 @@ def moment(name: str, painting: Painting, place: float) -> str:
     cost = flops_words(painting.step_flops[index])
     words = f"{name}: evaluation {index + 1} of {len(painting.moments)}, {cost}"
     if at.boundaries is not None:
-        words += f", {at.boundaries.words}; orange: kept, blue: dropped by the tail drop, grey: left to the encoder"
+        words += f", {at.boundaries.words}"
+        if at.boundaries.mask.any():
+            words += "; orange: kept, blue: dropped by the tail drop, grey: left to encoder and decoder"
+        else:
+            words += " from an evaluation before: no token ran, and none was dropped"
     return str(_fragments.pictures([(png(picture), said) for said, picture in painting.at(index)], words))
 
 
@@ -90,16 +111,15 @@ def numbers(paintings: Sequence[Painting]) -> str:
 
     for painting in paintings:
         full = painting.full or painting
-        ran = [share for share in painting.tokens if share]
-        drops = sorted({round(drop, 3) for drop in painting.drops})
+        reused = painting.tokens.count(0)
+        add("settings", painting.title)
         add("work", f"{flops_words(painting.flops)}, {_share(painting.flops, full.flops)}")
-        times = f"{painting.milliseconds:.0f} ms (median of {painting.runs}), "
+        times = f"{painting.milliseconds:.0f} ms (median of {len(painting.times)}), "
         add("time here", times + _share(painting.milliseconds, full.milliseconds))
-        add("tokens kept", f"{np.mean(ran):.1%} of all positions" if painting.tokens else "all patches")
-        add("drop fraction ρ", " to ".join(f"{drop:g}" for drop in (drops[0], drops[-1])[: len(drops)]))
-        add("steps reused", f"{len(painting.tokens) - len(ran)} of {len(painting.moments)}")
+        add("tokens kept", f"{painting.kept:.1%} of all positions" if painting.tokens else "all patches")
+        add("evaluations reused", f"{reused} of {len(painting.moments)}")
         add("differs from the full budget", f"{painting.lost:.2%} of the range on average")
-    return str(_fragments.numbers(NAMES, rows.items()))
+    return str(_fragments.numbers(NAMES, rows.items(), _NOTE))
 
 
 def curves(paintings: Sequence[Painting]) -> str:
@@ -111,7 +131,7 @@ def curves(paintings: Sequence[Painting]) -> str:
 
     drawn = []
     style: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
-    for words in ("tokens kept, %", "GFLOPs of an evaluation"):
+    for words in ("tokens kept and ρ, %", "GFLOPs of an evaluation"):
         with plt.rc_context({**style, "svg.fonttype": "none"}):
             figure, axes = plt.subplots(figsize=(4.6, 2.5), layout="constrained")
             for name, painting, colour, line in zip(NAMES, paintings, _COLOURS, ("-", "--"), strict=False):
@@ -154,10 +174,11 @@ def animated(name: str, painting: Painting, file: Path) -> str:
     return str(_fragments.saved(source, _file(painting, f"{name}{file.suffix}"), words, f"{name}: from noise to image"))
 
 
-def strip(picture: Pixels) -> str:
-    """The same seed at several budgets."""
-    words = "The same seed at seven budgets"
-    return str(_fragments.saved(png(picture), "seven_budgets.png", "save as PNG", words))
+def strip(pictures: Sequence[tuple[str, Pixels]]) -> str:
+    """The same seed at several budgets, and a link that saves all in one picture."""
+    row = _fragments.pictures([(png(picture), words) for words, picture in pictures], "The same seed by A's settings")
+    link = (png(side_by_side(pictures)), "seven_budgets.png", "all in one PNG")
+    return str(row + _fragments.downloads([link]))
 
 
 def message(words: str, problem: bool = True) -> str:

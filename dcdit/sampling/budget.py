@@ -23,6 +23,7 @@ from dcdit.network.caching import reuse
 from dcdit.runtime.files import read_json, write_json
 from dcdit.sampling.generate import generate
 
+_WORDS = {"drop": "drops alone", "cache": "reuse alone", "both": "drops and reuse together"}
 TOLERANCE = 0.01  # of the cost measured on the calibration's own images; half of what is promised for others
 _IMAGES, _ROUNDS, _LARGEST = 16, 4, 0.99
 _LARGEST_CHANGE = {"drop": 0.0, "cache": 10.0, "both": 0.4}
@@ -176,7 +177,7 @@ def calibrate(
         asked = f"fraction={budget.fraction:g}" if budget.fraction is not None else f"tflops={budget.tflops:.4g}"
         unit, scale = ("of the full cost", 1 / full) if budget.fraction is not None else ("TFLOPs per image", 1.0)
         raise UserError(
-            f"budget.{asked} cannot be met by {by}: from {least * scale:.4g} to {spent * scale:.4g} {unit} is"
+            f"budget.{asked} cannot be met by {_WORDS[by]}: from {least * scale:.4g} to {spent * scale:.4g} {unit} is"
             " possible with this sampler and guidance, ask for something in between"
         )
     for _ in range(_ROUNDS):

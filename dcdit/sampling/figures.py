@@ -33,7 +33,7 @@ class Boundaries:
     @property
     def words(self) -> str:
         """How much ran."""
-        return f"kept {self.mask.mean():.0%}" if self.mask.any() else "reused"
+        return f"kept {self.mask.mean():.0%}" if self.mask.any() else "features reused"
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def panels(moment: Moment, noisy: NDArray[Any], clean: NDArray[Any], least: int 
     if moment.boundaries is not None:
         prob, natural, mask = moment.boundaries.prob, moment.boundaries.natural, moment.boundaries.mask
         found.append((moment.boundaries.words, overlay(large, mask, natural)))
-        found.append(("boundary probability", probabilities(prob, mask, *large.shape[:2])))
+        found.append(("boundary p, kept in white", probabilities(prob, mask, *large.shape[:2])))
     return found
 
 

@@ -56,6 +56,8 @@ def _outline(image: Pixels, grid: NDArray[np.bool_], colour: tuple[int, int, int
 def overlay(image: Pixels, kept: NDArray[np.bool_], natural: NDArray[np.bool_]) -> Pixels:
     """``image`` with the positions that were ``kept`` (H, W) clear and outlined, and the others shaded.
 
+    Where none was kept, all features were reused: nothing is outlined, for nothing was dropped either.
+
     Args:
         image: (height, width, 3).
         kept: positions that ran.
@@ -63,8 +65,9 @@ def overlay(image: Pixels, kept: NDArray[np.bool_], natural: NDArray[np.bool_]) 
     """
     clear = spread(kept, *image.shape[:2])[..., None]
     drawn = np.where(clear, image, _BESIDE * image + (1 - _BESIDE) * _SHADE).astype(np.uint8)
-    _outline(drawn, natural & ~kept, DROPPED)
-    _outline(drawn, kept, KEPT)
+    if kept.any():
+        _outline(drawn, natural & ~kept, DROPPED)
+        _outline(drawn, kept, KEPT)
     return drawn
 
 

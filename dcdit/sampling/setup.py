@@ -216,7 +216,8 @@ def meet_budget(sampling: Sampling) -> Sampling:
     trained = max((model.training.get("multi_budget") or {}).get("fractions") or [0.0])
     if found.drop_fraction > trained:
         print(
-            f"It was trained at drop fractions up to {trained:g}, quality falls fast beyond: budget.by=both drops less"
+            f"It was trained at drop fractions up to {trained:g}, quality falls fast beyond; without budget.by=drop and"
+            " sampler.cache reuse meets a part of the budget, and less is dropped"
         )
     return at_budget(sampling, found)
 

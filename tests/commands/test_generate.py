@@ -167,5 +167,5 @@ def test_a_budget_is_calibrated_once(tiny, tmp_path, capsys):
     before = store.read_bytes()
     generate.run(compose_config(*arguments[:1], f"out={tmp_path}/again", *settings, name="generate"))
     assert store.read_bytes() == before
-    with pytest.raises(UserError, match=r"budget.fraction=0.01 cannot be met by drop: from .* of the full cost"):
+    with pytest.raises(UserError, match=r"budget.fraction=0.01 cannot be met by drops alone: from .* of the full cost"):
         generate.run(compose_config(*arguments, "budget.fraction=0.01", name="generate"))

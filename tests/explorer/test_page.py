@@ -163,7 +163,7 @@ def test_numbers_are_those_of_the_images(new_page):
     share = int(re.search(r"(\d+)% of the full", rows["work"][1])[1]) / 100
     assert share == pytest.approx(gflops(page, "B") / gflops(page, "A"), abs=0.01)
     assert rows["work"][0].endswith("100% of the full budget's")
-    assert rows["drop fraction ρ"] == ["0", "0.5"]
+    assert ["ρ 0, " in words for words in rows["settings"]] == [True, False]
     lost = float(re.search(r"([\d.]+)%", rows["differs from the full budget"][1])[1])
     one, two = (pixels(page, name).astype(float) for name in "AB")
     assert lost == pytest.approx(100 * np.abs(one - two).mean() / 255, abs=0.01)
@@ -199,16 +199,30 @@ def test_mistakes_are_told_in_words_and_nothing_is_lost(new_page):
     before = pixels(page, "B")
     page.locator("#seed input").fill("")
     page.wait_for_selector("#status .problem")
-    assert "a number is missing" in page.locator("#status").inner_text()
+    assert "seed: there is nothing, give a value" in page.locator("#status").inner_text()
     assert np.array_equal(pixels(page, "B"), before)
     page.locator("#seed input").fill("3")
     page.wait_for_function("() => document.querySelector('#status').innerText.includes('Done')")
     page.get_by_text("B: more").click()
     page.locator("#meet_B").get_by_label("TFLOPs per image").check()
-    page.wait_for_selector("#status .problem")
-    words = page.locator("#status").inner_text()
-    assert "budget.tflops=1 cannot be met" in words
-    assert "ask for something in between" in words
+    page.wait_for_function("() => document.querySelector('#status').innerText.includes('Done')")
+    before = pixels(page, "B")
+    field = page.locator("#tflops_B input")
+    for typed, words in (
+        ("3", ("budget.tflops=3 cannot be met by drops and reuse together", "ask for something in between")),
+        ("-1", ("tflops=-1 is not positive",)),
+        ("", ("B: TFLOPs per image: there is nothing",)),
+    ):
+        field.fill(typed)
+        page.wait_for_function("words => document.querySelector('#status').innerText.includes(words)", arg=words[0])
+        assert all(each in page.locator("#status").inner_text() for each in words)
+    page.locator("#meet_B").get_by_label("drop fraction ρ").check()  # what is empty is hidden now, and asked no more
+    shows(page, "B", "ρ 0.5, ")
+    steps = page.locator("#steps_B input[type=number]")
+    steps.fill("100000")
+    page.wait_for_function("() => document.querySelector('#status').innerText.includes('steps=100000')")
+    steps.press("Tab")  # the browser brings it back within its bounds
+    shows(page, "B", "ρ 0.5, ")
 
 
 def test_two_browsers_see_their_own(new_page):
@@ -233,7 +247,7 @@ def test_a_job_can_be_stopped(new_page):
     page.locator("#stop").click()
     page.wait_for_selector("#status .problem")
     assert "Stopped" in page.locator("#status").inner_text()
-    assert "8 steps" in caption(page, "A")
+    assert "8 steps" in page.locator("#numbers").inner_text()
 
 
 def test_animations_and_strip_can_be_saved(new_page):
@@ -247,6 +261,7 @@ def test_animations_and_strip_can_be_saved(new_page):
         assert moving.n_frames == 9  # 8 evaluations, and the image
     page.locator("#seven").click()
     page.wait_for_selector("#strip img")
+    assert page.locator("#strip img").count() == 7
     assert page.locator("#strip a").get_attribute("download") == "seven_budgets.png"
 
 
@@ -258,7 +273,8 @@ def test_the_commands_make_the_same_images(new_page, tmp_path, monkeypatch):
     for name, line in zip("AB", page.locator("#commands textarea").input_value().splitlines(), strict=True):
         program, command, *words = shlex.split(line)
         assert (program, command) == ("dcdit", "sample")
-        out = sample.run(compose_config(*words, f"out={tmp_path}/{name}", "frames=0", name="sample"))
+        out = sample.run(compose_config(*words, "frames=0", name="sample"))
+        assert out.resolve() == tmp_path / "explored" / name
         stored = torch.from_numpy(np.load(out / "latents.npz")["latents"])[0, 0]
         expected = ((stored + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8).numpy()
         assert np.array_equal(pixels(page, name)[::16, ::16, 0], expected)

@@ -41,8 +41,9 @@ def test_costs_stand_beside_the_full_budget(studio):
     assert max(one / two for one, two in zip(half.tokens, full.tokens, strict=True)) < 1
     assert half.drops == [0.5] * 6
     again = studio.paint(0, replace(CHOICE, drop=0.5, seed=6), quiet)
-    assert again.runs == 2  # the median is that of all images with these settings
-    assert studio.paint(0, CHOICE, quiet).runs >= 2
+    assert len(again.times) == len(half.times) == 2  # the median is that of all images with these settings
+    assert half.full.times is again.full.times
+    assert half.kept == pytest.approx(sum(half.tokens) / 6, rel=0.2)  # both halves of guidance
 
 
 @pytest.mark.parametrize(
@@ -60,10 +61,11 @@ def test_every_choice_is_what_a_command_can_say(studio, changes):
     choice = replace(CHOICE, **changes)
     painting = studio.paint(0, choice, quiet)
     assert painting.flops < 1.2 * studio.paint(0, CHOICE, quiet).flops
-    words = studio.command(0, choice)
+    words = studio.command(0, choice, "x")
+    assert "out=x" in words
     for expected in {
         "schedule": ["guidance.drop_schedule=[[1000,0.6],[0,0.1]]"],
-        "fraction": ["budget.fraction=0.8"],
+        "fraction": ["budget.fraction=0.8", "budget.by=both"],
     }.get(choice.meet, [f"sampler={choice.sampler}", "sampler.steps=6", "seed=5", "classes=[3]"]):
         assert expected in words.replace("'", "")
     if choice.meet == "schedule":
@@ -105,9 +107,19 @@ def test_a_job_ends_where_it_is_told_to(studio):
     assert studio.paint(0, replace(CHOICE, seed=99), quiet).image.shape == (16, 16, 1)
 
 
+def test_a_usual_budget_can_be_met(studio):
+    """What the field begins with is a budget of the network at hand."""
+    usual = studio.usual_tflops(0)
+    choice = replace(CHOICE, meet="tflops", tflops=usual, steps=20, scale=3.0)
+    assert studio.paint(0, choice, quiet).flops == pytest.approx(usual * 1e12, rel=0.1)
+
+
 def test_seven_budgets_in_one_strip(studio):
     strip = studio.strip(0, replace(CHOICE, meet="fraction", fraction=0.9), quiet)
-    assert strip.shape[1] > len(STRIP) * 144
+    costs = [float(words.rpartition(", ")[2].removesuffix(" GFLOPs")) for words, _ in strip]
+    assert costs == sorted(costs, reverse=True)
+    assert len(strip) == len(STRIP) == 7
+    assert all(picture.shape == (256, 256, 3) for _, picture in strip)
 
 
 def test_what_is_remembered_is_bounded(studio):
@@ -128,7 +140,7 @@ def test_two_checkpoints_beside_each_other(tiny, capsys):
         both.strip(1, CHOICE, quiet)
     with pytest.raises(UserError, match="DiT/2 drops no tokens"):
         both.paint(1, replace(CHOICE, drop=0.5), quiet)
-    with pytest.raises(UserError, match="16 x 16 and 8 x 8 pixels have no difference"):
+    with pytest.raises(UserError, match="an image of 16 x 16 pixels cannot be compared with one of 8 x 8"):
         difference(np.zeros((16, 16, 1), np.uint8), one.image)
 
 

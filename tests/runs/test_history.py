@@ -85,10 +85,21 @@ def test_watching_ends_with_the_last_run(trained_run, tmp_path, monkeypatch):
         assert words in text
 
 
-def test_watching_as_it_is_typed(trained_run, tmp_path, capsys):
-    result = typed(capsys, tmp_path, "status", str(trained_run), "--watch")
+def test_watching_waits_for_what_is_about_to_begin(trained_run, tmp_path, capsys, monkeypatch):
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        trained_run.rename(tmp_path / "runs")  # what was not there yet is
+
+    monkeypatch.setattr(status.time, "sleep", sleep)
+    result = typed(capsys, tmp_path, "status", "runs", "--watch")
     assert result.status == 0, result.err
+    assert looks == [2.0, 2.0]
     assert "3 of 3" in result.out
+    assert "waiting for a run to go on" in result.out
     assert "Ctrl-C ends this" in result.out
     with pytest.raises(UserError, match=r"every=0 is outside \[0.2, 3600\]: seconds between two looks"):
         status.check(compose_config("runs=[x]", "every=0", name="status"))

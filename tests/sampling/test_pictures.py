@@ -29,6 +29,8 @@ def test_an_overlay_shows_each_position_where_it_is(grid, side):
     found = colours(drawn)
     assert (KEPT in found) == kept.any()
     assert (DROPPED in found) == (natural & ~kept).any()
+    reused = overlay(image, kept & False, natural)
+    assert len(colours(reused)) == 1  # nothing ran, and nothing was dropped
     assert np.array_equal(spread(kept, side, side)[middle][:, middle], kept)
     outlined = (drawn == KEPT).all(axis=-1)
     assert not (outlined & ~spread(kept, side, side)).any()

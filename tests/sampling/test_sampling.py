@@ -161,8 +161,8 @@ def test_budgets_that_cannot_be(model):
             BudgetSettings(**values)
     plain = guidance(model)
     for target, message in (
-        (BudgetSettings(fraction=0.01), "cannot be met by both: from .* to"),
-        (BudgetSettings(fraction=0.01, by="drop"), "cannot be met by drop: from .* to"),
+        (BudgetSettings(fraction=0.01), "cannot be met by drops and reuse together: from .* to"),
+        (BudgetSettings(fraction=0.01, by="drop"), "cannot be met by drops alone: from .* to"),
         (BudgetSettings(tflops=5.0), "cannot be met"),
     ):
         with pytest.raises(UserError, match=message):
