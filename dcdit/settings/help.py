@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ def show_help(module: str) -> None:
     lines = [(command.__doc__ or "").strip(), "", "Groups (choose with group=choice):"]
     for group, choice in groups_of(file).items():
         lines.append(f"  {group:14} {' '.join(choices(group))}" + (f"   (now: {choice})" if choice else ""))
+        if group == "sampler":  # few keys, and what one looks for
+            keys = list(OmegaConf.load(Path(CONFIG_DIR, group, "auto.yaml")))
+            lines.append(f"  {'':17} {', '.join(f'{group}.{key}' for key in keys if key != 'name')}")
     lines += ["", "Keys (set with key=value; below a group, with group.key=value):", ""]
     lines += [f"  {line}" for line in _keys(file)]
     lines += ["", f"All keys with their values: python -m dcdit.{name} --cfg job. Hydra's own options: --hydra-help"]
@@ -62,5 +66,32 @@ def _keys(file: Path) -> list[str]:
         if group == "assume":
             lines += ["", f"assume:  {own.read_text().splitlines()[0]}", *(f"  {line}" for line in _keys(own))]
         else:
-            lines += ["", *_keys(own)]
+            lines = _merged(lines, _keys(own))
     return "\n".join(lines).strip().splitlines()
+
+
+def _merged(own: Sequence[str], included: Sequence[str]) -> list[str]:
+    """Lines of a file and of one that it includes: what both name stands once, where that does, as the first says."""
+    said = {path: line for path, line in zip(_paths(own), own, strict=True) if path and line.partition(":")[2].strip()}
+    known = _paths(included)
+    twice = set(said) & set(known)
+    rest = [line for path, line in zip(_paths(own), own, strict=True) if path not in twice]
+    # a section of which nothing is left
+    rest = [line for line, after in zip(rest, [*rest[1:], ""], strict=True) if not _empty(line, after)]
+    return [*rest, "", *(said[path] if path in twice else line for path, line in zip(known, included, strict=True))]
+
+
+def _empty(line: str, after: str) -> bool:
+    """Whether a line begins a section of which nothing follows."""
+    return bool(re.fullmatch(r"\w+:\s*", line)) and not after.startswith(" ")
+
+
+def _paths(lines: Sequence[str]) -> list[str]:
+    """For each line the key that it sets, sections included; nothing for one that sets none."""
+    found, section = [], ""
+    for line in lines:
+        key = re.match(r"( *)(\w+):", line)
+        if key and not key[1]:
+            section = key[2]
+        found.append("" if not key else section if not key[1] else f"{section}.{key[2]}")
+    return found

@@ -48,7 +48,7 @@ def test_help_shows_the_groups_of_the_command_and_its_keys(tmp_path, capsys, com
     groups = {
         "train": {"model", "data", "trainer", "multi_budget", "callbacks", "experiment", "cluster", "resolution"},
         "flops": {"model", "resolution"},
-        **{name: {"sampler"} for name in ("sample", "generate")},
+        **{name: {"sampler"} for name in ("sample", "generate", "explore")},
         "evaluate": {"sampler", "features"},
     }.get(command, set())
     shown = dict(re.findall(r"^  (\w+) +(\S.*)$", result.out.split("Keys (")[0], flags=re.MULTILINE))
@@ -56,7 +56,11 @@ def test_help_shows_the_groups_of_the_command_and_its_keys(tmp_path, capsys, com
     assert command == "train" or set(shown) == groups
     for group in groups:
         assert set(choices(group)) <= set(shown[group].split())
-    assert re.search(r"^  \w+: .*$", result.out.split("Keys (")[1], flags=re.MULTILINE)
+    keys = result.out.split("Keys (")[1]
+    assert re.search(r"^  \w+: .*$", keys, flags=re.MULTILINE)
+    named = re.findall(r"^  (\w+):", keys, flags=re.MULTILINE)
+    assert len(named) == len(set(named))
+    assert ("sampler.cache" in result.out) == ("sampler" in groups)
 
 
 def test_what_is_no_command_is_answered_with_the_list():

@@ -31,6 +31,13 @@ except (ImportError, TypeError) as error:
 pytest.importorskip("triton")
 
 
+def forget():
+    """What torch found out about Triton: without a GPU, and with one that is not there."""
+    for function in vars(torch.utils._triton).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
 def generated(part, shapes, precision):
     """The traced operations and the code for the GPU of one part of a block.
 
@@ -40,6 +47,8 @@ def generated(part, shapes, precision):
         precision: None, or what autocast takes.
     """
     with ExitStack() as stack:
+        stack.callback(forget)
+        forget()
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # before it is told that there is a GPU
         for name, value in (
             ("torch.cuda.is_available", lambda: True),
