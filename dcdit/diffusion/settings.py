@@ -86,7 +86,7 @@ class SamplerOptions:
     @property
     def words(self) -> str:
         """For people."""
-        reused = f", cache {self.cache:g}" if self.cache else ""
+        reused = f", cache {self.cache:.3g}" if self.cache else ""
         return f"{self.name} {self.steps} steps{reused}"
 
 

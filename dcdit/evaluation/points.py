@@ -182,6 +182,8 @@ def remarks(results: list[Result]) -> list[str]:
         best = best_of(results, figure)
         found.append(f"Best of all: {figure.heading} {best.figure(figure.key):.4g}, {point_words(best.plan)}")
         found.append("●: no other point is both better and cheaper in TFLOPs")
+    if any(result.plan["sampler"]["cache"] for result in results):
+        found.append("Keep ratios are means of all evaluations: of those that reused features none was kept")
     differences = differences_from_published(results[0].values)
     if differences:
         found.append(f"Not comparable with published figures: {'; '.join(differences)}")

@@ -32,8 +32,8 @@ _fragments: Any = (
 CSS = """
 figure.dcdit { margin: 0; } figure.dcdit img { width: 100%; image-rendering: pixelated; border-radius: 4px; }
 figure.dcdit svg { width: 100%; height: auto; }
-div.dcdit-row { display: flex; flex-wrap: wrap; gap: .5rem; } div.dcdit-row > figure { flex: 1 1 9rem; }
-div.dcdit-plots > figure { flex: 1 1 20rem; min-width: 0; }
+div.dcdit-row { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .5rem; }
+div.dcdit-plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure.dcdit figcaption, p.dcdit { font-size: .85rem; overflow-wrap: anywhere; }
 p.dcdit a, figure.dcdit a { text-decoration: underline; margin-right: 1rem; }
 #images { max-width: 60rem; gap: .5rem; flex-wrap: nowrap; }

@@ -270,7 +270,9 @@ def test_caching_is_an_axis_of_a_grid(run, archive, tmp_path, capsys):
     assert [result["plan"]["sampler"]["cache"] for result in (whole, cached)] == [0.0, 1.0]
     assert cached["tflops_per_image"] < 0.9 * whole["tflops_per_image"]
     assert cached["keep_ratio"]["mean"] < 0.9 * whole["keep_ratio"]["mean"]
-    assert "ema weights, ρ 0, cache 1" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "ema weights, ρ 0, cache 1" in shown
+    assert "of those that reused features none was kept" in shown
 
 
 def test_both_kinds_of_weights(run, tmp_path):
