@@ -5,6 +5,7 @@ import io
 import re
 import shlex
 import shutil
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -94,6 +95,13 @@ def move(page, name, steps):
     slider.focus()
     for _ in range(abs(steps)):
         slider.press("ArrowRight" if steps > 0 else "ArrowLeft")
+
+
+def more(page, name):
+    """Open the other controls of a side, and let them come to life."""
+    page.get_by_text(f"{name}: more").click()
+    page.locator(f"#steps_{name} input[type=number]").wait_for()
+    page.wait_for_timeout(1000)
 
 
 def choose(page, label, seed):
@@ -203,7 +211,7 @@ def test_mistakes_are_told_in_words_and_nothing_is_lost(new_page):
     assert np.array_equal(pixels(page, "B"), before)
     page.locator("#seed input").fill("3")
     page.wait_for_function("() => document.querySelector('#status').innerText.includes('Done')")
-    page.get_by_text("B: more").click()
+    more(page, "B")
     page.locator("#meet_B").get_by_label("TFLOPs per image").check()
     page.wait_for_function("() => document.querySelector('#status').innerText.includes('Done')")
     before = pixels(page, "B")
@@ -239,11 +247,16 @@ def test_two_browsers_see_their_own(new_page):
 
 def test_a_job_can_be_stopped(new_page):
     page = new_page()
-    page.get_by_text("A: more").click()
+    more(page, "A")
     steps = page.locator("#steps_A input[type=number]")
-    steps.fill("250")
-    steps.press("Enter")
-    page.wait_for_function("() => document.querySelector('#status').innerText.includes('/250')")
+    for number in (250, 249, 248, 247):  # a control that has just come may not listen yet
+        steps.fill(str(number))
+        steps.press("Enter")
+        with suppress(sync_api.TimeoutError):
+            page.wait_for_function(
+                "words => document.querySelector('#status').innerText.includes(words)", arg=f"/{number}", timeout=15_000
+            )
+            break
     page.locator("#stop").click()
     page.wait_for_selector("#status .problem")
     assert "Stopped" in page.locator("#status").inner_text()
