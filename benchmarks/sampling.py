@@ -3,7 +3,7 @@
     python benchmarks/sampling.py runs/processes/flow_seed_0 runs/processes/flow_seed_1 runs/processes/flow_seed_2
 
 For networks trained on handwritten digits. Each setting samples the same numbers with each network; time is that of
-sampling alone, per image, and all settings take turns. Writes ``sampling.json`` and ``sampling.png`` to ``--out`` and
+sampling alone, per image, of one run with each network. Writes ``sampling.json`` and ``sampling.png`` to ``--out`` and
 prints the Pareto fronts over FLOPs and over time.
 """
 

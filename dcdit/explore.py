@@ -48,14 +48,22 @@ def check(config: DictConfig) -> tuple[SamplingPlan, ExploreSettings, dict[str, 
     plan, own = SamplingPlan.of(values)
     base = {key: value for key, value in values.items() if key not in own}
     settings = call_checked(ExploreSettings, own, "")
-    if plan.budget.given or plan.guidance.drop_schedule is not None:
-        raise UserError("budget and guidance.drop_schedule are what the page chooses: leave them out")
-    if plan.guidance.scale == 1 and plan.guidance.weak_checkpoint is not None:
+    guidance = plan.guidance
+    chosen_there = guidance.drop_schedule is not None or guidance.drop_fraction or guidance.uncond_drop_fraction
+    if plan.budget.given or chosen_there:
+        raise UserError(
+            "budget, guidance.drop_fraction, uncond_drop_fraction and drop_schedule are what the page chooses: leave"
+            " them out"
+        )
+    if guidance.scale == 1 and guidance.weak_checkpoint is not None:
         raise UserError("guidance.weak_checkpoint needs guidance.scale above 1")
     return plan, settings, base
 
 
-_HELD = ("assume.", "weights=", "device=", "precision=", "autoencoder=", "rounding=", "compile=", "batch_size=")
+_HELD = (
+    *("assume.", "weights=", "device=", "precision=", "autoencoder=", "rounding=", "compile=", "batch_size="),
+    *("guidance.channels=", "guidance.interval=", "guidance.weak"),
+)
 """Beginnings of words that hold for every image of the page, and so stand in the commands that it shows."""
 
 

@@ -17,9 +17,9 @@ from dcdit.errors import UserError
 from dcdit.runs.progress import (
     RunProgress,
     live_view,
+    named_runs,
     progress_of,
     progress_table,
-    runs_below,
     size_on_disk,
 )
 from dcdit.runs.state import State
@@ -51,14 +51,10 @@ def check(config: DictConfig) -> StatusSettings:
 
 def look(settings: StatusSettings) -> dict[Path, RunProgress]:
     """How far the runs are, by their directories; UserError if there are none."""
-    found: dict[Path, RunProgress] = {}
-    several = len(settings.runs) > 1  # the names of one folder's runs need not repeat it
-    for place in map(Path, settings.runs):
-        if not place.is_dir():
+    for place in settings.runs:
+        if not Path(place).is_dir():
             raise UserError(f"runs={place} is no directory")
-        for path in runs_below(place):
-            name = str(path) if several or path == place else str(path.relative_to(place))
-            found.setdefault(path.resolve(), progress_of(path, name))
+    found = {path: progress_of(path, name) for path, name in named_runs(settings.runs).items()}
     if not found:
         raise UserError(f"runs={', '.join(settings.runs)}: no runs there, python -m dcdit.train makes them")
     return found

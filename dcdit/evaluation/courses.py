@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dcdit.evaluation.results import is_png
 from dcdit.runs.history import History, history_of, means
-from dcdit.runs.progress import RunProgress, duration, progress_of, runs_below
+from dcdit.runs.progress import RunProgress, duration, named_runs, progress_of
 from dcdit.runs.state import RunState
 
 _FID = re.compile(r"val/fid@(.+)")
@@ -40,7 +40,7 @@ class Course:
         now = self.progress
         return [
             now.state.value,
-            f"{now.step:,} of {now.max_steps:,}" if now.max_steps else f"{now.step:,}",
+            now.steps,
             "-" if now.loss is None else f"{now.loss:.4g}",
             "-" if now.keep_ratio is None else f"{now.keep_ratio:.1%}",
             "-" if now.rate is None else f"{now.rate:,.0f}",
@@ -80,14 +80,12 @@ class Line:
 
 def courses_below(places: Sequence[str]) -> list[Course]:
     """The runs in and below ``places`` that logged anything, by name."""
-    found: dict[Path, Course] = {}
-    for place in filter(Path.is_dir, map(Path, places)):
-        for path in runs_below(place):
-            name = str(path) if len(places) > 1 or path == place else str(path.relative_to(place))
-            history = history_of(path)
-            if history.courses and path.resolve() not in found:
-                found[path.resolve()] = Course(name, path, progress_of(path, name), history, _target(path))
-    return list(found.values())
+    found = []
+    for path, name in named_runs(places).items():
+        history = history_of(path)
+        if history.courses:
+            found.append(Course(name, path, progress_of(path, name), history, _target(path)))
+    return found
 
 
 def _target(path: Path) -> float | None:

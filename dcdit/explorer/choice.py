@@ -79,10 +79,16 @@ class Choice:
         if self.sampler not in SAMPLERS:
             raise UserError(f"sampler={self.sampler!r} is not one of {', '.join(SAMPLERS)}")
         chosen = self.sections()
-        sampler = {"clip": base["sampler"].get("clip", False), **chosen["sampler"], "name": self.sampler}
+        clip = {"clip": base["sampler"].get("clip", False)}
+        sampler = {**clip, **self._own(base), **chosen["sampler"], "name": self.sampler}
         values = {**base, "seed": self.seed, "sampler": sampler}
         values |= {name: {**base[name], **chosen[name]} for name in ("guidance", "budget")}
         return SamplingPlan.of(values)[0]
+
+    def _own(self, base: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys that only some samplers have, such as ``shift``, where the command named this one."""
+        given = base["sampler"] if base["sampler"]["name"] == self.sampler else {}
+        return {key: value for key, value in given.items() if key not in ("name", "steps", "clip", "cache")}
 
     def command(self, base: Mapping[str, Any], checkpoint: str, out: str) -> str:
         """The words for a terminal that make the same image.
@@ -101,6 +107,7 @@ class Choice:
             f"out={out}",
         ]
         words += [f"sampler={self.sampler}", f"sampler.steps={self.steps}"]
+        words += [f"sampler.{key}={_value(value)}" for key, value in self._own(base).items()]
         words += ["sampler.clip=true"] if base["sampler"].get("clip") else []
         words += [f"sampler.cache={self.cache:g}"] if self.cache else []
         for name in ("guidance", "budget"):

@@ -48,6 +48,11 @@ class RunProgress:
     losses: Sequence[float] = ()
     keep_ratio: float | None = None
 
+    @property
+    def steps(self) -> str:
+        """Done, and of how many, for people."""
+        return f"{self.step:,} of {self.max_steps:,}" if self.max_steps else f"{self.step:,}"
+
 
 def progress_of(run_dir: Path, name: str) -> RunProgress:
     """Look at a run."""
@@ -89,6 +94,16 @@ def runs_below(folder: Path) -> list[Path]:
     return sorted({path.parent for name in (STATE_NAME, QUEUED_NAME) for path in folder.rglob(name)})
 
 
+def named_runs(places: Sequence[str]) -> dict[Path, str]:
+    """Directories of runs in and below ``places``, each once, and its name: below its place where there is only one."""
+    found: dict[Path, tuple[Path, str]] = {}
+    for place in filter(Path.is_dir, map(Path, places)):
+        for path in runs_below(place):
+            name = str(path) if len(places) > 1 or path == place else str(path.relative_to(place))
+            found.setdefault(path.resolve(), (path, name))
+    return dict(found.values())
+
+
 def duration(seconds: float | None) -> str:
     """Hours and minutes, or minutes and seconds."""
     if seconds is None:
@@ -105,10 +120,9 @@ def progress_table(found: Sequence[RunProgress]) -> Table:
         shown.add_column(heading, justify="right")
     for each in found:
         state = f"[{each.state.colour}]{each.state.value}[/]"
-        steps = f"{each.step:,} of {each.max_steps:,}" if each.max_steps else f"{each.step:,}"
         loss = "-" if each.loss is None else f"{each.loss:.4g}"
         rate = "-" if each.rate is None else f"{each.rate:,.0f}"
-        shown.add_row(escape(each.name), state, steps, loss, rate, duration(each.seconds_left))
+        shown.add_row(escape(each.name), state, each.steps, loss, rate, duration(each.seconds_left))
     return shown
 
 
@@ -150,9 +164,8 @@ def live_view(found: Sequence[RunProgress], sizes: Sequence[int], free: int, tim
         head.add_column(ratio=1, overflow="fold")
         for _ in range(3):
             head.add_column(no_wrap=True, justify="right")
-        steps = f"{each.step:,} of {each.max_steps:,}" if each.max_steps else f"{each.step:,}"
         bar = ProgressBar(max(1, each.max_steps), each.step, width=16)
-        head.add_row(f"[bold]{escape(each.name)}[/]", f"[{each.state.colour}]{each.state.value}[/]", steps, bar)
+        head.add_row(f"[bold]{escape(each.name)}[/]", f"[{each.state.colour}]{each.state.value}[/]", each.steps, bar)
         words = [
             "no loss yet" if each.loss is None else f"loss {each.loss:.4g} {sparkline(_logarithms(each.losses), 16)}"
         ]

@@ -154,9 +154,20 @@ def test_a_flow_network(tiny):
     assert painting.moments[0].timestep == 1000
 
 
+def test_what_the_command_said_of_a_sampler_holds():
+    config = compose_config("sampler=euler", "sampler.shift=3", "sampler.clip=true", name="explore")
+    _, _, base = explore.check(config)
+    euler, heun = (replace(CHOICE, sampler=name) for name in ("euler", "heun"))
+    assert (euler.plan(base).sampler.shift, heun.plan(base).sampler.shift) == (3.0, 1.0)
+    assert "sampler.shift=3 sampler.clip=true" in euler.command(base, "x", "y")
+    assert "shift" not in heun.command(base, "x", "y")
+
+
 def test_mistakes_before_anything_is_loaded():
     for words, message in (
-        (["budget.fraction=0.5"], "budget and guidance.drop_schedule are what the page chooses"),
+        (["budget.fraction=0.5"], "are what the page chooses: leave them out"),
+        (["guidance.drop_fraction=0.5"], "are what the page chooses: leave them out"),
+        (["guidance.uncond_drop_fraction=0.5"], "are what the page chooses: leave them out"),
         (["port=0"], "port=0 is outside"),
         (["host=a b"], "is not an address"),
         (["most_steps=2000"], "most_steps=2000 is outside"),
