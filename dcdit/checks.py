@@ -8,9 +8,11 @@ import difflib
 import inspect
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache, wraps
+from itertools import islice
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -127,11 +129,53 @@ LabelDropout = Annotated[float, Bounds(0, 1, open_high=True, hint="it is a proba
 TimeFraction = Annotated[float, Bounds(0, 1, open_low=True, hint="0.1 is a tenth of the time")]
 
 
+LONGEST_SHOWN = 240
+"""Characters of a value that a message shows at most."""
+
+
+class _Brief(reprlib.Repr):
+    """``repr`` in bounded time and length, whatever a stranger's file nests or shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 4, LONGEST_SHOWN, LONGEST_SHOWN, 60
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 16
+
+    def repr_dict(self, x: Mapping[Any, Any], level: int) -> str:
+        if level <= 0:
+            return "{...}"
+        some = [f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}" for key in islice(x, self.maxdict)]
+        return "{" + ", ".join(some + ["..."] * (len(x) > self.maxdict)) + "}"
+
+    repr_OrderedDict = repr_dict  # noqa: N815 (reprlib's spelling)
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 10**self.maxlong else f"a number of {x.bit_length()} bits"
+
+
+_brief = _Brief()
+
+
 def shown(value: Any) -> str:
-    """A value as a user would write it: numbers plainly, text in quotes."""
+    """A value as a user would write it, on one line of bounded length: numbers plainly, text in quotes."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e16:
         return str(int(value))
-    return "null" if value is None else repr(value).lower() if isinstance(value, bool) else repr(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = visible(_brief.repr(value))
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+
+
+def visible(text: str) -> str:
+    """``text`` as a terminal may print it: what would steer the terminal, or is no character, is written as an escape.
+
+    Control characters (escape sequences among them), marks that turn the direction of writing, and lone surrogates;
+    line ends and tabs too, so that a name stays on its line.
+    """
+    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def conform(name: str, value: Any, hint: Any) -> Any:
@@ -209,11 +253,11 @@ def _depth_of(value: Any) -> int:
 
 def _sequence(name: str, value: Any, origin: Any, hints: tuple[Any, ...]) -> Any:
     if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
-        raise UserError(f"{name}={shown(value)}: a list is needed, such as {name}=[{value}]")
+        raise UserError(f"{name}={shown(value)}: a list is needed, such as {name}=[{shown(value)}]")
     element = hints[0] if hints else Any
     fixed = origin is tuple and len(hints) > 1 and hints[1] is not Ellipsis
     if fixed and len(value) != len(hints):
-        raise UserError(f"{name}={list(value)} has {len(value)} elements, {len(hints)} are needed")
+        raise UserError(f"{name}={shown(list(value))} has {len(value)} elements, {len(hints)} are needed")
     kinds = hints if fixed else [element] * len(value)
     found = [conform(name, each, kind) for each, kind in zip(value, kinds, strict=True)]
     return tuple(found) if origin is tuple else found
@@ -227,7 +271,7 @@ def _flag(name: str, value: Any) -> bool:
 
 def _refuse_list(name: str, value: Any) -> None:
     if isinstance(value, list | tuple):
-        raise UserError(f"{name}={list(value)} is a list: one value is wanted here")
+        raise UserError(f"{name}={shown(list(value))} is a list: one value is wanted here")
 
 
 def _number(name: str, value: Any) -> float:

@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dcdit.checks import call_checked, conform
+from dcdit.checks import call_checked, conform, visible
 from dcdit.errors import UserError
 
 LARGEST = 64 << 20
@@ -149,10 +149,37 @@ def _no_formula(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
+def open_regular(path: Path, most: int | None = None) -> BinaryIO:
+    """Open a file for reading bytes, if it is one: a FIFO would wait for ever, a device never ends.
+
+    Args:
+        path: the file.
+        most: bytes that it may have at most; None for any number.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        UserError: if it is no regular file, is larger than ``most``, or may not be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # a ValueError for a null byte in the path
+        raise UserError(f"{visible(str(path))} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path} is no regular file")
+    if most is not None and status.st_size > most:
+        os.close(descriptor)
+        raise UserError(f"{path} has {status.st_size} bytes: at most {most} are read there")
+    return os.fdopen(descriptor, "rb")
+
+
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """SHA-256 of a regular file, in hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
@@ -171,16 +198,8 @@ def read_text(path: Path) -> str:
         UserError: if it cannot be read, is no file, or is larger than any that we write.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path} is no file")
-        if found.st_size > LARGEST:
-            raise UserError(f"{path} has {found.st_size} bytes, more than any file that dcdit writes there")
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        with open_regular(path, LARGEST) as file:
+            return file.read().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no text: {error.reason} at byte {error.start}") from error
 
