@@ -2,6 +2,8 @@ import logging
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 # Before torch is loaded: threads that spin while they wait make tiny runs many times slower beside any other job.
@@ -20,6 +22,19 @@ register_resolvers()
 
 # As in commands: Lightning's remarks would be written to streams that a test has closed.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--other-rounding", action="store_true", help="round as another processor: by shape")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def other_rounding(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Another processor, if asked for: see :mod:`support.rounding`."""
+    from support.rounding import ShapedRounding
+
+    with ShapedRounding() if request.config.getoption("--other-rounding") else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")
