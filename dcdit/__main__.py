@@ -25,6 +25,11 @@ def main() -> None:
     words = sys.argv[1:]
     name = words[0].replace("-", "_") if words else ""
     if name not in COMMANDS:
+        if name == "__version":
+            from dcdit import __version__
+
+            print(f"dcdit {__version__}")
+            return
         asked = name in ("", "__help", "_h")
         print("usage: dcdit <command> [group=choice] [key=value] ...    (dcdit <command> --help)\n")
         for command, what in COMMANDS.items():

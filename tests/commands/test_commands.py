@@ -7,7 +7,9 @@ import sys
 import pytest
 from support.commands import typed
 
+from dcdit import __version__
 from dcdit.__main__ import COMMANDS
+from dcdit.__main__ import main as dcdit
 from dcdit.settings.help import choices
 
 
@@ -68,3 +70,9 @@ def test_what_is_no_command_is_answered_with_the_list():
     assert result.returncode == 2
     assert "'trian' is none of them" in result.stderr
     assert all(f"  {name} " in result.stdout for name in COMMANDS)
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dcdit", "--version"])
+    dcdit()
+    assert capsys.readouterr().out == f"dcdit {__version__}\n"
