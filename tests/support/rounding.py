@@ -24,7 +24,7 @@ _SUMS = {
 
 
 class ShapedRounding(TorchDispatchMode):
-    """Changes results of sums of products by up to one unit in the last place of float32, the same for equal shapes."""
+    """Changes results of sums of products by up to one unit in the last place, the same for equal shapes."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
@@ -47,4 +47,4 @@ def _rounded(values: Tensor, shapes: list[tuple[int, ...]]) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(repr(shapes).encode()))
     pattern = torch.randint(-1, 2, (min(values.numel(), 4099),), generator=generator)
     change = pattern.repeat(-(-values.numel() // len(pattern)))[: values.numel()].view(values.shape)
-    return values * (1 + 1.2e-7 * change.to(values.dtype))
+    return values * (1 + torch.finfo(values.dtype).eps * change.to(values.dtype))
