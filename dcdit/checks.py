@@ -116,7 +116,8 @@ Size = Annotated[int, Bounds(1, 65_536)]
 Grid = Annotated[int, Bounds(1, 512, hint="it is the side of the latent grid: 32 at 256px, 64 at 512px")]
 Depth = Annotated[int, Bounds(1, 1_000)]
 Natural = Annotated[int, Bounds(low=0)]
-Seed = Annotated[int, Bounds(low=0, high=2**63 - 1)]
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # NumPy's and Lightning's bound
+Workers = Annotated[int, Bounds(0, 128, hint="it is a number of reading processes; as many as there are cores do")]
 Positive = Annotated[float, Bounds(low=0, open_low=True)]
 NonNegative = Annotated[float, Bounds(low=0)]
 DropFraction = Annotated[

@@ -3,8 +3,11 @@
 Prints a summary, checks every byte, and decodes some latents into a picture.
 """
 
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig
@@ -12,6 +15,9 @@ from omegaconf import DictConfig
 from dcdit.checks import Natural, Positive, call_checked, checked
 from dcdit.errors import UserError
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+
+if TYPE_CHECKING:
+    from dcdit.data.manifest import Manifest
 
 _FOR_STATISTICS = 1000  # samples of which mean and deviation are taken, where elements differ in scale
 
@@ -66,6 +72,8 @@ def run(config: DictConfig) -> None:
     stored = first_samples(location, manifest, max(_FOR_STATISTICS, settings.images))
     seen = seen_statistics(manifest, stored)
     Console().print(latents_table(location, manifest, seen, findings), channels_table(manifest, seen))
+    if manifest.latent_shape[1] == manifest.latent_shape[2]:
+        print(f"To train on them: {training_command(settings, manifest)}")
     if settings.images:
         picture = Path(settings.picture or f"latents_{Path(settings.directory).name}_{settings.split}.png")
         picture.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +87,24 @@ def run(config: DictConfig) -> None:
             f"{len(findings.faults)} faults. Restore these shards; or delete them and run dcdit.extract again as"
             f" before, which writes what is missing:\n{listed}"
         )
+
+
+def training_command(settings: InspectSettings, manifest: "Manifest") -> str:
+    """A command that trains on the latents as they are: they are not of the default's shape or classes."""
+    channels, grid, _ = manifest.latent_shape
+    words = {"data.directory": settings.directory, "model.grid": grid, "model.channels": channels}
+    words["model.num_classes"] = len(manifest.classes)
+    if settings.cache:
+        words["data.cache"] = settings.cache
+    if settings.allow_pipe:
+        words["data.allow_pipe"] = "true"
+    return " ".join(["python -m dcdit.train experiment=b_n4", *(_word(*each) for each in words.items())])
+
+
+def _word(key: str, value: Any) -> str:
+    """An override as a shell takes it; a value that Hydra would take for a list or a sweep is a text in quotes."""
+    plain = re.fullmatch(r"[\w./:+-]+", str(value)) or "'" in str(value)
+    return shlex.quote(f"{key}={value}" if plain else f"{key}='{value}'")
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="inspect_latents")

@@ -1,6 +1,7 @@
 """The LightningDataModule over latent shards."""
 
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,15 +11,17 @@ import torch
 from filelock import FileLock
 from torch.utils.data import DataLoader
 
-from dcdit.checks import Count, Natural, Positive, Seed, checked, conform
+from dcdit.checks import Count, Digest, Natural, Positive, Seed, Workers, checked, conform
 from dcdit.data.autoencoder import network_latents
 from dcdit.data.builtin import build_source
 from dcdit.data.latents import Scale, number_words
 from dcdit.data.manifest import MANIFEST_NAME, Manifest
 from dcdit.data.order import Position, Readers, micro_batch
+from dcdit.data.splits import Validation, matched
 from dcdit.data.storage import Location
 from dcdit.data.stream import Batch, LatentStream, StoredBatch
 from dcdit.errors import UserError
+from dcdit.runtime.files import writable_folder
 from dcdit.runtime.processes import say
 from dcdit.runtime.signals import ignore_interrupts
 
@@ -33,11 +36,13 @@ class StreamState:
         place: where reading goes on.
         step: the optimiser step that it belongs to.
         samples: of an epoch.
+        order: of the shards, see :attr:`Manifest.order`.
     """
 
     place: Position
     step: Natural
     samples: Count
+    order: Digest
 
 
 @checked
@@ -50,7 +55,7 @@ class LatentDataModule(pl.LightningDataModule):
 
     Args:
         directory: holds ``train/`` and, if there is a validation split, ``val/``, each with a manifest; or the URL of
-            such a place, where ``{}``, if it occurs, stands for the file.
+            such a place, where ``{}``, if it occurs, stands for the file. Need not be writable where the shards exist.
         batch_size: samples per optimiser step over all ranks and micro-batches.
         num_workers: reading processes per rank; 0 reads in the training process. Does not change the order.
         shuffle_buffer: samples shuffled together; 0 shuffles shards only.
@@ -70,7 +75,7 @@ class LatentDataModule(pl.LightningDataModule):
         self,
         directory: str,
         batch_size: Count,
-        num_workers: Natural,
+        num_workers: Workers,
         shuffle_buffer: Natural,
         seed: Seed,
         source: Mapping[str, Any] | None,
@@ -93,7 +98,8 @@ class LatentDataModule(pl.LightningDataModule):
         self.corrupt_limit = corrupt_limit
         self.corrupt: set[tuple[str, int]] = set()
         self._reported: set[tuple[str, str]] = set()
-        self._manifests: dict[str, Manifest] = {}
+        self._manifest: Manifest | None = None
+        self._validation: Validation | None = None
         self._begin, self._begin_step = Position(), 0
 
     def prepare_data(self) -> None:
@@ -103,36 +109,58 @@ class LatentDataModule(pl.LightningDataModule):
         if self.location.remote:
             raise UserError(f"directory={self.location.place}: data.source writes to local directories only")
         directory = self.location.directory
-        directory.mkdir(parents=True, exist_ok=True)
+        manifest = directory / "train" / MANIFEST_NAME  # which a source writes last
+        if manifest.is_file():
+            return
+        writable_folder(directory, "data.directory")
         # Several processes may start at once; one writes, the others wait and then find the shards.
         with FileLock(directory / ".lock"):
-            if not (directory / "train" / MANIFEST_NAME).is_file():
+            if not manifest.is_file():
                 say(f"Writing shards to {directory}")
                 self.source.write(directory)
 
-    def manifest(self, split: str = "train") -> Manifest:
-        """The manifest of a split.
+    def manifest(self) -> Manifest:
+        """The manifest of the training split.
 
         Raises:
             UserError: if it is missing, does not match its shards, or disagrees with ``autoencoder`` or ``scale``.
         """
-        if split not in self._manifests:
-            manifest = self.location.below(split).manifest()
+        if self._manifest is None:
+            manifest = self.location.below("train").manifest()
             for name, wanted in (("autoencoder", self.autoencoder), ("scale", self.scale)):
                 found = getattr(manifest, name)
                 if wanted is not None and wanted != found:
                     its = found if isinstance(found, str) else number_words(found)
                     asked = wanted if isinstance(wanted, str) else number_words(wanted)
                     raise UserError(
-                        f"data.{name}={asked}, but the shards in {self.location.place}/{split} were made with {its}:"
+                        f"data.{name}={asked}, but the shards in {self.location.place}/train were made with {its}:"
                         f" set data.{name}={'null' if isinstance(found, tuple) else f'{its} or null'}, or point"
                         " data.directory at other shards"
                     )
-            self._manifests[split] = manifest
-            seen = manifest.spec.seen(manifest.statistics) if split == "train" else None
+            self._manifest = manifest
+            seen = manifest.spec.seen(manifest.statistics)
             if seen and (remark := seen.remark()):
                 say(remark)
-        return self._manifests[split]
+        return self._manifest
+
+    def validation(self) -> Validation | None:
+        """The validation split as the training split sees it; None if there is none.
+
+        Raises:
+            UserError: if what lies there cannot be used, or does not belong to the training split.
+        """
+        if self._validation is None:
+            place = self.location.below("val")
+            try:
+                own = place.manifest_if_any()
+                self._validation = matched(self.manifest(), own) if own else None
+            except UserError as error:
+                raise UserError(
+                    f"validation split in {place.place}: {error}. To train without validation, move it away"
+                ) from error
+            if self._validation and self._validation.remark:
+                say(self._validation.remark)
+        return self._validation
 
     def train_dataloader(self) -> DataLoader[StoredBatch]:
         """Endless training batches, from where the last checkpoint stopped."""
@@ -163,10 +191,10 @@ class LatentDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader[StoredBatch]]:
         """One pass over the validation split in a fixed order; none if there is no such split."""
         assert self.trainer is not None
-        place = self.location.below("val")
-        if not place.exists():
+        split = self.validation()
+        if split is None:
             return []
-        manifest, world = self.manifest("val"), self.trainer.world_size
+        place, manifest, world = self.location.below("val"), split.manifest, self.trainer.world_size
         # Batches of one size, as large as those of training allow, that leave out as little as possible.
         own, most = manifest.samples // world, self._readers().batch_size // self.trainer.accumulate_grad_batches
         if not own:
@@ -190,14 +218,18 @@ class LatentDataModule(pl.LightningDataModule):
                 log.warning("left out: %s, sample %d: %s (%d so far)", shard, place, reason, len(self.corrupt) + 1)
             self.corrupt.add((shard, place))
         if len(self.corrupt) > self.corrupt_limit or not len(batch.labels):
+            inspect = f"python -m dcdit.inspect_latents {shlex.quote(f'directory={self.location.place}')}"
             raise UserError(
                 f"{len(self.corrupt)} samples in {self.location.place} could not be read (data.corrupt_limit="
-                f"{self.corrupt_limit}); the last: {shard}, sample {place}: {reason}. Restore the shards (python -m"
-                " dcdit.inspect_latents lists what is wrong), or raise the limit, and resume with ckpt_path=last"
+                f"{self.corrupt_limit}); the last: {shard}, sample {place}: {reason}. Restore the shards ({inspect}"
+                " lists what is wrong), or raise the limit, and resume with ckpt_path=last"
             )
         generator = torch.Generator(batch.stored.device).manual_seed(batch.seed)
-        split = "train" if self.trainer is None or self.trainer.training else "val"
-        return network_latents(batch.stored, self.manifest(split), generator), batch.labels
+        split = None if self.trainer is None or self.trainer.training else self.validation()
+        if split is None:
+            return network_latents(batch.stored, self.manifest(), generator), batch.labels
+        labels = torch.tensor(split.labels, device=batch.labels.device)[batch.labels]
+        return network_latents(batch.stored, split.manifest, generator), labels
 
     def _readers(self) -> Readers:
         """Who reads the training split together; UserError if the batch cannot be divided among them."""
@@ -208,9 +240,9 @@ class LatentDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, and the optimiser step that it belongs to."""
         assert self.trainer is not None
-        step, samples = self.trainer.global_step, self.manifest().samples
-        place = self._begin.advance(self._readers(), step - self._begin_step, samples)
-        return asdict(StreamState(place, step, samples))
+        step, manifest = self.trainer.global_step, self.manifest()
+        place = self._begin.advance(self._readers(), step - self._begin_step, manifest.samples)
+        return asdict(StreamState(place, step, manifest.samples, manifest.order))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the position of a checkpoint."""

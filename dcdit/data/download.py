@@ -1,19 +1,29 @@
-"""Files of a server: no more bytes than expected, and no waiting for one that has stopped answering."""
+"""Files of a server: no more bytes than expected, and no more time than a slow line takes for them."""
 
+import queue
 import re
 import selectors
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
 from typing import Any, Protocol
+from urllib.parse import urljoin
 
-from dcdit.checks import without_credentials
+from dcdit.checks import shown, without_credentials
 from dcdit.errors import UserError
 
 CONNECT, STALL = 10.0, 60.0
 """Seconds to wait for an answer, and for the next bytes."""
 
-_SLOWEST, _GRACE = 10_000, 60.0  # bytes per second below which a download is given up, and seconds until that is asked
+SLOWEST, GRACE = 10_000, 60.0
+"""A file of n bytes may take GRACE + n / SLOWEST seconds, connecting and redirects included."""
+
+_REDIRECTS = 5
+
+
+class AbsentError(OSError):
+    """The file is not there; or whoever should know says no more than that it cannot be had."""
 
 
 class Writable(Protocol):
@@ -35,41 +45,97 @@ def download(url: str, target: Writable, most: int) -> int:
         The number of bytes.
 
     Raises:
+        AbsentError: if there is no such file.
         OSError: if it cannot be had, naming the URL and the reason.
         UserError: if there is no such scheme; what ``target`` raises passes through.
     """
     size, begin = 0, time.monotonic()
-    for chunk in _chunks(url):
-        size += len(chunk)
-        if size > most:
-            raise _failed(url, f"it is larger than the {most} bytes expected")
-        target.write(chunk)
+
+    def remaining() -> float:
+        """Seconds until the next bytes must be there."""
         spent = time.monotonic() - begin
-        if spent > _GRACE and size < spent * _SLOWEST:
+        left = GRACE + size / SLOWEST - spent
+        if left <= 0:
             raise _failed(url, f"too slow, {size} bytes in {spent:.0f} s")
+        return left
+
+    server = url.startswith(("http:", "https:"))
+    with closing(_ahead(url, most, remaining) if server else _of_program(url, remaining)) as chunks:
+        for chunk in chunks:
+            size += len(chunk)
+            if size > most:
+                raise _too_large(url, most)
+            target.write(chunk)
+            remaining()
     if not size:
         raise _failed(url, "it is empty")
     return size
 
 
-def _failed(url: str, reason: str) -> OSError:
-    return OSError(f"{without_credentials(url)} cannot be fetched: {reason}")
+def _failed(url: str, reason: str, kind: type[OSError] = OSError) -> OSError:
+    return kind(f"{without_credentials(url)} cannot be fetched: {reason}")
 
 
-def _chunks(url: str) -> Iterator[bytes]:
-    return _of_server(url) if url.startswith(("http:", "https:")) else _of_program(url)
+def _too_large(url: str, most: int) -> OSError:
+    return _failed(url, f"it is larger than the {most} bytes expected")
 
 
-def _of_server(url: str) -> Iterator[bytes]:
+def _ahead(url: str, most: int, remaining: Callable[[], float]) -> Generator[bytes, None, None]:
+    """What a server sends, received by a thread: single reads of a socket have limits of time, their sum has none."""
+    chunks: queue.Queue[bytes | BaseException | None] = queue.Queue(16)
+    given_up = threading.Event()
+    answers: list[Any] = []
+
+    def put(chunk: bytes | BaseException | None) -> None:
+        while not given_up.is_set():
+            with suppress(queue.Full):
+                chunks.put(chunk, timeout=1.0)
+                return
+
+    def receive() -> None:
+        try:
+            for chunk in _of_server(url, most, answers):
+                put(chunk)
+                if given_up.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=receive, name="download", daemon=True).start()
+    try:
+        while True:
+            with suppress(queue.Empty):
+                chunk = chunks.get(timeout=remaining())
+                if chunk is None:
+                    return
+                if isinstance(chunk, BaseException):
+                    raise chunk
+                yield chunk
+    finally:
+        given_up.set()
+        for answer in answers:
+            with suppress(Exception):  # has the thread wake up, if this urllib3 can
+                answer.raw.shutdown()
+
+
+def _of_server(url: str, most: int, answers: list[Any]) -> Generator[bytes, None, None]:
     import requests
 
+    place = url
     try:
-        with requests.get(url, stream=True, timeout=(CONNECT, STALL)) as answer:
-            if answer.status_code == 404:
-                raise _failed(url, "the server has no such file")
-            if not answer.ok:
-                raise _failed(url, f"the server answered {answer.status_code} {answer.reason}")
-            yield from answer.iter_content(1 << 20)
+        for _ in range(1 + _REDIRECTS):
+            # uncompressed: a few bytes could become many
+            headers, limits = {"Accept-Encoding": "identity"}, (CONNECT, STALL)
+            with requests.get(place, stream=True, timeout=limits, allow_redirects=False, headers=headers) as answer:
+                if answer.is_redirect:
+                    place = urljoin(place, answer.headers["Location"])
+                    continue
+                _check_answer(url, answer, most)
+                answers.append(answer)
+                yield from answer.iter_content(1 << 16)
+                return
+        raise _failed(url, f"the server redirects more than {_REDIRECTS} times")
     except requests.Timeout:
         raise _failed(url, f"no answer within {CONNECT:.0f} s, or no more bytes for {STALL:.0f} s") from None
     except requests.ConnectionError as error:
@@ -77,11 +143,29 @@ def _of_server(url: str) -> Iterator[bytes]:
         refused = "refused" in str(error).lower()
         reason = "the host is unknown" if unknown else "no server answers there" if refused else "the connection broke"
         raise _failed(url, reason) from None
-    except requests.RequestException as error:
+    except requests.exceptions.ChunkedEncodingError:
+        raise _failed(url, "the connection broke") from None
+    except (requests.RequestException, ValueError) as error:
         raise _failed(url, type(error).__name__) from None
 
 
-def _of_program(url: str) -> Iterator[bytes]:
+def _check_answer(url: str, answer: Any, most: int) -> None:
+    """Raise OSError unless the head of an answer promises the file, plain and no larger than expected."""
+    if answer.status_code in (404, 410):
+        raise _failed(url, "the server has no such file", AbsentError)
+    if answer.status_code != 200:
+        kind = AbsentError if answer.status_code in (401, 403) else OSError  # as storage says of files it does not list
+        raise _failed(url, f"the server answered {answer.status_code} {answer.reason}", kind)
+    length, encoding = answer.headers.get("Content-Length", "0"), answer.headers.get("Content-Encoding", "identity")
+    if not (length.isascii() and length.isdigit()):
+        raise _failed(url, f"the server says that it has {shown(length)} bytes")
+    if len(length) > 15 or int(length) > most:
+        raise _too_large(url, most)
+    if encoding != "identity":
+        raise _failed(url, f"it comes encoded as {shown(encoding)}")
+
+
+def _of_program(url: str, remaining: Callable[[], float]) -> Generator[bytes, None, None]:
     """From the program that webdataset starts for this kind of URL."""
     from webdataset import gopen
 
@@ -94,7 +178,8 @@ def _of_program(url: str) -> Iterator[bytes]:
     waiting.register(stream, selectors.EVENT_READ)
     try:
         while True:
-            if not waiting.select(STALL):
+            if not waiting.select(min(STALL, remaining())):
+                remaining()
                 raise _failed(url, f"no more bytes for {STALL:.0f} s")
             chunk = stream.read1(1 << 20)
             if not chunk:
@@ -113,4 +198,4 @@ def _of_program(url: str) -> Iterator[bytes]:
     except OSError as error:
         status = re.search(r"exit (\d+)", str(error))
         reason = f"the program that fetches it failed with status {status[1]}" if status else str(error)
-        raise _failed(url, reason) from None
+        raise _failed(url, reason, AbsentError) from None

@@ -50,7 +50,7 @@ def verify(location: Location, manifest: Manifest, console: Console) -> Findings
                     findings.faults.append(f"{shard.name}: label {label} is none of {len(manifest.classes)} classes")
                 findings.labels[label] += not hflip
             sums.append(tally.sums)
-        except OSError as error:
+        except (OSError, UserError) as error:
             findings.faults.append(f"{shard.name}: {error}")
     if not findings.faults and Sums.total(sums).statistics(manifest.latent_shape[0]) != manifest.statistics:
         findings.faults.append("manifest.json: its statistics are not those of the latents")
@@ -62,7 +62,7 @@ def first_samples(location: Location, manifest: Manifest, wanted: int) -> Tensor
     found: list[Tensor] = []
     layout = Layout.of(manifest)
     for shard in manifest.shards:
-        with suppress(OSError):  # found by whoever verifies
+        with suppress(OSError, UserError):  # found by whoever verifies
             for _, _, array in read_samples(location.fetch(shard), shard, layout, []):
                 if len(found) < wanted:
                     found.append(torch.from_numpy(array))
@@ -97,10 +97,6 @@ def latents_table(location: Location, manifest: Manifest, seen: LatentStatistics
     }
     if remark := seen.remark():
         rows["attention"] = remark
-    if height == width:
-        rows["to train on them"] = (
-            f"model.grid={height} model.channels={channels} model.num_classes={len(manifest.classes)} data.source=null"
-        )
     if findings is not None:
         rows["checksums"] = "all right" if not findings.faults else f"{len(findings.faults)} faults"
     for name, value in rows.items():

@@ -74,7 +74,7 @@ class LatentStatistics:
                 f"The latents have {fault} {value:.3g} in channel {number}"
                 + (f" and {others} other{'s' if others > 1 else ''}" if others else "")
                 + f" where the network sees them, not about {int(fault == 'deviation')}: are scale and shift those of"
-                " their autoencoder? python -m dcdit.extract normalise=channel takes those of the latents themselves"
+                " their autoencoder? An extraction with normalise=channel takes those of the latents themselves"
             )
         return ""
 
@@ -193,20 +193,32 @@ class LatentSpec:
 
         The autoencoder's name may differ, such as after moving it, where the fingerprints of its weights are equal.
         """
-        same_weights = self.fingerprint is not None and self.fingerprint == other.fingerprint
-        for key in ("shape", "autoencoder", "fingerprint", "scale", "shift"):
-            one, two = getattr(self, key), getattr(other, key)
-            if one != two and not (key == "autoencoder" and same_weights) and None not in (one, two):
-                if key in ("scale", "shift"):
-                    one, two = number_words(one), number_words(two)
-                    if one == two:
-                        return f"{key} differs, though both have numbers of {one}"
-                return f"{key} is {one} there and {two} here"
+        if difference := self.difference_in_encoding(other) or self.difference_in_scale(other):
+            return difference
         if len(self.classes) != len(other.classes):
             return f"there are {len(self.classes)} classes there and {len(other.classes)} here"
         for label, (one, two) in enumerate(zip(self.classes, other.classes, strict=True)):
             if one != two:
                 return f"class {label} is {one!r} there and {two!r} here"
+        return None
+
+    def difference_in_encoding(self, other: "LatentSpec") -> str | None:
+        """The same, but for shape and autoencoder alone."""
+        same_weights = self.fingerprint is not None and self.fingerprint == other.fingerprint
+        for key in ("shape", "autoencoder", "fingerprint"):
+            one, two = getattr(self, key), getattr(other, key)
+            if one != two and not (key == "autoencoder" and same_weights) and None not in (one, two):
+                return f"{key} is {one} there and {two} here"
+        return None
+
+    def difference_in_scale(self, other: "LatentSpec") -> str | None:
+        """The same, but for scale and shift alone."""
+        for key in ("scale", "shift"):
+            if getattr(self, key) != getattr(other, key):
+                one, two = number_words(getattr(self, key)), number_words(getattr(other, key))
+                if one == two:
+                    return f"{key} differs, though both have numbers of {one}"
+                return f"{key} is {one} there and {two} here"
         return None
 
     def check_network(self, network: Any) -> None:

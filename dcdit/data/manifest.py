@@ -94,6 +94,11 @@ class Manifest:
         """What the latents are."""
         return LatentSpec(self.latent_shape, self.autoencoder, self.scale, self.shift, self.classes, self.fingerprint)
 
+    @cached_property
+    def order(self) -> str:
+        """Digest of the shards in their order: what a place in the data means depends on both."""
+        return content_digest({"shards": [(shard.sha256, shard.samples) for shard in self.shards]})
+
     def write(self, directory: Path) -> None:
         """Write ``manifest.json`` into ``directory``, replacing it at once or not at all."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -109,7 +114,7 @@ class Manifest:
         try:
             content = read_json(path, dict[str, Any], "write the shards again")
         except FileNotFoundError:
-            raise UserError(f"{path} does not exist: {_why_missing(path.parent)}") from None
+            raise UserError(f"{path} does not exist: {_why_missing(path)}") from None
         try:
             return cls.parse(content)
         except UserError as error:
@@ -152,8 +157,12 @@ class Manifest:
             )
 
 
-def _why_missing(split: Path) -> str:
-    """What to do about a directory without a manifest."""
+def _why_missing(path: Path) -> str:
+    """What to do about a manifest that is not there."""
+    split = path.parent
+    for link in (path, split):
+        if link.is_symlink() and not link.exists():
+            return f"{link} is a link to what does not exist, restore that or remove the link"
     if (split / ".extraction").is_dir():
         return "the extraction there is not finished, the same command goes on with it"
     if (split.parent / MANIFEST_NAME).is_file():

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dcdit.data.latents import Scale, Shift
 from dcdit.data.manifest import SAMPLE, Dtype, Manifest, Representation, Shard
 from dcdit.data.statistics import Sums, Tally
-from dcdit.runtime.files import file_digest, replacing
+from dcdit.runtime.files import file_digest, open_regular, replacing
 
 _LONGEST_NOTE = BLOCKSIZE  # the JSON of a sample fills one block of the tar file
 _SIZE_FIELD = slice(124, 135)  # of a tar header, octal
@@ -144,8 +144,10 @@ class Layout:
         try:
             length = int(bytes(note[_SIZE_FIELD]), 8)
             values = json.loads(bytes(note[BLOCKSIZE : BLOCKSIZE + length]))
-            label, expected = int(values["label"]), int(values["crc32"][int(hflip)])
-        except (ValueError, KeyError, IndexError, TypeError):
+            label, expected = values["label"], values["crc32"][int(hflip)]
+            if type(label) is not int or type(expected) is not int:  # 3.9, true and Infinity are no labels
+                raise TypeError
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             raise CorruptSampleError(f"{where}: label and checksum are unreadable") from None
         payload = BLOCKSIZE + len(self.npy_header)
         if member[BLOCKSIZE:payload] != self.npy_header:
@@ -207,21 +209,18 @@ def read_samples(
     Raises:
         CorruptSampleError: if a sample cannot be read, without ``faults``.
     """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with open_regular(path) as file:
         for index in range(shard.samples):
             for hflip in (False, True)[: 1 + layout.hflip]:
                 row = np.empty(layout.array_bytes, np.uint8)
                 try:
-                    label = layout.read(descriptor, index, hflip, row)
+                    label = layout.read(file.fileno(), index, hflip, row)
                 except CorruptSampleError as error:
                     if faults is None:
                         raise
                     faults.append(f"{shard.name}, sample {index}: {error}")
                     continue
                 yield label, hflip, row.view(layout.dtype).reshape(layout.stored_shape)
-    finally:
-        os.close(descriptor)
 
 
 def read_sums(path: Path, shard: Shard, layout: Layout, tally: Tally) -> Sums:

@@ -4,6 +4,7 @@ import getpass
 import hashlib
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Collection, Sequence
@@ -16,10 +17,10 @@ from typing import Any, BinaryIO
 from filelock import FileLock
 
 from dcdit.checks import Positive, check_credentials, checked
-from dcdit.data.download import download
+from dcdit.data.download import AbsentError, download
 from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard
 from dcdit.errors import UserError
-from dcdit.runtime.files import LARGEST, replacing
+from dcdit.runtime.files import LARGEST, file_digest, open_regular, replacing, unwritable
 from dcdit.runtime.processes import say
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
@@ -34,7 +35,8 @@ class Location:
 
     Attributes:
         place: local path; or a URL, to which ``/<file>`` is appended, or in which ``{}`` stands for the file.
-        cache: directory for files fetched from a URL; None takes one in the system's temporary directory.
+        cache: directory for files fetched from a URL; None takes one in the system's temporary directory. What is in
+            it must belong to this user alone.
         cache_gb: size to which the cache is kept, apart from shards in use or under way.
         allow_pipe: open ``pipe:`` URLs, which run a shell command.
     """
@@ -61,25 +63,29 @@ class Location:
         """The local directory, or the cache of this URL."""
         if not self.remote:
             return Path(re.sub("^file:(//)?", "", self.place))
-        digest = hashlib.sha256(self.place.encode()).hexdigest()[:16]
-        home = Path(self.cache) if self.cache else Path(tempfile.gettempdir()) / f"dcdit-{getpass.getuser()}"
-        return home / digest
+        home = Path(self.cache) if self.cache else _default_cache()
+        return home / hashlib.sha256(self.place.encode()).hexdigest()[:16]
 
     def below(self, name: str) -> "Location":
         """The location ``name`` within this one."""
         place = self.place.replace("{}", f"{name}/{{}}") if "{}" in self.place else f"{self.place.rstrip('/')}/{name}"
         return Location(place, self.cache, self.cache_gb, self.allow_pipe)
 
-    def exists(self) -> bool:
-        """Whether there is a manifest."""
-        if self.remote:
-            try:
-                self._fetch(MANIFEST_NAME, self.directory / MANIFEST_NAME)
-            except OSError as error:
-                if "no such file" not in str(error):
-                    say(f"Going on without {self.place}: {error}")
-                return False
-        return (self.directory / MANIFEST_NAME).is_file()
+    def manifest_if_any(self) -> Manifest | None:
+        """The manifest, as :meth:`manifest` has it; None if there is nothing at this place, which of a URL is told.
+
+        Raises:
+            UserError: if there is something else, such as an extraction that is not finished.
+        """
+        if not self.remote:
+            return self.manifest() if os.path.lexists(self.directory) else None
+        try:
+            return self.manifest()
+        except UserError as error:
+            if not isinstance(error.__cause__, AbsentError):
+                raise
+            say(f"Going on without {self.place}: {error.__cause__}")
+            return None
 
     def manifest(self) -> Manifest:
         """The manifest, checked; of a local directory also that every shard lies there in its full size.
@@ -101,7 +107,8 @@ class Location:
             found = self.directory / shard.name
             size = found.stat().st_size if found.is_file() else None
             if size != shard.bytes:
-                words = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
+                missing = "is no regular file" if os.path.exists(found) else "is missing"
+                words = missing if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
                 raise UserError(f"shard {found} {words}: restore it or write the shards again")
         return manifest
 
@@ -125,25 +132,34 @@ class Location:
                 f"shard {shard.name} in {self.place} has {shard.bytes} bytes, more than the whole cache: raise"
                 f" data.cache_gb={self.cache_gb:g} if that is right"
             )
-        path = self.directory / _cached_name(shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._own_cache() / _cached_name(shard)
+        inexact = path.with_suffix(".inexact.tar")
         with FileLock(path.with_suffix(".lock")):
-            if path.is_file():
-                os.utime(path)  # the cache drops what was not used for longest
-                return path
-            self._make_room(shard.bytes, {path.name, *map(_cached_name, in_use)})
+            for kept in (path, inexact):
+                with suppress(FileNotFoundError):  # or dropped by another process this moment
+                    os.utime(kept)  # the cache drops what was not used for longest
+                    if kept is inexact or _is_whole(kept, shard):
+                        return kept
+            self._make_room(shard.bytes, {path.name, inexact.name, *map(_cached_name, in_use)})
             for pause in _PAUSES:
                 with suppress(OSError):
                     self._fetch(shard.name, path, shard)
                     return path
                 time.sleep(pause)
-            self._fetch(shard.name, path, shard, exact=False)
-            return path
+            self._fetch(shard.name, inexact, shard, exact=False)
+            return inexact
+
+    def _own_cache(self) -> Path:
+        """The cache of this URL, made if need be; :class:`UserError` if another user may have written to it."""
+        if not self.cache:
+            _private_folder(self.directory.parent)
+        _private_folder(self.directory)
+        return self.directory
 
     def _fetch(self, name: str, path: Path, shard: Shard | None = None, exact: bool = True) -> None:
         """Fetch ``name`` to ``path``, whole or not at all; with ``exact``, only with the checksum of ``shard``."""
         url = self.place.replace("{}", name) if "{}" in self.place else f"{self.place.rstrip('/')}/{name}"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._own_cache()
         digest = hashlib.sha256()
         with replacing(path) as target:
             size = download(url, _Hashing(target, digest), shard.bytes if shard else LARGEST)
@@ -167,6 +183,14 @@ class Location:
                 total -= bytes_
 
 
+def open_shard(path: Path) -> BinaryIO:
+    """A shard, open for reading; OSError if it cannot be had, or is no regular file."""
+    try:
+        return open_regular(path)
+    except UserError as error:
+        raise OSError(str(error)) from error
+
+
 class _Hashing:
     """Writes to a file, and keeps the digest of what it writes."""
 
@@ -176,6 +200,43 @@ class _Hashing:
     def write(self, content: bytes) -> int:
         self._digest.update(content)
         return self._file.write(content)
+
+
+def _default_cache() -> Path:
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    return Path(tempfile.gettempdir()) / f"dcdit-{user}"
+
+
+def _private_folder(folder: Path) -> None:
+    """Make ``folder`` for this user alone; :class:`UserError` if it belongs to another one, or others may write to it.
+
+    Whoever can write to it could forge shards, whose samples have checksums against damage alone.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(0o700)
+        link, target = folder.lstat(), folder.stat()
+    except OSError as error:
+        raise UserError(f"data.cache: {unwritable(folder, error)}") from error
+    own = not hasattr(os, "getuid") or link.st_uid == target.st_uid == os.getuid()
+    if not own or not stat.S_ISDIR(target.st_mode) or target.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UserError(
+            f"{folder} is no folder that this user alone can write to: what lies there may be forged. Remove it, or"
+            " name another folder with data.cache=..."
+        )
+
+
+_verified: set[tuple[str, int]] = set()
+"""Digest and inode of the cached shards that this process has checked."""
+
+
+def _is_whole(path: Path, shard: Shard) -> bool:
+    """Whether a cached file is what the manifest says; looked at once by each process."""
+    key = (shard.sha256, path.stat().st_ino)
+    if key not in _verified and file_digest(path) == shard.sha256:
+        _verified.add(key)
+    return key in _verified
 
 
 def _cached_name(shard: Shard) -> str:
@@ -194,14 +255,14 @@ class ShardReader:
     def __init__(self, location: Location, shards: Sequence[Shard]) -> None:
         self.location = location
         self.shards = shards
-        self._open: dict[int, int] = {}
+        self._open: dict[int, BinaryIO] = {}
         self._failed: dict[int, tuple[float, OSError]] = {}
         self._background = ThreadPoolExecutor(1, "fetch") if location.remote else None
 
     def prepare(self, wanted: Sequence[int], soon: Sequence[int]) -> None:
         """Say which shards are about to be read, and which after them; all others are closed."""
         for number in [number for number in self._open if number not in wanted]:
-            os.close(self._open.pop(number))
+            self._open.pop(number).close()
         if self._background:
             needed = [self.shards[number] for number in (*wanted, *soon)]
             for shard in needed:
@@ -219,10 +280,10 @@ class ShardReader:
                 raise error
         if number not in self._open:
             try:
-                self._open[number] = descriptor = os.open(self.location.fetch(self.shards[number]), os.O_RDONLY)
+                self._open[number] = file = open_shard(self.location.fetch(self.shards[number]))
             except OSError as error:
                 self._failed[number] = (time.monotonic(), error)
                 raise
             if hasattr(os, "posix_fadvise"):  # its samples are wanted in random order: have it read in one go
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-        return self._open[number]
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        return self._open[number].fileno()

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from dcdit.data.autoencoder import load_decoder, network_latents
-from dcdit.data.latents import Rounding
+from dcdit.data.latents import LatentSpec, Rounding
 from dcdit.data.manifest import MANIFEST_NAME
 from dcdit.data.shards import CorruptSampleError, Layout
+from dcdit.data.splits import check_reference
 from dcdit.data.storage import Location, ShardReader
 from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.statistics import Moments
 from dcdit.extraction.decode import UnusableImageError, decode_image
 from dcdit.extraction.sources import image_files
-from dcdit.runtime.processes import cores
+from dcdit.runtime.processes import cores, say
 
 
 class ImageSet(ABC):
@@ -62,16 +63,31 @@ class LatentImages(ImageSet):
         device: where to decode.
         autoencoder: decode with this one; None takes the one that the manifest names.
         rounding: of pixels.
+        network: the latents of the network whose samples are compared; None compares with nothing.
 
     Raises:
-        UserError: if there is no manifest, or no autoencoder.
+        UserError: if there is no manifest, or no autoencoder, or another one made the latents.
     """
 
     def __init__(
-        self, location: Location, device: torch.device, autoencoder: str | None, rounding: Rounding = "round"
+        self,
+        location: Location,
+        device: torch.device,
+        autoencoder: str | None,
+        rounding: Rounding = "round",
+        network: LatentSpec | None = None,
     ) -> None:
         self.location, self.place = location, location.place
         self.manifest = location.manifest()
+        if network and not autoencoder:
+            try:
+                remark = check_reference(network, self.manifest.spec)
+            except UserError as error:
+                raise UserError(
+                    f"reference={location.place}: {error}, or name the autoencoder to decode with: autoencoder=..."
+                ) from error
+            if remark:
+                say(f"reference={location.place} {remark}")
         self.count = self.manifest.samples
         self._decode = load_decoder(self.manifest.spec, device, autoencoder, rounding)
         self._reader = ShardReader(location, self.manifest.shards)
@@ -261,13 +277,14 @@ def open_images(
     autoencoder: str | None = None,
     rounding: Rounding = "round",
     cache: str | None = None,
+    network: LatentSpec | None = None,
 ) -> ImageSet:
     """The images at ``place``.
 
     Args:
         place: a directory of latent shards with a manifest, or its URL; a folder of images; or an ``.npz``.
         size: height and width that they must have; images of a folder are cropped to it.
-        device, autoencoder, rounding: for latents, see :class:`LatentImages`.
+        device, autoencoder, rounding, network: for latents, see :class:`LatentImages`.
         cache: directory for shards fetched from a URL.
 
     Raises:
@@ -276,7 +293,7 @@ def open_images(
     location, path = Location(place, cache), Path(place)
     images: ImageSet
     if location.remote or (location.directory / MANIFEST_NAME).is_file():
-        images = LatentImages(location, device, autoencoder, rounding)
+        images = LatentImages(location, device, autoencoder, rounding, network)
     elif path.is_dir():
         splits = [entry.name for entry in os.scandir(path) if (Path(entry.path) / MANIFEST_NAME).is_file()]
         if splits:

@@ -87,7 +87,8 @@ class Evaluation:
         self.network = build_features(features, device)
         size = sampling.decode.size(device)
         asked = sampling.plan.settings
-        images = open_images(settings.reference, size, device, asked.autoencoder, asked.rounding)
+        latents = sampling.model.latents
+        images = open_images(settings.reference, size, device, asked.autoencoder, asked.rounding, network=latents)
         there = list(images.moments(self.network))
         self.metrics = choose_metrics(settings.metrics, self.network, bool(images.count), there)
         needed = {COMPUTE[name].reference for name in self.metrics} - {None}

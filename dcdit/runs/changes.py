@@ -23,6 +23,7 @@ KINDS: dict[str, Kind] = {
     "diffusion": Kind.NEVER,
     "init": Kind.NEVER,
     "seed": Kind.NEVER,
+    "data.seed": Kind.NEVER,
     "callbacks.ema": Kind.NEVER,
     "callbacks.power_ema.lengths": Kind.NEVER,
     "compression": Kind.REMARK,

@@ -19,7 +19,7 @@ from dcdit.checkpoints.load import Trained, read_trained
 from dcdit.checkpoints.read import DamagedError
 from dcdit.checks import conform, shown
 from dcdit.data.datamodule import StreamState
-from dcdit.data.latents import LatentSpec
+from dcdit.data.manifest import Manifest
 from dcdit.errors import UserError
 from dcdit.network import Network
 from dcdit.runtime.processes import say
@@ -91,29 +91,34 @@ def _open(path: Path) -> Resumed:
     return Resumed(path, trained, settings, position)
 
 
-def check_resumed(resumed: Resumed, network: Network, latents: LatentSpec, samples: int) -> None:
+def check_resumed(resumed: Resumed, network: Network, manifest: Manifest) -> None:
     """See that a run can go on from a checkpoint.
 
     Args:
         resumed: the checkpoint.
         network: that is trained.
-        latents: what the shards hold.
-        samples: of an epoch.
+        manifest: of the shards.
 
     Raises:
-        UserError: with both values, if the latents differ, or the checkpoint contradicts itself.
+        UserError: with both values, if the latents or the shards differ, or the checkpoint contradicts itself.
     """
-    difference = resumed.trained.latents.difference(latents)
+    difference = resumed.trained.latents.difference(manifest.spec)
     if difference:
         raise UserError(
             f"the checkpoint was trained on other latents than the shards hold: {difference}. Point data.directory"
             " at the shards it was trained on, or start another run"
         )
-    position = resumed.position
+    position, samples = resumed.position, manifest.samples
     if position.step != resumed.step or position.samples != samples or position.place.samples > samples:
         raise UserError(
             f"the checkpoint stands at step {position.step} in an epoch of {position.samples} samples, the shards hold"
             f" {samples}: point data.directory at the shards it was trained on, or start another run"
+        )
+    if position.order != manifest.order:
+        raise UserError(
+            "the shards are others than those that the checkpoint was trained on, or stand in another order: some"
+            " samples of this epoch would come twice, others never. Point data.directory at the shards it was trained"
+            " on, or start another run"
         )
     shapes = [parameter.shape for parameter in network.parameters()]
     moments = resumed.trained.values["optimizer_states"][0]["state"]

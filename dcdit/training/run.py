@@ -95,7 +95,7 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         begin(module, begun, resumed)
         interrupt = StopOnInterrupt()
         if resumed:
-            check_resumed(resumed, module.network, manifest.spec, manifest.samples)
+            check_resumed(resumed, module.network, manifest)
         trainer = build_trainer(plan, config, interrupt, resumed.trained.values if resumed else None)
         path, resumed = resumed.path if resumed else None, None  # Lightning gives its memory back
         # 5. Write down what is trained.
@@ -165,10 +165,14 @@ def check_trained(module: DCDiTModule, step: int) -> None:
 
 
 def open_data(plan: TrainPlan) -> tuple[LatentDataModule, Manifest]:
-    """The data, written if they write themselves, and their manifest; UserError if a batch exceeds them."""
+    """The data, written if they write themselves, and their manifest; UserError if they cannot be trained on.
+
+    Such as by batches that exceed them, or a validation split of other latents.
+    """
     data = build_data(plan)
     data.prepare_data()
     manifest = data.manifest()
+    data.validation()
     if data.batch_size > manifest.samples:
         raise UserError(
             f"data.batch_size={data.batch_size} exceeds the {manifest.samples} samples in {data.location.place}: lower"

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import os
 import threading
 
 import pytest
@@ -78,6 +79,56 @@ def test_what_does_not_arrive_whole_is_damage(served, tmp_path):
         remote.manifest()
     with pytest.raises(UserError, match=r"no server answers there"):
         Location("http://127.0.0.1:9/train", str(tmp_path / "cache")).manifest()
+
+
+@pytest.mark.parametrize("folder", ["named", "default"])
+@pytest.mark.parametrize("fault", ["another user's", "open to all", "a link of another user"])
+def test_a_cache_that_others_can_write_to_is_refused(served, tmp_path, monkeypatch, folder, fault):
+    folder_served, url, _ = served
+    write_numbers(folder_served, [4])
+    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
+    remote = Location(f"{url}/train", str(tmp_path / "cache") if folder == "named" else None)
+    remote.manifest()
+    checked = remote.directory if folder == "named" else remote.directory.parent
+    assert checked.stat().st_mode & 0o777 == 0o700
+    if fault == "open to all":
+        checked.chmod(0o777)
+    elif fault == "another user's":
+        os.chown(checked, 12345, -1) if os.getuid() == 0 else monkeypatch.setattr(os, "getuid", lambda: 12345)
+    else:
+        checked.rename(tmp_path / "target")
+        checked.symlink_to(tmp_path / "target")
+        if os.getuid() == 0:
+            os.chown(checked, 12345, -1, follow_symlinks=False)
+        else:
+            monkeypatch.setattr(os, "getuid", lambda: 12345)
+    if folder == "default" and os.getuid() == 12345:
+        monkeypatch.setattr(module, "_default_cache", lambda: checked)
+    for read in (remote.manifest, lambda: remote.fetch(Location(str(folder_served)).manifest().shards[0])):
+        with pytest.raises(UserError, match=r"may be forged. Remove it, or name another folder with data\.cache="):
+            read()
+
+
+def test_what_is_cached_is_what_the_manifest_says(served, tmp_path, monkeypatch):
+    """In another process: this one remembers what it has checked."""
+    folder, url, requests = served
+    local, remote = write_numbers(folder, [6]), Location(f"{url}/train", str(tmp_path / "cache"))
+    shard = remote.manifest().shards[0]
+    path = remote.fetch(shard)
+    for cached in (path.read_bytes()[:-1] + b"x", path.read_bytes()):
+        path.unlink()
+        path.write_bytes(cached)
+        module._verified.clear()
+        assert remote.fetch(shard).read_bytes() == (folder / shard.name).read_bytes()
+    assert len([each for each in requests if each.endswith(".tar")]) == 2
+    damage(folder / shard.name, 512, b"{{{{")  # on the server, for good: kept for its other samples, and fetched once
+    path.unlink()
+    asked = len(requests)
+    for _ in range(3):
+        module._verified.clear()
+        assert remote.fetch(shard).read_bytes() == (folder / shard.name).read_bytes()
+    assert len(requests) == asked + 2
+    assert local.directory == folder
 
 
 def test_pipes_run_only_if_allowed(tmp_path):

@@ -107,6 +107,11 @@ def pickled():
         (512, b"{{{{", "label and checksum are unreadable"),
         (512 + len('{"label": '), b"9", "label 9 is none of 5"),
         (124, b"zzzz", "label and checksum are unreadable"),
+        (512, b'{"label": 3.9,       ', "label and checksum are unreadable"),
+        (512, b'{"label": Infinity,  ', "label and checksum are unreadable"),
+        (512, b'{"label": true,      ', "label and checksum are unreadable"),
+        (512, b'{"label": 1e400,     ', "label and checksum are unreadable"),
+        (512, b'{"label": "3",       ', "label and checksum are unreadable"),
     ],
 )
 def test_a_damaged_sample_is_left_out_and_named(tmp_path, offset, content, reason):

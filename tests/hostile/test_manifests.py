@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from support.commands import typed
 from support.configs import compose_config
 from support.damage import damaged, damages, nothing_outside, sign
 from support.numbered import flat, stream, write_numbers
@@ -166,6 +168,25 @@ def test_a_small_validation_split_names_the_remedy_that_works(tmp_path):
     data.trainer = SimpleNamespace(world_size=3, accumulate_grad_batches=1, global_rank=0)
     with pytest.raises(UserError, match=r"has 2 samples for 3 processes: add some, take fewer processes"):
         data.val_dataloader()
+
+
+def test_the_command_that_an_inspection_prints_trains(tmp_path, capsys):
+    place = latents(tmp_path / "my data, (1)", normal(32))
+    printed = typed(capsys, tmp_path, "inspect_latents", f"directory={place}", "images=0").out
+    command = next(line for line in printed.splitlines() if line.startswith("To train on them: "))
+    program, *words = shlex.split(command.removeprefix("To train on them: python -m "))
+    small = [
+        "trainer=cpu",
+        "model.width=32",
+        "model.depth=1",
+        "model.heads=2",
+        "model.encoder_width=16",
+        "model.groups=8",
+    ]
+    small += ["data.num_workers=0", "data.batch_size=8", "trainer.max_steps=1", "callbacks.progress=null"]
+    result = typed(capsys, tmp_path, program.removeprefix("dcdit."), *words, *small)
+    assert result.status == 0, result.words
+    assert "Finished at step 1" in result.words
 
 
 def test_the_weights_of_moments_stay_finite():

@@ -107,6 +107,87 @@ def test_a_server_that_sends_more_than_was_said(served, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.tar"))
 
 
+def loop(handler) -> None:
+    handler.send_response(302)
+    handler.send_header("Location", f"{handler.path}x")
+    handler.end_headers()
+
+
+def drip(handler, content: bytes) -> None:
+    """A byte at a time, without end."""
+    while True:
+        for byte in content:
+            try:
+                handler.wfile.write(bytes([byte]))
+                handler.wfile.flush()
+            except OSError:
+                return
+            time.sleep(0.02)
+
+
+def slow_body(handler) -> None:
+    head(handler, 200, 10**6)
+    drip(handler, b"x")
+
+
+def with_header(name: str, value: str):
+    def answer(handler) -> None:
+        handler.send_response(200)
+        handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(b"{}")
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (loop, "the server redirects more than 5 times"),
+        (slow_body, r"too slow, \d+ bytes in"),
+        (lambda handler: drip(handler, b"HTTP/1.1 200 OK "), "too slow, 0 bytes in"),
+        (lambda handler: (head(handler, 302), drip(handler, b"x")), "the server answered 302|too slow"),
+        (with_header("Content-Length", "-5"), "the server says that it has '-5' bytes"),
+        (with_header("Content-Length", "9" * 30), "larger than the"),
+        (with_header("Content-Encoding", "gzip"), "it comes encoded as 'gzip'"),
+    ],
+)
+def test_a_server_has_no_more_time_than_the_file_needs(served, tmp_path, monkeypatch, answer, message):
+    monkeypatch.setattr(module, "GRACE", 0.5)
+    monkeypatch.setattr(module, "SLOWEST", 10**5)
+    url, begin = served(answer), time.monotonic()
+    with pytest.raises(UserError, match=f"manifest.json cannot be fetched: .*({message})"):
+        Location(url, str(tmp_path)).manifest()
+    assert time.monotonic() - begin < 5
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_redirect_leads_to_the_file(served, tmp_path):
+    (tmp_path / "shards").mkdir()
+    manifest = write_numbers(tmp_path / "shards", [4]).manifest()
+
+    def answer(handler) -> None:
+        if handler.path.startswith("/there/"):
+            head(handler, 200)
+            handler.wfile.write((tmp_path / "shards" / "manifest.json").read_bytes())
+            return
+        handler.send_response(301)
+        handler.send_header("Location", f"/there{handler.path}")
+        handler.end_headers()
+
+    assert Location(served(answer), str(tmp_path / "cache")).manifest() == manifest
+
+
+@pytest.mark.parametrize(("status", "absent"), [(404, True), (403, True), (500, False), (503, False)])
+def test_a_validation_split_is_missing_only_if_the_server_says_so(served, tmp_path, status, absent):
+    place = Location(served(lambda handler: head(handler, status, 0)), str(tmp_path)).below("val")
+    if absent:
+        assert place.manifest_if_any() is None
+    else:
+        with pytest.raises(UserError, match=f"the server answered {status}"):
+            place.manifest_if_any()
+
+
 def test_shards_larger_than_the_cache_are_not_fetched(served, tmp_path):
     (tmp_path / "shards").mkdir()
     write_numbers(tmp_path / "shards", [4])

@@ -1,6 +1,7 @@
 """A run goes on as if nothing had happened, takes up what was changed, and is refused without being touched."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -96,6 +97,7 @@ def test_a_changed_schedule_is_that_of_the_whole_run(tiny):
     ("change", "words"),
     [
         ("seed=1", "seed=1: the run was trained with 0 up to step 2"),
+        ("data.seed=3", "data.seed=3: the run was trained with 0"),
         ("model.depth=2", "model.depth=2: the run was trained with 1"),
         ("callbacks.ema.decay=0.5", "callbacks.ema.decay=0.5: the run was trained with"),
         ("~callbacks.ema", "callbacks.ema.decay=null: the run was trained with"),
@@ -126,6 +128,20 @@ def test_other_latents_are_refused_and_nothing_is_touched(tiny, tmp_path, digits
     sign(other / "train" / "manifest.json", scale=0.5)
     before = content(run)
     with pytest.raises(UserError, match=r"scale is 1 there and 0\.5 here"):
+        tiny("run", "trainer.max_steps=4", "ckpt_path=last", f"data.directory={other}")
+    assert content(run) == before
+
+
+def test_shards_in_another_order_are_refused_and_nothing_is_touched(tiny, tmp_path, digits):
+    from support.damage import sign
+
+    run = tiny("run", "trainer.max_steps=2")
+    other = Path(shutil.copytree(digits, tmp_path / "other"))
+    path = other / "train" / "manifest.json"
+    shards = json.loads(path.read_text())["shards"]
+    sign(path, shards=[shards[1], shards[0], *shards[2:]])
+    before = content(run)
+    with pytest.raises(UserError, match=r"the shards are others than those .* or stand in another order"):
         tiny("run", "trainer.max_steps=4", "ckpt_path=last", f"data.directory={other}")
     assert content(run) == before
 

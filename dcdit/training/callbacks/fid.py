@@ -126,7 +126,7 @@ class FID(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check and load everything; the processes share the work on the reference."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by fit
-        if not data.location.below("val").exists():
+        if data.validation() is None:
             raise UserError(
                 f"callbacks.fid: FID is measured at validations, and {data.location.place} has no split `val`: extract"
                 " one beside `train`, or leave the callback out"
@@ -138,7 +138,7 @@ class FID(Callback):
         decode = load_decoder(model.latents, pl_module.device, self.autoencoder)
         self.features.to(pl_module.device)
         size = decode.size(pl_module.device)
-        images = open_images(self.reference, size, pl_module.device, self.autoencoder)
+        images = open_images(self.reference, size, pl_module.device, self.autoencoder, network=model.latents)
         choose_metrics(["fid"], self.features, bool(images.count), list(images.moments(self.features)))
         cache = Path(self.cache) if self.cache else default_cache()
         reference = ReferenceStatistics(images, self.features, cache, None, _CHUNK, self.batch_size, ["features"])
