@@ -238,11 +238,23 @@ def encoding(arguments: argparse.Namespace) -> Table:
                 torch.cuda.synchronize()
             bare = count / (time.perf_counter() - begin)
             settings = ExtractionSettings(
-                256, "moments", "autoencoder", False, "float16", precision, size, max(size, count // 4), 0, 1, None
+                256,
+                "moments",
+                "autoencoder",
+                False,
+                "float16",
+                precision,
+                size,
+                max(size, count // 4),
+                0,
+                1,
+                10**8,
+                None,
             )
             begin = time.perf_counter()
             images = FolderSource(source, settings.samples_per_shard, 0)
-            Extraction(folder / f"out-{number}", images, autoencoder, settings, workers=arguments.workers).run(Silent())
+            out = folder / f"out-{number}"
+            Extraction(out, images, autoencoder, settings, 0, 1, arguments.workers, True, 0, None).run(Silent())
             if number:  # the first round warms up
                 rates["bare forward"].append(bare)
                 rates["extractor"].append(count / (time.perf_counter() - begin))

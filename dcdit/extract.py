@@ -43,7 +43,7 @@ def run(config: DictConfig) -> "Manifest | None":
         manifest = extraction.run(display)
     if manifest is not None and (extraction.job.finalized or (not display.began and rank == 0)):
         print("Done." if display.began else "Everything is there already.")
-        print(extraction_summary(manifest, directory))
+        print(extraction_summary(manifest, directory, extraction.empty_classes()))
     elif display.began:
         print(f"Process {rank} is done; what is left is written by other processes, or by the same command again.")
     return manifest

@@ -108,6 +108,7 @@ _OF = {
     "autoencoder": "of the autoencoder",
     "channel": "of each channel of these latents",
     "element": "of each element of these latents",
+    "train": "of the train split",
 }
 
 

@@ -57,7 +57,7 @@ class Manifest:
         classes: class names; a label is an index into them.
         shards: the files.
         statistics: mean and deviation of each channel of the latents, before scale and shift.
-        normalise: where scale and shift come from.
+        normalise: where scale and shift come from; ``train``: of another split, they are those of the train split.
         fingerprint: digest of the autoencoder's weights; None if unknown.
         skipped: images of the source that could not be encoded.
         extraction: settings of ``dcdit.extract``; empty for shards written otherwise.
@@ -73,7 +73,7 @@ class Manifest:
     classes: Annotated[tuple[str, ...], NotEmpty("name the classes")]
     shards: Annotated[tuple[Shard, ...], NotEmpty("name the shards")]
     statistics: LatentStatistics
-    normalise: Normalise = "autoencoder"
+    normalise: Normalise | Literal["train"] = "autoencoder"
     fingerprint: Fingerprint | None = None
     skipped: tuple[Skipped, ...] = ()
     extraction: Mapping[str, Any] = field(default_factory=dict)

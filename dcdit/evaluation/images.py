@@ -24,8 +24,8 @@ from dcdit.data.storage import Location, ShardReader
 from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.statistics import Moments
-from dcdit.extraction.decode import UnusableImageError, decode_image
-from dcdit.extraction.sources import image_files
+from dcdit.extraction.decode import decode_image
+from dcdit.extraction.sources import Item, UnreadableError, UnusableImageError, image_files
 from dcdit.runtime.processes import cores, say
 
 
@@ -148,8 +148,8 @@ class FolderImages(ImageSet):
         def decoded(number: int) -> torch.Tensor:
             path = self.root / self._files[number][0]
             try:
-                return torch.from_numpy(decode_image(path.read_bytes(), self.size[0]))
-            except (UnusableImageError, OSError) as error:
+                return torch.from_numpy(decode_image(Item(0, "", str(path)).read(), self.size[0]))
+            except (UnusableImageError, UnreadableError) as error:
                 raise UserError(f"reference: {path}: {error}; remove it, or put it right") from error
 
         with ThreadPoolExecutor(cores()) as pool:

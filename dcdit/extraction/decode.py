@@ -3,76 +3,154 @@
 import io
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import IterableDataset, get_worker_info
 
+from dcdit.checks import visible
 from dcdit.data.manifest import Skipped
 from dcdit.errors import UserError
-from dcdit.extraction.sources import ImageSource, Item
+from dcdit.extraction.sources import ImageSource, Item, UnreadableError, UnusableImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
+"""Formats that are decoded, in Pillow's names. Pillow knows more, and starts a program, Ghostscript, for one."""
+
+MAX_PIXELS = 64_000_000
+"""Pixels that an image has at most where nobody says otherwise: 8,000 x 8,000, up to 1.5 GB while it is decoded."""
 
 _LONGEST = 16
 """Aspect ratio from which a source is cropped before it is enlarged, so that a thin strip cannot fill the memory."""
 
+_ORIENTATION = 0x0112  # EXIF's tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of each EXIF orientation upright."""
 
-class UnusableImageError(Exception):
-    """An image that cannot be used, with the reason."""
 
-
-def decode_image(content: bytes, size: int, min_side: int = 1) -> NDArray[np.uint8]:
+def decode_image(content: bytes, size: int, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode, turn upright, convert to RGB and centre-crop an image.
 
     Grey, palette, CMYK and 16-bit images are converted; transparent ones are laid on white; EXIF rotation is applied.
+    Metadata that cannot be read is ignored.
 
     Args:
-        content: the file's bytes.
+        content: the file's bytes, in one of :data:`FORMATS`.
         size: side of the result.
         min_side: least number of pixels along the shorter side of the source.
+        max_pixels: number of pixels that the source has at most, which is checked before they are decoded.
 
     Returns:
         (size, size, 3) uint8.
 
     Raises:
         UnusableImageError: with the reason.
+        UnreadableError: if there is too little memory for it.
     """
     if not content:
         raise UnusableImageError("the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of large images that are small enough to decode
-            with Image.open(io.BytesIO(content)) as image:
-                image.load()
-                if min(image.size) < min_side:
-                    raise UnusableImageError(f"{image.width} x {image.height} pixels, min_side={min_side}")
-                ImageOps.exif_transpose(image, in_place=True)
-                return np.array(adm_crop(to_rgb(image), size))
+        try:
+            return _decode(content, size, min_side, max_pixels)
+        except (ValueError, SyntaxError, UnidentifiedImageError):
+            # Pillow refuses all of a PNG for a large or damaged text or colour profile, of which no pixel depends.
+            bare = _without_text(content)
+            if len(bare) == len(content):
+                raise
+            return _decode(bare, size, min_side, max_pixels)
     except UnidentifiedImageError:
-        raise UnusableImageError("not an image") from None
+        raise UnusableImageError(f"not an image ({', '.join(FORMATS)})") from None
     except UnusableImageError:
         raise
+    except Image.DecompressionBombError:
+        raise UnusableImageError(f"more than max_pixels={max_pixels} pixels") from None
     except MemoryError:
-        raise
+        raise UnreadableError(
+            f"there is too little memory to decode it: lower max_pixels={max_pixels}, or num_workers"
+        ) from None
     except Exception as error:  # decoders raise whatever a broken file provokes
-        raise UnusableImageError(f"corrupt image: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise UnusableImageError(visible(f"corrupt image: {reason}")) from error
+
+
+def _decode(content: bytes, size: int, min_side: int, max_pixels: int) -> NDArray[np.uint8]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata, and of large images that are small enough to decode
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            if image.width * image.height > max_pixels:
+                raise UnusableImageError(f"{image.width} x {image.height} pixels, max_pixels={max_pixels}")
+            if min(image.size) < min_side:
+                raise UnusableImageError(f"{image.width} x {image.height} pixels, min_side={min_side}")
+            image.load()
+            upright = _TURNS.get(_orientation(image))
+            rgb = to_rgb(image)
+        return np.array(adm_crop(rgb.transpose(upright) if upright is not None else rgb, size))
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of :data:`FORMATS` that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:  # whatever damaged metadata provokes
+        return None
+
+
+def _without_text(content: bytes) -> bytes:
+    """A PNG with only those of its chunks on which the pixels depend; anything else as it is."""
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return content
+    parts, place = [content[:8]], 8
+    while place < len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        kind = content[place + 4 : place + 8]
+        if kind[:1].isupper() or kind in (
+            b"tRNS",
+            b"eXIf",
+        ):  # by the standard, capitals mark what no decoder may ignore
+            parts.append(content[place:end])
+        place = end
+    return b"".join(parts)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow to RGB."""
+    """Any mode of Pillow to RGB; UnusableImageError if a value is not finite."""
+    transparency = image.info.get("transparency")
     if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits deep: Pillow's own conversion would clip
-        values = np.asarray(image, np.float64)
+        values = np.array(image, np.float64)
+        if not np.isfinite(values).all():
+            raise UnusableImageError("not all of its values are finite numbers")
+        transparent = values == transparency if isinstance(transparency, int) else None
         largest = values.max(initial=0)
         if image.mode.startswith("I;16") or largest > 255:
-            values = values / 257  # 65535 / 255
+            values /= 257  # 65535 / 255
         elif image.mode == "F" and largest <= 1:
-            values = values * 255
-        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
+            values *= 255
+        grey = np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8)
+        if transparent is not None:
+            grey[transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode == "RGB" and isinstance(transparency, tuple) and max(transparency) > 255:
+        image.info["transparency"] = tuple(value >> 8 for value in transparency)  # Pillow keeps 8 bits of 16
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layers = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
@@ -107,7 +185,8 @@ class Decoded(NamedTuple):
         images: (n, size, size, 3) uint8; an array, for tensors would travel as open files, which interrupts break.
         places: number of each image within its task.
         labels, sources: of each image.
-        skipped: what could not be used.
+        skipped: images that could not be used.
+        notes: what else is to be listed of the task.
         files: how many files this batch stands for.
         problem: what must stop the extraction; None if all is well.
     """
@@ -118,6 +197,7 @@ class Decoded(NamedTuple):
     labels: list[int]
     sources: list[str]
     skipped: list[Skipped]
+    notes: list[Skipped]
     files: int
     problem: str | None = None
 
@@ -134,13 +214,15 @@ class ImageBatches(IterableDataset[Decoded]):
         source: the images.
         tasks: which of its tasks.
         batch_size: files of a batch.
-        image_size, min_side: see :func:`decode_image`.
+        image_size, min_side, max_pixels: see :func:`decode_image`.
     """
 
-    def __init__(self, source: ImageSource, tasks: list[int], batch_size: int, image_size: int, min_side: int) -> None:
+    def __init__(
+        self, source: ImageSource, tasks: list[int], batch_size: int, image_size: int, min_side: int, max_pixels: int
+    ) -> None:
         super().__init__()
-        self.source, self.tasks = source, tasks
-        self.batch_size, self.image_size, self.min_side = batch_size, image_size, min_side
+        self.source, self.tasks, self.batch_size = source, tasks, batch_size
+        self.image_size, self.min_side, self.max_pixels = image_size, min_side, max_pixels
 
     def __iter__(self) -> Iterator[Decoded]:
         info = get_worker_info()
@@ -148,30 +230,39 @@ class ImageBatches(IterableDataset[Decoded]):
         turn, size = 0, self.batch_size
         for task in self.tasks:
             try:
-                items, skipped = self.source.items(task)
+                items, skipped, notes = self.source.items(task)
             except UserError as error:
                 # Every worker meets it; the loader hears it from the one whose turn it is.
                 if turn == worker:
-                    yield Decoded(task, np.empty(0, np.uint8), [], [], [], [], 0, str(error))
+                    yield self._stop(task, error)
                 return
             for start in range(0, max(1, len(items)), size):
                 if turn == worker:
-                    yield self._decode(task, items, start, skipped if start == 0 else [])
+                    first = start == 0
+                    batch = items[start : start + size]
+                    yield self._decode(task, batch, start, skipped if first else [], notes if first else [])
                 turn = (turn + 1) % workers
 
-    def _decode(self, task: int, items: list[Item], start: int, skipped: list[Skipped]) -> Decoded:
+    def _stop(self, task: int, error: UserError, name: str = "") -> Decoded:
+        after = ". Finished shards are kept; the same command goes on" if isinstance(error, UnreadableError) else ""
+        return Decoded(task, np.empty(0, np.uint8), [], [], [], [], [], 0, f"{name}{error}{after}")
+
+    def _decode(
+        self, task: int, batch: list[Item], start: int, skipped: list[Skipped], notes: list[Skipped]
+    ) -> Decoded:
         pixels: list[NDArray[np.uint8]] = []
         places, labels, sources, skipped = [], [], [], list(skipped)
-        batch = items[start : start + self.batch_size]
         for place, item in enumerate(batch, start):
             try:
-                pixels.append(decode_image(item.read(), self.image_size, self.min_side))
-            except (UnusableImageError, OSError) as error:
-                skipped.append(Skipped(item.source, getattr(error, "strerror", None) or str(error)))
+                pixels.append(decode_image(item.read(), self.image_size, self.min_side, self.max_pixels))
+            except UnusableImageError as error:
+                skipped.append(Skipped(item.source, str(error)))
                 continue
+            except UnreadableError as error:
+                return self._stop(task, error, f"{item.source}: ")
             places.append(place)
             labels.append(item.label)
             sources.append(item.source)
         side = self.image_size
         images = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
-        return Decoded(task, images, places, labels, sources, skipped, len(batch))
+        return Decoded(task, images, places, labels, sources, skipped, notes, len(batch))

@@ -6,7 +6,7 @@ before. Processes share nothing but the directory.
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from dcdit.extraction.journal import Encoded, ExtractionJob, shard_name
 from dcdit.extraction.settings import ExtractionSettings
 from dcdit.extraction.sources import ImageSource
 from dcdit.runtime.devices import threads
+from dcdit.runtime.files import content_digest
 from dcdit.runtime.signals import ignore_interrupts
 
 _NEVER_FINITE = 16
@@ -73,9 +74,10 @@ class Extraction:
         workers: processes that decode images.
         strict: stop at the first image that cannot be used.
         corrupt_limit: images that this process skips before it stops.
+        train: manifest of the train split whose scale and shift hold for this split too; None if it has its own.
 
     Raises:
-        UserError: if settings do not fit together.
+        UserError: if settings do not fit together, or not to ``train``.
     """
 
     def __init__(
@@ -84,11 +86,12 @@ class Extraction:
         source: ImageSource,
         autoencoder: Autoencoder,
         settings: ExtractionSettings,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 0,
-        strict: bool = False,
-        corrupt_limit: int = 1000,
+        rank: int,
+        world_size: int,
+        workers: int,
+        strict: bool,
+        corrupt_limit: int,
+        train: Manifest | None,
     ) -> None:
         self.directory, self.source, self.autoencoder, self.settings = directory, source, autoencoder, settings
         self.rank, self.world_size, self.workers, self.strict = rank, world_size, workers, strict
@@ -98,9 +101,13 @@ class Extraction:
         self.latent_shape = (autoencoder.channels, height, width)
         for key, values in (("scale", autoencoder.scale), ("shift", autoencoder.shift)):
             check_numbers(f"autoencoder={autoencoder.name!r}: its {key}", values, self.latent_shape)
+        self.train = train
         self.corrupt_limit, self._corrupt, self._not_finite, self._encoded_well = corrupt_limit, 0, 0, 0
         made_by = {"autoencoder": autoencoder.fingerprint or autoencoder.name}
         plan = {**asdict(settings), **made_by, "source": source.inventory}
+        if train:
+            self._check_train(train)
+            plan["train"] = content_digest({"classes": train.classes, "scale": train.scale, "shift": train.shift})[:16]
         self.job = ExtractionJob(directory, plan, source.tasks, self.layout, self._tally)
         if strict and source.skipped:
             raise UserError(f"strict=true: {source.skipped[0].file}: {source.skipped[0].reason}")
@@ -119,12 +126,13 @@ class Extraction:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
+        except Timeout:  # an OSError too
+            several = f" as process {self.rank} of several" if self.world_size > 1 else ""
+            raise UserError(
+                f"out: another command is extracting to {self.directory}{several}: wait for it, or stop it"
+            ) from None
         except OSError as error:
             raise UserError(f"out: {self.directory} cannot be written to: {error.strerror or error}") from error
-        except Timeout:
-            raise UserError(
-                f"{self.directory}: another process {self.rank} is extracting there, wait for it or stop it"
-            ) from None
         try:
             with threads(self.settings.threads):
                 return self._run(watcher)
@@ -145,9 +153,10 @@ class Extraction:
         for task, batches in groupby(stream, key=lambda batch: batch[0].task):
             name = shard_name(task)
             skipped: list[Skipped] = []
+            labels: set[int] = set()
             tally = self._tally()
-            shard = write_shard(self.directory / name, self._samples(batches, skipped), self.layout, tally)
-            self.job.record(task, Encoded(shard, skipped, tally.sums if shard else None))
+            shard = write_shard(self.directory / name, self._samples(batches, skipped, labels), self.layout, tally)
+            self.job.record(task, Encoded(shard, skipped, tally.sums if shard else None, sorted(labels)))
             watcher.finish(name, shard.samples if shard else 0)
         return self.job.close(self._manifest)
 
@@ -156,7 +165,9 @@ class Extraction:
 
     def _manifest(self, shards: tuple[Shard, ...], skipped: tuple[Skipped, ...], sums: Sums) -> Manifest:
         scale, shift = self.autoencoder.scale, self.autoencoder.shift
-        if self.settings.normalise != "autoencoder":
+        if self.train:
+            scale, shift = self.train.scale, self.train.shift
+        elif self.settings.normalise != "autoencoder":
             scale, shift = sums.normalisation(self.latent_shape)
         return Manifest(
             latent_shape=self.latent_shape,
@@ -169,11 +180,26 @@ class Extraction:
             classes=self.source.classes,
             shards=shards,
             statistics=sums.statistics(self.autoencoder.channels),
-            normalise=self.settings.normalise,
+            normalise="train" if self.train else self.settings.normalise,
             fingerprint=self.autoencoder.fingerprint,
             skipped=tuple(dict.fromkeys((*self.source.skipped, *skipped))),
             extraction=self.job.plan,
         )
+
+    def _check_train(self, train: Manifest) -> None:
+        """Raise :class:`UserError` unless latents of this split are of the kind of those of ``train``."""
+        own = replace(train.spec, shape=self.latent_shape, autoencoder=self.autoencoder.name)
+        own = replace(own, fingerprint=self.autoencoder.fingerprint)
+        if difference := train.spec.difference_in_encoding(own):
+            raise UserError(
+                f"split={self.directory.name} must agree with {self.directory.parent / 'train'}: {difference}. Give"
+                " image_size and autoencoder of train"
+            )
+
+    def empty_classes(self) -> list[str]:
+        """Classes of which no image is in the shards, if this process finalized the extraction and knows."""
+        labels = self.job.labels
+        return [] if labels is None else [n for label, n in enumerate(self.source.classes) if label not in labels]
 
     def _check_disk(self, images: int | None) -> None:
         needed, free = (images or 0) * self.layout.sample_bytes, shutil.disk_usage(self.directory).free
@@ -190,7 +216,12 @@ class Extraction:
             return
         loader = DataLoader(
             ImageBatches(
-                self.source, tasks, self.settings.batch_size, self.settings.image_size, self.settings.min_side
+                self.source,
+                tasks,
+                self.settings.batch_size,
+                self.settings.image_size,
+                self.settings.min_side,
+                self.settings.max_pixels,
             ),
             batch_size=None,
             num_workers=self.workers,
@@ -249,11 +280,11 @@ class Extraction:
             )
 
     def _samples(
-        self, batches: Iterable[tuple[Decoded, list[NDArray[Any]]]], skipped: list[Skipped]
+        self, batches: Iterable[tuple[Decoded, list[NDArray[Any]]]], skipped: list[Skipped], labels: set[int]
     ) -> Iterator[Sample]:
-        """Samples of one shard; what must be left out is added to ``skipped``."""
+        """Samples of one shard; what must be left out is added to ``skipped``, labels of what is not to ``labels``."""
         for batch, arrays in batches:
-            skipped += batch.skipped
+            skipped += [*batch.skipped, *batch.notes]
             self._count_corrupt(batch.skipped)
             rows = zip(batch.places, batch.labels, batch.sources, *arrays, strict=True) if arrays else ()
             for place, label, source, *views in rows:
@@ -272,6 +303,7 @@ class Extraction:
                         )
                     continue
                 self._encoded_well += 1
+                labels.add(label)
                 yield Sample(
                     f"{batch.task:06d}-{place:06d}", label, views[0], views[1] if self.layout.hflip else None, source
                 )

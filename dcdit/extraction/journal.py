@@ -16,11 +16,18 @@ from dcdit.runtime.jobs import ResumableJob
 
 @dataclass(frozen=True)
 class Encoded:
-    """What is recorded of a task: its shard and sums over it, unless all was skipped, and the images not in it."""
+    """What is recorded of a task.
+
+    Attributes:
+        shard, sums: its shard, and sums over it; None if all was skipped.
+        skipped: the images that are not in it.
+        labels: labels of those that are; None if unknown.
+    """
 
     shard: Shard | None
     skipped: list[Skipped]
     sums: Sums | None
+    labels: list[int] | None
 
 
 class ExtractionJob(ResumableJob[Encoded]):
@@ -37,6 +44,8 @@ class ExtractionJob(ResumableJob[Encoded]):
     ) -> None:
         super().__init__(Encoded, directory, "extraction", plan, tasks)
         self.layout, self.tally = layout, tally
+        self.labels: set[int] | None = None
+        """Labels of the images in all shards; None unless this process finalized the job and knows."""
 
     def open(self) -> Manifest | None:
         """Begin or continue; where shards of a finished extraction are missing or cut short, they are to do again.
@@ -89,11 +98,14 @@ class ExtractionJob(ResumableJob[Encoded]):
                 known = read_json(before, list[Skipped], f"delete {self.work}, which begins the extraction anew")
             listed = [*known, *(image for record in records for image in record.skipped)]
             shards = tuple(record.shard for record in records if record.shard)
+            labels = [record.labels for record in records]
+            self.labels = None if None in labels else {label for part in labels for label in part or ()}
             if shards:
                 sums = Sums.total([record.sums for record in records if record.sums])
                 manifest(shards, tuple(dict.fromkeys(listed)), sums).write(self.directory)
             else:
-                failures.append(f"no image could be used; the first: {listed[0].file}: {listed[0].reason}")
+                first = f"; the first: {listed[0].file}: {listed[0].reason}" if listed else ""
+                failures.append(f"no image could be used{first}")
 
         failures: list[str] = []
         path = self.directory / MANIFEST_NAME
@@ -113,11 +125,11 @@ class ExtractionJob(ResumableJob[Encoded]):
         for task in range(self.tasks):
             shard = shards.get(shard_name(task))
             if shard is None:
-                self.record(task, Encoded(None, [], None))
+                self.record(task, Encoded(None, [], None, []))
             elif self._is_whole(shard):
                 with suppress(CorruptSampleError):  # that shard is done anew
                     sums = read_sums(self.directory / shard.name, shard, self.layout, self.tally())
-                    self.record(task, Encoded(shard, [], sums))
+                    self.record(task, Encoded(shard, [], sums, None))
         write_json(self.work / "skipped.json", [asdict(image) for image in manifest.skipped])
         write_json(self.work / "plan.json", self.plan)
         (self.directory / MANIFEST_NAME).unlink()

@@ -1,12 +1,10 @@
 """What a user may say to ``dcdit.extract``. No torch here, so that mistakes show at once."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from dcdit.checks import Count, Natural, Seed, checked
+from dcdit.checks import Bounds, Matches, Natural, Seed, Workers, checked
 from dcdit.data.latents import Normalise
-from dcdit.errors import UserError
 
 
 @checked
@@ -27,20 +25,22 @@ class ExtractionSettings:
         samples_per_shard: images of a shard.
         seed: shuffles the images, and samples the posterior if that is stored.
         min_side: images with fewer pixels along a side are skipped.
+        max_pixels: images with more pixels are skipped, before they are decoded.
         threads: of a CPU that encodes, where their number changes the last bits; None on a GPU.
     """
 
-    image_size: Count
+    image_size: Annotated[int, Bounds(1, 8192)]
     representation: Literal["auto", "moments", "sample"]
     normalise: Normalise
     hflip: bool
     dtype: Literal["float16", "float32"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
-    batch_size: Count
-    samples_per_shard: Count
+    batch_size: Annotated[int, Bounds(1, 4096)]
+    samples_per_shard: Annotated[int, Bounds(1, 1_000_000)]
     seed: Seed
-    min_side: Count
-    threads: Count | None
+    min_side: Annotated[int, Bounds(1, 8192)]
+    max_pixels: Annotated[int, Bounds(1, 178_956_970, hint="Pillow decodes no larger images")]
+    threads: Annotated[int, Bounds(1, 1024)] | None
 
 
 @checked
@@ -52,7 +52,8 @@ class ExtractSettings:
         source: folder with a subfolder per class; or webdataset shards, as a folder or a path with braces.
         out: the shards go to ``<out>/<split>``.
         split: name of the split.
-        classes: of webdataset shards: their number, or a text file with one name per line.
+        classes: of webdataset shards: their number, or a text file with one name per line; None takes those of the
+            train split in ``out``.
         autoencoder: see :func:`dcdit.data.autoencoder.load_autoencoder`.
         strict: stop at the first image that cannot be used.
         corrupt_limit: images that each process skips before it stops.
@@ -62,14 +63,10 @@ class ExtractSettings:
 
     source: str
     out: str
-    split: str
-    classes: Count | str | None
+    split: Annotated[str, Matches("[A-Za-z0-9_][A-Za-z0-9._-]*", "a name of letters, digits and . _ - only")]
+    classes: Annotated[int, Bounds(1, 1_000_000)] | str | None
     autoencoder: str
     strict: bool
     corrupt_limit: Natural
     device: str
-    num_workers: Natural | None
-
-    def __post_init__(self) -> None:
-        if Path(self.split).name != self.split:
-            raise UserError(f"split={self.split!r} is not the plain name of a folder")
+    num_workers: Workers | None

@@ -1,20 +1,34 @@
-"""From what a user says about an extraction to what extracts, and a extraction_summary of what there is then."""
+"""From what a user says about an extraction to what extracts, and a summary of what there is then."""
 
+import os
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.filesize import decimal
 
+from dcdit.checks import visible
 from dcdit.data.autoencoder import load_autoencoder
 from dcdit.data.latents import number_words
-from dcdit.data.manifest import MOMENTS, SAMPLE, Manifest
+from dcdit.data.manifest import MANIFEST_NAME, MOMENTS, SAMPLE, Manifest
 from dcdit.errors import UserError
 from dcdit.extraction.extraction import Extraction
 from dcdit.extraction.settings import ExtractionSettings, ExtractSettings
-from dcdit.extraction.sources import FolderSource, ImageSource, TarSource
+from dcdit.extraction.sources import (
+    CORRUPT_TAR,
+    FolderSource,
+    ImageSource,
+    TarSource,
+    is_folder,
+    is_service,
+    scan,
+    without_images,
+)
 from dcdit.runtime.devices import pick_device
+from dcdit.runtime.files import read_text
 from dcdit.runtime.processes import cores
 
 _LISTED = 10  # skipped images named in the extraction_summary
@@ -40,35 +54,78 @@ def set_up_extraction(
     if settings.precision == "auto":
         settings = replace(settings, precision="fp16" if on_gpu else "fp32")
     settings = replace(settings, threads=None if on_gpu else settings.threads or cores())
-    source = open_source(wanted, settings, directory)
+    train = train_split(directory)
+    source = open_source(wanted, settings, directory, train)
     torch.backends.cudnn.benchmark = False  # it may choose other kernels, and other bits, in every run
     autoencoder = load_autoencoder(wanted.autoencoder, device)
     if settings.representation == "auto":
         settings = replace(settings, representation=MOMENTS if autoencoder.random else SAMPLE)
     if rank == 0:
-        for remark in source.remarks:
+        for remark in [*source.remarks, *_about_train(directory, train)]:
             print(remark, file=sys.stderr)
     return Extraction(
-        directory, source, autoencoder, settings, rank, world_size, workers, wanted.strict, wanted.corrupt_limit
+        directory, source, autoencoder, settings, rank, world_size, workers, wanted.strict, wanted.corrupt_limit, train
     )
 
 
-def open_source(wanted: ExtractSettings, settings: ExtractionSettings, directory: Path) -> ImageSource:
-    """Folders or webdataset shards, whichever ``source`` names; UserError if it is neither."""
+def train_split(directory: Path) -> Manifest | None:
+    """The manifest of the train split beside another; None if there is none. UserError if it is not finished."""
+    train = directory.parent / "train"
+    if directory.name == train.name:
+        return None
+    if (train / MANIFEST_NAME).is_file():
+        return Manifest.read(train / MANIFEST_NAME)
+    if (train / ".extraction").is_dir():
+        raise UserError(
+            f"split={directory.name}: {train} is not finished, whose classes, scale and shift hold for all splits:"
+            " finish it first"
+        )
+    return None
+
+
+def _about_train(directory: Path, train: Manifest | None) -> list[str]:
+    """What a person should know about the agreement of a split with the train split."""
+    if directory.name == "train":
+        return []
+    if train is None:
+        return [
+            f"There is no {directory.parent / 'train'}: {directory.name} gets classes, scale and shift of its own. To"
+            " train on both, extract train first"
+        ]
+    return [f"Classes, scale and shift are those of {directory.parent / 'train'}"]
+
+
+def open_source(
+    wanted: ExtractSettings, settings: ExtractionSettings, directory: Path, train: Manifest | None
+) -> ImageSource:
+    """Folders or webdataset shards, whichever ``source`` names, with the classes of ``train`` if that is given.
+
+    Raises:
+        UserError: if it is neither, or its classes are others.
+    """
     path = Path(wanted.source)
-    if path.is_dir() and directory.resolve().is_relative_to(path.resolve()):
+    out, source = os.path.realpath(directory), os.path.realpath(path)
+    if path.is_dir() and Path(out).is_relative_to(source):
         raise UserError(
             f"out={wanted.out} with split={wanted.split} lies in source={wanted.source}, where the shards would be"
             " taken for a class: choose a place outside"
         )
-    subfolders = path.is_dir() and any(child.is_dir() for child in path.iterdir())
+    subfolders = path.is_dir() and any(is_folder(entry) and not is_service(entry.name) for entry in scan(path))
     if path.is_dir() and (subfolders or not any(path.glob("*.tar"))):
         if wanted.classes is not None:
             raise UserError(f"classes={wanted.classes} is for webdataset shards; of folders the names are the classes")
-        return FolderSource(path, settings.samples_per_shard, settings.seed)
+        return FolderSource(path, settings.samples_per_shard, settings.seed, train.classes if train else None)
     if not path.is_dir() and not wanted.source.endswith(".tar"):
         raise UserError(f"source={wanted.source} is no folder")
-    return TarSource(wanted.source, class_names(wanted.classes))
+    if train is None:
+        return TarSource(wanted.source, class_names(wanted.classes))
+    names = train.classes if wanted.classes is None else class_names(wanted.classes)
+    if len(names) != len(train.classes) or (isinstance(wanted.classes, str) and names != train.classes):
+        raise UserError(
+            f"classes={wanted.classes} are not the {len(train.classes)} classes of {directory.parent / 'train'}, which"
+            " hold for all splits: leave classes out"
+        )
+    return TarSource(wanted.source, train.classes)
 
 
 def class_names(classes: int | str | None) -> tuple[str, ...]:
@@ -76,17 +133,20 @@ def class_names(classes: int | str | None) -> tuple[str, ...]:
     if isinstance(classes, int):
         return tuple(str(label) for label in range(classes))
     if isinstance(classes, str) and Path(classes).is_file():
-        names = tuple(line.strip() for line in Path(classes).read_text().splitlines() if line.strip())
-        if names:
-            return names
+        names = tuple(map(str.strip, read_text(Path(classes)).removeprefix("\ufeff").rstrip().split("\n")))
+        for number, name in enumerate(names, 1):
+            if not name or visible(name) != name:
+                fault = "holds control characters" if name else "is empty"
+                raise UserError(f"classes={classes}: line {number} {fault}; each line is the name of a class")
+        return names
     raise UserError(
         f"classes={classes}: webdataset shards hold labels only, give the number of classes, or a text file with one"
         " name per line"
     )
 
 
-def extraction_summary(manifest: Manifest, directory: Path) -> str:
-    """What there is now, in words."""
+def extraction_summary(manifest: Manifest, directory: Path, empty: Sequence[str]) -> str:
+    """What there is now, for people; ``empty`` are the classes that are known to have no images."""
     size = sum(shard.bytes for shard in manifest.shards)
     lines = [
         f"{manifest.samples} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards,"
@@ -97,12 +157,17 @@ def extraction_summary(manifest: Manifest, directory: Path) -> str:
     seen = manifest.spec.seen(manifest.statistics)
     if seen and (remark := seen.remark()):
         lines.append(remark)
-    lost = [image for image in manifest.skipped if image.file.endswith(".tar")]
+    if empty:
+        lines.append(without_images(empty, len(manifest.classes)))
+    lost = [image for image in manifest.skipped if image.reason.startswith(CORRUPT_TAR)]
     lines += [f"IMAGES ARE MISSING, how many is not known: {image.file}: {image.reason}" for image in lost]
     if manifest.skipped:
         lines.append(f"{len(manifest.skipped)} files skipped, listed in {directory / 'manifest.json'}:")
         lines += [f"  {image.file}: {image.reason}" for image in manifest.skipped[:_LISTED]]
         if len(manifest.skipped) > _LISTED:
             lines.append(f"  and {len(manifest.skipped) - _LISTED} more")
-    where = f"directory={directory.parent} split={directory.name}"
-    return "\n".join([*lines, f"Look at them: python -m dcdit.inspect_latents {where}"])
+    where = str(directory.parent)
+    if "," in where:  # where Hydra would see a sweep
+        where = "'" + where.replace("'", "\\'") + "'"
+    words = shlex.join([f"directory={where}", f"split={directory.name}"])
+    return "\n".join([*lines, f"Look at them: python -m dcdit.inspect_latents {words}"])

@@ -2,20 +2,52 @@
 
 import hashlib
 import json
+import math
 import os
+import re
+import stat
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from webdataset.shardlists import expand_urls
 
+from dcdit.checks import shown, visible
 from dcdit.data.manifest import Skipped
 from dcdit.errors import UserError
+from dcdit.runtime.files import open_regular
 
-_IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "img")
+IMAGE_TYPES = re.compile("jpe?g|jpe|jfif|a?png|webp|bmp|tiff?|gif|p[gbpnf]m|avif|img")
+"""Endings of names, in lower case, of files that are taken for images; in folders, so are names without an ending."""
+
+CORRUPT_TAR = "the tar file is corrupt"
+
+_SERVICE = re.compile(
+    r"__macosx|@eadir|#recycle|#snapshot|\$recycle\.bin|system volume information|lost\+found|__pycache__"
+    r"|(eh)?thumbs\.db|desktop\.ini|icon\r"
+)
+"""Names, in lower case, of what systems, file servers and programs put beside people's files."""
+
+_LARGEST_IMAGE = 1 << 30
+_LARGEST_LABEL = 16 << 20
+"""Bytes of a file that is read at once."""
+
+_MOST_TARS = 100_000
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+"""First bytes of compressed files."""
+
+
+class UnusableImageError(Exception):
+    """An image that cannot be used, with the reason."""
+
+
+class UnreadableError(UserError):
+    """An image cannot be read or decoded here and now, which is no fault of the image."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +66,43 @@ class Item:
     path: str | bytes
     span: tuple[int, int] | None = None
 
-    def read(self) -> bytes:
-        """The image's bytes; raises OSError."""
-        with open(self.path, "rb") as file:
-            if self.span is None:
-                return file.read()
-            file.seek(self.span[0])
-            content = file.read(self.span[1])
-            if len(content) < self.span[1]:
-                raise OSError("the tar file ends within it")
-            return content
+    def read(self, most: int = _LARGEST_IMAGE) -> bytes:
+        """The item's bytes.
+
+        Args:
+            most: bytes that it may have.
+
+        Raises:
+            UnusableImageError: if it has more, or the tar file ends within it.
+            UnreadableError: if the disk does not give it.
+        """
+        try:
+            with open_regular(Path(os.fsdecode(self.path))) as file:
+                offset, length = self.span or (0, os.fstat(file.fileno()).st_size)
+                if length > most:
+                    raise UnusableImageError(f"it has {length} bytes, at most {most} are read")
+                file.seek(offset)
+                content = file.read(length)
+        except (OSError, UserError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UnreadableError(f"it cannot be read ({reason}): see that its disk is connected") from error
+        if self.span and len(content) < length:
+            raise UnusableImageError("the tar file ends within it")
+        return content
+
+
+class Listing(NamedTuple):
+    """What is in a task.
+
+    Attributes:
+        items: the images.
+        skipped: images that cannot be used.
+        notes: what else is to be listed, such as files that were left out; does not count as images.
+    """
+
+    items: list[Item]
+    skipped: list[Skipped]
+    notes: list[Skipped]
 
 
 class ImageSource(Protocol):
@@ -53,7 +112,7 @@ class ImageSource(Protocol):
         classes: class names.
         tasks: number of tasks.
         inventory: what there is, by folder or file: a change between two runs shows here.
-        skipped: files that belong to no class.
+        skipped: files that belong to no class, or can be no images.
         remarks: what a person should know.
     """
 
@@ -66,89 +125,137 @@ class ImageSource(Protocol):
     def size(self, task: int) -> int | None:
         """Number of files in a task; None if only reading would tell."""
 
-    def items(self, task: int) -> tuple[list[Item], list[Skipped]]:
-        """The images of a task, and what in it is none; UserError for a label that is no class."""
+    def items(self, task: int) -> Listing:
+        """The images of a task, and what in it is none; UserError for a label that is no class, or a failing disk."""
 
 
 class FolderSource:
     """A folder with one subfolder per class; images may lie at any depth below it. Shuffled once, by seed.
 
+    Hidden files, service folders and files whose names are not those of images are left out.
+
     Args:
         root: the folder.
         per_task: images of a task.
         seed: of the shuffle.
+        classes: class names, of which ``root`` may lack some; None takes the names of its subfolders.
 
     Raises:
-        UserError: if a folder cannot be read, or holds no class.
+        UserError: if a folder cannot be read, holds no class, or one that is not among ``classes``.
     """
 
-    def __init__(self, root: Path, per_task: int, seed: int) -> None:
+    def __init__(self, root: Path, per_task: int, seed: int, classes: tuple[str, ...] | None = None) -> None:
         self._root = root
         self._per_task = per_task
-        stray, folders = [], []
-        for entry in _scan(root):
-            if entry.is_dir() and not entry.name.startswith("."):
+        folders = []
+        left_out = LeftOut()
+        skipped: list[Skipped] = []
+        for entry in scan(root):
+            if is_service(entry.name):
+                left_out.hidden += 1
+            elif is_folder(entry):
                 folders.append(entry.name)
             else:
-                stray.append(Skipped(entry.name, "lies in no class folder"))
-        self.classes = tuple(sorted(folders))
+                skipped.append(Skipped(visible(entry.name), "lies in no class folder"))
         if not folders:
             raise UserError(f"source={root} has no subfolders: put the images of each class into one of its own")
+        _check_names(root, folders)
+        self.classes = classes or tuple(folders)
+        unknown = sorted(set(folders).difference(self.classes))
+        if unknown:
+            raise UserError(
+                f"source={root}: the train split has no class {unknown[0]!r}"
+                f"{f', nor {len(unknown) - 1} others' if unknown[1:] else ''}: its {len(self.classes)} classes hold for"
+                " all splits; extract train anew, or leave this folder out"
+            )
+        for name, count in Counter(self.classes).items():
+            if count > 1 and name in folders:
+                raise UserError(
+                    f"source={root}: {count} classes of the train split are called {name!r}: give tar files"
+                )
         paths: list[bytes] = []
         labels: list[int] = []
         self.inventory: dict[str, str] = {}
-        remarks = []
+        empty = []
         for label, name in enumerate(self.classes):
-            found = sorted(_walk(root / name, (os.path.realpath(root),)))
-            files = [os.fsencode(os.path.relpath(path, root)) for path, _ in found]
-            content = b"".join(b"%b %d\n" % (file, size) for file, (_, size) in zip(files, found, strict=True))
-            digest = hashlib.sha256(content).hexdigest()[:8]
-            self.inventory[name] = f"{len(files)} files, names and sizes {digest}"
-            paths += files
-            labels += [label] * len(files)
-            if not files:
-                remarks.append(f"class {name!r} is empty")
+            found = []
+            if name in folders:
+                below = len(skipped)
+                found = sorted(_walk(root / name, os.path.realpath(root), skipped, left_out))
+                skipped[below:] = [Skipped(visible(os.path.relpath(s.file, root)), s.reason) for s in skipped[below:]]
+                files = [os.fsencode(os.path.relpath(path, root)) for path, _ in found]
+                content = b"".join(b"%b %d\n" % (file, size) for file, (_, size) in zip(files, found, strict=True))
+                digest = hashlib.sha256(content).hexdigest()[:8]
+                self.inventory[name] = f"{len(files)} files, names and sizes {digest}"
+                paths += files
+                labels += [label] * len(files)
+            if not found:
+                empty.append(name)
+        remarks = left_out.described()
         if not paths:
-            raise UserError(f"source={root}: its {len(folders)} class folders hold no files")
+            raise UserError(". ".join([f"source={root}: its {len(folders)} class folders hold no images", *remarks]))
+        if empty:
+            remarks.append(without_images(empty, len(self.classes)))
         order = np.random.default_rng(seed).permutation(len(paths))
         # Arrays, not lists: reference counts would copy them into every worker process.
         self._paths = np.array(paths)[order]
         self._labels = np.array(labels)[order]
         self.tasks = -(-len(paths) // per_task)
-        self.skipped = tuple(stray)
+        self.skipped = tuple(skipped)
         self.remarks = tuple(remarks)
 
     def size(self, task: int) -> int | None:
         """See :class:`ImageSource`."""
         return min(self._per_task, len(self._labels) - task * self._per_task)
 
-    def items(self, task: int) -> tuple[list[Item], list[Skipped]]:
+    def items(self, task: int) -> Listing:
         """See :class:`ImageSource`."""
         rows = slice(task * self._per_task, (task + 1) * self._per_task)
         root = os.fsencode(self._root)
-        return [
-            Item(int(label), os.fsdecode(path), os.path.join(root, path))
+        found = [
+            Item(int(label), visible(os.fsdecode(path)), os.path.join(root, path))
             for path, label in zip(self._paths[rows].tolist(), self._labels[rows], strict=True)
-        ], []
+        ]
+        return Listing(found, [], [])
 
 
 class TarSource:
     """Webdataset shards of images, one task each: samples of an image and a ``.cls``, or a ``.json`` with a label.
+
+    A sample may have several images; each is used. The label of ``a.b.png`` is that of ``a.b.cls``, else of ``a.cls``.
 
     Args:
         pattern: a folder of tar files, or their paths with braces, such as ``train-{000..146}.tar``.
         classes: class names.
 
     Raises:
-        UserError: if there are no such files.
+        UserError: if there are no such files, or they are compressed.
     """
 
     def __init__(self, pattern: str, classes: tuple[str, ...]) -> None:
         folder = Path(pattern)
-        self._paths = sorted(map(str, folder.glob("*.tar"))) if folder.is_dir() else expand_urls(pattern)
+        if folder.is_dir():
+            self._paths = sorted(str(path) for path in folder.glob("*.tar") if not is_service(path.name))
+        else:
+            if math.prod(map(_alternatives, re.findall(r"\{([^{}]*)\}", pattern))) > _MOST_TARS:
+                raise UserError(f"source={pattern} stands for more than {_MOST_TARS} files: give fewer at once")
+            try:
+                self._paths = expand_urls(pattern)
+            except ValueError as error:
+                raise UserError(
+                    f"source={pattern}: {error}: braces are written as in train-{{000..146}}.tar"
+                ) from error
         for path in self._paths:
-            if not os.path.isfile(path):
-                raise UserError(f"source={pattern}: there is no file {path}; image shards must lie on a local disk")
+            try:
+                with open_regular(Path(path)) as file:
+                    start = file.read(6)
+            except FileNotFoundError:
+                raise UserError(
+                    f"source={pattern}: there is no file {path}; image shards must lie on a local disk"
+                ) from None
+            for magic, name in _PACKED.items():
+                if start.startswith(magic):
+                    raise UserError(f"source={pattern}: {path} is compressed with {name}: unpack it to a plain tar")
         self.classes = classes
         self.tasks = len(self._paths)
         self.inventory = {os.path.basename(path): f"{os.path.getsize(path)} bytes" for path in self._paths}
@@ -161,90 +268,228 @@ class TarSource:
         """See :class:`ImageSource`."""
         return None
 
-    def items(self, task: int) -> tuple[list[Item], list[Skipped]]:
+    def items(self, task: int) -> Listing:
         """See :class:`ImageSource`."""
         path = self._paths[task]
         shard = os.path.basename(path)
-        items: list[Item] = []
-        skipped: list[Skipped] = []
-        for key, members in _samples(path, skipped):
-            images = [ext for ext in members if ext.lower().rsplit(".", 1)[-1] in _IMAGE_TYPES]
-            name = f"{shard}/{key}"
-            label = _label(path, members)
-            if label is None or not images:
-                skipped.append(Skipped(name, "no image" if not images else "no label: .cls, or .json with a label"))
-                continue
-            if not 0 <= label < len(self.classes):
-                raise UserError(f"{name}: label {label} is none of {len(self.classes)} classes, set classes=...")
-            items.append(Item(label, name, path, members[images[0]]))
-        return items, skipped
+        listing, left_out = Listing([], [], []), LeftOut()
+        members = _members(path, listing, left_out)
+        for _, group in groupby(members, key=lambda member: _parts(member.name)[0]):
+            sample: dict[str, tarfile.TarInfo] = {}
+            for member in group:
+                if member.name in sample:
+                    listing.skipped.append(Skipped(visible(f"{shard}/{member.name}"), "a second file of this name"))
+                else:
+                    sample[member.name] = member
+            images = [name for name in sample if _is_image(name)]
+            if not images:
+                left_out.others.update(visible(_ending(name)) for name in sample)
+            for image in images:
+                name = visible(f"{shard}/{image}")
+                try:
+                    label = _label(path, image, sample)
+                except UnusableImageError as error:
+                    listing.skipped.append(Skipped(name, str(error)))
+                    continue
+                except UnreadableError as error:
+                    raise UnreadableError(f"{name}: {error}") from error
+                if not 0 <= label < len(self.classes):
+                    raise UserError(
+                        f"{name}: label {shown(label)} is none of {len(self.classes)} classes, set classes=..."
+                    )
+                listing.items.append(Item(label, name, path, _span(sample[image])))
+        listing.notes.extend(Skipped(shard, remark) for remark in left_out.described())
+        return listing
 
 
-def _scan(folder: Path) -> list[os.DirEntry[str]]:
+@dataclass
+class LeftOut:
+    """Counts what lies among images and is none.
+
+    Attributes:
+        hidden: hidden files and service folders.
+        others: files of other kinds, by the endings of their names.
+    """
+
+    hidden: int = 0
+    others: Counter[str] = field(default_factory=Counter)
+
+    def described(self) -> list[str]:
+        """A line for each kind that was met."""
+        lines = []
+        if self.hidden:
+            lines.append(f"{self.hidden} hidden files and service folders (such as .DS_Store, __MACOSX) are left out")
+        if self.others:
+            kinds = ", ".join(f".{ending} ({count})" for ending, count in self.others.most_common(5))
+            more = ", ..." if len(self.others) > 5 else ""
+            lines.append(f"{self.others.total()} files without an image's name are left out: {kinds}{more}")
+        return lines
+
+
+def without_images(names: Sequence[str], classes: int) -> str:
+    """A line about the classes called ``names``, of so many ``classes``, that have no images."""
+    listed = ", ".join(repr(visible(name)) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} of {classes} classes have no images (they keep their labels): {listed}"
+
+
+def is_service(name: str) -> bool:
+    """Whether a file or folder is hidden, or is not one of a person's."""
+    return (name.startswith(".") and name not in (".", "..")) or _SERVICE.fullmatch(name.lower()) is not None
+
+
+def _ending(name: str) -> str:
+    return os.path.basename(name).rpartition(".")[2].lower() if "." in os.path.basename(name) else ""
+
+
+def _is_image(name: str) -> bool:
+    """Whether a file's name is one of an image."""
+    return IMAGE_TYPES.fullmatch(_ending(name)) is not None
+
+
+def _check_names(root: Path, folders: Iterable[str]) -> None:
+    """Names of classes stand in every manifest, checkpoint and table: each must be text that can be shown."""
+    for name in folders:
+        if visible(name) != name:
+            raise UserError(
+                f"source={root}: the name of the class folder {visible(name)!r} is no UTF-8, or holds control"
+                " characters: rename it (convmv converts the names of a whole tree)"
+            )
+
+
+def scan(folder: str | Path) -> list[os.DirEntry[str]]:
+    """The entries of a folder by name; UserError if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}; nothing has been encoded") from error
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"{visible(str(path))} cannot be read: {error.strerror}; nothing has been encoded")
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link that leads nowhere, or to itself, is none."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if entry.is_symlink():
+            return False
+        raise _unreadable(entry.path, error) from error
 
 
 def image_files(root: Path) -> list[tuple[str, int, int]]:
     """Path below ``root``, size and time of change of every image file; UserError if a folder is unreadable."""
-    found = []
-    for path, size in _walk(root, ()):
-        if path.lower().rsplit(".", 1)[-1] in _IMAGE_TYPES and size >= 0:
-            found.append((os.path.relpath(path, root), size, os.stat(path).st_mtime_ns))
-    return sorted(found)
+    return sorted(
+        (os.path.relpath(path, root), size, os.stat(path).st_mtime_ns)
+        for path, size in _walk(root, "", [], LeftOut())
+        if _is_image(path)
+    )
 
 
-def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """All files below ``folder`` with their sizes; links are followed, but not into a folder above."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    for entry in _scan(folder):
-        if entry.is_dir():
-            yield from _walk(Path(entry.path), (*above, real))
-        else:
-            try:
-                yield entry.path, entry.stat().st_size
-            except OSError:  # a link to nowhere; whoever reads it says so
-                yield entry.path, -1
+def _walk(folder: Path, above: str, skipped: list[Skipped], left_out: LeftOut) -> Iterator[tuple[str, int]]:
+    """Image files below ``folder`` with their sizes. Links are followed; each folder is visited once.
 
-
-def _samples(path: str, skipped: list[Skipped]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Keys of a tar file's samples with offset and length of each member by extension; complaints go to ``skipped``."""
-    current, members = "", dict[str, tuple[int, int]]()
-    shard = os.path.basename(path)
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if not member.isfile():
+    Args:
+        folder: where to begin.
+        above: a folder that is not entered again.
+        skipped: receives what is called like an image and is no regular file.
+        left_out: counts all else.
+    """
+    visited, waiting = {above}, [str(folder)]
+    while waiting:
+        current = waiting.pop()
+        real = os.path.realpath(current)
+        if real in visited:
+            continue
+        visited.add(real)
+        for entry in scan(current):
+            if is_service(entry.name):
+                left_out.hidden += 1
+            elif is_folder(entry):
+                waiting.append(entry.path)
+            elif _ending(entry.name) and not _is_image(entry.name):
+                left_out.others[visible(_ending(entry.name))] += 1
+            else:
+                try:
+                    status = entry.stat()
+                except OSError as error:
+                    if not entry.is_symlink():
+                        raise _unreadable(entry.path, error) from error
+                    skipped.append(Skipped(entry.path, f"a link that leads nowhere ({error.strerror})"))
                     continue
-                folder, _, file = member.name.rpartition("/")
-                stem, _, extension = file.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if key != current and members:
-                    yield current, members
-                    members = {}
-                current = key
-                if extension in members:
-                    skipped.append(Skipped(f"{shard}/{member.name}", "a second file of this name"))
+                if stat.S_ISREG(status.st_mode):
+                    yield entry.path, status.st_size
                 else:
-                    members[extension] = (member.offset_data, member.size)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        skipped.append(Skipped(shard, f"the tar file is corrupt after {current or 'its beginning'}: {error}"))
-    if members:
-        yield current, members
+                    skipped.append(Skipped(entry.path, "no regular file"))
 
 
-def _label(path: str, members: dict[str, tuple[int, int]]) -> int | None:
-    """The label of a sample, or None."""
+def _members(path: str, listing: Listing, left_out: LeftOut) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar file, hidden ones left out; where it is corrupt, those before the fault."""
+    shard, last = os.path.basename(path), "its beginning"
     try:
-        if "cls" in members:
-            return int(Item(0, "", path, members["cls"]).read())
-        if "json" in members:
-            return int(json.loads(Item(0, "", path, members["json"]).read())["label"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
+        with open_regular(Path(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.size < 0:
+                    raise tarfile.ReadError("a member of negative size")
+                last = member.name
+                if any(map(is_service, member.name.split("/"))):
+                    left_out.hidden += 1
+                elif member.isreg() and not member.issparse():
+                    yield member
+                elif not member.isdir() and _is_image(member.name):
+                    listing.skipped.append(Skipped(visible(f"{shard}/{member.name}"), "a link, or no regular file"))
+            file.seek(tar.offset)
+            if file.read(1 << 20).strip(b"\0"):  # where tarfile sees an end, whatever is there instead
+                raise tarfile.ReadError("what follows is no part of the archive")
+    except UserError as error:
+        raise UnreadableError(str(error)) from error
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UnreadableError(
+                f"{path} cannot be read ({error.strerror}): see that its disk is connected"
+            ) from error
+        listing.skipped.append(Skipped(shard, visible(f"{CORRUPT_TAR} after {last}: {error}")))
+
+
+def _alternatives(braces: str) -> int:
+    """For how many texts a pair of braces stands."""
+    numbers = re.fullmatch(r"(-?\d{1,18})\.\.(-?\d{1,18})(\.\..*)?", braces)
+    return abs(int(numbers[2]) - int(numbers[1])) + 1 if numbers else 52 if ".." in braces else braces.count(",") + 1
+
+
+def _parts(name: str) -> tuple[str, list[str]]:
+    """Key of a member by webdataset's rule, up to the first dot of the file's name; and what lies between the dots."""
+    folder, slash, file = name.rpartition("/")
+    stem, *others = file.split(".")
+    return f"{folder}{slash}{stem}", others
+
+
+def _span(member: tarfile.TarInfo) -> tuple[int, int]:
+    return member.offset_data, member.size
+
+
+def _label(path: str, image: str, sample: dict[str, tarfile.TarInfo]) -> int:
+    """The label of an image by the member that shares most of its name; UnusableImageError if there is none."""
+    by_name = {name.lower(): member for name, member in sample.items()}
+    stem = image.lower()
+    key, parts = _parts(stem)
+    for length in range(len(parts) - 1, -1, -1):
+        base = ".".join([key, *parts[:length]])
+        for ending in ("cls", "json"):
+            member = by_name.get(f"{base}.{ending}")
+            if member is not None:
+                return _read_label(Item(0, "", path, _span(member)).read(_LARGEST_LABEL), ending)
+    raise UnusableImageError("no label beside it: .cls, or .json with a label")
+
+
+def _read_label(content: bytes, ending: str) -> int:
+    try:
+        label: Any = json.loads(content)["label"] if ending == "json" else content.decode("utf-8-sig")
+        number = int(label)
+        if isinstance(label, bool) or (isinstance(label, float) and number != label):
+            raise ValueError
+        return number
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        raise UnusableImageError(f"its .{ending} holds no label, which is a whole number") from None

@@ -1,7 +1,9 @@
 """Extraction as users run it: images to shards, broken off, continued, looked at, trained on, sampled from."""
 
+import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import tarfile
@@ -11,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
+from support.commands import typed
 from support.configs import TINY, compose_config
 from support.damage import sign
 from support.processes import Command, end, ranks
@@ -21,6 +25,9 @@ from dcdit import extract, inspect_latents, sample
 from dcdit.data import shards
 from dcdit.data.manifest import Manifest
 from dcdit.errors import UserError
+from dcdit.extraction.extraction import Extraction
+from dcdit.extraction.sources import Item
+from dcdit.runtime.processes import cores
 from dcdit.training.run import train
 
 
@@ -233,7 +240,7 @@ def odd_files(root: Path) -> None:
     (root / "class_empty").mkdir()
 
 
-UNUSABLE = ("cut.jpg", "empty.png", "notes.txt", "thin.png", "gone.jpg")
+UNUSABLE = ("cut.jpg", "empty.png", "thin.png", "gone.jpg")
 
 
 def test_odd_files_are_encoded_or_listed(run, images, tmp_path, capsys):
@@ -245,7 +252,6 @@ def test_odd_files_are_encoded_or_listed(run, images, tmp_path, capsys):
     skipped = {image.file: image.reason for image in manifest.skipped}
     assert set(skipped) == {"stray.jpg", *(f"class_0/{name}" for name in UNUSABLE)}
     assert "empty" in skipped["class_0/empty.png"]
-    assert "not an image" in skipped["class_0/notes.txt"]
     assert "corrupt" in skipped["class_0/cut.jpg"]
     assert "min_side=2" in skipped["class_0/thin.png"]
     assert "No such file" in skipped["class_0/gone.jpg"]
@@ -254,8 +260,9 @@ def test_odd_files_are_encoded_or_listed(run, images, tmp_path, capsys):
     assert {note["source"] for note in notes(folder)} >= {"class_0/same.jpg", "class_0/same.png", "class_0/cmyk.jpg"}
     assert manifest.classes == ("class_0", "class_1", "class_2", "class_empty")
     printed = capsys.readouterr()
-    assert "6 files skipped" in printed.out
-    assert "class 'class_empty' is empty" in printed.err
+    assert "5 files skipped" in printed.out
+    assert "1 of 4 classes have no images (they keep their labels): 'class_empty'" in printed.err
+    assert "1 files without an image's name are left out: .txt (1)" in printed.err
     with pytest.raises(UserError, match=r"strict=true: stray.jpg: lies in no class folder"):
         run("strict", f"source={root}", "strict=true")
     (root / "stray.jpg").unlink()
@@ -283,8 +290,9 @@ def test_changes_between_two_runs_are_refused_by_name(run, images, tmp_path, mon
     with pytest.raises(UserError, match=r"source: 'class_2' has changed"):
         run("changed", f"source={root}")
     path.write_bytes(original)
-    with pytest.raises(UserError, match=r"image_size=16, but the extraction there was begun with 32"):
-        run("changed", f"source={root}", "image_size=16")
+    for override, before in (("image_size=16", "32"), ("threads=7", str(cores())), ("max_pixels=5000", "64000000")):
+        with pytest.raises(UserError, match=rf"{override}, but the extraction there was begun with {before}"):
+            run("changed", f"source={root}", override)
     finished = run("changed", f"source={root}")
     assert content(finished) == content(run("whole", f"source={root}"))
     with pytest.raises(UserError, match=r"hflip=True, but the extraction there was begun with False"):
@@ -292,6 +300,9 @@ def test_changes_between_two_runs_are_refused_by_name(run, images, tmp_path, mon
     (finished / "manifest.json").unlink()
     with pytest.raises(UserError, match="holds tar files without a manifest"):
         run("changed", f"source={root}")
+
+
+TOO_MUCH = {"image_size": 100_000, "threads": 100_000, "num_workers": 2000, "batch_size": 10**6, "min_side": 10**5}
 
 
 def test_mistakes_are_told_before_work_is_wasted(run, tmp_path, digits, monkeypatch):
@@ -308,13 +319,15 @@ def test_mistakes_are_told_before_work_is_wasted(run, tmp_path, digits, monkeypa
         ([f"source={tmp_path}/flat"], r"has no subfolders: put the images of each class into one"),
         ([f"source={tmp_path}/bad"], r"no image could be used; the first: class/a.jpg: not an image"),
         (["image_size=30"], r"image_size=30 is no multiple of 4"),
-        (["image_size=0"], r"image_size=0 is not a positive number"),
+        (["image_size=0"], r"image_size=0 is outside"),
         (["representation=median"], r"representation='median' is not one of auto, moments, sample"),
         (["precision=fp8"], r"precision='fp8'"),
         (["+imagesize=3"], r"imagesize=3: there is no such key"),
         ([f"autoencoder={tmp_path}/nowhere"], r"autoencoder='.*nowhere' cannot be loaded"),
         (["classes=3"], r"classes=3 is for webdataset shards"),
-        (["split=a/b"], r"split='a/b' is not the plain name"),
+        *(([f"split={name}"], r"split='.+' is not a name of letters") for name in ("a/b", "..", ".", "'a b'", "'~'")),
+        *(([f"{key}={value}"], rf"{key}={value} is outside") for key, value in TOO_MUCH.items()),
+        (["max_pixels=1e9"], r"max_pixels=1000000000 .*Pillow decodes no larger images"),
         ([f"out={digits}"], r"holds shards that no extraction wrote"),
         (["source=???"], r"source is not set"),
     ):
@@ -404,6 +417,131 @@ def test_too_many_images_that_cannot_be_used_stop_an_extraction(run, images, tmp
     assert len(manifest_of(run("out", f"source={root}", "corrupt_limit=7")).skipped) == 7
 
 
+def test_a_source_that_vanishes_stops_an_extraction(run, images, tmp_path, monkeypatch):
+    """An unmounted share is no bad image: what is missing is not recorded, and the same command goes on."""
+    root = tmp_path / "share"
+    shutil.copytree(images, root)
+    whole = content(run("whole", f"source={root}"))
+    read, reads = Item.read, []
+
+    def vanishing(item, *arguments):
+        reads.append(item)
+        if len(reads) == 30:
+            root.rename(tmp_path / "unmounted")
+        return read(item, *arguments)
+
+    monkeypatch.setattr(Item, "read", vanishing)
+    with pytest.raises(UserError, match=r"class_\d/\d+.jpg: it cannot be read \(No such.* the same command goes on"):
+        run("out", f"source={root}")
+    assert not (tmp_path / "out" / "train" / "manifest.json").exists()
+    with pytest.raises(UserError, match="is no folder"):
+        run("out", f"source={root}")
+    (tmp_path / "unmounted").rename(root)
+    assert content(run("out", f"source={root}")) == whole
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOENT])
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_errors_of_the_disk_are_no_bad_images(run, images, tmp_path, monkeypatch, kind, number):
+    write_tars(tmp_path / "tars", images)
+    options = [f"source={tmp_path}/tars", "classes=3"] if kind == "tar" else []
+    opened = os.open
+
+    def failing(path, *arguments, **named):
+        if str(path).endswith((".jpg", "images-1.tar")) and started:
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *arguments, **named)
+
+    started: list[bool] = []
+    monkeypatch.setattr(Extraction, "_check_disk", lambda *_: started.append(True))
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(UserError, match=rf"{os.strerror(number)}.*the same command goes on"):
+        run("out", *options)
+    assert not (tmp_path / "out" / "train" / "manifest.json").exists()
+
+
+def test_a_class_whose_images_are_all_unusable_is_told(run, images, tmp_path, capsys):
+    root = tmp_path / "some"
+    shutil.copytree(images, root)
+    (root / "class_9").mkdir()
+    Image.new("1", (9000, 9000)).save(root / "class_9" / "large.png")
+    for number in range(20):
+        (root / "class_9" / f"{number}.txt").write_text("a caption")
+    folder = run("out", f"source={root}", "corrupt_limit=1")
+    assert "1 of 4 classes have no images (they keep their labels): 'class_9'" in capsys.readouterr().out
+    assert [(image.file, image.reason) for image in manifest_of(folder).skipped] == [
+        ("class_9/large.png", "9000 x 9000 pixels, max_pixels=64000000")
+    ]
+    write_tars(tmp_path / "tars", images)
+    run("from-tars", f"source={tmp_path}/tars", "classes=5")
+    assert "2 of 5 classes have no images (they keep their labels): '3', '4'" in capsys.readouterr().out
+
+
+def test_a_second_command_is_told_of_the_first(run, tmp_path):
+    folder = tmp_path / "out" / "train"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".extraction-0.lock"), pytest.raises(UserError) as told:
+        run("out")
+    assert str(told.value) == f"out: another command is extracting to {folder}: wait for it, or stop it"
+
+
+@pytest.mark.parametrize("name", ["plain", "two words", "a=b", "it's", "a,b", "{x}", "(1)"])
+def test_the_command_that_is_printed_works(run, images, tiny_vae, tmp_path, capsys, name):
+    options = [f"autoencoder={tiny_vae}", "image_size=32", "num_workers=0", f"source={images}"]
+    out = f"'{tmp_path}/{name}'" if "," in name else f"{tmp_path}/{name}"
+    done = typed(capsys, tmp_path, "extract", *options, f"out={out}")
+    assert done.status == 0, done.err
+    printed = next(line for line in done.out.splitlines() if "python -m" in line).partition("python -m dcdit.")[2]
+    command, *words = shlex.split(printed)
+    assert typed(capsys, tmp_path, command, *words, "images=0").status == 0
+
+
+@pytest.mark.parametrize("by", ["autoencoder", "channel", "element"])
+def test_other_splits_take_classes_scale_and_shift_of_train(run, images, tmp_path, capsys, by):
+    few = tmp_path / "few"
+    for name in ("class_0", "class_2"):
+        shutil.copytree(images / name, few / name)
+    train = manifest_of(run("out", f"normalise={by}"))
+    capsys.readouterr()
+    run("out", f"source={few}", "split=val")
+    said = capsys.readouterr().err
+    assert f"Classes, scale and shift are those of {tmp_path}/out/train" in said
+    assert "1 of 3 classes have no images (they keep their labels): 'class_1'" in said
+    val = manifest_of(tmp_path / "out" / "val")
+    assert (val.classes, val.scale, val.shift, val.normalise) == (train.classes, train.scale, train.shift, "train")
+    assert {note["label"] for note in notes(tmp_path / "out" / "val")} == {0, 2}
+    inspect_latents.run(compose_config(f"directory={tmp_path}/out", "split=val", "images=0", name="inspect_latents"))
+    assert "of the train split" in " ".join(capsys.readouterr().out.split())
+    run("out", f"source={few}", "split=val")
+    assert "Everything is there already" in capsys.readouterr().out
+
+
+def test_splits_that_cannot_agree_are_refused_before_work(run, images, tmp_path, capsys, monkeypatch):
+    run("alone", "split=val")
+    assert f"There is no {tmp_path}/alone/train: val gets classes, scale and shift" in capsys.readouterr().err
+    monkeypatch.setattr(extract, "processes", lambda: (0, 2))
+    run("half")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"split=val: .*train is not finished"):
+        run("half", "split=val")
+    write_tars(tmp_path / "tars", images)
+    (tmp_path / "names.txt").write_text("a\nb\nc")
+    (tmp_path / "others" / "class_7").mkdir(parents=True)
+    run("out")
+    tars = f"source={tmp_path}/tars"
+    for overrides, message in (
+        (["image_size=16"], r"split=val must agree with .*train: shape is .4, 8, 8. there and .4, 4, 4. here"),
+        (["autoencoder=identity"], r"split=val must agree with .*train: .*Give image_size and autoencoder of train"),
+        ([f"source={tmp_path}/others"], "the train split has no class 'class_7'"),
+        ([tars, "classes=4"], r"classes=4 are not the 3 classes of .*train"),
+        ([tars, f"classes={tmp_path}/names.txt"], r"are not the 3 classes of .*train"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("out", "split=val", *overrides)
+    run("out", "split=val", tars)
+    assert manifest_of(tmp_path / "out" / "val").classes == ("class_0", "class_1", "class_2")
+
+
 def write_tars(folder: Path, images: Path) -> None:
     folder.mkdir()
     paths = sorted(images.glob("*/*.jpg"))
@@ -427,7 +565,7 @@ def test_webdataset_shards_of_images(run, images, tmp_path, capsys):
     manifest = manifest_of(folder)
     assert [shard.samples for shard in manifest.shards] == [24, 24]
     reasons = {image.file: image.reason for image in manifest.skipped}
-    assert reasons["images-0.tar/0003"].startswith("no label")
+    assert reasons["images-0.tar/0003.jpg"].startswith("no label")
     assert "second file" in reasons["images-1.tar/0005.jpg"]
     braces = run("from-braces", f"source='{tars}/images-{{0..1}}.tar'", "classes=3")
     assert content(braces)["shard-000000.tar"] == content(folder)["shard-000000.tar"]
@@ -436,7 +574,7 @@ def test_webdataset_shards_of_images(run, images, tmp_path, capsys):
     assert manifest_of(run("named", f"source={tars}", f"classes={names}")).classes == ("cat", "dog", "owl")
     for overrides, message in (
         ([f"source={tars}"], "give the number of classes"),
-        ([f"source={tars}", "classes=2"], r"images-[01].tar/\d+: label 2 is none of 2 classes"),
+        ([f"source={tars}", "classes=2"], r"images-[01].tar/\d+.jpg: label 2 is none of 2 classes"),
         ([f"source='{tars}/images-{{0..5}}.tar'", "classes=3"], r"there is no file .*images-2.tar"),
     ):
         with pytest.raises(UserError, match=message):

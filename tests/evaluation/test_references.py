@@ -156,7 +156,7 @@ def test_folders(tmp_path):
     Image.new("RGB", (20, 31)).save(tmp_path / "class0" / "image.png")
     assert opened(tmp_path).described() != before
     (tmp_path / "class1" / "image.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"class1/image.png: not an image; remove it"):
+    with pytest.raises(UserError, match=r"class1/image.png: not an image \(JPEG, .*\); remove it"):
         opened(tmp_path).read([1])
 
 
