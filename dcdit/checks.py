@@ -110,6 +110,9 @@ class Matches:
             raise UserError(f"{name}={shown(value)} is not {self.hint}")
 
 
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
+"""``<owner>/<repository>`` of the Hugging Face hub, as a regular expression."""
+
 Count = Annotated[int, Bounds(1, 10**12)]
 Images = Annotated[int, Bounds(1, 10**7, hint="it is a number of images")]
 Size = Annotated[int, Bounds(1, 65_536)]
@@ -174,6 +177,11 @@ def visible(text: str) -> str:
     line ends and tabs too, so that a name stays on its line.
     """
     return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what a library says, or the kind of its error, as a message may quote it."""
+    return visible((str(error).splitlines() or [type(error).__name__])[0][:LONGEST_SHOWN])
 
 
 _STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

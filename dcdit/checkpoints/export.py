@@ -11,6 +11,7 @@ import dcdit
 from dcdit.checkpoints.foreign import reference_state
 from dcdit.checkpoints.load import Weights, title_of, weights_words, words
 from dcdit.checkpoints.settings import WeightsKind
+from dcdit.data.autoencoder_folder import is_local
 from dcdit.data.latents import IDENTITY, LatentSpec, number_words
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
@@ -76,7 +77,7 @@ def write_exported(
     write_folder(out, config, state, DTYPES[dtype])
     write_text(out / "README.md", _card_of(network, found, kind, training, card))
     remark = ""
-    if found.latents and Path(found.latents.autoencoder).is_absolute():
+    if found.latents and is_local(found.latents.autoencoder):
         remark = (
             f"\nIts latents name the autoencoder {found.latents.autoencoder}, a folder of this machine: whoever gets"
             " the export needs that too, and autoencoder=... to say where it is"

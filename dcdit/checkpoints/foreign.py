@@ -9,8 +9,10 @@ from torch import Tensor
 
 from dcdit.checkpoints.names import DIFFUSERS, NAME_MAPS, REFERENCE, NameMap
 from dcdit.checkpoints.settings import AssumeSettings
-from dcdit.checks import Size, conform
+from dcdit.checks import Count, Size, conform
 from dcdit.data.latents import IDENTITY, LatentSpec
+from dcdit.diffusion.process import AS_PUBLISHED as AS_PUBLISHED_PROCESS
+from dcdit.diffusion.process import build_process
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.embeddings import position_table
@@ -20,6 +22,30 @@ from dcdit.settings.published import AUTOENCODER, LATENT_SCALE, published_scales
 
 _SHOWN = 5
 """Differences that are named."""
+
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Parts of names that come from what torch wraps around networks: DDP, averaging, compiling, FSDP, checkpointing."""
+
+_PUBLISHED_CLASSES = 1000
+"""Of ImageNet, whose names and order are known."""
+
+
+def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by the names that they have in the network itself, whatever torch wrapped around it or its parts.
+
+    Raises:
+        UserError: if two parameters get one name.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        own = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if own in plain:
+            raise UserError(
+                f"{name} stands beside another parameter that is {own} of the network too: save one of them"
+            )
+        plain[own] = tensor
+    plain.pop("n_averaged", None)  # of torch's AveragedModel: how many states it has averaged
+    return plain
 
 
 def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -58,13 +84,18 @@ def renamed(state: Mapping[str, Tensor], kinds: tuple[NameMap, ...] = NAME_MAPS)
             f"its parameters are those of no network that is known here. Nearest is a {nearest.title}, with"
             f" {len(faults[nearest])} differences: {', '.join(faults[nearest][:_SHOWN])}"
         )
+    for name, tensor in states[nearest].items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{name} holds numbers of {tensor.dtype}, not of a floating-point type")
     return nearest, {str(nearest.ours(name)): tensor.float() for name, tensor in states[nearest].items()}
 
 
 def describe(
-    kind: NameMap, weights: Mapping[str, Tensor], grid: int, assume: AssumeSettings, known: Mapping[str, Any]
+    kind: NameMap, weights: dict[str, Tensor], grid: int, assume: AssumeSettings, known: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What :func:`dcdit.network.build_network` makes of weights, read off their shapes.
+
+    A label table without a null class gets a row for it, of zeros, which ``label_dropout=0`` says means nothing.
 
     Args:
         kind: whose weights they are.
@@ -81,32 +112,43 @@ def describe(
     for name, rank in ranks.items():
         if name not in weights or weights[name].ndim != rank or not weights[name].numel():
             raise UserError(f"{kind.theirs(name)} is not a tensor of {rank} dimensions: this is no {kind.title}")
-    rows, width = weights["condition.label.table.weight"].shape
+    width = weights["condition.label.table.weight"].shape[1]
     if assume.heads and assume.heads != known.get("heads", assume.heads):
         raise UserError(f"assume.heads={assume.heads}: its configuration says {known['heads']}, leave assume.heads out")
     heads = assume.heads or known.get("heads") or _published_heads().get(width)
     if heads is None:
         raise UserError(f"width {width} is no published scale, and no shape tells the heads: give assume.heads=...")
+    table = weights["condition.label.table.weight"]
+    num_classes = _number_of_classes(len(table), assume.num_classes, known.get("num_classes"))
+    has_null_class = num_classes < len(table)
+    if not has_null_class:
+        weights["condition.label.table.weight"] = torch.cat([table, torch.zeros_like(table[:1])])
     depth = 1 + max(int(name.split(".")[block.count(".") + 1]) for name in weights if name.startswith(f"{block}."))
     spec: dict[str, Any] = {
         "name": kind.network,
         "grid": grid,
         "channels": weights["embed.weight"].shape[1],
-        "num_classes": rows - 1,
+        "num_classes": num_classes,
         "width": width,
         "depth": depth,
         "mlp_ratio": weights[f"{block}.0.mlp.fc1.weight"].shape[0] / width,
         **known,
         "heads": heads,
     }
+    if not has_null_class:
+        spec["label_dropout"] = 0.0
     if assume.freq_shift is not None:
         spec["freq_shift"] = assume.freq_shift
     if kind.network == "dcdit":
         sigma = assume.smoothing_sigma
         spec["encoder_width"] = weights["embed.weight"].shape[0]
         spec["smoothing_sigma"] = (2.0 if grid == 64 else 1.0) if sigma is None else sigma or None
+        outputs = spec["channels"]
     else:
         spec["patch"] = weights["embed.weight"].shape[2]
+        outputs = spec["channels"] * spec["patch"] ** 2
+    if "output.linear.bias" in weights and weights["output.linear.bias"].shape == (outputs,):
+        spec["variance"] = False
     with without_memory():
         wanted = shapes_of(build_network(spec).state_dict())
     found = shapes_of(weights)
@@ -120,7 +162,63 @@ def describe(
         raise UserError(
             f"its shapes are not those of one {kind.title}, {len(faults)} differ: {', '.join(faults[:_SHOWN])}"
         )
+    diffusion = process_of(assume)["name"]
+    if spec.get("variance") is False and build_process({"name": diffusion}).needs_variance:
+        raise UserError(
+            f"it predicts no variance, which diffusion={diffusion} has: if it was trained by flow matching,"
+            " assume.diffusion=flow says so"
+        )
     return spec
+
+
+def process_of(assume: AssumeSettings) -> Mapping[str, Any]:
+    """What :func:`dcdit.diffusion.process.build_process` makes the process of weights of whose file does not say it."""
+    return AS_PUBLISHED_PROCESS if assume.diffusion is None else {"name": assume.diffusion}
+
+
+def describe_guesses(model: Mapping[str, Any], assume: AssumeSettings) -> list[str]:
+    """What of a network neither shapes nor the user tell, and what is taken instead, in sentences.
+
+    Args:
+        model: as :func:`describe` found it.
+        assume: what the user says.
+    """
+    guesses = []
+    if assume.diffusion is None:
+        guesses.append(
+            f"Nothing in the file says by which process it was trained: diffusion={process_of(assume)['name']} is"
+            " taken, as published; assume.diffusion=... says it. Weights of SiT have the same names and shapes, but"
+            " their time runs the other way, which is not supported: they would give noise"
+        )
+    classes, has_null_class = model["num_classes"], model.get("label_dropout") != 0
+    if assume.num_classes is None and not (classes == _PUBLISHED_CLASSES and has_null_class):
+        rows = classes + has_null_class
+        taken, other = ("and a", "without") if has_null_class else ("without a", "with")
+        guesses.append(
+            f"Its label table of {rows} rows is taken for {classes} classes {taken} null class, which guidance needs:"
+            f" if it was trained {other} one, give assume.num_classes={rows if has_null_class else rows - 1}"
+        )
+    return guesses
+
+
+def _number_of_classes(rows: int, assumed: int | None, known: int | None) -> int:
+    """How many classes a label table has; UserError if that does not fit its ``rows``.
+
+    Args:
+        rows: of the table.
+        assumed: what the user says; None if nothing.
+        known: what the file says beside its weights; None if nothing.
+    """
+    named = f"its configuration says {known}" if assumed is None else f"assume.num_classes={assumed}"
+    number = assumed if assumed is not None else known
+    if number is not None and number not in (rows - 1, rows):
+        raise UserError(
+            f"{named}, but the label table has {rows} rows: {rows - 1} classes and a null class, or {rows} classes"
+            " and none"
+        )
+    if number is None:
+        number = rows if rows == _PUBLISHED_CLASSES else rows - 1
+    return conform("num_classes", number, Count)
 
 
 def _published_heads() -> dict[int, int]:
@@ -135,6 +233,7 @@ def described_by_shapes(
     Raises:
         UserError: if they are of no network that is known here.
     """
+    state = without_wrappers(state)
     kind, weights = renamed({name: tensor for name, tensor in state.items() if name != "pos_embed"})
     if kind is DIFFUSERS:
         raise UserError("these are the weights of a network of diffusers: give their folder, with its config.json")
@@ -151,9 +250,15 @@ def described_by_shapes(
 
 def _position_patch(table: Tensor, side: int, patches: tuple[int, ...] = (1, 2, 4, 8)) -> int:
     """In patches of which side a table (L, D) counts; they are computed here, not read."""
+    table = table.float()
+    tolerance = 1e-4  # of float32, and of float16 and bfloat16 the rounding; a reader may have made float32 of them
+    for dtype in (torch.bfloat16, torch.float16):  # whatever fits the first mostly fits the second too
+        if torch.equal(table.to(dtype).float(), table):
+            tolerance += torch.finfo(dtype).eps / 2
+            break
     for patch in patches:
         ours = position_table(side, side, table.shape[1], patch) if table.shape[1] % 4 == 0 else None
-        if ours is not None and ours.shape == table.shape and torch.allclose(ours, table.float(), atol=1e-4):
+        if ours is not None and ours.shape == table.shape and torch.allclose(ours, table, rtol=0, atol=tolerance):
             return patch
     raise UserError(
         f"pos_embed, {list(table.shape)}, is not the fixed sin-cos table of a square grid, which is all that is"
@@ -180,7 +285,8 @@ def diffusers_network(
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise UserError(f"config.json: {key}={config[key]!r}, only {value!r} is known here")
-    kind, weights = renamed(state, (DIFFUSERS,))
+    kind, weights = renamed(without_wrappers(state), (DIFFUSERS,))
+    num_classes = conform("num_embeds_ada_norm", config.get("num_embeds_ada_norm"), Count | None)
     heads, grid = (conform(key, config.get(key), Size) for key in ("num_attention_heads", "sample_size"))
     channels = weights["embed.weight"].shape[1]
     if config.get("out_channels") != 2 * channels:
@@ -189,7 +295,8 @@ def diffusers_network(
             f" {2 * channels}"
         )
     # Its sinusoids of the timestep fall a little faster than DiT's, see docs/checkpoints.md.
-    return kind, describe(kind, weights, grid, assume, {"heads": heads, "freq_shift": 1}), weights
+    known = {"heads": heads, "freq_shift": 1} | ({} if num_classes is None else {"num_classes": num_classes})
+    return kind, describe(kind, weights, grid, assume, known), weights
 
 
 def published_latents(spec: Mapping[str, Any], assume: AssumeSettings) -> LatentSpec:
@@ -212,7 +319,7 @@ def published_latents(spec: Mapping[str, Any], assume: AssumeSettings) -> Latent
         autoencoder or AUTOENCODER,
         scale or LATENT_SCALE,
         assume.shift or 0.0,
-        imagenet_classes() if classes == 1000 else tuple(map(str, range(classes))),
+        imagenet_classes() if classes == _PUBLISHED_CLASSES else tuple(map(str, range(classes))),
     )
 
 
@@ -240,5 +347,8 @@ def reference_state(network: Network) -> dict[str, Tensor]:
         if theirs is None:
             raise UserError(f"format=reference: the reference implementation has no counterpart of {name}")
         found[theirs] = tensor.detach().cpu()
+    if not network.label_dropout:  # its null class was never trained: a table without it says so
+        name = str(kind.theirs("condition.label.table.weight"))
+        found[name] = found[name][:-1].clone()
     positions = network.get_buffer("pos_embed")
     return {"pos_embed": positions[None].cpu().clone(), **found}

@@ -10,7 +10,13 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from dcdit.checkpoints.foreign import described_by_shapes, diffusers_network, published_latents
+from dcdit.checkpoints.foreign import (
+    describe_guesses,
+    described_by_shapes,
+    diffusers_network,
+    process_of,
+    published_latents,
+)
 from dcdit.checkpoints.locate import Place, locate, weights_of_folder
 from dcdit.checkpoints.power_ema import FOLDER, PowerAverages
 from dcdit.checkpoints.read import read_checkpoint
@@ -21,9 +27,10 @@ from dcdit.diffusion.process import AS_PUBLISHED as AS_PUBLISHED_PROCESS
 from dcdit.diffusion.process import Process, build_process
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
-from dcdit.network.pretrained import WEIGHTS_FILE, check_shapes, read_config, read_tensors, shapes_of
+from dcdit.network.pretrained import WEIGHTS_FILE, check_shapes, load_whole, read_config, read_tensors, shapes_of
 from dcdit.runtime.devices import fingerprint, without_memory
 from dcdit.runtime.files import read_json
+from dcdit.runtime.processes import say
 from dcdit.settings.published import published_scales
 
 _PREFIX = "network."  # of the network's parameters within a checkpoint of ours
@@ -155,7 +162,7 @@ def build_model(found: Weights, kind: WeightsKind, device: torch.device | str = 
             f"this {found.source} does not say what its latents are: give assume.autoencoder=... and assume.scale=..."
         )
     network = build_network(found.model)
-    network.load_state_dict(found.of_kind(kind))
+    load_whole(network, found.of_kind(kind))
     network.to(device).eval()
     network.to(memory_format=torch.channels_last)  # which convolutions on CPUs and on tensor cores prefer
     return Model(network, found.latents, found.step, found.process.to(torch.device(device)), found.training)
@@ -283,9 +290,7 @@ def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
                 else conform(file.name, read_checkpoint(file, legacy=True), dict[str, Tensor])
             )
         kind, model, weights = diffusers_network(config, state, assume)
-        return Weights(
-            kind.title, model, published_latents(model, assume), None, weights, None, {"model": model}, False
-        )
+        return _foreign(kind.title, model, {"ema": weights}, None, assume)
     config = read_config(folder)
     model = conform("network", config["network"], dict[str, Any])
     state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
@@ -312,10 +317,18 @@ def _of_names(states: Mapping[str, Mapping[str, Tensor]], optimizer: Any, assume
     described = {kind: described_by_shapes(state, assume) for kind, state in states.items()}
     title, model = next((kind.title, model) for kind, model, _ in described.values())
     weights = {kind: weights for kind, (_, _, weights) in described.items()}
+    for guess in describe_guesses(model, assume):
+        say(guess)
+    return _foreign(title, model, weights, _steps(optimizer), assume)
+
+
+def _foreign(
+    title: str, model: Mapping[str, Any], weights: Mapping[str, Any], step: int | None, assume: AssumeSettings
+) -> Weights:
+    """Weights of another program by our names, and what is known of them or assumed."""
+    training = {"model": model, **({"diffusion": process_of(assume)} if assume.diffusion is not None else {})}
     latents = published_latents(model, assume)
-    return Weights(
-        title, model, latents, _steps(optimizer), weights.get("ema"), weights.get("raw"), {"model": model}, False
-    )
+    return Weights(title, model, latents, step, weights.get("ema"), weights.get("raw"), training, False)
 
 
 def _steps(optimizer: Any) -> int | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dcdit.checks import HUB_ID
 from dcdit.errors import UserError
 from dcdit.runs.resume import LAST, STEP_NAME
 
@@ -67,7 +68,7 @@ def locate(name: str, runs: str, key: str = "checkpoint") -> Place:
     path = Path(name)
     if not path.exists():
         hub = "hf://<owner>/<repository>/<folder>"
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.startswith(f"{runs}/"):
+        if re.fullmatch(HUB_ID, name) and not name.startswith(f"{runs}/"):
             hub = f"hf://{name} if it is on the hub"
         kinds = "a file, a run's directory, an exported folder, one of diffusers"
         raise UserError(f"{key}={name} does not exist: give {kinds}, {', '.join(SHIPPED)}, or {hub}")

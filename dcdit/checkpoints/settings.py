@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
-from dcdit.checks import Bounds, NonNegative, Size, checked, conform, shown
+from dcdit.checks import Bounds, Count, NonNegative, OneOf, Size, checked, conform, shown
 from dcdit.data.latents import Scale, Shift
+from dcdit.diffusion.settings import PROCESSES
 from dcdit.errors import UserError
 
 Length = Annotated[
@@ -44,6 +45,10 @@ class AssumeSettings:
         smoothing_sigma: de-chunk smoothing in grid positions, 0 for none; published: 1, or 2 on a 64 x 64 grid.
         freq_shift: of the timestep embedding: 0 as published; 1 is what diffusers' DiT computes, whatever its weights
             were trained with.
+        diffusion: name of the process that it was trained by, with this package's direction and scale of time;
+            published: ``ddpm``.
+        num_classes: number of classes: as many as the label table has rows, if it was trained without a null class, or
+            one fewer. None takes one fewer, but of 1,000 rows all.
         autoencoder: of the latents; published: ``stabilityai/sd-vae-ft-ema``.
         scale, shift: the network sees (latent - shift) * scale, with a number or one for each channel; published:
             0.18215 and 0.
@@ -52,6 +57,8 @@ class AssumeSettings:
     heads: Size | None = None
     smoothing_sigma: NonNegative | None = None
     freq_shift: Literal[0, 1] | None = None
+    diffusion: Annotated[str, OneOf(PROCESSES)] | None = None
+    num_classes: Count | None = None
     autoencoder: str | None = None
     scale: Scale | None = None
     shift: Shift | None = None

@@ -1,17 +1,16 @@
 """Between images and latents: the only place that knows autoencoders, their scale and their channels."""
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit.checks import conform
+from dcdit.checks import shown
+from dcdit.data.autoencoder_folder import folder_of, own_normalisation, read_folder
 from dcdit.data.latents import IDENTITY, LatentSpec, Rounding, Scale, Shift
 from dcdit.data.manifest import MOMENTS, Manifest
 from dcdit.errors import NotFiniteError, UserError
@@ -106,7 +105,7 @@ def _certain(latents: Tensor) -> Tensor:
 
 
 class Identity(Autoencoder):
-    """Latents are the images themselves, in [-1, 1]."""
+    """Latents are the images themselves, in [-1, 1]; of others than 1 or 3 channels, the first are shown as colours."""
 
     def encode(self, images: Tensor, precision: str) -> Tensor:
         """See :class:`Autoencoder`."""
@@ -114,7 +113,8 @@ class Identity(Autoencoder):
 
     def decode(self, latents: Tensor, rounding: Rounding = "round") -> Tensor:
         """See :class:`Autoencoder`."""
-        return to_uint8(latents, rounding).cpu()
+        images = to_uint8(latents, rounding).cpu()
+        return images[:, : 3 if images.shape[1] >= 3 else 1]
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     """The autoencoder called ``name``.
 
     Args:
-        name: ``identity``, or the local folder or hub id of an autoencoder of diffusers, see :data:`KINDS`.
+        name: ``identity``, or the local folder or hub id of an autoencoder of diffusers, of one of
+            :data:`dcdit.data.autoencoder_folder.KINDS`.
         device: where it computes.
 
     Raises:
@@ -163,100 +164,30 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     """
     if name == IDENTITY:
         return Identity(IDENTITY, fingerprint=None, scale=1.0, shift=0.0, channels=3, factor=1, random=False)
-    import diffusers
-
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise UserError(f"autoencoder={name!r} cannot be loaded: there is no such folder")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the hub's, of its own arguments
-            called = str(diffusers.AutoencoderKL.load_config(name).get("_class_name"))
-            if called not in KINDS:
-                raise UserError(f"autoencoder={name!r} is of class {called}: {' and '.join(KINDS)} are understood")
-            vae = getattr(diffusers, called).from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"autoencoder={name!r} cannot be loaded: give a local folder written by save_pretrained, or the id of"
-            f" one on the hub, which must be reachable ({str(error).splitlines()[0]})"
-        ) from error
-    vae.eval().requires_grad_(False)
-    if vae.config.in_channels != 3:
-        raise UserError(f"autoencoder={name!r} takes images of {vae.config.in_channels} channels, not 3")
-    digest = fingerprint(vae)
-    channels = int(vae.config.latent_channels)
-    scale, shift = _own_normalisation(vae.config, name, channels)
+        kind, vae = read_folder(folder_of(name))
+        config = vae.config
+        if (config.in_channels, config.get("out_channels", config.in_channels)) != (3, 3):
+            raise UserError(f"it takes images of {config.in_channels} channels and gives others: 3 are needed")
+        scale, shift = own_normalisation(config, config.latent_channels)
+    except UserError as error:
+        raise UserError(f"autoencoder={shown(name)} cannot be loaded: {error}") from error
     return Diffusers(
         vae=vae.to(device, memory_format=torch.channels_last),
-        name=name,
-        fingerprint=digest,
+        name=recorded_name(name),
+        fingerprint=fingerprint(vae),
         scale=scale,
         shift=shift,
-        channels=channels,
-        factor=2 ** (len(vae.config[KINDS[called].stages]) - 1),
-        random=KINDS[called].random,
+        channels=config.latent_channels,
+        factor=2 ** (len(config[kind.stages]) - 1),
+        random=kind.random,
     )
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """A class of autoencoders of diffusers.
-
-    Attributes:
-        random: see :class:`Autoencoder`.
-        stages: key of its configuration that lists the stages of the encoder, each but the first of which halves the
-            sides.
-    """
-
-    random: bool
-    stages: str
-
-
-KINDS = {
-    "AutoencoderKL": _Kind(random=True, stages="block_out_channels"),
-    "AutoencoderDC": _Kind(random=False, stages="encoder_block_out_channels"),
-}
-"""Classes of diffusers that are understood, by the name in their configuration."""
-
-
-def _own_normalisation(config: Mapping[str, Any], name: str, channels: int) -> tuple[Scale, Shift]:
-    """Scale and shift of the configuration of an autoencoder of diffusers.
-
-    ``scaling_factor`` and ``shift_factor`` give (z - shift) * factor; ``latents_mean`` and ``latents_std``
-    (z - mean) / std * factor.
-    """
-    factor = float(config.get("scaling_factor") or 1.0)
-    mean, deviation = (_numbers(config.get(key), f"autoencoder={name!r}: {key}") for key in _MEAN_AND_DEVIATION)
-    for key, values in zip(_MEAN_AND_DEVIATION, (mean, deviation), strict=True):
-        if isinstance(values, tuple) and len(values) != channels:
-            raise UserError(f"autoencoder={name!r}: {key} has {len(values)} numbers for {channels} channels")
-    if mean is None and deviation is None:
-        return factor, float(config.get("shift_factor") or 0.0)
-    if config.get("shift_factor"):
-        raise UserError(f"autoencoder={name!r} has both shift_factor and latents_mean: which one holds is not known")
-    return _each(lambda value: factor / value, deviation) if deviation else factor, mean or 0.0
-
-
-_MEAN_AND_DEVIATION = ("latents_mean", "latents_std")
-
-
-def _each(change: Callable[[float], float], values: Any) -> Any:
-    """Nested tuples with every number changed."""
-    return tuple(_each(change, value) for value in values) if isinstance(values, tuple) else change(values)
-
-
-def _numbers(values: Any, name: str) -> Any:
-    """One number per channel or element, as nested tuples; None if there are none."""
-    if values is None:
-        return None
-    array = np.array(values, dtype=np.float64)
-    if array.ndim == 4:
-        array = array[0]
-    if array.ndim == 3 and array.shape[1:] == (1, 1):
-        array = array.ravel()
-    listed = array.tolist()
-    return conform(name, listed, Scale if name.endswith("std") else Shift)
+def recorded_name(name: str) -> str:
+    """``name`` so that it is seen to be a local folder if it is one, even where there is no such folder any more."""
+    relative = Path(name).is_dir() and not Path(name).is_absolute() and not name.startswith((".", "~"))
+    return f"./{name}" if relative and name != IDENTITY else name
 
 
 @dataclass(frozen=True)
@@ -313,6 +244,11 @@ def load_decoder(
         say(
             f"Decoding with autoencoder={autoencoder.name!r}, weights {autoencoder.fingerprint}; the latents were made"
             f" with {latents.autoencoder!r}, weights {wanted}. Figures are those of another autoencoder"
+        )
+    if autoencoder.name == IDENTITY and latents.shape[0] not in (1, 3):
+        say(
+            f"autoencoder=identity: latents of {latents.shape[0]} channels are no pictures, the first of them are shown"
+            " as colours. Figures of them are not those of images"
         )
     if autoencoder.name != IDENTITY and autoencoder.channels != latents.shape[0]:
         raise UserError(

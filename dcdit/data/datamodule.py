@@ -4,6 +4,7 @@ import logging
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from os.path import normpath
 from typing import Any
 
 import lightning.pytorch as pl
@@ -129,6 +130,8 @@ class LatentDataModule(pl.LightningDataModule):
             manifest = self.location.below("train").manifest()
             for name, wanted in (("autoencoder", self.autoencoder), ("scale", self.scale)):
                 found = getattr(manifest, name)
+                if isinstance(wanted, str) and normpath(wanted) == normpath(found):
+                    continue  # a local folder is recorded as ./folder
                 if wanted is not None and wanted != found:
                     its = found if isinstance(found, str) else number_words(found)
                     asked = wanted if isinstance(wanted, str) else number_words(wanted)

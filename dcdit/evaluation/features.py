@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dcdit.checkpoints.read import read_checkpoint
 from dcdit.errors import NotFiniteError, UserError
+from dcdit.network.pretrained import load_whole, read_tensors
 from dcdit.runtime.devices import fingerprint
 
 _DIGITS = Path(__file__).with_name("digits.safetensors")
@@ -84,7 +86,10 @@ class FeatureNetwork(nn.Module, ABC):
         }
 
     def frozen(self) -> "FeatureNetwork":
-        """Itself, ready for use."""
+        """Itself, ready for use; :class:`UserError` naming a parameter that is not finite."""
+        for name, parameter in self.named_parameters():
+            if not is_lazy(parameter) and not bool(parameter.isfinite().all()):
+                raise UserError(f"features: {self.name} is no trained network: {name} is not finite")
         return self.eval().requires_grad_(False)
 
 
@@ -98,9 +103,9 @@ def read_weights(path: str) -> dict[str, Any]:
         raise UserError(f"features.weights={path}: there is no such file")
     if Path(path).suffix == ".safetensors":
         try:
-            return load_file(path)
-        except Exception as error:  # the library has types of its own
-            raise UserError(f"features.weights={path} cannot be read: {error}") from error
+            return dict(read_tensors(Path(path)))
+        except UserError as error:
+            raise UserError(f"features.weights={path}: {error}") from error
     state = read_checkpoint(path, legacy=True)
     state = state.get("state_dict", state)
     if not all(isinstance(value, Tensor) for value in state.values()):
@@ -109,11 +114,13 @@ def read_weights(path: str) -> dict[str, Any]:
 
 
 def _load(module: nn.Module, path: str) -> None:
+    counters = {name: own for name, own in module.state_dict().items() if name.endswith(".num_batches_tracked")}
     try:
-        module.load_state_dict(read_weights(path))
-    except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()[:200]
-        raise UserError(f"features.weights={path} do not fit {type(module).__name__}: {first}") from error
+        load_whole(module, {**counters, **read_weights(path)})  # the counters change nothing; old files lack them
+    except UserError as error:
+        text = str(error)
+        fault = text if path in text else f"features.weights={path} do not fit {type(module).__name__}: {text}"
+        raise UserError(fault) from error
 
 
 class InceptionFeatures(FeatureNetwork):
@@ -161,7 +168,8 @@ class InceptionFeatures(FeatureNetwork):
                 self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=safe
             )
         except RuntimeError as error:
-            raise UserError(f"features.weights={weights} are not those of Inception: {str(error)[:200]}") from error
+            first = (str(error).splitlines()[1:] or [str(error)])[0].strip()[:200]
+            raise UserError(f"features.weights={weights} are not those of Inception: {first}") from error
         self.frozen()
 
     def see(self, images: Tensor) -> Features:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from dcdit.checks import Digest, conform
+from dcdit.checks import HUB_ID, Digest, conform
 from dcdit.errors import UserError
 from dcdit.runtime.files import content_digest, file_digest, read_json, replacing, write_text
 
@@ -46,7 +46,7 @@ class Pretrained(ModelHubMixin):
             UserError: if it is neither, or the folder is not whole.
         """
         place = str(pretrained_model_name_or_path)
-        if not Path(place).is_dir() and (Path(place).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)):
+        if not Path(place).is_dir() and (Path(place).exists() or not re.fullmatch(HUB_ID, place)):
             raise UserError(
                 f"{place} is no folder and no <owner>/<repository> of the hub: give one of them; for everything else"
                 " there is dcdit.checkpoints.load.load_model"
@@ -91,8 +91,7 @@ class Pretrained(ModelHubMixin):
         if not isinstance(network, cls):
             raise UserError(f"{model_id} holds a {network.title}: load it with {type(network).__name__}")
         state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
-        check_shapes(shapes_of(state), shapes_of(network.state_dict()))
-        network.load_state_dict(state)
+        load_whole(network, state)
         return network.eval()
 
 
@@ -166,10 +165,32 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged or no safetensors file ({reason}): download or export it again") from error
     for name, tensor in found.items():
         if tensor.is_floating_point():
-            if not bool(tensor.isfinite().all()):
-                raise UserError(f"{path} is no trained network: {name} is not finite")
             found[name] = tensor.float()
+            if not bool(found[name].isfinite().all()):
+                raise UserError(f"{path} is no trained network: {name} is not finite")
     return found
+
+
+def load_whole(module: nn.Module, state: Mapping[str, Tensor], assign: bool = False) -> None:
+    """Give ``module`` the weights in ``state``: each of its own is found, each of these is used, all are finite.
+
+    Args:
+        module: the network.
+        state: by the module's names.
+        assign: take the tensors themselves, for a module without memory.
+
+    Raises:
+        UserError: naming the first parameter that is missing, unknown, of another shape, or not finite.
+    """
+    own = module.state_dict()
+    check_shapes(shapes_of(state), shapes_of(own))
+    for name, tensor in state.items():
+        if tensor.is_complex() or tensor.is_floating_point() != own[name].is_floating_point():
+            raise UserError(f"parameter {name} has numbers of {tensor.dtype}, the network needs {own[name].dtype}")
+    module.load_state_dict(state, assign=assign)
+    for name, tensor in module.state_dict().items():  # of the module: its type may have a smaller range
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"parameter {name} is not finite")
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:

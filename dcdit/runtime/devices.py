@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from dcdit.checks import reason_of, shown
 from dcdit.errors import UserError
 from dcdit.runtime.processes import local_rank
 
@@ -33,14 +34,16 @@ def pick_device(name: str) -> torch.device:
     """The device called ``name``; ``auto`` takes a GPU where there is one, this process's own of several.
 
     Raises:
-        UserError: if it is not there.
+        UserError: if it is not there, or computes nothing (``meta``).
     """
     if name == "auto":
         name = f"cuda:{local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name!r} is not usable here: {str(error).splitlines()[0]}") from None
+        numbers = torch.ones(2, device=name)
+        numbers.sum().item()  # which a device without memory cannot say
+        return numbers.device
+    except Exception as error:  # each backend has errors of its own for being absent
+        raise UserError(f"device={shown(name)} computes nothing here ({reason_of(error)}): take cpu or auto") from error
 
 
 def device_words(device: torch.device) -> str:

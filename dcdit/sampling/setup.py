@@ -264,8 +264,9 @@ def check_guidance(network: Network, guidance: GuidanceSettings, weak: Model | N
     second = weak.network if weak else network
     if guidance.scale != 1 and not guidance.weak_keeps_class and second.label_dropout == 0:
         raise UserError(
-            f"guidance.scale={guidance.scale}: this network was trained with model.label_dropout=0, so its null class"
-            " means nothing; take scale 1, a weak half that knows the class, or train with 0.1"
+            f"guidance.scale={guidance.scale}: this network was trained without a null class (model.label_dropout=0),"
+            " so the weak half cannot leave the class out; take scale 1, a weak half that knows the class"
+            " (guidance.weak=budget), or train with 0.1"
         )
     halves = [(network, guidance.drops_of_strong)]
     if guidance.scale != 1:

@@ -13,6 +13,7 @@ from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.process import Process
 from dcdit.errors import UserError
 from dcdit.network import DiT, Network, build_network
+from dcdit.network.pretrained import load_whole
 from dcdit.runtime.devices import fingerprint, without_memory
 from dcdit.runtime.processes import say
 from dcdit.training.distillation import Distillation
@@ -144,7 +145,7 @@ def _from_weights(
     sizes = _check_network(key, found, network, settings.adapt)
     other = build_network(found.model)
     state = dict(found.of_kind(settings.weights))
-    other.load_state_dict(state)
+    load_whole(other, state)
     fit = _fit(key, network, state, settings.adapt, sizes)
     remark = "" if found.told or "classes" in settings.adapt else _UNNAMED
     return Start(source=words(found, other, settings.weights), fingerprint=fingerprint(other), remark=remark), fit
@@ -336,11 +337,16 @@ def _teacher(key: str, found: Weights, network: Network, state: Mapping[str, Ten
             f"model.position_patch={own['position_patch']}: {key} has patches of {teacher.patch}, set"
             f" model.position_patch={teacher.patch}"
         )
+    if settings.distil_steps and network.label_dropout and not teacher.label_dropout:
+        raise UserError(
+            f"model.label_dropout={shown(network.label_dropout)}: {key} was trained without a null class, so its hidden"
+            " states for none mean nothing; take model.label_dropout=0 or init.distil_steps=0"
+        )
     for name in ("grid", "channels", "num_classes"):
         if settings.distil_steps and own[name] != theirs[name]:
             raise UserError(
                 f"init.distil_steps={settings.distil_steps}: {key} has {name} {theirs[name]} and the data {own[name]},"
                 " so it cannot see the same batches; take init.distil_steps=0 and init.adapt, or other data"
             )
-    teacher.load_state_dict(state)
+    load_whole(teacher, state)
     return teacher.eval().requires_grad_(False)

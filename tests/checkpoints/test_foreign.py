@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,16 @@ from safetensors.torch import save_file
 from support.foreign import MINI, diffusers_dit, mini_state, small_dit, write_reference
 
 from dcdit import DCDiT
+from dcdit.checkpoints.export import Card, write_exported
 from dcdit.checkpoints.foreign import imagenet_classes, reference_state
 from dcdit.checkpoints.load import load_model, read_weights
 from dcdit.checkpoints.locate import locate
 from dcdit.checkpoints.names import NAME_MAPS
 from dcdit.checkpoints.settings import AssumeSettings
+from dcdit.diffusion.settings import DDPM, GuidanceSettings
 from dcdit.errors import UserError
 from dcdit.network import build_network
+from dcdit.sampling.setup import check_guidance
 from dcdit.settings.entry import model_config
 
 HEADS = AssumeSettings(heads=4)
@@ -179,3 +183,104 @@ def test_imagenet_has_its_usual_classes():
     names = imagenet_classes()
     assert (len(names), names[0], names[207]) == (1000, "n01440764", "n02099601")
     assert list(names) == sorted(names)
+
+
+WRAPPED = {
+    "plain": [("^", "")],
+    "DDP": [("^", "module.")],
+    "compiled": [("^", "_orig_mod.")],
+    "compiled, then DDP": [("^", "module._orig_mod.")],
+    "compiled block by block": [(r"\.(attn|mlp)\.", r"._orig_mod.\1.")],
+    "FSDP and checkpointing": [("^", "_fsdp_wrapped_module."), (r"\.attn\.", "._checkpoint_wrapped_module.attn.")],
+}
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "dtype"), zip(WRAPPED, 2 * [torch.bfloat16, torch.float16, torch.float64], strict=True), ids=str
+)
+def test_weights_of_any_precision_in_any_wrapper(tmp_path, dtype, wrapped):
+    network = small_dit(depth=1)
+    for kind, state in (("dit", reference_state(network)), ("dcdit", mini_state())):
+        for pattern, wrapper in WRAPPED[wrapped]:
+            state = {re.sub(pattern, wrapper, name): tensor.to(dtype) for name, tensor in state.items()}
+        torch.save({**state, "n_averaged": torch.tensor(3)}, tmp_path / "x.pt")
+        save_file(state, tmp_path / "x.safetensors")
+        for path in (tmp_path / "x.pt", tmp_path / "x.safetensors"):
+            found = load_model(path, assume=HEADS).network
+            assert (found.spec["name"], found.grid, next(found.parameters()).dtype) == (kind, (8, 8), torch.float32)
+            if kind == "dit":
+                expected = {name: tensor.to(dtype).float() for name, tensor in network.state_dict().items()}
+                torch.testing.assert_close(dict(found.state_dict()), expected, rtol=0, atol=0)
+
+
+def test_one_parameter_under_two_names_is_refused(tmp_path):
+    state = mini_state()
+    torch.save({**state, "module.hnet.residual_proj.bias": state["hnet.residual_proj.bias"]}, tmp_path / "two.pt")
+    refuses(tmp_path / "two.pt", r"module\.hnet\.residual_proj\.bias stands beside another")
+
+
+def test_another_table_of_positions_is_refused_in_half_precision_too(tmp_path):
+    state = mini_state()
+    state["pos_embed"] = (state["pos_embed"] + 0.05).bfloat16()
+    torch.save(state, tmp_path / "odd.pt")
+    refuses(tmp_path / "odd.pt", "is not the fixed sin-cos table")
+
+
+def tiny_dit_file(path: Path, **changes) -> Path:
+    torch.save(reference_state(small_dit(width=8, depth=1, heads=2, grid=4, **changes)), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "said", "classes", "has_null_class", "remark"),
+    [
+        (1001, None, 1000, True, False),
+        (1000, None, 1000, False, True),
+        (1000, 999, 999, True, False),
+        (1000, 1000, 1000, False, False),
+        (11, None, 10, True, True),
+        (11, 11, 11, False, False),
+    ],
+)
+def test_classes_of_a_label_table(tmp_path, caplog, rows, said, classes, has_null_class, remark):
+    path = tiny_dit_file(tmp_path / "x.pt", num_classes=rows - 1)
+    model = load_model(path, assume=AssumeSettings(heads=2, num_classes=said))
+    network = model.network
+    assert (network.num_classes, len(model.latents.classes), network.null_class) == (classes, classes, classes)
+    assert (network.label_dropout > 0) == has_null_class
+    assert (f"label table of {rows} rows is taken for {classes} classes" in caplog.text) == remark
+    assert len(network.condition.label.table.weight) == classes + 1
+    if has_null_class:
+        check_guidance(network, GuidanceSettings(scale=2.0))
+    else:
+        with pytest.raises(UserError, match=r"guidance.scale=2.* without a null class"):
+            check_guidance(network, GuidanceSettings(scale=2.0))
+    check_guidance(network, GuidanceSettings(scale=1.0))
+    again = tmp_path / "again.pt"
+    torch.save(reference_state(network), again)  # a null class that means nothing is not handed on
+    assert len(torch.load(again)["y_embedder.embedding_table.weight"]) == rows
+    refuses(path, "but the label table has", AssumeSettings(heads=2, num_classes=7))
+
+
+@pytest.mark.parametrize("variance", [True, False])
+def test_the_process_that_no_shape_tells_can_be_said(tmp_path, caplog, variance):
+    path = tiny_dit_file(tmp_path / "x.pt", variance=variance)
+    if variance:
+        assert load_model(path, assume=AssumeSettings(heads=2)).process.settings.name == "ddpm"
+        assert "diffusion=ddpm is taken" in caplog.text
+        assert "SiT" in caplog.text
+    else:
+        refuses(path, "predicts no variance.* assume.diffusion=flow", AssumeSettings(heads=2))
+        refuses(path, "predicts no variance", AssumeSettings(heads=2, diffusion="ddpm"))
+    caplog.clear()
+    said = AssumeSettings(heads=2, diffusion="flow")
+    model = load_model(path, assume=said)
+    assert (model.process.settings.name, model.network.variance) == ("flow", variance)
+    assert "diffusion" not in caplog.text
+    with pytest.raises(UserError, match=r"sampler=ddpm does not fit"):
+        model.process.sampler(DDPM(steps=2))
+    found = read_weights(locate(str(path), "runs"), said)
+    write_exported(tmp_path / "out", found, "ema", "fp32", Card("none", "", [], ""))
+    assert load_model(tmp_path / "out").process.settings.name == "flow"
+    with pytest.raises(UserError, match="diffusion='sit' is not one of ddpm, flow"):
+        AssumeSettings(diffusion="sit")

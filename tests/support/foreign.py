@@ -61,3 +61,26 @@ def diffusers_dit(**changes):
             state[name] = state["transformer_blocks.0." + name.split(".", 2)[2]]
     model.load_state_dict(state)
     return model
+
+
+def save_kl(path, **values):
+    """A small AutoencoderKL with random weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **blocks, **values).save_pretrained(path)
+    return str(path)
+
+
+def save_dc(path):
+    """A small AutoencoderDC with random weights."""
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    stages = {}
+    for half in ("encoder", "decoder"):
+        stages |= {f"{half}_block_types": ("ResBlock",) * 3, f"{half}_block_out_channels": (8, 8, 16)}
+        stages |= {f"{half}_layers_per_block": (1, 1, 1), f"{half}_qkv_multiscales": ((), (), ())}
+    AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.41, **stages).save_pretrained(path)
+    return str(path)
