@@ -209,7 +209,7 @@ def _number_of_classes(rows: int, assumed: int | None, known: int | None) -> int
         assumed: what the user says; None if nothing.
         known: what the file says beside its weights; None if nothing.
     """
-    named = f"its configuration says {known}" if assumed is None else f"assume.num_classes={assumed}"
+    named = f"config.json: num_embeds_ada_norm={known}" if assumed is None else f"assume.num_classes={assumed}"
     number = assumed if assumed is not None else known
     if number is not None and number not in (rows - 1, rows):
         raise UserError(

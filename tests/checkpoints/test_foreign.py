@@ -144,7 +144,12 @@ def test_a_network_of_diffusers_that_is_no_dit_of_ours_is_refused(tmp_path):
         odd.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight += 1
     odd.save_pretrained(tmp_path / "embedders")
     refuses(tmp_path / "embedders", "transformer_blocks.1.norm1.emb.* differs from that of block 0")
-    for key, value in (("activation_fn", "geglu"), ("out_channels", 4), ("_class_name", "UNet2DModel")):
+    for key, value in (
+        ("activation_fn", "geglu"),
+        ("out_channels", 4),
+        ("num_embeds_ada_norm", 7),
+        ("_class_name", "UNet2DModel"),
+    ):
         folder = tmp_path / key
         diffusers_dit().save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())

@@ -91,6 +91,24 @@ def test_weights_of_the_reference_in_every_command(reference, tiny_vae, tmp_path
         assert (tuned.network.residual.weight - before["hnet.residual_proj.weight"]).abs().max() < 1e-6
 
 
+def test_without_an_autoencoder_latents_of_four_channels_are_shown(reference, tmp_path, capsys):
+    about = (f"checkpoint={reference}/S-256", HEADS, *QUICK, "autoencoder=identity")
+    said = ended(typed(capsys, tmp_path, "sample", *about, "classes=[0]", "per_class=1", "out=pictures"))
+    assert "latents of 4 channels are no pictures" in said.words
+    assert "diffusion=ddpm is taken" in said.words
+    assert (tmp_path / "pictures" / "samples.png").exists()
+    ended(typed(capsys, tmp_path, "generate", *about, "out=images", "count=2"))
+    with np.load(tmp_path / "images" / "samples.npz") as images:
+        assert images["arr_0"].shape == (2, 8, 8, 3)
+    for wrong, message in (
+        ("device=meta", "device='meta' computes nothing here"),
+        ("assume.num_classes=5 guidance.scale=2", "trained without a null class"),
+    ):
+        refused = typed(capsys, tmp_path, "sample", *about, *wrong.split(), "out=none")
+        assert (refused.status, message in refused.words) == (2, True), refused.words
+        assert not (tmp_path / "none").exists()
+
+
 def load_file_of(reference: Path) -> dict[str, torch.Tensor]:
     return load_file(Path(__file__).parents[1] / "golden" / "mini" / "state.safetensors")
 

@@ -1,10 +1,12 @@
 """Weights and configurations of others: each weight is found, used and finite, each key makes sense, or is refused."""
 
+import inspect
 import json
 import math
 import time
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +19,7 @@ from dcdit.checkpoints.foreign import reference_state
 from dcdit.checkpoints.load import load_model
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.data.autoencoder import load_autoencoder, load_decoder
+from dcdit.data.autoencoder_folder import KINDS
 from dcdit.data.latents import LatentSpec, numbers_of
 from dcdit.errors import UserError
 from dcdit.evaluation.features import OwnFeatures, TimmFeatures
@@ -108,8 +111,6 @@ def test_features_of_a_network_that_is_not_finite_as_it_was_built():
 
 
 def test_names_from_before_2023_are_understood(tmp_path):
-    from diffusers import AutoencoderKL
-
     path, load = autoencoder(tmp_path)
     before = load()
     state = load_file(path)
@@ -120,7 +121,7 @@ def test_names_from_before_2023_are_understood(tmp_path):
     assert sum(".query." in key for key in state) == 4
     save_file(state, path, metadata={"format": "pt"})
     assert load().fingerprint == before.fingerprint
-    theirs = AutoencoderKL.from_pretrained(path.parent).state_dict()
+    theirs = diffusers.AutoencoderKL.from_pretrained(path.parent).state_dict()
     torch.testing.assert_close(dict(load().vae.state_dict()), dict(theirs), rtol=0, atol=0)
 
 
@@ -164,6 +165,11 @@ def test_a_configuration_of_an_autoencoder_is_understood_or_refused(folders, whi
     finally:
         (folder / "config.json").write_text(text)
     assert time.monotonic() - begin < 5
+
+
+def test_every_key_of_the_classes_that_are_understood_is_known():
+    for name, kind in KINDS.items():
+        assert set(inspect.signature(getattr(diffusers, name)).parameters) <= set(kind.keys)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "[" * 50_000, '{"a":' * 50_000, "\x00", '{"_class_name": ["x"]}'])

@@ -7,6 +7,7 @@ import torch
 from support.configs import PLAIN_DIT, TINY, compose_config
 from support.runs import differences, load
 
+from dcdit.checkpoints.foreign import reference_state
 from dcdit.checkpoints.load import load_model
 from dcdit.data.builtin import Digits
 from dcdit.errors import UserError
@@ -215,6 +216,15 @@ def test_a_teacher_that_does_not_fit_is_refused_with_both_values(teacher, traine
     refuses(r"model.position_patch=1: .* has patches of 2", "model.position_patch=1")
     refuses("holds no plain DiT, which upcycling starts from", place=trained_run)
     refuses("does not exist", place="nowhere")
+    state, latents = reference_state(load_model(teacher).network), load_model(teacher).latents
+    state["y_embedder.embedding_table.weight"] = state["y_embedder.embedding_table.weight"][:-1]
+    torch.save(state, tiny.folder / "no_null_class.pt")
+    said = {"heads": 2, "num_classes": 10, "autoencoder": "identity", "scale": latents.scale, "shift": latents.shift}
+    refuses(
+        r"model.label_dropout=0.1: .* was trained without a null class",
+        *(f"init.assume.{key}={value}" for key, value in said.items()),
+        place=tiny.folder / "no_null_class.pt",
+    )
     with pytest.raises(UserError, match="init=upcycle makes a DC-DiT of a plain DiT: choose a dcdit model"):
         train(compose_config(*TINY, *UPCYCLE, "init.teacher=x", *PLAIN_DIT), tiny.folder)
 
