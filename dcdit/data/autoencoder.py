@@ -165,11 +165,10 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     if name == IDENTITY:
         return Identity(IDENTITY, fingerprint=None, scale=1.0, shift=0.0, channels=3, factor=1, random=False)
     try:
-        kind, vae = read_folder(folder_of(name))
-        config = vae.config
-        if (config.in_channels, config.get("out_channels", config.in_channels)) != (3, 3):
-            raise UserError(f"it takes images of {config.in_channels} channels and gives others: 3 are needed")
-        scale, shift = own_normalisation(config, config.latent_channels)
+        kind, config, vae = read_folder(folder_of(name))
+        if (config["in_channels"], config.get("out_channels", 3)) != (3, 3):
+            raise UserError("it does not take and give images of 3 channels")
+        scale, shift = own_normalisation(config)
     except UserError as error:
         raise UserError(f"autoencoder={shown(name)} cannot be loaded: {error}") from error
     return Diffusers(
@@ -178,7 +177,7 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
         fingerprint=fingerprint(vae),
         scale=scale,
         shift=shift,
-        channels=config.latent_channels,
+        channels=config["latent_channels"],
         factor=2 ** (len(config[kind.stages]) - 1),
         random=kind.random,
     )

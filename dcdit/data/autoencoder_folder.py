@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from dcdit.checks import HUB_ID, Bounds, NotEmpty, Size, conform, reason_of, shown, suggestion
-from dcdit.data.latents import IDENTITY, Scale, Shift
+from dcdit.data.latents import IDENTITY, Scale, Shift, numbers_of
 from dcdit.errors import UserError
 from dcdit.network.pretrained import CONFIG_FILE, load_whole, read_tensors
 from dcdit.runtime.devices import without_memory
@@ -37,6 +37,7 @@ _Small = Annotated[int, Bounds(0, 32, hint="it is a number of layers, or the sid
 _Names = Annotated[list[str], _SOME, _FEW]
 _Scales = Annotated[list[Annotated[list[_Small], _FEW]], _SOME, _FEW]
 _Factor = Annotated[float, Bounds(1e-6, 1e6, hint="the network sees latents times it, such as 0.18215")]
+_Deviation = Annotated[float, Bounds(1e-6, 1e6)]
 _Summand = Annotated[float, Bounds(-1e6, 1e6)]
 
 
@@ -56,7 +57,10 @@ class Kind:
     keys: Mapping[str, Any]
 
 
-_COMMON = {"in_channels": _Width, "latent_channels": _Width, "scaling_factor": _Factor}
+_OURS = {"shift_factor": _Summand | None, "latents_mean": Any, "latents_std": Any}  # the last two: see _numbers
+"""Keys of any class that say what a network sees of latents: diffusers stores them at most."""
+
+_COMMON = {"in_channels": _Width, "latent_channels": _Width, "scaling_factor": _Factor, **_OURS}
 KINDS = {
     "AutoencoderKL": Kind(
         random=True,
@@ -71,9 +75,6 @@ KINDS = {
             "act_fn": str,
             "norm_num_groups": _Width,
             "sample_size": Size | list[Size],
-            "shift_factor": _Summand | None,
-            "latents_mean": Any,  # these two: see _numbers
-            "latents_std": Any,
             **dict.fromkeys(("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), bool),
         },
     ),
@@ -128,13 +129,13 @@ def folder_of(name: str) -> Path:
         ) from error
 
 
-def read_folder(folder: Path) -> tuple[Kind, Any]:
+def read_folder(folder: Path) -> tuple[Kind, dict[str, Any], Any]:
     """The autoencoder in a folder of diffusers, in evaluation mode on the CPU, in float32.
 
     Its configuration is checked before diffusers sees it; every weight is there, is used, and is finite.
 
     Returns:
-        What kind it is, and the model.
+        What kind it is, its whole configuration, and the model.
 
     Raises:
         UserError: naming the first key or weight that does not fit.
@@ -157,7 +158,7 @@ def read_folder(folder: Path) -> tuple[Kind, Any]:
         values[key] = conform(where + key, value, kind.keys[key])
     try:
         with without_memory():
-            model = getattr(diffusers, called)(**values)
+            model = getattr(diffusers, called)(**{key: value for key, value in values.items() if key not in _OURS})
     except Exception as error:  # whatever diffusers says of values that do not fit each other
         raise UserError(f"{where}diffusers can build no {called} of it ({reason_of(error)}): {remedy}") from error
     files = sorted(folder.glob(f"{_WEIGHTS}.safetensors")) or sorted(folder.glob(f"{_WEIGHTS}-*-of-*.safetensors"))
@@ -168,7 +169,7 @@ def read_folder(folder: Path) -> tuple[Kind, Any]:
         load_whole(model, {_today(name): tensor for name, tensor in state.items()}, assign=True)
     except UserError as error:
         raise UserError(f"{files[0]}: {error}") from None
-    return kind, model.eval().requires_grad_(False)
+    return kind, {**model.config, **values}, model.eval().requires_grad_(False)
 
 
 def _today(name: str) -> str:
@@ -178,17 +179,19 @@ def _today(name: str) -> str:
     return f"{old[1]}{names[old[2]]}{old[3]}" if old else name
 
 
-def own_normalisation(config: Mapping[str, Any], channels: int) -> tuple[Scale, Shift]:
+def own_normalisation(config: Mapping[str, Any]) -> tuple[Scale, Shift]:
     """Scale and shift of the configuration of an autoencoder of diffusers.
 
     ``scaling_factor`` and ``shift_factor`` give (z - shift) * factor; ``latents_mean`` and ``latents_std``
     (z - mean) / std * factor.
 
     Raises:
-        UserError: if they contradict each other, or are no numbers for ``channels``.
+        UserError: if they contradict each other, or are no numbers for its channels.
     """
     factor = float(config["scaling_factor"])
-    mean, deviation = (_numbers(key, config.get(key), channels) for key in ("latents_mean", "latents_std"))
+    channels = config["latent_channels"]
+    mean = _numbers("latents_mean", config.get("latents_mean"), channels, Shift, _Summand)
+    deviation = _numbers("latents_std", config.get("latents_std"), channels, Scale, _Deviation)
     shift = config.get("shift_factor") or 0.0
     if mean is None and deviation is None:
         return factor, shift
@@ -202,8 +205,16 @@ def _each(change: Callable[[float], float], values: Any) -> Any:
     return tuple(_each(change, value) for value in values) if isinstance(values, tuple) else change(values)
 
 
-def _numbers(key: str, values: Any, channels: int) -> Any:
-    """One number per channel or element, as nested tuples; None if there are none."""
+def _numbers(key: str, values: Any, channels: int, form: Any, each: Any) -> Any:
+    """One number per channel or element, as nested tuples; None if there are none.
+
+    Args:
+        key: of the configuration.
+        values: that it has.
+        channels: of latents.
+        form: annotation of all numbers.
+        each: annotation of each.
+    """
     if values is None:
         return None
     try:
@@ -216,4 +227,7 @@ def _numbers(key: str, values: Any, channels: int) -> Any:
         array = array.ravel()
     if array.ndim and len(array) != channels:
         raise UserError(f"{key} has {len(array)} numbers for {channels} channels")
-    return conform(key, array.tolist(), Scale if key.endswith("std") else Shift)
+    numbers = conform(key, array.tolist(), form)
+    for number in numbers_of(numbers):
+        conform(key, number, each)
+    return numbers

@@ -133,9 +133,8 @@ JUNK = st.one_of(
     st.floats(),  # NaN and infinities, which Python's json writes
     st.text(max_size=8),
     st.lists(st.one_of(st.none(), st.integers(-1, 10**6), st.floats(), st.text(max_size=3)), max_size=5),
-    st.sampled_from(
-        [{}, {"load_in_8bit": True}, [[[[1.0]] * 4]], [[1.0, 2.0]], 10**400, "0.5", [8] * 1000, ["ResBlock"] * 500]
-    ),
+    st.sampled_from([{}, {"load_in_8bit": True}, [[[[1.0]] * 4]], [[1.0, 2.0]], [5e-324] * 4, [1e308] * 4]),
+    st.sampled_from([10**400, "0.5", [8] * 1000, ["ResBlock"] * 500]),
 )
 
 
