@@ -6,7 +6,10 @@ for two images side by side, where the router put its tokens at every timestep, 
 
 import os
 import sys
+import webbrowser
+from contextlib import suppress
 from dataclasses import dataclass
+from threading import Event
 from typing import Annotated, Any
 
 import hydra
@@ -75,7 +78,7 @@ def run(config: DictConfig) -> None:
     names = {"checkpoint": plan.settings.checkpoint, "compare": settings.compare}
     places = [locate(name, plan.runs, key) for key, name in names.items() if name is not None]
     try:
-        from dcdit.explorer.page import Page, serve
+        from dcdit.explorer.page import Page, serving
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "gradio":
             raise
@@ -85,7 +88,12 @@ def run(config: DictConfig) -> None:
     words = " ".join(word for word in HydraConfig.get().overrides.task if word.startswith(_HELD))
     studio = Studio(plan, base, places, settings.most_steps, words)
     title = f"dcdit: {' and '.join(place.name for place in places)}"
-    serve(Page(studio, title).blocks(base), settings.host, settings.port, settings.share, _opens(settings.browser))
+    page = Page(studio, title).blocks(base)
+    with suppress(KeyboardInterrupt), serving(page, settings.host, settings.port, settings.share) as address:
+        print(f"The explorer is at {address}   (Ctrl-C ends it)", flush=True)
+        if _opens(settings.browser):
+            webbrowser.open(address)
+        Event().wait()
 
 
 def _opens(wanted: bool) -> bool:

@@ -1,22 +1,31 @@
 """The explorer's page: controls, and what they change. Everything it shows comes from this machine."""
 
+import errno
 import os
+import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Event
-from typing import Any
+from threading import Event, Thread
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
 
 import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from gradio.networking import setup_tunnel
 
+from dcdit.checks import Bounds, conform, shown
 from dcdit.errors import UserError
 from dcdit.explorer import view
-from dcdit.explorer.choice import Choice
+from dcdit.explorer.choice import Choice, Meet
+from dcdit.explorer.gate import Gate, gate
 from dcdit.explorer.studio import OnStep, Painting, StoppedError, Studio
 from dcdit.sampling.overlays import save_animation
 
@@ -33,6 +42,7 @@ _MEET = [
     ("TFLOPs per image", "tflops"),
 ]
 _BY = [("reuse and drops", "both"), ("drops alone", "drop"), ("reuse alone", "cache")]
+_FORMS = ["GIF", "WebP"]
 _WAITING = 16
 """Jobs that may wait for their turn; more are refused in words."""
 _SESSIONS = 32
@@ -71,9 +81,21 @@ class Asked:
     choice: Choice
 
 
-def asked(name: str, label: Any, seed: Any, values: Sequence[Any]) -> Asked:
-    """What the values of the controls of the side ``name`` ask for; UserError naming what is wrong."""
+def asked(name: str, checkpoints: int, label: Any, seed: Any, values: Sequence[Any]) -> Asked:
+    """What the controls of one side ask for.
+
+    Args:
+        name: of the side.
+        checkpoints: number of those that there are.
+        label, seed, values: what the browser sent, as it came.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
     given = Side(*values)
+    conform(f"{name}: what sets the budget", given.meet, Meet)
+    conform(f"{name}: own ρ of the half without class", given.own_weak, bool)
+    checkpoint = conform(f"{name}: checkpoint", given.checkpoint, Annotated[int, Bounds(0, checkpoints - 1)])
     meant = {"class": label, "seed": seed, f"{name}: guidance scale": given.scale, f"{name}: steps": given.steps}
     meant |= {f"{name}: threshold of feature caching": given.cache}
     if given.meet in ("drop", "schedule"):
@@ -102,7 +124,7 @@ def asked(name: str, label: Any, seed: Any, values: Sequence[Any]) -> Asked:
         weak_drop=given.weak_drop if given.own_weak and given.scale != 1 else None,
         cache=given.cache,
     )
-    return Asked(given.checkpoint, choice)
+    return Asked(checkpoint, choice)
 
 
 def _named(on_step: OnStep, name: str, done: int, steps: int, what: str) -> None:
@@ -110,19 +132,18 @@ def _named(on_step: OnStep, name: str, done: int, steps: int, what: str) -> None
     on_step(done, steps, f"{name}: {what}")
 
 
+def _next_seed(seed: Any) -> int:
+    """Another seed than that in the field, whatever stands there."""
+    return (int(seed) + 1) % 2**31 if isinstance(seed, int | float) and abs(seed) < 2**63 else 0
+
+
 def _whole(value: Any) -> Any:
     """A whole number that came as a fraction; anything else as it is, to be refused in words."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _plainly(component: Any) -> Any:
-    """A component whose values come as they were typed: what is wrong with them we say ourselves, by name."""
-    component.preprocess = lambda payload: payload
-    return component
-
-
 def _slider(low: float, high: float, value: float, step: float, label: str, **options: Any) -> Any:
-    return _plainly(gr.Slider(low, high, value, step=step, label=label, **options))
+    return gr.Slider(low, high, value, step=step, label=label, **options)
 
 
 class Page:
@@ -176,7 +197,7 @@ class Page:
         try:
             with self._job(request) as on_step:
                 for name, some in zip(names, (values[:half], values[half:]), strict=True):
-                    wanted = asked(name, label, seed, some)
+                    wanted = asked(name, len(self.studio.places), label, seed, some)
                     same = [painting for one, painting in known if one == wanted]
                     told = partial(_named, on_step, name)
                     painting = same[0] if same else self.studio.paint(wanted.checkpoint, wanted.choice, told)
@@ -206,13 +227,17 @@ class Page:
 
     def moments(self, known: tuple[tuple[Asked, Painting], ...], place: float) -> list[str]:
         """One evaluation of each side, at a place between 0, noise, and 100, the image."""
+        try:
+            place = conform("time", place, Annotated[float, Bounds(0, 100)])
+        except UserError as error:
+            return [view.message(str(error)), ""]
         pictures = [view.moment(name, each[1], place / 100) for name, each in zip(view.NAMES, known, strict=False)]
         return pictures or ["", ""]
 
     def strip(self, request: gr.Request, label: Any, seed: Any, *values: Any) -> str:
         """The same seed at seven budgets, by the other settings of A."""
         try:
-            wanted = asked("A", label, seed, values)
+            wanted = asked("A", len(self.studio.places), label, seed, values)
             with self._job(request) as on_step:
                 return view.strip(self.studio.strip(wanted.checkpoint, wanted.choice, on_step))
         except StoppedError:
@@ -222,6 +247,8 @@ class Page:
 
     def animate(self, known: tuple[tuple[Asked, Painting], ...], form: str) -> list[str]:
         """Both sides as animations."""
+        if form not in _FORMS:
+            return [view.message(f"animation={shown(form)} is not one of {', '.join(_FORMS)}"), ""]
         found = []
         with tempfile.TemporaryDirectory() as folder:
             for name, (_, painting) in zip(view.NAMES, known, strict=False):
@@ -248,7 +275,7 @@ class Page:
             last = _slider(0, 0.95, 0.0, 0.05, "ρ at the image", visible=False)
             fraction = _slider(0.05, 1, 0.7, 0.05, "fraction of the full cost", visible=False)
             usual, words = studio.usual_tflops(number), "TFLOPs per image (0.001 is a GFLOP)"
-            tflops = _plainly(gr.Number(usual, label=words, visible=False, elem_id=f"tflops_{name}"))
+            tflops = gr.Number(usual, label=words, visible=False, elem_id=f"tflops_{name}")
             by = gr.Radio(_BY, value="both", label="what meets that budget", visible=False)
             scale = _slider(1, 10, base["guidance"]["scale"], 0.25, "guidance scale, 1 for none")
             own_weak = gr.Checkbox(False, label="with guidance: the half without class has a ρ of its own (Lite-CFG)")
@@ -258,7 +285,7 @@ class Page:
             sampler = gr.Dropdown(samplers, value=studio.sampler(number), label="sampler")
             steps = _slider(2, most, min(most, sampler_keys["steps"]), 1, "steps", elem_id=f"steps_{name}")
 
-        def shown(what: str) -> list[Any]:
+        def visible(what: Any) -> list[Any]:
             words = f"{name}: ρ in noise" if what == "schedule" else f"{name}: drop fraction ρ"
             asks = what in ("fraction", "tflops")
             return [
@@ -267,8 +294,8 @@ class Page:
                 gr.update(visible=asks),
             ]
 
-        meet.input(shown, meet, [first, last, fraction, tflops, by], **_SILENT)
-        own_weak.input(lambda own: gr.update(visible=own), own_weak, weak, **_SILENT)
+        meet.input(visible, meet, [first, last, fraction, tflops, by], **_SILENT)
+        own_weak.input(lambda own: gr.update(visible=own is True), own_weak, weak, **_SILENT)
         return Side(checkpoint, meet, first, last, fraction, tflops, by, own_weak, weak, cache, sampler, steps, scale)
 
     def blocks(self, base: dict[str, Any]) -> gr.Blocks:
@@ -290,7 +317,7 @@ class Page:
                 with gr.Column(scale=2, min_width=280):
                     with gr.Group():
                         label = gr.Dropdown(names, value=0, label="class", elem_id="label")
-                        seed = _plainly(gr.Number(base["seed"], label="seed", precision=0, elem_id="seed"))
+                        seed = gr.Number(base["seed"], label="seed", precision=0, elem_id="seed")
                         another = gr.Button("another seed", size="sm", elem_id="another")
                     sides = [self._side(name, drop, base) for name, drop in zip(view.NAMES, (0.0, 0.5), strict=True)]
                     status = gr.HTML(elem_id="status", min_height=70)
@@ -302,7 +329,7 @@ class Page:
                     curves = gr.HTML(elem_id="curves")
                     with gr.Row():
                         seven = gr.Button("same seed at seven budgets", elem_id="seven", visible=routes)
-                        form = gr.Radio(["GIF", "WebP"], value="GIF", label="animation as")
+                        form = gr.Radio(_FORMS, value=_FORMS[0], label="animation as")
                         move = gr.Button("animate A and B", elem_id="animate")
                     strip = gr.HTML(elem_id="strip")
                     with gr.Row():
@@ -319,8 +346,8 @@ class Page:
             every = (label, seed, *sides[0].controls, *sides[1].controls)
             # A slider that a browser brings back within its bounds has changed, though nobody moved it.
             changed = [each.change if isinstance(each, gr.Slider) else each.input for each in every]
-            shared: dict[str, Any] = {"show_progress_on": status, "api_visibility": "private", **one}
-            seeded = another.click(lambda old: (int(old or 0) + 1) % 2**31, seed, seed, **_SILENT)
+            shared: dict[str, Any] = {"show_progress_on": status, **_EVENT, **one}
+            seeded = another.click(_next_seed, seed, seed, **_SILENT)
             for updated in (
                 gr.on([page.load, *changed], self.update, inputs, outputs, **shared),
                 seeded.then(self.update, inputs, outputs, **shared),
@@ -328,51 +355,97 @@ class Page:
                 updated.then(self.course, [known, place], [*moments, curves], **_SILENT)
             place.input(self.moments, [known, place], moments, trigger_mode="always_last", **_SILENT)
             seven.click(self.strip, [label, seed, *sides[0].controls], strip, **{**shared, "show_progress_on": strip})
-            move.click(self.animate, [known, form], animations, api_visibility="private", concurrency_limit=1)
+            move.click(self.animate, [known, form], animations, concurrency_limit=1, **_EVENT)
             stop.click(self.stop, queue=False, **_SILENT)
             page.unload(self.stop)
-        return page.queue(max_size=_WAITING, default_concurrency_limit=4)
+        return page.queue(max_size=_WAITING, default_concurrency_limit=4, api_open=False)
 
 
 _OUTPUTS = 8
-_SILENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+_EVENT: dict[str, Any] = {"api_visibility": "private", "preprocess": False}
+"""Values come as they were typed: what is wrong with them we say ourselves, by name."""
+_SILENT: dict[str, Any] = {"show_progress": "hidden", **_EVENT}
 
 
-def serve(page: gr.Blocks, host: str, port: int | None, share: bool, browser: bool, block: bool = True) -> str:
-    """Answer browsers until interrupted; returns the address where this does not ``block``.
+@contextmanager
+def serving(page: gr.Blocks, host: str, port: int | None, share: bool) -> Iterator[str]:
+    """Answer browsers within the block; yields the page's address.
+
+    Gradio's own ``launch`` would answer everything that Gradio can, see :class:`dcdit.explorer.gate.Gate`.
 
     Args:
         page: what they see.
         host, port: where; None takes the first free port from 7860.
         share: through a public address of Gradio's as well.
-        browser: open one.
-        block: wait here.
 
     Raises:
-        UserError: if the port is taken.
+        UserError: if nothing can listen there, or there is no public address.
     """
-    try:
-        _, address, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            share=share,
-            inbrowser=browser,
-            quiet=not share,
-            prevent_thread_lock=True,
-            theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
-            css=view.CSS,
-            footer_links=[],
-            run_history=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            max_file_size="1kb",
-            state_session_capacity=_SESSIONS,
+    page.state_session_capacity = _SESSIONS
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        page,
+        "/",
+        theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+        css=view.CSS,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        max_file_size="1b",
+    )
+    answered = gate(app, host, page.fns)
+    listening = _listen(host, port)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            answered,
+            http="h11",  # the one that limits headers
+            ws="none",
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            limit_concurrency=8 * _SESSIONS,
+            timeout_graceful_shutdown=1,
         )
-    except OSError as error:
-        raise UserError(f"port={port}: it is taken, choose another or leave the key out ({error})") from None
-    print(f"The explorer is at {address}   (Ctrl-C ends it)", flush=True)
-    if block:
-        page.block_thread()
-    return address
+    )
+    thread = Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    while thread.is_alive() and not server.started:
+        time.sleep(0.01)
+    try:
+        number = listening.getsockname()[1]
+        if share:
+            yield _public_address(page, host, number, answered)
+        else:
+            name = "localhost" if answered.any_address else host
+            yield f"http://{f'[{name}]' if ':' in name else name}:{number}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=5)
+
+
+def _listen(host: str, port: int | None) -> socket.socket:
+    """A socket that listens at the port, or at the first free one."""
+    ports = range(7860, 7960) if port is None else [port]
+    for number in ports:
+        try:
+            return socket.create_server((host, number), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise UserError(f"host={host} port={number}: nothing can listen there, {error.strerror}") from None
+    raise UserError(
+        f"port={port or '7860 to 7959'}: it is taken, choose another" + " or leave the key out" * bool(port)
+    )
+
+
+def _public_address(page: gr.Blocks, host: str, port: int, answered: Gate) -> str:
+    """An address of Gradio's that leads here, and that is answered to."""
+    try:
+        address = setup_tunnel(host, port, page.share_token, None, None)
+    except Exception as error:
+        raise UserError(f"share=true: Gradio has no public address for it ({error}), leave the key out") from error
+    place = urlsplit(address)
+    answered.hosts.add(str(place.hostname))
+    return f"https://{place.netloc}"

@@ -22,7 +22,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no browser")
 
-from dcdit.explorer.page import Page, serve
+from dcdit.explorer.page import Page, serving
 from dcdit.explorer.studio import Studio
 
 PATIENCE = 60_000  # milliseconds; of a machine that does other things beside
@@ -33,8 +33,8 @@ def address():
     plan, settings, base = explore.check(compose_config("sampler.steps=8", "seed=3", name="explore"))
     studio = Studio(plan, base, [locate("digits", plan.runs)], settings.most_steps)
     blocks = Page(studio, "dcdit: digits").blocks(base)
-    yield serve(blocks, "127.0.0.1", None, share=False, browser=False, block=False)
-    blocks.close()
+    with serving(blocks, "127.0.0.1", None, share=False) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
