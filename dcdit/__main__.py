@@ -4,6 +4,8 @@ import os
 import runpy
 import sys
 
+from dcdit.runtime.terminal import install
+
 COMMANDS = {
     "train": "train or resume a run, or a sweep of runs",
     "sample": "samples of a few classes as pictures, and the router's boundaries",
@@ -22,6 +24,7 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the first word names; without one, list them."""
+    install()
     words = sys.argv[1:]
     name = words[0].replace("-", "_") if words else ""
     if name not in COMMANDS:

@@ -31,11 +31,10 @@ def run(config: DictConfig) -> list[Path]:
     from dcdit.checkpoints.locate import locate
 
     place = locate(plan.settings.checkpoint, plan.runs)
-    from rich.console import Console
-
     from dcdit.evaluation.measure import Deadline
     from dcdit.evaluation.points import Evaluation, remarks, table, take_times
     from dcdit.evaluation.search import search, write_log
+    from dcdit.runtime.display import Console
     from dcdit.sampling.setup import set_up_all
 
     deadline, (rank, world_size) = Deadline.in_hours(settings.max_hours), processes()

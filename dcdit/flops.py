@@ -60,11 +60,10 @@ def run(config: DictConfig) -> None:
     from dcdit.checkpoints.locate import locate
 
     place = locate(settings.checkpoint, config.paths.runs) if settings.checkpoint else None
-    from rich.console import Console
-
     from dcdit.compute.table import flops_table
     from dcdit.network import build_network
     from dcdit.runtime.devices import without_memory
+    from dcdit.runtime.display import Console
 
     spec, name = settings.model, settings.checkpoint
     if place is not None:

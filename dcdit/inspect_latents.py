@@ -57,12 +57,11 @@ def check(config: DictConfig) -> InspectSettings:
 def run(config: DictConfig) -> None:
     """Print a summary, check, and decode; :class:`UserError` if anything is corrupt."""
     settings = check(config)
-    from rich.console import Console
-
     from dcdit.data.autoencoder import load_decoder, network_latents
     from dcdit.data.inspection import channels_table, first_samples, latents_table, seen_statistics, verify
     from dcdit.data.storage import Location
     from dcdit.runtime.devices import pick_device
+    from dcdit.runtime.display import Console
     from dcdit.sampling.figures import save_grid
 
     place = Location(settings.directory, settings.cache, settings.cache_gb, settings.allow_pipe)

@@ -1,6 +1,7 @@
 """How far runs are: ``python -m dcdit.status runs``; live with ``--watch``. Reads their directories alone."""
 
 import shutil
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from typing import Annotated
 
 import hydra
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.live import Live
 
 from dcdit.checks import Bounds, NotEmpty, call_checked, checked
@@ -23,6 +23,8 @@ from dcdit.runs.progress import (
     size_on_disk,
 )
 from dcdit.runs.state import State
+from dcdit.runtime.display import Console
+from dcdit.runtime.terminal import lost
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 
 FLAGS = {"--watch": "watch=true"}
@@ -90,7 +92,7 @@ def watch(settings: StatusSettings, console: Console) -> dict[Path, RunProgress]
             free = shutil.disk_usage(next(iter(found), Path())).free
             now = time.strftime("%H:%M:%S") + ("" if goes_on or went_on else "   waiting for a run to go on")
             live.update(live_view(list(found.values()), sizes, free, now), refresh=True)
-            if went_on and not goes_on:
+            if (went_on and not goes_on) or lost(sys.stdout):
                 break
             went_on = goes_on
             time.sleep(settings.every)

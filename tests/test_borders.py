@@ -1,6 +1,7 @@
 """Who may import whom: rooms stand in storeys, and imports run one way."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ PACKAGE = Path(dcdit.__file__).parent
 STOREYS = (
     {"errors"},
     {"checks"},
-    {"settings", "runtime"},
+    {"runtime"},
+    {"settings"},
     {"network", "diffusion", "runs"},
     {"compute", "data"},
     {"checkpoints", "extraction"},
@@ -171,3 +173,11 @@ def test_what_an_import_loads(what, allowed):
     result = subprocess.run([sys.executable, "-c", f"import sys; {what}; {LOADED}"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert set(ast.literal_eval(result.stdout)) <= allowed
+
+
+def test_only_one_console_writes_to_terminals():
+    """Rich's own would let text of strangers steer them."""
+    found = [
+        path.name for path in PACKAGE.rglob("*.py") if re.search("rich.console import .*Console\\b", path.read_text())
+    ]
+    assert found == []

@@ -5,7 +5,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import track
 from rich.table import Table
@@ -18,6 +17,7 @@ from dcdit.data.shards import Layout, read_samples
 from dcdit.data.statistics import Sums, Tally
 from dcdit.data.storage import Location
 from dcdit.errors import UserError
+from dcdit.runtime.display import Console
 from dcdit.runtime.files import file_digest
 
 

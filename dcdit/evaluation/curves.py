@@ -1,7 +1,6 @@
 """Measurements put in order: which may stand in one plot, which are one curve, and which are the best."""
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +8,6 @@ from typing import Any
 from dcdit.evaluation.results import Result
 from dcdit.evaluation.settings import Figure, figures_of_metrics
 from dcdit.evaluation.words import budget_words, clip_words, reference_words, rounding_words, step_words, weak_words
-
-_SEED = re.compile(r"[-_/. ]*(seed)?[-_=. ]*$")
 
 
 @dataclass(frozen=True)
@@ -206,7 +203,9 @@ def _sections(results: Sequence[Result]) -> list[list[Result]]:
 
 def _name(runs: Sequence[str]) -> str:
     """What runs are called together: what their names begin with, without the seeds."""
-    return runs[0] if len(runs) == 1 else _SEED.sub("", _common_start(runs)) or runs[0]
+    if len(runs) == 1:
+        return runs[0]
+    return _common_start(runs).rstrip("-_=. ").removesuffix("seed").rstrip("-_/. ") or runs[0]
 
 
 def _common_start(names: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure as PlotFigure
 
+from dcdit.checks import visible
 from dcdit.evaluation.courses import LARGEST, Course, lines
 from dcdit.evaluation.curves import Section, arrange, best_words, pareto
 from dcdit.evaluation.plots import course_plot, keep_ratio, over_scale, trade_off
@@ -19,6 +20,11 @@ from dcdit.evaluation.words import differences_from_published
 from dcdit.runtime.files import replacing, writable_folder, write_csv, write_json, write_text
 
 _PLOT = re.compile(r"(\d+_)?(guidance|tflops|milliseconds|keep_ratio)\.png|training_\w+\.png")
+
+
+def _on_a_page(value: Any) -> Any:
+    """A value as a page shows it: bytes of names that are no text become escapes."""
+    return visible(value) if type(value) is str else value
 
 
 def _source(image: bytes) -> str:
@@ -162,7 +168,8 @@ def write_report(
                 "grids": list(grids(section)),
             }
         )
-    template = Environment(loader=PackageLoader("dcdit", "evaluation"), autoescape=True).get_template("report.html")
+    pages = Environment(loader=PackageLoader("dcdit", "evaluation"), autoescape=True, finalize=_on_a_page)
+    template = pages.get_template("report.html")
     runs = len({result.values["run"] for result in results})
     page = out / "report.html"
     went = training(courses, out) if courses else None

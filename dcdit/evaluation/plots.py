@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 
+from dcdit.checks import visible
 from dcdit.evaluation.courses import Line
 from dcdit.evaluation.curves import Section, Series, pareto
 from dcdit.evaluation.settings import Figure
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as PlotFigure
 
 _SIZE = (8.2, 4.6)
+_LONGEST_LABEL = 80
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -33,7 +35,13 @@ def _label(series: Series) -> str:
 
 
 def verbatim(text: str) -> str:
-    """A label as it stands: matplotlib would take dollars for formulas, and leave out what begins with "_"."""
+    """A label as it stands, on one line, its middle left out where it is too long to be laid out beside a plot.
+
+    matplotlib would take dollars for formulas, and leave out what begins with "_".
+    """
+    text = visible(text)
+    if len(text) > _LONGEST_LABEL:
+        text = f"{text[: _LONGEST_LABEL // 2]}…{text[-_LONGEST_LABEL // 2 + 1 :]}"
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 

@@ -12,7 +12,6 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue
 from rich import box
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -34,7 +33,7 @@ from dcdit.evaluation.words import (
     step_words,
     weak_words,
 )
-from dcdit.runtime.display import Display
+from dcdit.runtime.display import Console, Display
 from dcdit.sampling.setup import Sampling
 
 _REFERENCE_CHUNK = 500

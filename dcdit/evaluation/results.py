@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from dcdit.checks import Count, DropFraction, Natural, NonNegative, NotEmpty, OneOf, Seed, conform, shown
+from dcdit.checks import Count, DropFraction, Matches, Natural, NonNegative, NotEmpty, OneOf, Seed, conform, shown
 from dcdit.diffusion.settings import CacheThreshold, Steps
 from dcdit.errors import UserError
 from dcdit.evaluation.settings import METRICS, figures_of_metrics
@@ -126,10 +126,12 @@ _NAMES = "*_cfg*_drop*_*.json"
 
 _REMEDY = "evaluate again, or remove it"
 
+_Text = Annotated[str, Matches("(?s).{0,4096}", "a text of at most 4,096 characters")]
+
 _KEYS: dict[str, Any] = {
-    "run": str,
-    "checkpoint": str,
-    "network.title": str,
+    "run": _Text,
+    "checkpoint": _Text,
+    "network.title": _Text,
     "network.routes": bool,
     "parameters": Natural,
     "training": dict[str, Any],
@@ -138,22 +140,22 @@ _KEYS: dict[str, Any] = {
     "milliseconds_per_image": NonNegative,
     "timing.rounds": list[NonNegative],
     "timing.batch_size": Count,
-    "reference": str,
-    "device": str,
-    "plan.weights": str,
+    "reference": _Text,
+    "device": _Text,
+    "plan.weights": _Text,
     "plan.step": Natural | None,
-    "plan.precision": str,
+    "plan.precision": _Text,
     "plan.count": Count,
-    "plan.labels": str,
+    "plan.labels": _Text,
     "plan.seed": Seed,
     "plan.metrics": Annotated[list[Annotated[str, OneOf(METRICS)]], NotEmpty("it measures nothing")],
-    "plan.features.name": str,
-    "plan.features.weights": str | None,
-    "plan.features.resize": str,
-    "plan.rounding": str,
+    "plan.features.name": _Text,
+    "plan.features.weights": _Text | None,
+    "plan.features.resize": _Text,
+    "plan.rounding": _Text,
     "plan.reference.count": Natural,
     "plan.reference.published": list[Literal["features", "spatial"]],
-    "plan.sampler.name": str,
+    "plan.sampler.name": _Text,
     "plan.sampler.steps": Steps,
     "plan.sampler.cache": CacheThreshold,
     "plan.guidance.scale": float,
@@ -162,7 +164,7 @@ _KEYS: dict[str, Any] = {
     "plan.guidance.uncond_drop_fraction": DropFraction | None,
     "plan.guidance.drop_schedule": list[Any] | None,
     "plan.guidance.weak": Literal["uncond", "budget"],
-    "plan.guidance.weak_checkpoint": str | None,
+    "plan.guidance.weak_checkpoint": _Text | None,
     "plan.guidance.channels": Count,
 }
 """What a result must hold; it holds more, which is for people."""

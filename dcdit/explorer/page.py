@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from gradio.networking import setup_tunnel
 
-from dcdit.checks import Bounds, conform, shown
+from dcdit.checks import Bounds, conform, shown, visible
 from dcdit.errors import UserError
 from dcdit.explorer import view
 from dcdit.explorer.choice import Choice, Meet
@@ -155,7 +155,7 @@ class Page:
     """
 
     def __init__(self, studio: Studio, title: str) -> None:
-        self.studio, self.title = studio, title
+        self.studio, self.title = studio, visible(title)
         self._jobs: dict[str, Event] = {}  # of each browser, and whether it is to stop
 
     # ---- what happens ------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ class Page:
         drop = drop if studio.routes(number) else 0.0
         sampler_keys, most = base["sampler"], studio.most_steps
         with gr.Group():
-            choices = [(place.run, index) for index, place in enumerate(studio.places)]
+            choices = [(visible(place.run), index) for index, place in enumerate(studio.places)]
             checkpoint = gr.Radio(choices, value=number, label=f"{name}: checkpoint", visible=several)
             first = _slider(0, 0.95, drop, 0.05, f"{name}: drop fraction ρ", elem_id=f"drop_{name}")
         with gr.Accordion(f"{name}: more", open=False):
@@ -285,7 +285,7 @@ class Page:
             sampler = gr.Dropdown(samplers, value=studio.sampler(number), label="sampler")
             steps = _slider(2, most, min(most, sampler_keys["steps"]), 1, "steps", elem_id=f"steps_{name}")
 
-        def visible(what: Any) -> list[Any]:
+        def controls(what: Any) -> list[Any]:
             words = f"{name}: ρ in noise" if what == "schedule" else f"{name}: drop fraction ρ"
             asks = what in ("fraction", "tflops")
             return [
@@ -294,7 +294,7 @@ class Page:
                 gr.update(visible=asks),
             ]
 
-        meet.input(visible, meet, [first, last, fraction, tflops, by], **_SILENT)
+        meet.input(controls, meet, [first, last, fraction, tflops, by], **_SILENT)
         own_weak.input(lambda own: gr.update(visible=own is True), own_weak, weak, **_SILENT)
         return Side(checkpoint, meet, first, last, fraction, tflops, by, own_weak, weak, cache, sampler, steps, scale)
 
@@ -305,10 +305,11 @@ class Page:
             base: the plain values of the configuration, which the controls begin with.
         """
         studio = self.studio
-        names = [(name, number) for number, name in enumerate(studio.classes(0))]
+        names = [(visible(name), number) for number, name in enumerate(studio.classes(0))]
         routes = any(studio.routes(number) for number in range(len(studio.places)))
         with gr.Blocks(title=self.title, analytics_enabled=False, fill_width=True) as page:
-            gr.Markdown(f"# {self.title}\n\n{_ABOUT}")
+            gr.HTML(view.heading(self.title))
+            gr.Markdown(_ABOUT)
             known = gr.State((), time_to_live=3600)
             with gr.Row(elem_id="images"):
                 images = [gr.HTML(elem_id=f"image_{name}", min_height=120) for name in view.NAMES]

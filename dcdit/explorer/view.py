@@ -10,6 +10,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 
+from dcdit.checks import visible
 from dcdit.compute.table import flops_words
 from dcdit.explorer.studio import Painting, difference
 from dcdit.sampling.overlays import Pixels, enlarged, side_by_side
@@ -25,9 +26,12 @@ _NOTE = (
     " a time: a small network then takes about as long whatever is dropped, for it takes longer to begin each operation"
     " than to do it."
 )
-_fragments: Any = (
-    Environment(loader=PackageLoader("dcdit", "explorer"), autoescape=True).get_template("fragments.html").module
+_environment = Environment(
+    loader=PackageLoader("dcdit", "explorer"),
+    autoescape=True,
+    finalize=lambda value: visible(value) if type(value) is str else value,  # class names may be anything
 )
+_fragments: Any = _environment.get_template("fragments.html").module
 
 CSS = """
 figure.dcdit { margin: 0; } figure.dcdit img { width: 100%; image-rendering: pixelated; border-radius: 4px; }
@@ -179,6 +183,11 @@ def strip(pictures: Sequence[tuple[str, Pixels]]) -> str:
     row = _fragments.pictures([(png(picture), words) for words, picture in pictures], "The same seed by A's settings")
     link = (png(side_by_side(pictures)), "seven_budgets.png", "all in one PNG")
     return str(row + _fragments.downloads([link]))
+
+
+def heading(title: str) -> str:
+    """The first line of the page."""
+    return str(_fragments.heading(title))
 
 
 def message(words: str, problem: bool = True) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Group
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +15,9 @@ from dcdit.errors import UserError
 from dcdit.runs.history import history_of, sparkline
 from dcdit.runs.lock import is_held
 from dcdit.runs.state import QUEUED_NAME, STATE_NAME, RunState, State
+
+_LONGEST_REASON = 2000
+"""Characters; the file may hold anything."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def progress_of(run_dir: Path, name: str) -> RunProgress:
         (known.metrics if known else {}).get("train/diffusion_loss", last.get("train/diffusion_loss")),
         rate,
         left,
-        known.reason if known else "",
+        known.reason[:_LONGEST_REASON] if known else "",
         {**metrics, **(known.metrics if known else {})},
         history.values("train/diffusion_loss"),
         last.get("train/keep_ratio"),
@@ -119,10 +121,10 @@ def progress_table(found: Sequence[RunProgress]) -> Table:
     for heading in ("state", "step", "diffusion loss", "images/s", "left"):
         shown.add_column(heading, justify="right")
     for each in found:
-        state = f"[{each.state.colour}]{each.state.value}[/]"
+        state = Text(each.state.value, each.state.colour)
         loss = "-" if each.loss is None else f"{each.loss:.4g}"
         rate = "-" if each.rate is None else f"{each.rate:,.0f}"
-        shown.add_row(escape(each.name), state, each.steps, loss, rate, duration(each.seconds_left))
+        shown.add_row(each.name, state, each.steps, loss, rate, duration(each.seconds_left))
     return shown
 
 
@@ -165,7 +167,7 @@ def live_view(found: Sequence[RunProgress], sizes: Sequence[int], free: int, tim
         for _ in range(3):
             head.add_column(no_wrap=True, justify="right")
         bar = ProgressBar(max(1, each.max_steps), each.step, width=16)
-        head.add_row(f"[bold]{escape(each.name)}[/]", f"[{each.state.colour}]{each.state.value}[/]", each.steps, bar)
+        head.add_row(Text(each.name, "bold"), Text(each.state.value, each.state.colour), each.steps, bar)
         words = [
             "no loss yet" if each.loss is None else f"loss {each.loss:.4g} {sparkline(_logarithms(each.losses), 16)}"
         ]

@@ -8,13 +8,13 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dcdit.errors import UserError
 from dcdit.runs.progress import RunProgress, progress_of, runs_below
 from dcdit.runs.state import State
+from dcdit.runtime.display import Console
 from dcdit.runtime.files import write_csv
 
 SUMMARY = "summary.csv"
@@ -94,6 +94,6 @@ def sweep_table(found: Sequence[RunProgress]) -> Table:
         table.add_column(heading, justify="right")
     for each in found:
         values = [f"{each.metrics[name]:.4g}" if name in each.metrics else "-" for name in metrics]
-        state = f"[{each.state.colour}]{each.state.value}[/]"
-        table.add_row(escape(each.name), state, str(each.step), *values)
+        state = Text(each.state.value, each.state.colour)
+        table.add_row(each.name, state, str(each.step), *values)
     return table

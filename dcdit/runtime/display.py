@@ -5,12 +5,29 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich import console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
 from dcdit.errors import UserError
 from dcdit.runtime.files import UnwritableError
+from dcdit.runtime.terminal import visible_lines
+
+
+class Console(console.Console):
+    """Rich's console, but for text of anybody's: it cannot steer the terminal, and is neither markup nor emoji."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
+
+    def render(
+        self, renderable: console.RenderableType, options: console.ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """The segments of ``renderable``, control characters in their text as escapes."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible_lines(segment.text), segment.style)
 
 
 class Display:

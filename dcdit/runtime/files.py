@@ -123,9 +123,9 @@ def writable_folder(folder: Path, key: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text, all at once or not at all; UserError if that cannot be done."""
+    """Write a text, all at once or not at all, lone surrogates as escapes; UserError if that cannot be done."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, values: Any) -> None:

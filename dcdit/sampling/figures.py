@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dcdit.checks import visible
 from dcdit.data.autoencoder import Decoder
 from dcdit.diffusion.samplers import Step
 from dcdit.runtime.files import replacing
@@ -160,7 +161,7 @@ def save_boundaries(
             axes[3 * number + 2][column].set_xlabel(moment.boundaries.words, fontsize=8)
             if number == 0:
                 axes[0][column].set_title(f"t = {moment.timestep:.0f}", fontsize=9)
-        axes[3 * number][0].set_ylabel(f"{words}: x_t", fontsize=9, parse_math=False)
+        axes[3 * number][0].set_ylabel(f"{visible(words)}: x_t", fontsize=9, parse_math=False)
         axes[3 * number + 1][0].set_ylabel("x_0 predicted", fontsize=8)
         axes[3 * number + 2][0].set_ylabel("boundary p", fontsize=8)
     for axis in axes.flat:
@@ -171,7 +172,7 @@ def save_boundaries(
         for colour, label in ((KEPT, "kept"), (DROPPED, "kept by the router, dropped by the tail drop"))
     ]
     figure.legend(handles=marks, loc="outside lower left", ncols=2, fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=9, parse_math=False)
+    figure.suptitle(visible(title), fontsize=9, parse_math=False)
     shades = ScalarMappable(Normalize(0, 1), PROBABILITY)
     figure.colorbar(shades, ax=axes, fraction=0.03, aspect=40, label="boundary probability")
     with replacing(path) as file:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from dcdit.checks import visible
 from dcdit.runtime.files import replacing
 
 Pixels = NDArray[np.uint8]
@@ -108,10 +109,10 @@ def side_by_side(panels: Sequence[tuple[str, Pixels]], title: str = "", least: i
     canvas = Image.new("RGB", (width, top + max(picture.shape[0] for picture in pictures) + gap), "white")
     draw = ImageDraw.Draw(canvas)
     for number, words in enumerate(lines):
-        draw.text((gap, gap // 2 + number * line), words, "black", _font(_SIZE))
+        draw.text((gap, gap // 2 + number * line), visible(words), "black", _font(_SIZE))
     left = gap
     for (words, _), picture in zip(panels, pictures, strict=True):
-        draw.text((left, top - line), words, "#333333", _font(_SIZE))
+        draw.text((left, top - line), visible(words), "#333333", _font(_SIZE))
         canvas.paste(Image.fromarray(picture), (left, top))
         left += picture.shape[1] + gap
     return np.asarray(canvas)

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from dcdit.compute.table import flops_words
 from dcdit.diffusion.samplers import Step
 from dcdit.errors import UserError
+from dcdit.runtime.display import Console
 from dcdit.runtime.files import replacing, writable_folder
 from dcdit.sampling.figures import Moment, Recorder, decoded, panels, save_boundaries, save_grid
 from dcdit.sampling.overlays import Pixels, enlarged, save_animation, side_by_side

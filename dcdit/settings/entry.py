@@ -24,6 +24,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from dcdit.checks import check_credentials, suggestion
 from dcdit.errors import TrainingError, UserError
+from dcdit.runtime import terminal
 from dcdit.settings.help import show_help
 from dcdit.settings.published import CONFIG_DIR
 
@@ -169,8 +170,6 @@ def answer(run: Callable[[], Any]) -> None:
     """Call ``run``; what a user did wrong becomes one message on stderr and exit status 2."""
     try:
         run()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
@@ -180,10 +179,15 @@ def answer(run: Callable[[], Any]) -> None:
             raise
         show(message)
         sys.exit(USER_ERROR_STATUS)
+    loss = terminal.lost(sys.stdout)
+    if loss is not None and not terminal.nobody_reads(loss):
+        show(f"stdout: {loss}. The command is done, but not all that it said is there")
+        sys.exit(USER_ERROR_STATUS)
 
 
 def prepare() -> None:
     """What holds in every process that runs a command or a part of one: known resolvers, plain messages."""
+    terminal.install()
     register_resolvers()
     log = logging.getLogger("dcdit")
     if not log.handlers:
@@ -235,9 +239,10 @@ def _origin(error: BaseException) -> str:
 
 def show(message: str) -> None:
     """Print ``message`` in a red box on stderr."""
-    from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
+
+    from dcdit.runtime.display import Console
 
     Console(stderr=True).print(Panel(Text(message.strip()), title="dcdit", border_style="red"))
 

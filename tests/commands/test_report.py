@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from support.commands import typed
 from support.configs import PLAIN_DIT, compose_config
 
 from dcdit import evaluate, report
+from dcdit.checks import visible
 from dcdit.errors import UserError
 from dcdit.evaluation.courses import courses_below, lines
 from dcdit.evaluation.curves import arrange, best_words, pareto
@@ -85,6 +87,23 @@ def test_what_was_measured_again_counts_once(runs, tmp_path):
     before, after = (read_results(places)[0] for places in ([str(runs)], [str(runs), str(tmp_path)]))
     assert len(after) == len(before)
     assert [each.values["metrics"]["fid"] for each in after].count(-1.0) == 1  # the newer one
+
+
+@pytest.mark.parametrize("name", ["x" * 4000, "-" * 4000, "$" * 250, "\ud800\x1b[2J", "%s_"])
+def test_a_run_may_have_any_name(runs, tmp_path, name):
+    """Two seeds of one, and it does not take longer."""
+    for number, file in enumerate(sorted((runs / "small_sweep").rglob("evaluation/*_drop0_*.json"))):
+        values = json.loads(file.read_text())
+        values["run"] = f"{name}{number}"
+        written_result(values, tmp_path / "in" / "evaluation" / f"{number}.json")
+    begin = time.monotonic()
+    page = written(tmp_path / "in", tmp_path / "out")
+    assert time.monotonic() - begin < 20
+    assert visible(name).strip("-_") in page.read_text()
+    values["run"] = "x" * 5000
+    written_result(values, tmp_path / "long.json")
+    with pytest.raises(UserError, match=r"run=.* is not a text of at most 4,096 characters"):
+        read_results([str(tmp_path / "long.json")])
 
 
 def changed(runs, to, **plan):

@@ -186,7 +186,7 @@ def test_bodies_that_no_page_sends(ask, body):
 STRANGE = ["x", "\ud800\x1b[2J", -1, 2.5, 1e300, float("inf"), 10**400, "1" * 10_000, True, None]
 
 
-@pytest.mark.parametrize("name", ["update", "strip", "moments", "animate", "_next_seed", "visible", "<lambda>"])
+@pytest.mark.parametrize("name", ["update", "strip", "moments", "animate", "_next_seed", "controls", "<lambda>"])
 def test_strange_values_are_told_on_the_page(ask, blocks, name):
     """In each control alone, and no trace in the log."""
     begin, inputs = values(blocks, name), blocks.fns[number_of(blocks, name)].inputs
@@ -200,6 +200,23 @@ def test_strange_values_are_told_on_the_page(ask, blocks, name):
             text = ask("GET", "/gradio_api/queue/data", params={"session_hash": "abc"}).text
             done = next(json.loads(line[6:]) for line in text.splitlines() if "process_completed" in line)
             assert done["success"], (inputs[number].label, strange, done)
+
+
+def test_names_of_strangers(blocks, monkeypatch):
+    """Of classes and of runs: the page is there, shows them, and does not obey them."""
+    page = blocks.fns[number_of(blocks, "update")].fn.__self__
+    hostile = "\ud800\x1b[2J\u202e<img src=x onerror=alert(1)>![a](http://192.0.2.1/)"
+    monkeypatch.setattr(page.studio, "classes", lambda side: [hostile] * 10)
+    other = Page(page.studio, hostile).blocks(explore.check(compose_config("sampler.steps=2", name="explore"))[2])
+    with serving(other, "127.0.0.1", None, share=False) as address, httpx.Client(trust_env=False) as client:
+        text = client.get(address).text
+        body = request_of(other, "update", *values(other, "update"))
+        assert client.post(address + JOIN, json=body).status_code == 200
+        said = client.get(f"{address}/gradio_api/queue/data?session_hash=abc", timeout=60).text
+    assert r"\ud800\x1b[2J\u202e&lt;img" in said.replace("\\\\", "\\")
+    assert "Done." in said
+    for each in (text, said):
+        assert not any(letter in each for letter in "\x1b\u202e")
 
 
 def test_where_nothing_can_listen(blocks, address):

@@ -5,8 +5,10 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
+from rich import get_console
 
 from dcdit.checks import Count, checked
+from dcdit.runtime.display import Console
 
 
 @checked
@@ -21,6 +23,7 @@ class ProgressBar(RichProgressBar):
 
     def __init__(self, refresh_rate: Count) -> None:
         super().__init__(refresh_rate=refresh_rate)
+        get_console().__class__ = Console  # the one that Lightning shows its bar on, and what is printed beside it
         self._shown: dict[str, Any] = {}
 
     @property
