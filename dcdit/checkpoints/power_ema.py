@@ -6,6 +6,7 @@ and copies of these on the way, the snapshots; any other length is the combinati
 closest.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dcdit.checkpoints.settings import Length
-from dcdit.checks import Natural, conform
+from dcdit.checks import Digest, Natural, conform
 from dcdit.errors import UserError
 from dcdit.network.pretrained import check_shapes, read_tensors, shapes_of
-from dcdit.runtime.files import replacing
+from dcdit.runtime.files import file_digest, replacing
 
 FOLDER, STATE = "averages", "PowerEMA"
 """Of the snapshots in a run's directory, and of the averages among the callbacks in a checkpoint."""
@@ -85,19 +86,21 @@ def snapshot_name(step: int) -> str:
 def snapshots_in(folder: Path) -> dict[int, Path]:
     """The snapshots in a folder by optimiser step."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {int(found[1]): path for path in files if (found := _NAME.fullmatch(path.name))}
+    return {int(found[1]): path for path in files if (found := _NAME.fullmatch(path.name)) and path.is_file()}
 
 
-def write_snapshot(path: Path, averages: Mapping[float, Mapping[str, Tensor]]) -> None:
-    """Write averages by length; UserError if the disk does not take them."""
+def write_snapshot(path: Path, averages: Mapping[float, Mapping[str, Tensor]]) -> str:
+    """Write averages by length; returns the digest of the file. UserError if the disk does not take them."""
     tensors = {
         f"{length:g}/{name}": tensor.cpu().contiguous()
         for length, state in averages.items()
         for name, tensor in state.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = save(tensors)
     with replacing(path) as file:
-        file.write(save(tensors))
+        file.write(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,13 @@ class PowerAverages:
         step: optimiser steps of the checkpoint.
         tracked: averages at that step, by relative length: parameters by name.
         folder: of the snapshots before it.
+        digests: of the files of these snapshots, by step. A file that the checkpoint does not know is not used.
     """
 
     step: int
     tracked: Mapping[float, Mapping[str, Tensor]]
     folder: Path
+    digests: Mapping[int, str]
 
     @classmethod
     def of_checkpoint(cls, values: Mapping[str, Any], step: int, folder: Path) -> "PowerAverages | None":
@@ -128,11 +133,18 @@ class PowerAverages:
         averages = conform("averages", kept.get("averages"), dict[str, dict[str, Tensor]])
         if conform("step", kept.get("step"), Natural) != step:
             raise UserError(f"{STATE}.step is {kept['step']}, the checkpoint's {step}")
-        return cls(step, {conform("averages", length, Length): each for length, each in averages.items()}, folder)
+        digests = conform("snapshots", kept.get("snapshots"), dict[str, Digest])
+        return cls(
+            step,
+            {conform("averages", length, Length): each for length, each in averages.items()},
+            folder,
+            {conform("snapshots", number, Natural): digest for number, digest in digests.items()},
+        )
 
     def _snapshots(self) -> dict[int, Path]:
-        """Those before the checkpoint; later ones are of steps that it does not know."""
-        return {step: path for step, path in snapshots_in(self.folder).items() if 0 < step < self.step}
+        """Those before the checkpoint that it knows; later ones are of steps that it does not know."""
+        files = snapshots_in(self.folder).items()
+        return {step: path for step, path in files if step in self.digests and 0 < step < self.step}
 
     def _known(self) -> list[tuple[int, float]]:
         """Step and length of each average that there is."""
@@ -149,21 +161,26 @@ class PowerAverages:
         """The average of another relative length at the same step: parameters by name, float32.
 
         Raises:
-            UserError: if a snapshot is damaged, or of another network.
+            UserError: if a snapshot is damaged, of another step or of another network.
         """
         known, snapshots = self._known(), self._snapshots()
         weights = dict(zip(known, coefficients(known, self.step, length)[0], strict=True))
         shapes = shapes_of(next(iter(self.tracked.values())))
         total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
         for step in (self.step, *snapshots):
-            averages = self.tracked if step == self.step else self._read(snapshots[step], shapes)
+            averages = self.tracked if step == self.step else self._read(snapshots[step], step, shapes)
             for each, state in averages.items():
                 for name, tensor in state.items():
                     total[name].add_(tensor.double(), alpha=float(weights[step, each]))
         return {name: tensor.float() for name, tensor in total.items()}
 
-    def _read(self, path: Path, shapes: Mapping[str, torch.Size]) -> dict[float, dict[str, Tensor]]:
-        """A snapshot, of this network and these lengths."""
+    def _read(self, path: Path, step: int, shapes: Mapping[str, torch.Size]) -> dict[float, dict[str, Tensor]]:
+        """A snapshot, as it was written at ``step``, of this network and these lengths."""
+        if file_digest(path) != self.digests[step]:
+            raise UserError(
+                f"{path} is damaged, or not the snapshot that this run wrote at step {step}: its digest is not the one"
+                " in the checkpoint. Restore it, or remove it: others may be enough"
+            )
         content = read_tensors(path)
         found: dict[float, dict[str, Tensor]] = {}
         for length in self.tracked:

@@ -89,12 +89,12 @@ class Change:
 
 
 def kind_of(key: str) -> Kind:
-    """The kind of a configuration value; KeyError if the table has forgotten it."""
+    """The kind of a configuration value; UserError if there is no such key."""
     place = key
     while place not in KINDS:
         place, dot, _ = place.rpartition(".")
         if not dot:
-            raise KeyError(key)
+            raise UserError(f"settings: the run was recorded with {shown(key)}, which no configuration has")
     return KINDS[place]
 
 

@@ -1,6 +1,7 @@
 """What a run logged, from its CSV files: the whole course, or the last value of everything."""
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -8,6 +9,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+
+from dcdit.errors import UserError
+from dcdit.runtime.files import open_regular
+
+_LARGEST = 1 << 30
+"""Bytes of a file of metrics: a million logged steps have a quarter of that."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ def history_of(run_dir: Path) -> History:
     courses: dict[str, dict[int, float]] = {}
     last: dict[str, float] = {}
     for path in files:
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):  # a RuntimeError for links in a circle
             status = path.stat()
             for key, rows in _read(path, status.st_mtime_ns, status.st_size).items():
                 courses.setdefault(key, {}).update(rows)
@@ -47,7 +54,10 @@ def history_of(run_dir: Path) -> History:
 def _read(path: Path, _time: int, _size: int) -> Mapping[str, Mapping[int, float]]:
     """The numbers of one file by column and step; read anew when its time or size is another."""
     found: dict[str, dict[int, float]] = {}
-    with suppress(OSError, UnicodeDecodeError, csv.Error), path.open(newline="") as file:
+    with (
+        suppress(OSError, UserError, UnicodeDecodeError, csv.Error),
+        io.TextIOWrapper(open_regular(path, _LARGEST), "utf-8", newline="") as file,
+    ):
         for row in csv.DictReader(file):
             step = _number(row.get("step"))
             for key, value in row.items():

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from dcdit.errors import UserError
 from dcdit.runs.state import RunState
+from dcdit.runtime.files import open_regular
 
 LOCK = ".running.lock"
 
@@ -43,6 +44,8 @@ def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]
             f"run_dir={os.path.relpath(run_dir)}: another process{where} is training there; wait for it, or start this"
             " one with another run_name=..."
         ) from None
+    except OSError as error:
+        raise UserError(f"{run_dir / LOCK} cannot be locked ({error.strerror}): remove it") from error
     except NotImplementedError:
         pass  # a file system without locks, where nobody can tell; to release below does nothing then
     try:
@@ -54,15 +57,10 @@ def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]
 def is_held(run_dir: Path) -> bool:
     """Whether a process trains in ``run_dir`` right now. Reads only: the directory may be somebody else's."""
     try:
-        descriptor = os.open(run_dir / LOCK, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
+        with open_regular(run_dir / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # a file system without locks, where nobody can tell
+    except (OSError, UserError):  # no lock, or a file system without locks, where nobody can tell
         return False
-    finally:
-        os.close(descriptor)
+    return False

@@ -27,8 +27,8 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
     """The checkpoints in a folder by optimiser step, newest first; without ``last.ckpt``, the newest of them."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    steps = {int(found[1]): folder / name for name in names if (found := STEP_NAME.fullmatch(name))}
+    files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    steps = {int(found[1]): path for path in files if (found := STEP_NAME.fullmatch(path.name))}
     return dict(sorted(steps.items(), reverse=True))
 
 

@@ -28,8 +28,10 @@ TOUCHES = {
 """Parameters that start anew, if they do not fit, where something is adapted, by the beginning of their names."""
 
 _UNNAMED = "the file does not name its classes: label i here is taken for label i there"
-_SAME = ("heads", "groups", "position_patch", "freq_shift", "patch", "router")
-"""Of a network's description what no shape tells, and what must be equal nevertheless."""
+_SAME = {"router": "router", "smoothing_sigma": "grid"} | dict.fromkeys(
+    ("heads", "groups", "position_patch", "freq_shift", "patch"), ""
+)
+"""What no shape tells of a network, and must be equal unless the named thing is adapted."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,10 @@ def _check_process(key: str, found: Weights, process: Process, start: Start) -> 
     """Raise where a teacher's hidden states would be of other noise; say it where weights are of another process."""
     before, now = found.process.settings.name, process.settings.name
     if before == now:
+        there, here = found.process.spec, process.spec
+        others = [f"diffusion.{name}={shown(there[name])}" for name in here if there[name] != here[name]]
+        if others:
+            say(f"{key} was trained with {', '.join(others)}")
         return
     if start.distillation is not None:
         raise UserError(
@@ -241,9 +247,9 @@ def _check_network(key: str, found: Weights, network: Network, adapt: Sequence[s
         raise UserError(f"{key} holds model.name={found.model['name']}, model.name={own['name']} is trained{hint}")
     with without_memory():
         theirs = build_network(found.model).spec
-    for name in _SAME:
-        if own.get(name) != theirs.get(name) and name not in adapt:
-            remedy = ", or add init.adapt=[router]" if name == "router" else ""
+    for name, adapted in _SAME.items():
+        if own.get(name) != theirs.get(name) and adapted not in adapt:
+            remedy = f", or add init.adapt=[{adapted}]" if adapted else ""
             raise UserError(
                 f"model.{name}={shown(own.get(name))}: {key} was trained with {shown(theirs.get(name))}, set"
                 f" model.{name}={shown(theirs.get(name))}{remedy}"

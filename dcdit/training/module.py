@@ -27,6 +27,12 @@ _ALL_RANKS = 2**32 - 1
 """Stands for a rank in the seed of what all ranks sample alike."""
 
 
+_REPAIR = (
+    "The newest checkpoint is from before. Look at the latents (python -m dcdit.inspect_latents), lower optimizer.lr,"
+    " or use trainer.precision=32-true, and resume with ckpt_path=last; without a checkpoint, leave ckpt_path out"
+)
+
+
 @dataclass(frozen=True)
 class Noisy:
     """A batch on its way to noise.
@@ -245,19 +251,33 @@ class DCDiTModule(pl.LightningModule):
         """Stop with a clear error after too many skipped steps in a row; looked at only when metrics are logged."""
         due = max(1, min(logging_interval(self.trainer), self.nonfinite_limit))
         if self.trainer.global_step % due == 0 and self.skipped[1] >= self.nonfinite_limit:
+            limit = f" (limit nonfinite_limit={self.nonfinite_limit})"
+            raise TrainingError(f"{self.ailment}{limit}, at step {self.trainer.global_step}: {_REPAIR}")
+
+    def on_train_epoch_end(self) -> None:
+        """Raise :class:`TrainingError` if the last step left nothing to go on from: such a run is not finished."""
+        if self.ailment:
             raise TrainingError(
-                f"{int(self.skipped[1])} steps in a row had non-finite gradients (limit nonfinite_limit="
-                f"{self.nonfinite_limit}, at step {self.trainer.global_step}). The weights are those of the last finite"
-                " step. Lower optimizer.lr, or use trainer.precision=32-true, and resume with ckpt_path=last"
+                f"{self.ailment}, at step {self.trainer.global_step}: the run is not finished. {_REPAIR}"
             )
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     @property
-    def healthy(self) -> bool:
-        """Whether the last step was finite, and the weights are."""
-        weights = torch.stack([parameter.detach().float().norm() for parameter in self.parameters()])
-        return not bool(self.skipped[1]) and bool(weights.isfinite().all())
+    def ailment(self) -> str:
+        """Why a checkpoint of this moment could not be gone on from; empty if it could. Reads from the device."""
+        kept: dict[str, list[Tensor]] = {"weights": list(self.parameters()), "averages of the weights": []}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+            kept["averages of the weights"] += getattr(callback, "average_tensors", list)()
+        for optimizer in self.trainer.optimizers:
+            kept["moments of the optimizer"] = [each for state in optimizer.state.values() for each in state.values()]
+        for name, tensors in kept.items():
+            # The norm of the largest element alone: sums of squares overflow where no element does.
+            largest = [torch.linalg.vector_norm(each.detach().float(), torch.inf) for each in tensors]
+            if largest and not bool(torch.stack([each.to(self.device) for each in largest]).isfinite().all()):
+                return f"The {name} are not finite"
+        in_a_row = int(self.skipped[1])
+        return f"None of the last {in_a_row} steps had finite gradients" if in_a_row else ""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the count of skipped steps, and what is trained with."""

@@ -20,8 +20,11 @@ from dcdit.checkpoints.read import DamagedError
 from dcdit.checks import conform, shown
 from dcdit.data.datamodule import StreamState
 from dcdit.data.manifest import Manifest
+from dcdit.diffusion.process import Process
 from dcdit.errors import UserError
-from dcdit.network import Network
+from dcdit.network import Network, build_network
+from dcdit.runs.resume import STEP_NAME
+from dcdit.runtime.devices import without_memory
 from dcdit.runtime.processes import say
 
 
@@ -76,6 +79,9 @@ def open_first_whole(paths: Sequence[Path]) -> Resumed | None:
 def _open(path: Path) -> Resumed:
     trained = read_trained(path)
     values = trained.values
+    name = STEP_NAME.fullmatch(path.name)
+    if name and int(name[1]) != trained.step:
+        raise DamagedError(f"checkpoint {path} holds step {trained.step}: it is not the one that its name says")
     try:
         settings = conform("settings", values["settings"], dict[str, Any])
         position = conform("LatentDataModule", values["LatentDataModule"], StreamState)
@@ -91,17 +97,31 @@ def _open(path: Path) -> Resumed:
     return Resumed(path, trained, settings, position)
 
 
-def check_resumed(resumed: Resumed, network: Network, manifest: Manifest) -> None:
+def check_resumed(resumed: Resumed, network: Network, process: Process, manifest: Manifest) -> None:
     """See that a run can go on from a checkpoint.
 
     Args:
         resumed: the checkpoint.
         network: that is trained.
+        process: that it is trained for.
         manifest: of the shards.
 
     Raises:
-        UserError: with both values, if the latents or the shards differ, or the checkpoint contradicts itself.
+        UserError: with both values, if network, process, latents or shards differ, or if it contradicts itself.
     """
+    # Beside the recorded settings: these are what the weights are used with.
+    with without_memory():
+        networks = build_network(resumed.trained.model).spec, network.spec
+    for section, (there, here) in {
+        "model": networks,
+        "diffusion": (resumed.trained.process.spec, process.spec),
+    }.items():
+        for key in {**here, **there}:
+            if there.get(key) != here.get(key):
+                raise UserError(
+                    f"{section}.{key}={shown(here.get(key))}: ckpt_path={resumed.path} was trained with"
+                    f" {shown(there.get(key))}. Set {section}.{key}={shown(there.get(key))}, or start another run"
+                )
     difference = resumed.trained.latents.difference(manifest.spec)
     if difference:
         raise UserError(

@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from dcdit.data.datamodule import LatentDataModule
 from dcdit.data.manifest import Manifest
-from dcdit.errors import TrainingError, UserError
+from dcdit.errors import UserError
 from dcdit.network.blocks import set_execution
 from dcdit.runs.changes import changes, remarks
 from dcdit.runs.lock import sole_writer
-from dcdit.runs.resume import find_checkpoints, is_finished, leave_queue, note, started
+from dcdit.runs.resume import LAST, find_checkpoints, is_finished, leave_queue, note, started
 from dcdit.runs.state import Outcome, RunState, State
 from dcdit.runtime.files import write_json, write_text
 from dcdit.runtime.memory import keep_freed_memory
@@ -58,7 +58,8 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         # 2. Look for an earlier part of the run. Nothing of it is written to before all is known to fit.
         before, paths = RunState.read(run_dir), find_checkpoints(plan.run.ckpt_path, run_dir)
         by_itself = plan.run.ckpt_path == "auto"
-        if paths and before and is_finished(before, plan.trainer.max_steps):
+        anew = paths and plan.run.ckpt_path not in ("auto", "last") and paths[0].name != LAST  # an earlier step, named
+        if paths and before and is_finished(before, plan.trainer.max_steps) and not anew:
             changes(before.settings, settings, before.step, by_itself)
             leave_queue(None, run_dir)
             where = f"{os.path.relpath(run_dir)} is finished, at step {before.step}"
@@ -95,7 +96,7 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         begin(module, begun, resumed)
         interrupt = StopOnInterrupt()
         if resumed:
-            check_resumed(resumed, module.network, manifest)
+            check_resumed(resumed, module.network, module.process, manifest)
         trainer = build_trainer(plan, config, interrupt, resumed.trained.values if resumed else None)
         path, resumed = resumed.path if resumed else None, None  # Lightning gives its memory back
         # 5. Write down what is trained.
@@ -113,7 +114,6 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
             trainer.fit(module, data, ckpt_path=path)
         finally:
             end_curves()
-        check_trained(module, trainer.global_step)
         # 7. Write down how it ended.
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         outcome = Outcome(interrupt.outcome(trainer), trainer.global_step, metrics)
@@ -150,18 +150,6 @@ def save_start(start: Start, run_dir: Path) -> None:
     if not rank():
         names = {key: list(getattr(start, key)) for key in ("loaded", "new", "left", "frozen")}
         write_json(run_dir / "init.json", {**start.record, **names})
-
-
-def check_trained(module: DCDiTModule, step: int) -> None:
-    """Raise :class:`TrainingError` if the last steps, or all, were skipped: such a run is not finished."""
-    total, in_a_row = (int(count) for count in module.skipped)
-    if in_a_row:
-        which = "none of the steps" if total >= step else f"none of the last {in_a_row} steps"
-        raise TrainingError(
-            f"{which} up to step {step} had finite gradients: the run is not finished. The newest checkpoint is from"
-            " before. Look at the latents (python -m dcdit.inspect_latents), lower optimizer.lr, or use"
-            " trainer.precision=32-true, and resume with ckpt_path=last"
-        )
 
 
 def open_data(plan: TrainPlan) -> tuple[LatentDataModule, Manifest]:
@@ -215,7 +203,7 @@ def words(module: DCDiTModule, plan: TrainPlan, world_size: int, began: int) -> 
 
 def next_words(outcome: Outcome, run_dir: Path, inside_job: bool) -> str:
     """How it ended, and what to do next."""
-    last = run_dir / "checkpoints" / "last.ckpt"
+    last = run_dir / "checkpoints" / LAST
     word = shlex.quote(f"checkpoint={os.path.relpath(run_dir)}")
     if outcome.state is State.INTERRUPTED:
         resume = "" if inside_job else " Resume: the same command with ckpt_path=last"

@@ -1,11 +1,15 @@
 """Averages whose length is chosen after training: exact against averages that are tracked, and resumed bit for bit."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.configs import compose_config
+from support.damage import damaged
 
 from dcdit import ema, sample
 from dcdit.checkpoints.load import load_model, read_trained
@@ -146,18 +150,26 @@ def test_a_run_that_goes_on_keeps_the_same_averages(tiny):
         tiny("parts", "trainer.max_steps=12", "ckpt_path=last", constant, "callbacks.power_ema.lengths=[0.1]")
 
 
-def test_snapshots_that_are_damaged_or_of_another_network(tiny):
+def test_snapshots_that_are_not_as_they_were_written(tiny):
+    """Damaged, of another step, of another network, or no file; one that this run did not write is not used."""
     run = tiny("run", "trainer.max_steps=6", *KEPT)
     path = run / "averages" / "step_00000004.safetensors"
     content = path.read_bytes()
-    path.write_bytes(content[:200])
-    with pytest.raises(UserError, match=r"step_00000004.safetensors is damaged"):
-        load_model(run, "ema@0.07")
+    other = path.with_name("step_00000002.safetensors")
+    whole = load_model(run, "ema@0.07").digest
+    for changed in (content[:200], damaged(content, ("flip", 0.99, 3)), content + b"0", other.read_bytes()):
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match=r"step_00000004.safetensors is damaged, or not .* at step 4.* remove it"):
+            load_model(run, "ema@0.07")
     write_snapshot(path, {0.05: {"x": torch.zeros(1)}, 0.1: {"x": torch.zeros(1)}})
-    with pytest.raises(UserError, match=r"step_00000004.safetensors, length 0.05: parameter .* remove it"):
+    with pytest.raises(UserError, match=r"not the snapshot that this run wrote at step 4"):
         load_model(run, "ema@0.07")
+    path.write_bytes(content)
+    shutil.copy(path, path.with_name("step_00000005.safetensors"))
+    assert load_model(run, "ema@0.07").digest == whole
     path.unlink()
-    load_model(run, "ema@0.07")
+    os.mkfifo(path)
+    assert load_model(run, "ema@0.07").digest != whole  # of fewer averages
 
 
 def test_averages_that_lack_a_parameter_are_refused(tiny):

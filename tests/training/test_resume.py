@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.configs import TINY, compose_config, plan_of
+from support.damage import rewrite
 from support.processes import Command
 from support.runs import differences, load, logged, start, wait_for
 
+from dcdit.checks import shown
 from dcdit.errors import TrainingError, UserError
 from dcdit.runs.changes import KINDS, Kind, kind_of, leaves
 from dcdit.runs.progress import progress_of
@@ -20,7 +22,7 @@ from dcdit.runs.state import RunState, State
 from dcdit.runtime.signals import STOP_SIGNALS, interrupt, shielded
 from dcdit.settings.entry import plain
 from dcdit.settings.help import choices
-from dcdit.training.callbacks import Checkpoint, LossWatch, StopOnInterrupt
+from dcdit.training.callbacks import EMA, Checkpoint, LossWatch, StopOnInterrupt
 from dcdit.training.module import DCDiTModule
 from dcdit.training.run import train
 
@@ -36,7 +38,7 @@ def test_every_key_has_a_kind():
         for choice in choices(group):
             for key, _ in leaves(plain(compose_config(f"{group}={choice}"), without="hydra")):
                 kind_of(key)
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match=r"recorded with 'surprise\.x', which no configuration has"):
         kind_of("surprise.x")
 
 
@@ -374,3 +376,107 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_record(tiny
 def test_a_name_of_a_run_is_no_way_out_of_the_runs(name):
     with pytest.raises(UserError, match="run_name="):
         plan_of("experiment=digits", f"run_name='{name}'")
+
+
+# ---- what is wrong in silence --------------------------------------------------------------------------------------
+
+
+EVERY_OTHER = ("callbacks.checkpoint.every_n_steps=2", "callbacks.checkpoint.keep=null")
+
+
+def names_in(run: Path) -> set[str]:
+    return {path.name for path in (run / "checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize("spoilt", ["weights", "average"])
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_run_whose_last_step_ruins_it_is_not_finished_and_can_be_repaired(tiny, monkeypatch, spoilt, first):
+    """Weights after a step of infinite length; or the average alone."""
+    run = tiny.folder / "run"
+    if first:
+        tiny("run", f"trainer.max_steps={first}")
+    go_on = ("ckpt_path=last",) * bool(first)
+    ruin = ("optimizer.lr=1e39", "optimizer.lr_warmup_steps=0")
+    with monkeypatch.context() as patch:
+        if spoilt == "average":
+            ruin = ()
+            patch.setattr(EMA, "average_tensors", lambda self: [torch.tensor([1.0, torch.inf])])
+        with pytest.raises(TrainingError, match=r"The (weights|averages of the weights) are not finite, at step"):
+            tiny("run", *go_on, *ruin, f"trainer.max_steps={first + 1}")
+    assert names_in(run) == {"last.ckpt", "step_00000003.ckpt"} if first else not (run / "checkpoints").exists()
+    assert RunState.read(run).state is not State.FINISHED
+    tiny("run", *go_on, f"trainer.max_steps={first + 1}")
+    assert RunState.read(run).state is State.FINISHED
+
+
+def other_than(key: str, value):
+    """A checkpoint whose network or process is another than its recorded settings say, of the same shapes."""
+
+    def change(values: dict) -> None:
+        section, name = key.split(".")
+        values["hyper_parameters"][section][name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.heads", 4),
+        ("model.smoothing_sigma", 2.0),
+        ("model.smoothing_sigma", None),
+        ("model.freq_shift", 1),
+        ("model.groups", 2),
+        ("model.grid", 12),
+        ("model.label_dropout", 0.5),
+        ("diffusion.weighting", "min_snr"),
+        ("diffusion.name", "flow"),
+    ],
+)
+def test_what_a_checkpoint_says_of_network_and_process_is_compared(trained_run, digits, key, value):
+    rewrite(trained_run / "checkpoints" / "last.ckpt", other_than(key, value))
+    before = content(trained_run)
+    words = (f"ckpt_path={trained_run}/checkpoints/last.ckpt", "trainer.max_steps=5")
+    with pytest.raises(UserError, match=rf"{key}=\S+ ckpt_path=\S+ was trained with {shown(value)}"):
+        train(compose_config(*TINY, f"data.directory={digits}", *words), trained_run)
+    assert content(trained_run) == before
+
+
+@pytest.mark.parametrize("key", ["surprise", "surprise.x", "model.surprise", ""])
+def test_recorded_settings_that_no_configuration_has_are_told(trained_run, digits, key):
+    rewrite(trained_run / "checkpoints" / "last.ckpt", lambda values: values["settings"].update({key: 1}))
+    words = (f"ckpt_path={trained_run}/checkpoints/last.ckpt", "trainer.max_steps=5")
+    with pytest.raises(UserError, match=f"{key}.*, "):
+        train(compose_config(*TINY, f"data.directory={digits}", *words), trained_run)
+
+
+def test_what_a_checkpoint_says_counts_more_than_its_name(tiny):
+    run = tiny("run", "trainer.max_steps=4", *EVERY_OTHER)
+    folder = run / "checkpoints"
+    forged = shutil.copy(folder / "step_00000002.ckpt", folder / "step_00000099.ckpt")
+    with pytest.raises(UserError, match=r"step_00000099.ckpt holds step 2"):
+        tiny("run", "trainer.max_steps=5", f"ckpt_path={forged}")
+    (folder / "step_00000098.ckpt").mkdir()  # no file, and not pruned
+    tiny("run", "trainer.max_steps=5", "ckpt_path=last", "callbacks.checkpoint.keep=1")
+    assert load(run)["global_step"] == 5
+    assert names_in(run) == {"last.ckpt", "step_00000005.ckpt", "step_00000098.ckpt", "abandoned_step_00000099.ckpt"}
+
+
+def test_going_back_leaves_the_later_steps_aside(tiny):
+    """Else the next resume would take the newest of them: the branch that was left."""
+    run = tiny("run", "trainer.max_steps=6", *EVERY_OTHER)
+    folder = run / "checkpoints"
+    left = load(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DCDiTModule, "on_train_batch_start", lambda *ignored: interrupt_at_once(), raising=False)
+        with pytest.raises(RuntimeError, match="killed"):
+            tiny("run", "trainer.max_steps=6", "optimizer.lr=0.1", f"ckpt_path={folder}/step_00000002.ckpt")
+    assert names_in(run) == {"last.ckpt", "step_00000002.ckpt", *(f"abandoned_step_{n:08d}.ckpt" for n in (4, 6))}
+    assert load(run)["global_step"] == 2
+    tiny("run", "trainer.max_steps=6", "optimizer.lr=0.1", "ckpt_path=last")
+    assert differences(load(run)["state_dict"], left["state_dict"])
+    assert differences(load(run, "abandoned_step_00000006.ckpt"), left) == []
+
+
+def interrupt_at_once() -> None:
+    raise RuntimeError("killed")

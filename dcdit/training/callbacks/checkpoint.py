@@ -72,8 +72,21 @@ class Checkpoint(callbacks.Checkpoint):
         self._saved = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Where a run begins or goes on there is nothing to save."""
-        self._saved = trainer.global_step
+        """Where a run begins or goes on there is nothing to save.
+
+        Where it goes on from an earlier step than its newest, later checkpoints are of steps that will be done anew:
+        they stay under other names, for a resume takes the newest of its kind.
+        """
+        self._saved = step = trainer.global_step
+        later = [path for other, path in self._steps().items() if other > step]
+        if later and trainer.is_global_zero:
+            for path in later:
+                path.replace(path.with_name(f"abandoned_{path.name}"))
+            current = self.folder / checkpoint_name(step)
+            for name in (current, self.folder / LAST):
+                link(Path(str(trainer.ckpt_path)), name)
+            names = ", ".join(path.name for path in later)
+            say(f"Later checkpoints than step {step} are kept as abandoned_*.ckpt in {self.folder}: {names}")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -96,8 +109,9 @@ class Checkpoint(callbacks.Checkpoint):
         if step == self._saved or trainer.sanity_checking:
             return
         self._saved = step
-        if not trainer.lightning_module.healthy:
-            say(f"No checkpoint of step {step}: its gradients or weights are not finite")
+        ailment = trainer.lightning_module.ailment
+        if ailment:
+            say(f"No checkpoint of step {step}. {ailment}")
             return
         with shielded():
             path = self.folder / checkpoint_name(step)
@@ -134,3 +148,4 @@ def link(path: Path, name: Path) -> None:
         with replacing(draft) as target, path.open("rb") as source:
             shutil.copyfileobj(source, target, 1 << 22)
     draft.replace(name)
+    draft.unlink(missing_ok=True)  # to rename one name of a file to another of its names does nothing

@@ -43,3 +43,7 @@ class EMA(WeightAveraging):
         if self._average_model is not None:
             # The update asks this counter whether it is zero: on the host that costs no synchronisation.
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
+    def average_tensors(self) -> list[Tensor]:
+        """The averages."""
+        return list(self._average_model.parameters()) if self._average_model is not None else []

@@ -46,6 +46,7 @@ class PowerEMA(Callback):
         self.exponents = {length: exponent(length) for length in lengths}
         self.folder, self.every_n_steps, self.keep = Path(dirpath), every_n_steps, keep
         self.averages: dict[float, dict[str, Tensor]] = {}
+        self._digests: dict[str, str] = {}  # of the snapshots' files, by step
         self._step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -80,11 +81,12 @@ class PowerEMA(Callback):
         parameters = [each.detach() for each in self._parameters(pl_module).values()]
         for length, gamma in self.exponents.items():
             torch._foreach_lerp_(list(self.averages[length].values()), parameters, 1 - decay(step, gamma))
-        if step % self.distance(step) == 0 and trainer.is_global_zero and trainer.lightning_module.healthy:
-            write_snapshot(self.folder / snapshot_name(step), self.averages)
+        if step % self.distance(step) == 0 and trainer.is_global_zero and not trainer.lightning_module.ailment:
+            self._digests[str(step)] = write_snapshot(self.folder / snapshot_name(step), self.averages)
             for other, path in snapshots_in(self.folder).items():
                 if other % self.distance(step):
                     path.unlink(missing_ok=True)
+                    self._digests.pop(str(other), None)
 
     def distance(self, step: int) -> int:
         """Optimiser steps between two snapshots, so many steps into the run."""
@@ -93,15 +95,21 @@ class PowerEMA(Callback):
             distance *= 2
         return distance
 
+    def average_tensors(self) -> list[Tensor]:
+        """All averages."""
+        return [each for state in self.averages.values() for each in state.values()]
+
     def _parameters(self, pl_module: Any) -> dict[str, Tensor]:
         return dict(pl_module.network.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by length, and their step; nothing if there are none."""
+        """The averages by length, their step, and the digests of snapshots by step; nothing if there are none."""
         if not self.exponents:
             return {}
-        return {"step": self._step, "averages": {f"{length:g}": state for length, state in self.averages.items()}}
+        averages = {f"{length:g}": state for length, state in self.averages.items()}
+        return {"step": self._step, "averages": averages, "snapshots": dict(self._digests)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned; it is checked when training begins."""
         self.averages = {float(length): dict(state) for length, state in state_dict["averages"].items()}
+        self._digests = dict(state_dict["snapshots"])
