@@ -37,6 +37,7 @@ KINDS: dict[str, Kind] = {
     "optimizer": Kind.EFFECT,
     "trainer": Kind.EFFECT,
     "execution": Kind.EFFECT,
+    "processes": Kind.EFFECT,  # which trainer.devices and trainer.num_nodes came to
     "nonfinite_limit": Kind.EFFECT,
     "data.num_workers": Kind.EFFECT,
     "data.corrupt_limit": Kind.EFFECT,

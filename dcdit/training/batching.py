@@ -1,5 +1,9 @@
 """How a batch is split over processes and micro-batches."""
 
+import warnings
+from dataclasses import replace
+from typing import Literal
+
 import torch
 
 from dcdit.data.order import micro_batch
@@ -35,6 +39,36 @@ def accumulation(plan: TrainPlan, world: int) -> int:
     return next(steps for steps in range(-(-own // most), own + 1) if own % steps == 0)
 
 
+def with_accelerator(plan: TrainPlan) -> TrainPlan:
+    """``plan`` with the accelerator that ``auto`` stands for on this machine: what is recorded is what ran."""
+    if plan.trainer.accelerator != "auto":
+        return plan
+    kind: Literal["cuda", "mps", "cpu"] = "mps" if torch.backends.mps.is_available() else "cpu"
+    return replace(plan, trainer=replace(plan.trainer, accelerator="cuda" if torch.cuda.is_available() else kind))
+
+
+def check_precision(plan: TrainPlan) -> None:
+    """Raise :class:`UserError` if the trainer would compute in another precision than it says.
+
+    Lightning takes bf16 for fp16 on a CPU, and torch's autocast turns itself off where it does not know the type.
+    """
+    precision, accelerator = plan.trainer.precision, plan.trainer.accelerator
+    half = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(precision).removesuffix("-mixed"))
+    if half is None:
+        return
+    device = "cuda" if plan.trainer.on_gpu else accelerator
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.autocast(device, half):
+            works = torch.is_autocast_enabled(device)
+    if not works or (half is torch.float16 and accelerator == "cpu"):
+        instead = "bf16-mixed or 32-true" if accelerator == "cpu" else "32-true"
+        raise UserError(
+            f"trainer.precision={precision}: trainer.accelerator={accelerator} would compute in another precision here,"
+            f" take {instead}"
+        )
+
+
 def check_devices(plan: TrainPlan) -> None:
     """Raise :class:`UserError` if the trainer asks for a GPU that is not there, or not for the processes that are."""
     trainer, started = plan.trainer, processes()[1]
@@ -48,6 +82,7 @@ def check_devices(plan: TrainPlan) -> None:
             f"trainer.accelerator={trainer.accelerator}: this machine has no usable CUDA device; train on the CPU with"
             " trainer=cpu, or try the run out with debug=tiny"
         )
+    check_precision(plan)
 
 
 def check_local_sweep(plan: TrainPlan) -> None:

@@ -25,10 +25,11 @@ from dcdit.runtime.files import write_json, write_text
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.runtime.processes import rank, say
 from dcdit.settings.entry import plain
-from dcdit.training.batching import check_devices
+from dcdit.training.batching import check_devices, with_accelerator, world_size
 from dcdit.training.build import build_data, build_module, build_trainer, check_network, match_compute
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
 from dcdit.training.init import Start, start_from
+from dcdit.training.loggers import keep_going
 from dcdit.training.module import DCDiTModule
 from dcdit.training.resume import Resumed, check_resumed, open_first_whole
 from dcdit.training.settings import GROUPS, TrainPlan
@@ -51,9 +52,9 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
     """
     config.run_dir = str(run_dir)
     # 1. Check what was asked for, before any data are written.
-    plan = match_compute(TrainPlan.of(plain(config, sections=GROUPS)))
+    plan = match_compute(with_accelerator(TrainPlan.of(plain(config, sections=GROUPS))))
     check_network(plan)
-    settings = plan.recorded
+    settings = {**plan.recorded, "processes": world_size(plan)}
     with sole_writer(run_dir, rank(), patience):
         # 2. Look for an earlier part of the run. Nothing of it is written to before all is known to fit.
         before, paths = RunState.read(run_dir), find_checkpoints(plan.run.ckpt_path, run_dir)
@@ -110,6 +111,8 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         save_settings(plan, state, trainer, run_dir)
         note(state, run_dir)
         # 6. Train.
+        for logger in trainer.loggers:
+            keep_going(logger)
         try:
             trainer.fit(module, data, ckpt_path=path)
         finally:

@@ -1,6 +1,9 @@
 """What is read of a run's logs, and how it is shown while it goes on."""
 
 import io
+import os
+import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -12,8 +15,10 @@ from support.configs import compose_config
 
 from dcdit import status
 from dcdit.errors import UserError
+from dcdit.evaluation.courses import courses_below
+from dcdit.evaluation.results import find_results
 from dcdit.runs.history import history_of, means, sparkline
-from dcdit.runs.lock import sole_writer
+from dcdit.runs.lock import LOCK, is_held, sole_writer
 from dcdit.runs.progress import bytes_words, size_on_disk
 from dcdit.runs.state import RunState, State
 
@@ -103,3 +108,68 @@ def test_watching_waits_for_what_is_about_to_begin(trained_run, tmp_path, capsys
     assert "Ctrl-C ends this" in result.out
     with pytest.raises(UserError, match=r"every=0 is outside \[0.2, 3600\]: seconds between two looks"):
         status.check(compose_config("runs=[x]", "every=0", name="status"))
+
+
+def _link_in_a_circle(path):
+    path.symlink_to(path)
+
+
+def _remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+KINDS = {
+    "fifo": os.mkfifo,
+    "directory": os.mkdir,
+    "dangling": lambda path: path.symlink_to("nowhere"),
+    "circle": _link_in_a_circle,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "fifo behind a link": lambda path: (os.mkfifo(path.with_name("pipe")), path.symlink_to("pipe")),
+}
+FILES = (
+    *("state.json", ".running.lock", ".queued", "config.yaml", "logs/version_0/metrics.csv", "logs/version_0", "logs"),
+    *("evaluation/x.json", "evaluation", "validation/step_00000001_samples.png", "checkpoints/last.ckpt", "more"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_hides_no_other_run(tmp_path, kind):
+    """Whatever stands in the place of a run's files, the other run is shown, at once."""
+    for number, name in enumerate(("whole", *FILES)):
+        run = tmp_path / "runs" / f"run{number}"
+        log(run, 0, f"step,train/loss,train/diffusion_loss\n{number},1.0,2.0\n")
+        RunState(State.FINISHED, step=number + 1, max_steps=99).write(run)
+        for other in ("evaluation", "validation", "checkpoints"):
+            (run / other).mkdir()
+        if number:
+            path = run / name
+            if path.exists():
+                _remove(path)
+            KINDS[kind](path)
+    before = signal.signal(signal.SIGALRM, lambda *ignored: pytest.fail("it hangs"))
+    signal.alarm(30)
+    try:
+        seen = status.look(status.check(compose_config(f"runs=[{tmp_path}/runs]", name="status")))
+        courses = {course.path.name for course in courses_below([f"{tmp_path}/runs"])}
+        find_results([f"{tmp_path}/runs"])
+        for path in seen:
+            size_on_disk(path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    steps = {path.name: (each.state, each.step) for path, each in seen.items()}
+    assert steps["run0"] == (State.FINISHED, 1)
+    assert len(seen) >= len(FILES)  # a link to nothing is no state
+    assert "run0" in courses
+    assert {f"run{number}" for number, name in enumerate(FILES, 1) if not name.startswith("logs")} - courses <= {"run1"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lock_that_is_no_file_is_told_or_serves(tmp_path, kind):
+    KINDS[kind](tmp_path / LOCK)
+    try:
+        with sole_writer(tmp_path, 0):
+            pass
+    except UserError as error:
+        assert LOCK in str(error)  # noqa: PT017 - whether it raises depends on the kind
+    assert not is_held(tmp_path)

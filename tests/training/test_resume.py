@@ -6,7 +6,9 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import get_args
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from support.configs import TINY, compose_config, plan_of
@@ -22,9 +24,11 @@ from dcdit.runs.state import RunState, State
 from dcdit.runtime.signals import STOP_SIGNALS, interrupt, shielded
 from dcdit.settings.entry import plain
 from dcdit.settings.help import choices
+from dcdit.training.batching import check_devices, check_precision, with_accelerator
 from dcdit.training.callbacks import EMA, Checkpoint, LossWatch, StopOnInterrupt
 from dcdit.training.module import DCDiTModule
 from dcdit.training.run import train
+from dcdit.training.settings import Precision
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -480,3 +484,57 @@ def test_going_back_leaves_the_later_steps_aside(tiny):
 
 def interrupt_at_once() -> None:
     raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("gone", ["logs", "logs is a file", "checkpoints"])
+def test_what_is_deleted_meanwhile_costs_no_weights(tiny, caplog, gone):
+    run = tiny.folder / "run"
+
+    def delete(self, trainer, *ignored):
+        if trainer.global_step == 2:
+            shutil.rmtree(run / gone.split()[0])
+            if gone == "logs is a file":
+                (run / "logs").touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LossWatch, "on_train_batch_start", delete)
+        words = ("trainer.max_steps=5", "callbacks.checkpoint.every_n_steps=1")
+        tiny("run", *words)
+        patch.undo()
+    assert load(run)["global_step"] == 5
+    assert RunState.read(run).state is State.FINISHED
+    if gone == "logs":
+        assert "logs/version_0 was deleted, and is made again" in caplog.text
+        assert {step for step, _ in logged(run)} == {2, 3, 4}
+    elif gone == "logs is a file":
+        assert caplog.text.count("CSVLogger cannot log (") == 1
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
+def test_what_is_recorded_is_what_computes(precision, accelerator, monkeypatch):
+    """Lightning takes another precision without a word where it knows better: such a choice is refused."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        plan = with_accelerator(
+            plan_of("experiment=digits", f"trainer.precision={precision}", f"trainer.accelerator={accelerator}")
+        )
+        check_devices(plan)
+    except UserError as error:
+        assert f"trainer.precision={precision}" in str(error)  # noqa: PT017 - some are refused
+        return
+    assert plan.trainer.accelerator == "cpu"
+    if precision == "transformer-engine":
+        pytest.skip("not installed")
+    trainer = pl.Trainer(accelerator="cpu", precision=precision, logger=False)
+    recorded = {"bf16": "bf16-mixed", 32: "32-true", 64: "64-true"}.get(precision, precision)
+    assert trainer.precision == recorded
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_autocast_that_turns_itself_off_is_refused(precision, monkeypatch):
+    """As on an old macOS, which does not know bf16."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    plan = plan_of("experiment=digits", f"trainer.precision={precision}", "trainer.accelerator=mps")
+    with pytest.raises(UserError, match=f"trainer.precision={precision}: trainer.accelerator=mps would compute"):
+        check_precision(plan)
