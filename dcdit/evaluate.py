@@ -31,7 +31,7 @@ def run(config: DictConfig) -> list[Path]:
     from dcdit.checkpoints.locate import locate
 
     place = locate(plan.settings.checkpoint, plan.runs)
-    from dcdit.evaluation.measure import Deadline
+    from dcdit.evaluation.measure import Deadline, OutOfTimeError
     from dcdit.evaluation.points import Evaluation, remarks, table, take_times
     from dcdit.evaluation.search import search, write_log
     from dcdit.runtime.display import Console
@@ -52,7 +52,10 @@ def run(config: DictConfig) -> list[Path]:
             finished = evaluation.measure(points, rank, world_size, deadline)
             complete = len(finished) == len(points)
         if complete and settings.time_rounds:
-            take_times(finished, settings.time_rounds, settings.time_again and rank == 0)
+            try:
+                take_times(finished, settings.time_rounds, settings.time_again and rank == 0, deadline)
+            except OutOfTimeError:
+                print("max_hours is over while timing: the same command again takes the times.")
     if finished and (rank == 0 or any(each.finalized for each in finished)):
         results = [each.result for each in finished]
         Console(width=None if sys.stdout.isatty() else 160).print(table(results))

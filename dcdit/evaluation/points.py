@@ -117,14 +117,19 @@ class Evaluation:
         return [each for each in points if each.finalize()]
 
 
-def take_times(measurements: list[Measurement], rounds: int, again: bool) -> None:
-    """Time all points in turns, unless that has been done: under equal conditions, whatever else the machine does."""
+def take_times(measurements: list[Measurement], rounds: int, again: bool, deadline: Deadline) -> None:
+    """Time all points in turns, unless that has been done: under equal conditions, whatever else the machine does.
+
+    Raises:
+        OutOfTimeError: at the deadline; no times are taken then, for they would not compare.
+    """
     with measurements[0].lock():  # the first of several processes does it
         if not again and all(each.timed for each in measurements):
             return
         seconds: dict[Measurement, list[float]] = {each: [] for each in measurements}
         for _ in track(range(rounds), "timing", console=Console(stderr=True), transient=True):
             for each in measurements:
+                deadline.check()
                 seconds[each].append(each.time_batch())
         for each in measurements:
             each.set_time(seconds[each])

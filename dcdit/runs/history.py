@@ -22,7 +22,8 @@ class History:
     """The course of every logged value.
 
     Attributes:
-        courses: for each value its steps and what it was; where a run was resumed earlier on, later files win.
+        courses: for each value its steps and what it was; where a run went back to an earlier step, what it had logged
+            of later ones is left out.
         last: the value that was written last of each.
     """
 
@@ -39,13 +40,16 @@ def history_of(run_dir: Path) -> History:
     versions = {path: path.parent.name.removeprefix("version_") for path in run_dir.glob("logs/version_*/metrics.csv")}
     files = sorted((path for path in versions if versions[path].isdecimal()), key=lambda path: int(versions[path]))
     courses: dict[str, dict[int, float]] = {}
-    last: dict[str, float] = {}
     for path in files:
         with suppress(OSError, RuntimeError):  # a RuntimeError for links in a circle
             status = path.stat()
-            for key, rows in _read(path, status.st_mtime_ns, status.st_size).items():
+            values = _read(path, status.st_mtime_ns, status.st_size)
+            first = min((step for rows in values.values() for step in rows), default=math.inf)
+            courses = {key: {s: v for s, v in rows.items() if s < first} for key, rows in courses.items()}
+            for key, rows in values.items():
                 courses.setdefault(key, {}).update(rows)
-                last[key] = list(rows.values())[-1]
+    courses = {key: rows for key, rows in courses.items() if rows}
+    last = {key: list(rows.values())[-1] for key, rows in courses.items()}
     ordered = {key: sorted(rows.items()) for key, rows in courses.items()}
     return History({key: ([s for s, _ in rows], [v for _, v in rows]) for key, rows in ordered.items()}, last)
 

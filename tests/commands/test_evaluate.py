@@ -15,7 +15,7 @@ from dcdit import evaluate, generate
 from dcdit.checkpoints.locate import SHIPPED
 from dcdit.errors import UserError
 from dcdit.evaluation.features import DigitsClassifier, FeatureNetwork
-from dcdit.evaluation.measure import Measurement
+from dcdit.evaluation.measure import Deadline, Measurement
 from dcdit.evaluation.metrics import compare
 from dcdit.evaluation.statistics import Statistics
 from dcdit.evaluation.words import differences_from_published
@@ -355,14 +355,28 @@ def test_a_grid_on_two_processes_after_a_kill_and_in_any_batches(measured, monke
             assert each["metrics"] == pytest.approx(whole[key]["metrics"], rel=1e-4, abs=1e-6)
 
 
-def test_limits_of_images_and_of_time(measured, capsys, monkeypatch):
+def test_limits_of_images_and_of_time(measured, archive, capsys, monkeypatch):
     found = measured(*GRID, "max_images=60", out="few")
     assert set(found) == {("ema", 1.0, None, 0.0, None), ("ema", 2.0, "uncond", 0.0, 0.0)}
     assert "max_images=60 leaves 2 of the points out" in capsys.readouterr().out
     found = measured(*GRID, "max_hours=1e-9", "chunk_size=7", out="late")
     assert not found
     assert "Not all is measured, max_hours is over" in capsys.readouterr().out
-    assert len(measured(*GRID, "chunk_size=7", out="late")) == 4
+    timed = []
+
+    def time_batch(self):
+        timed.append(self)
+        monkeypatch.setattr(Deadline, "over", property(lambda self: True))
+        return 1.0
+
+    monkeypatch.setattr(Measurement, "time_batch", time_batch)  # the time is over while the first of them is timed
+    assert len(measured(*GRID, "chunk_size=7", "time_rounds=3", out="late")) == 4
+    monkeypatch.undo()
+    assert len(timed) == 1
+    assert "max_hours is over while timing" in capsys.readouterr().out
+    assert len(measured(*GRID, "chunk_size=7", "time_rounds=1", out="late")) == 4
+    results = [json.loads(path.read_text()) for path in (archive.parent / "late").glob("[!.]*.json")]
+    assert all(len(values["timing"]["rounds"]) == 1 for values in results)
 
 
 def test_a_search_takes_few_images_first_and_more_near_the_best(measured, archive, capsys, monkeypatch):

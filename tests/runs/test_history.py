@@ -29,13 +29,14 @@ def log(run, version, text):
     path.write_text(text)
 
 
-def test_later_files_win_and_what_is_damaged_is_left_out(tmp_path):
+def test_a_later_file_takes_the_place_of_what_it_does_anew_and_what_is_damaged_is_left_out(tmp_path):
     log(tmp_path, 0, "step,loss,keep\n1,3.0,\n2,2.0,0.3\n3,nan,0.4\n4,1.5")
     log(tmp_path, 10, "step,loss\n3,1.0\n4,0.5,7,8\n\x00")
     log(tmp_path, 2, "step,loss\n3,9.0\n")
     history = history_of(tmp_path)
     assert history.courses["loss"] == ([1, 2, 3, 4], [3.0, 2.0, 1.0, 0.5])
-    assert history.courses["keep"] == ([2, 3], [0.3, 0.4])
+    assert history.courses["keep"] == ([2], [0.3])  # the second file went back to step 3, and did not log it
+    assert history.last["keep"] == 0.3
     assert history.last["loss"] == 0.5
     assert history.values("nothing") == ()
     log(tmp_path, 11, "step,loss\n5,0.25\n")

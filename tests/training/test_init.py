@@ -59,7 +59,7 @@ def test_going_on_needs_the_weights_no_more(trained_run, tiny):
         tiny("tuned", "trainer.max_steps=5", "ckpt_path=last", "callbacks.ema.warmup=true")
 
 
-def test_what_differs_is_refused_until_it_is_asked_for(trained_run, tiny, tmp_path):
+def test_what_differs_is_refused_until_it_is_asked_for(trained_run, tiny, tmp_path, caplog):
     before = load_model(trained_run).network.state_dict()
     places = weights_of(trained_run)
 
@@ -80,15 +80,18 @@ def test_what_differs_is_refused_until_it_is_asked_for(trained_run, tiny, tmp_pa
     refuses(
         r"parameter \S+ has shape \[32, 256\] there and \[64, 256\] here.*model.width is 32 there", "model.width=64"
     )
-    refuses("model.heads=4: .* was trained with 2", "model.heads=4")
+    for key, value, there in (("heads", 4, 2), ("smoothing_sigma", 2, 1), ("freq_shift", 1, 0)):
+        refuses(f"model.{key}={value}: .* was trained with {there}", f"model.{key}={value}")
     refuses("model.name=dcdit, model.name=dit is trained", *PLAIN_DIT)
 
     larger = tmp_path / "larger"
     Digits(grid=12).write(larger)
     grid = (f"data.directory={larger}", "model.grid=12")
     refuses(r"a grid of 8 there and 12 here. To adapt it, add init.adapt=\[grid\]", *grid)
-    found = load_model(tiny("grid", *places, *STILL, *grid, "init.adapt=[grid]"), "raw").network
+    process = ("diffusion.weighting=min_snr", "model.smoothing_sigma=2")
+    found = load_model(tiny("grid", *places, *STILL, *grid, *process, "init.adapt=[grid]"), "raw").network
     assert found.grid == (12, 12)
+    assert "was trained with diffusion.weighting='none'" in caplog.text
     torch.testing.assert_close(found.state_dict(), before, rtol=0, atol=1e-9)
 
 
