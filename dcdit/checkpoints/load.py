@@ -19,7 +19,7 @@ from dcdit.checkpoints.foreign import (
 )
 from dcdit.checkpoints.locate import Place, locate, weights_of_folder
 from dcdit.checkpoints.power_ema import FOLDER, PowerAverages
-from dcdit.checkpoints.read import read_checkpoint
+from dcdit.checkpoints.read import DamagedError, read_checkpoint
 from dcdit.checkpoints.settings import AS_PUBLISHED, AssumeSettings, WeightsKind, length_of
 from dcdit.checks import Bounds, conform
 from dcdit.data.latents import LatentSpec
@@ -28,6 +28,7 @@ from dcdit.diffusion.process import Process, build_process
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.pretrained import WEIGHTS_FILE, check_shapes, load_whole, read_config, read_tensors, shapes_of
+from dcdit.runs.resume import STEP_NAME
 from dcdit.runtime.devices import fingerprint, without_memory
 from dcdit.runtime.files import read_json
 from dcdit.runtime.processes import say
@@ -227,7 +228,8 @@ def read_trained(path: str | PathLike[str]) -> Trained:
     Nothing in the file is executed, and no network is built before its size is known to be that of the weights.
 
     Raises:
-        UserError: if the file is missing or damaged, was not written by ``dcdit.train``, or a value is out of range.
+        UserError: if the file is missing or damaged, was not written by ``dcdit.train``, a value is out of range, or
+            its step is not the one in its name.
     """
     try:
         return trained(read_checkpoint(path), Path(path))
@@ -258,6 +260,9 @@ def trained(values: dict[str, Any], path: Path) -> Trained:
         raise UserError(f"it was not written by dcdit.train: it lacks {error}") from None
     except UserError as error:
         raise UserError(f"it was not written by this release of dcdit.train: {error}") from None
+    named = STEP_NAME.fullmatch(path.name)
+    if named and int(named[1]) != step:
+        raise DamagedError(f"checkpoint {path} holds step {step}: it is not the one that its name says")
     training = {key: value for key, value in settings.items() if key != "latents"}
     return Trained(
         "checkpoint of dcdit.train", model, latents, step, ema, raw, training, averages=averages, values=values

@@ -23,7 +23,6 @@ from dcdit.data.manifest import Manifest
 from dcdit.diffusion.process import Process
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
-from dcdit.runs.resume import STEP_NAME
 from dcdit.runtime.devices import without_memory
 from dcdit.runtime.processes import say
 
@@ -79,9 +78,6 @@ def open_first_whole(paths: Sequence[Path]) -> Resumed | None:
 def _open(path: Path) -> Resumed:
     trained = read_trained(path)
     values = trained.values
-    name = STEP_NAME.fullmatch(path.name)
-    if name and int(name[1]) != trained.step:
-        raise DamagedError(f"checkpoint {path} holds step {trained.step}: it is not the one that its name says")
     try:
         settings = conform("settings", values["settings"], dict[str, Any])
         position = conform("LatentDataModule", values["LatentDataModule"], StreamState)

@@ -16,6 +16,7 @@ from support.damage import rewrite
 from support.processes import Command
 from support.runs import differences, load, logged, start, wait_for
 
+from dcdit.checkpoints.load import load_model
 from dcdit.checks import shown
 from dcdit.errors import TrainingError, UserError
 from dcdit.runs.changes import KINDS, Kind, kind_of, leaves
@@ -460,6 +461,8 @@ def test_what_a_checkpoint_says_counts_more_than_its_name(tiny):
     forged = shutil.copy(folder / "step_00000002.ckpt", folder / "step_00000099.ckpt")
     with pytest.raises(UserError, match=r"step_00000099.ckpt holds step 2"):
         tiny("run", "trainer.max_steps=5", f"ckpt_path={forged}")
+    with pytest.raises(UserError, match=r"step_00000099.ckpt holds step 2"):
+        load_model(forged)
     (folder / "step_00000098.ckpt").mkdir()  # no file, and not pruned
     tiny("run", "trainer.max_steps=5", "ckpt_path=last", "callbacks.checkpoint.keep=1")
     assert load(run)["global_step"] == 5
