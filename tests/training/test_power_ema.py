@@ -99,8 +99,9 @@ def test_training_keeps_them_and_any_command_takes_them(tiny, tmp_path, capsys):
         distance += float((parameter.detach() - direct[name]).square().sum())
         gap += float((raw.get_parameter(name).detach() - direct[name]).square().sum())
     assert distance**0.5 < 0.02 * gap**0.5  # of a walk of 14 steps
+    kept = states(run, 0.05)
     for name, parameter in load_model(run, "ema@0.05").network.named_parameters():
-        torch.testing.assert_close(parameter, states(run, 0.05)[name], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(parameter, kept[name], atol=1e-6, rtol=1e-5)
     # as folders, and where weights are chosen
     folders = ema.run(compose_config(f"checkpoint={run}", "length=[0.05,0.08]", name="ema"))
     assert [folder.relative_to(run).as_posix() for folder in folders] == ["ema/0.05", "ema/0.08"]
@@ -140,8 +141,9 @@ def test_a_run_that_goes_on_keeps_the_same_averages(tiny):
     write_snapshot(parts / "averages" / "step_00000008.safetensors", {0.05: {"x": torch.zeros(1)}})  # of a lost future
     tiny("parts", "trainer.max_steps=10", "ckpt_path=last", constant, *KEPT)
     for length in (0.05, 0.1):
-        for name, tensor in states(whole, length).items():
-            assert torch.equal(tensor, states(parts, length)[name])
+        one, other = states(whole, length), states(parts, length)
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name])
     names = [sorted(path.name for path in (run / "averages").iterdir()) for run in (whole, parts)]
     assert names[0] == names[1]
     for name in names[0]:
