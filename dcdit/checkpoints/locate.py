@@ -6,12 +6,14 @@ import re
 import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcdit.checks import HUB_ID
+from dcdit.checks import HUB_ID, visible
 from dcdit.errors import UserError
 from dcdit.runs.resume import LAST, STEP_NAME
+from dcdit.runtime.hub import check_hub_answers, reason
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -21,6 +23,7 @@ SHIPPED = {"digits": Path(__file__).parent / "digits"}
 
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
 _CONFIG = "config.json"
+_MOST_FILES = 100_000  # of a repository on the hub
 _HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<early>[^/@]+))?(?P<path>/[^@]*)?(?:@(?P<late>.+))?")
 
 
@@ -64,7 +67,7 @@ def locate(name: str, runs: str, key: str = "checkpoint") -> Place:
         return _elsewhere(name, SHIPPED[name], f"pretrained_{name}", runs, key)
     if name.startswith("hf:"):
         slug = re.sub(r"\W+", "_", name.removeprefix("hf:")).strip("_")
-        return _elsewhere(name, _fetch(name, f"{key}={name}"), slug, runs, key)
+        return _elsewhere(name, _fetch(name, visible(f"{key}={name}")), slug, runs, key)
     path = Path(name)
     if not path.exists():
         hub = "hf://<owner>/<repository>/<folder>"
@@ -117,12 +120,20 @@ def pick(names: Collection[str], place: str) -> tuple[str, list[str]]:
     files = [name for name in names if name.endswith(_SUFFIXES) and "/" not in name]
     if len(files) != 1:
         if files:
-            raise UserError(f"{place} holds several checkpoint files: {', '.join(sorted(files)[:8])}; name one of them")
-        seen = ", ".join(sorted({name.split("/")[0] for name in names})[:8]) or "nothing"
+            raise UserError(
+                f"{place} holds several checkpoint files: {', '.join(map(visible, sorted(files)[:8]))}; name one of"
+                " them"
+            )
         raise UserError(
-            f"{place} holds no checkpoint (it holds {seen}): give a run's directory, an exported folder, or a file"
+            f"{place} holds no checkpoint (it holds {_tops(names)}): give a run's directory, an exported folder, or a"
+            " file"
         )
     return files[0], files
+
+
+def _tops(names: Collection[str]) -> str:
+    """What lies at the top of a folder with files of these names, for messages."""
+    return ", ".join(sorted({visible(name.split("/")[0]) for name in names})[:8]) or "nothing"
 
 
 def _weights_of_folder(names: Collection[str], part: str) -> list[str]:
@@ -147,7 +158,8 @@ def weights_of_folder(folder: Path) -> list[Path]:
 def _fetch(address: str, said: str) -> Path:
     """The file or folder at an address of the hub, in the cache of huggingface_hub; ``said`` begins messages."""
     found = _HUB.fullmatch(address)
-    if not found or (found["early"] and found["late"]) or {".", ".."} & set(address.split("/")):
+    twice = found and found["early"] and found["late"]
+    if not found or twice or {".", ".."} & set(re.split("[/@]", address)) or not address.isprintable():
         raise UserError(
             f"{said} is no address: write hf://<owner>/<repository>[/<file or folder>][@<revision>], such"
             " as hf://amd/DynamicChunkingDiT/S-256"
@@ -157,6 +169,7 @@ def _fetch(address: str, said: str) -> Path:
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
 
+    check_hub_answers()
     api = HfApi()
     unreachable: list[Exception] = []
     try:
@@ -165,15 +178,7 @@ def _fetch(address: str, said: str) -> Path:
         if names is None:
             folder = Path(api.snapshot_download(repository, revision=revision, local_files_only=True))
             names = [each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()]
-        if path in names:
-            target, files = path, [path]
-        else:
-            inside = [name.removeprefix(f"{path}/") for name in names if not path or name.startswith(f"{path}/")]
-            if not inside:
-                top = ", ".join(sorted({name.split("/")[0] for name in names})[:8])
-                raise UserError(f"{said}: {repository} holds no {path}; it holds {top}")
-            target, files = pick(inside, said)
-            target, files = _below(path, target), [_below(path, name) for name in files]
+        target, files = _pick_below(path, names, f"{said}: {repository}", said)
         local = [
             Path(api.hf_hub_download(repository, name, revision=revision, local_files_only=cached)) for name in files
         ]
@@ -188,14 +193,22 @@ def _fetch(address: str, said: str) -> Path:
         raise UserError(
             f"{said}: the hub has no {repository}, or you may not see it: log in with `hf auth login`"
         ) from error
+    except hub.HFValidationError as error:
+        raise UserError(f"{said}: {repository} is no name of a repository: {reason(error)}") from error
     except (hub.HTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
         pattern = path if not path or path.endswith(_SUFFIXES) else f"{path}/*"
         where = f" {shlex.quote(pattern)}" if pattern else ""
-        reason = _reason((*unreachable, error)[0])
         raise UserError(
-            f"{said}: the hub cannot be reached ({reason}), and the files are not in its cache"
-            f" here. Where it can be reached, `hf download {repository}{where} --local-dir weights`; then copy the"
-            f" folder and give checkpoint=weights{f'/{path}' if path else ''}"
+            f"{said}: the hub cannot be reached ({reason((*unreachable, error)[0])}), and the files are not in its"
+            f" cache here. Where it can be reached, `hf download {repository}{where} --local-dir weights`; then copy"
+            f" the folder and give {said.partition('=')[0]}=weights{f'/{path}' if path else ''}"
+        ) from error
+    except UserError as error:
+        raise error if str(error).startswith(said) else UserError(f"{said}: {error}") from error
+    except Exception as error:  # huggingface_hub raises whatever a malformed answer provokes
+        raise UserError(
+            f"{said}: the hub's answer cannot be understood ({type(error).__name__}: {reason(error)}): is HF_ENDPOINT"
+            " the address of a hub?"
         ) from error
 
 
@@ -204,22 +217,30 @@ def _names_on_hub(
 ) -> list[str] | None:
     """Names of all files; None, and why, if the hub cannot be asked, but the cache perhaps can."""
     from huggingface_hub import errors as hub
+    from huggingface_hub.hf_api import RepoFile
 
     try:
-        return list(api.list_repo_files(repository, revision=revision))
+        listed = list(islice(api.list_repo_tree(repository, recursive=True, revision=revision), _MOST_FILES + 1))
     except (hub.RevisionNotFoundError, hub.RepositoryNotFoundError):
         raise
     except (hub.HTTPError, hub.OfflineModeIsEnabled, OSError) as error:
         unreachable.append(error)
         return None
+    if len(listed) > _MOST_FILES:
+        raise UserError(f"{repository} has more than {_MOST_FILES} files")
+    return [file.path for file in listed if isinstance(file, RepoFile)]
+
+
+def _pick_below(path: str, names: list[str], repository: str, said: str) -> tuple[str, list[str]]:
+    """What :func:`pick` says of the files at and below ``path`` of a repository."""
+    if path in names:
+        return path, [path]
+    inside = [name.removeprefix(f"{path}/") for name in names if not path or name.startswith(f"{path}/")]
+    if not inside:
+        raise UserError(f"{repository} holds no {path}; it holds {_tops(names)}")
+    target, files = pick(inside, said)
+    return _below(path, target), [_below(path, name) for name in files]
 
 
 def _below(folder: str, name: str) -> str:
     return "/".join(part for part in (folder, name) if part and part != ".") or "."
-
-
-def _reason(error: Exception) -> str:
-    root: BaseException = error
-    while root.__cause__ is not None or root.__context__ is not None:
-        root = root.__cause__ or root.__context__  # type: ignore[assignment]
-    return (str(root) or type(root).__name__).splitlines()[0]

@@ -14,6 +14,7 @@ from dcdit.errors import UserError
 from dcdit.network.pretrained import CONFIG_FILE, load_whole, read_tensors
 from dcdit.runtime.devices import without_memory
 from dcdit.runtime.files import read_json
+from dcdit.runtime.hub import check_hub_answers
 
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -119,6 +120,7 @@ def folder_of(name: str) -> Path:
     from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download
 
+    check_hub_answers()
     try:
         hf_hub_download(name, f"{_WEIGHTS}.safetensors")
         return Path(hf_hub_download(name, CONFIG_FILE)).parent  # of the same commit

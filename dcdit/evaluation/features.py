@@ -18,6 +18,7 @@ from dcdit.checkpoints.read import read_checkpoint
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.network.pretrained import load_whole, read_tensors
 from dcdit.runtime.devices import fingerprint
+from dcdit.runtime.hub import check_hub_answers, reason
 
 _DIGITS = Path(__file__).with_name("digits.safetensors")
 
@@ -207,12 +208,13 @@ class TimmFeatures(FeatureNetwork):
             close = difflib.get_close_matches(model, timm.list_models(), n=3)
             words = f", did you mean {' or '.join(close)}?" if close else ": timm.list_models() lists them"
             raise UserError(f"features.model={model!r} is no model of timm{words}")
+        check_hub_answers()
         try:
             network: Any = timm.create_model(model, pretrained=weights is None)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UserError) as error:
             raise UserError(
-                f"features.model={model!r}: its weights cannot be downloaded"
-                f" ({(str(error).splitlines() or ['no reason given'])[0]}): give a local file as features.weights=..."
+                f"features.model={model!r}: its weights cannot be downloaded ({reason(error)}): give a local file"
+                " as features.weights=..."
             ) from error
         if weights is not None:
             _load(network, weights)

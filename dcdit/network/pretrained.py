@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dcdit.checks import HUB_ID, Digest, conform
 from dcdit.errors import UserError
 from dcdit.runtime.files import content_digest, file_digest, read_json, replacing, write_text
+from dcdit.runtime.hub import check_hub_answers
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -76,6 +77,7 @@ class Pretrained(ModelHubMixin):
             raise UserError(f"from_pretrained: {', '.join(unknown)}: the folder says what the network is, leave it out")
         folder = Path(model_id)
         if not folder.is_dir():
+            check_hub_answers()
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 file = hf_hub_download(
                     *(model_id, name),

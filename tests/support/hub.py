@@ -23,11 +23,15 @@ class Hub:
         asked: paths that were asked for.
         gated: repositories whose terms nobody here has accepted.
         new: folder for repositories that are made here; None refuses to make any.
+        headers: of the answers to HEAD, instead of the usual ones.
+        listing: what is sent instead of a list of files.
     """
 
     def __init__(self, repositories: dict[str, Path]) -> None:
         self.repositories, self.asked, self.gated = repositories, [], set()
         self.new: Path | None = None
+        self.headers: dict[str, str] = {}
+        self.listing: bytes | None = None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,6 +64,8 @@ class Hub:
             return self.send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
         folder = self.repositories[repository]
         if words[0] == "api":
+            if self.listing is not None:
+                return self.send(request, 200, self.listing, {"Content-Type": "application/json"}, body)
             files = [each for each in folder.rglob("*") if each.is_file()]
             tree = [
                 {"type": "file", "oid": "0", "path": each.relative_to(folder).as_posix(), "size": each.stat().st_size}
@@ -71,7 +77,7 @@ class Hub:
             return self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound"}, body)
         content = file.read_bytes()
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        return self.send(request, 200, content, headers, body)
+        return self.send(request, 200, content, {**headers, **({} if body else self.headers)}, body)
 
     def accept(self, request: BaseHTTPRequestHandler) -> None:
         """Make a repository, or add to one what is sent within the request."""
@@ -115,7 +121,7 @@ class Hub:
 def hub_of(repositories: dict[str, Path], cache: Path) -> Iterator[Hub]:
     """A hub of these repositories, which huggingface_hub in this process talks to, and an empty cache."""
     hub = Hub(repositories)
-    thread = threading.Thread(target=hub.server.serve_forever, daemon=True)
+    thread = threading.Thread(target=hub.server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     with pytest.MonkeyPatch.context() as patch:
         template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"

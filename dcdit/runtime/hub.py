@@ -1,0 +1,86 @@
+"""The Hugging Face hub: what its answers may say before huggingface_hub makes names of files of it."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from dcdit.checks import reason_of, shown
+from dcdit.errors import UserError
+
+_DIGEST = re.compile(r'(W/)?"?[\w-]{1,128}"?', re.ASCII)
+_DIGEST_HEADERS = ("ETag", "X-Linked-Etag", "X-Repo-Commit")
+_DIGEST_KEYS = {"sha", "oid", "sha256", "commitOid"}
+_PATH_KEYS = {"path", "rfilename"}
+TIMEOUT = 60
+"""Seconds that the hub may be silent."""
+
+
+def check_hub_answers() -> None:
+    """Have every answer to huggingface_hub in this process checked before it is used.
+
+    huggingface_hub makes names of folders and files of what a server sends: the ETag and the commit in the head of an
+    answer, digests and paths in a list of files. A server could thereby have it write anywhere. From the call on, such
+    an answer raises :class:`UserError` within huggingface_hub, whoever calls it: diffusers and timm too. The check
+    stands in the exchange itself, so that a server cannot answer differently after it.
+    """
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    factory = _http._GLOBAL_CLIENT_FACTORY
+    if getattr(factory, "checks_answers", False):
+        return
+
+    def checked_client() -> Any:
+        client = factory()
+        for event, hook in (("request", _bound_silence), ("response", _check_answer)):
+            client.event_hooks = {**client.event_hooks, event: [*client.event_hooks.get(event, []), hook]}
+        return client
+
+    checked_client.checks_answers = True  # type: ignore[attr-defined]
+    set_client_factory(checked_client)
+
+
+def _bound_silence(request: Any) -> None:
+    """Let no request (of httpx) wait for ever."""
+    timeouts = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {name: seconds or TIMEOUT for name, seconds in timeouts.items()}
+
+
+def _check_answer(answer: Any) -> None:
+    """Raise :class:`UserError` if an answer (of httpx) holds what may not become the name of a file."""
+    if answer.request.method == "HEAD":
+        for name in _DIGEST_HEADERS:
+            value = answer.headers.get(name)
+            if value is not None and not _DIGEST.fullmatch(value):
+                raise UserError(f"the hub sent {name}: {shown(value)}, which is no digest; nothing was written")
+    elif "/api/models/" in answer.request.url.path and answer.is_success:
+        answer.read()
+        try:
+            content = json.loads(answer.content)
+        except (ValueError, RecursionError):
+            raise UserError("the hub sent something else than JSON: is HF_ENDPOINT the address of a hub?") from None
+        for key, value in _items(content):
+            if key in _DIGEST_KEYS and isinstance(value, str) and not _DIGEST.fullmatch(value):
+                raise UserError(f"the hub sent {key}={shown(value)}, which is no digest; nothing was written")
+            if key in _PATH_KEYS and isinstance(value, str) and {"", ".", ".."} & set(re.split(r"[/\\]", value)):
+                raise UserError(f"the hub sent {key}={shown(value)}, which leaves its folder; nothing was written")
+
+
+def _items(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth."""
+    left = [content]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            yield from part.items()
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
+
+
+def reason(error: BaseException) -> str:
+    """Why something of the hub cannot be had: the first line of the first error, or our own words on it."""
+    while not isinstance(error, UserError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return reason_of(error)
