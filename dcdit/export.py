@@ -65,18 +65,19 @@ def run(config: DictConfig) -> Path:
     from dcdit.checkpoints.locate import locate
 
     place, out = locate(settings.checkpoint, config.paths.runs), Path(settings.out)
-    from dcdit.checkpoints.export import Card, push, write_exported, write_reference
+    from dcdit.checkpoints.export import Card, check_new_file, check_replaceable, push, write_exported, write_reference
     from dcdit.checkpoints.load import read_weights
     from dcdit.evaluation.results import figures_of
     from dcdit.runs.state import command_of
 
+    (check_new_file if settings.format == "reference" else check_replaceable)(out)
     found = read_weights(place, settings.assume)
     if settings.format == "reference":
         write_reference(out, found, settings.weights)
         print(f"{out}: for the reference implementation")
         return out
     figures = figures_of(place.home, found.step, settings.weights)
-    card = Card(settings.license, settings.note, command_of(place.home), figures)
+    card = Card(settings.license, settings.note, command_of(place.home), figures, settings.push)
     print(write_exported(out, found, settings.weights, settings.dtype, card))
     if settings.push:
         print(f"{settings.push}: {push(out, settings.push, settings.private)}")

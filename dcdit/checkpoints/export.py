@@ -1,5 +1,7 @@
 """What a trained network is handed on as: a folder for dcdit and the hub, or a file of the reference implementation."""
 
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,13 @@ import dcdit
 from dcdit.checkpoints.foreign import reference_state
 from dcdit.checkpoints.load import Weights, title_of, weights_words, words
 from dcdit.checkpoints.settings import WeightsKind
+from dcdit.checks import visible
 from dcdit.data.autoencoder_folder import is_local
 from dcdit.data.latents import IDENTITY, LatentSpec, number_words
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
-from dcdit.network.pretrained import WEIGHTS_FILE, write_folder
-from dcdit.runtime.files import replacing, writable_folder, write_text
+from dcdit.network.pretrained import write_folder, written_files
+from dcdit.runtime.files import replacing, replacing_folder, writable_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,18 +35,41 @@ class Card:
         note: a paragraph.
         command: that trained the network; empty if it is not known.
         figures: what was measured, one mapping for each measurement.
+        repository: on the hub that receives it; None if none is known.
     """
 
     license: str | None
     note: str | None
     command: str
     figures: Sequence[Mapping[str, Any]]
+    repository: str | None = None
+
+
+def check_replaceable(out: Path) -> None:
+    """See that an export can take the place of ``out``, before any work is done for it.
+
+    Raises:
+        UserError: if there is anything that is not, unchanged, what an export wrote, or it cannot be written.
+    """
+    if out.is_dir():
+        others = sorted({path.name for path in out.iterdir()} - written_files(out))
+        if others:
+            names = ", ".join(map(visible, others[:4]))
+            raise UserError(
+                f"out={out} holds what dcdit export did not write, or what was changed since ({names}): choose an empty"
+                " folder, or move these away"
+            )
+        if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise UserError(f"out={out} is the current folder, or one around it: name a folder within")
+    elif out.exists() or out.is_symlink():
+        raise UserError(f"out={out} is no folder: choose another name")
+    writable_folder(out.resolve().parent, f"out={out}")
 
 
 def write_exported(
     out: Path, found: Weights, kind: WeightsKind, dtype: Literal["fp32", "bf16", "fp16"], card: Card
 ) -> str:
-    """Write the folder; returns in words what is there.
+    """Write the folder, whole or not at all, in the place of an earlier export; returns in words what is there.
 
     Args:
         out: folder, made if needed.
@@ -53,11 +79,9 @@ def write_exported(
         card: what the model card says.
 
     Raises:
-        UserError: if the folder holds something else, cannot be written, or a weight does not fit ``dtype``.
+        UserError: if the folder holds anything but an export, cannot be written, or a weight does not fit ``dtype``.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / WEIGHTS_FILE).exists():
-        raise UserError(f"out={out} holds other files: choose an empty folder, or one that dcdit export wrote")
-    writable_folder(out, f"out={out}")
+    check_replaceable(out)
     network = _network(found, kind)
     state = network.state_dict()
     for name, tensor in state.items():
@@ -74,8 +98,9 @@ def write_exported(
         "training": training,
         "figures": list(card.figures),
     }
-    write_folder(out, config, state, DTYPES[dtype])
-    write_text(out / "README.md", _card_of(network, found, kind, training, card))
+    card_text = _card_of(network, found, kind, training, card, out.resolve().name)
+    with replacing_folder(out) as draft:
+        write_folder(draft, config, state, DTYPES[dtype], {"README.md": card_text})
     remark = ""
     if found.latents and is_local(found.latents.autoencoder):
         remark = (
@@ -85,17 +110,24 @@ def write_exported(
     return f"{words(found, network, kind)}: {out}{remark}"
 
 
+def check_new_file(out: Path) -> None:
+    """See that the file ``out`` can be written and replaces nothing; UserError if not."""
+    if out.is_dir():
+        raise UserError(f"out={out} is a directory: name a file, such as {out / 'reference.pt'}")
+    if out.exists() or out.is_symlink():
+        raise UserError(f"out={out} exists: name another file, or delete it")
+    writable_folder(out.parent, f"out={out}")
+
+
 def write_reference(out: Path, found: Weights, kind: WeightsKind) -> None:
     """Write a checkpoint in the form of the reference implementation: ``model``, ``ema``, ``opt`` and ``config``.
 
     Raises:
         UserError: if the network has parts that are not known there, or the file cannot be written.
     """
-    if out.is_dir():
-        raise UserError(f"out={out} is a directory: name a file, such as {out / 'reference.pt'}")
+    check_new_file(out)
     network = _network(found, kind)
     state = reference_state(network)
-    writable_folder(out.parent, f"out={out}")
     values = {"model": state, "ema": state, "opt": {}, "config": network.spec}
     with replacing(out) as file:
         torch.save(values, file)
@@ -127,19 +159,28 @@ def _network(found: Weights, kind: WeightsKind) -> Network:
     return network.eval()
 
 
-def _card_of(network: Network, found: Weights, kind: WeightsKind, training: Mapping[str, Any], card: Card) -> str:
+def _card_of(
+    network: Network, found: Weights, kind: WeightsKind, training: Mapping[str, Any], card: Card, folder: str
+) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     data = ModelCardData(library_name="dcdit", license=card.license, tags=["diffusion", "dc-dit", "class-conditional"])
     headings = list(dict.fromkeys(key for row in card.figures for key in row))
     rows = [[_short(row.get(key)) for key in headings] for row in card.figures]
-    return ModelCard.from_template(
+    name, class_name = card.repository or folder, type(network).__name__
+    checkpoint = f"hf://{card.repository}" if card.repository else folder
+    overrides = [f"checkpoint={checkpoint}"] + (["weights=raw"] if kind == "raw" else [])
+    text = ModelCard.from_template(
         data,
         template_str="---\n{{ card_data }}\n---\n\n" + _CARD.read_text(),
         title=title_of(network, found),
         version=dcdit.__version__,
         note=card.note,
-        class_name=type(network).__name__,
+        class_name=class_name,
+        module="dcdit" if hasattr(dcdit, class_name) else type(network).__module__,
+        name=json.dumps(name),
+        command_to_sample=shlex.join(["dcdit", "sample", *overrides]) if found.latents else None,
+        diffusion=_short(found.process.facts()),
         network=", ".join(f"{key} {_short(value)}" for key, value in network.spec.items() if key != "name"),
         parameters=f"{sum(parameter.numel() for parameter in network.parameters()):,}",
         weights=weights_words(kind),
@@ -150,6 +191,7 @@ def _card_of(network: Network, found: Weights, kind: WeightsKind, training: Mapp
         command=card.command,
         figures=[headings, *rows] if rows else [],
     ).content
+    return str(text).encode("utf-8", "backslashreplace").decode()  # names of files may be no text
 
 
 def _latents(latents: LatentSpec | None) -> str:
@@ -165,7 +207,7 @@ def _latents(latents: LatentSpec | None) -> str:
 def _classes(latents: LatentSpec | None, network: Network) -> str:
     names = latents.classes if latents else ()
     some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    return f"{network.num_classes}" + (f": {some}" if some else "")
+    return f"{network.num_classes}" + (f": {_short(some)}" if some else "")
 
 
 def _short(value: Any) -> str:
@@ -173,4 +215,4 @@ def _short(value: Any) -> str:
         return ", ".join(f"{key} {_short(each)}" for key, each in value.items())
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "-" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+    return "-" if value is None else visible(str(value)).replace("|", "\\|")

@@ -21,7 +21,7 @@ from dcdit.checkpoints.locate import Place, locate, weights_of_folder
 from dcdit.checkpoints.power_ema import FOLDER, PowerAverages
 from dcdit.checkpoints.read import DamagedError, read_checkpoint
 from dcdit.checkpoints.settings import AS_PUBLISHED, AssumeSettings, WeightsKind, length_of
-from dcdit.checks import Bounds, conform
+from dcdit.checks import Bounds, conform, shown
 from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.process import AS_PUBLISHED as AS_PUBLISHED_PROCESS
 from dcdit.diffusion.process import Process, build_process
@@ -63,6 +63,14 @@ class Weights:
     training: Mapping[str, Any] = field(default_factory=dict)
     told: bool = True
     averages: PowerAverages | None = None
+
+    def __post_init__(self) -> None:
+        classes = self.model.get("num_classes")
+        if self.latents is not None and len(self.latents.classes) != classes:
+            raise UserError(
+                f"this {self.source} names {len(self.latents.classes)} classes, its network has {shown(classes)}:"
+                " export or download it again"
+            )
 
     def of_kind(self, kind: WeightsKind) -> Mapping[str, Tensor]:
         """EMA weights, raw ones, or an average of another length; UserError if the file does not hold them."""

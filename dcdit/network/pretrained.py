@@ -98,17 +98,22 @@ class Pretrained(ModelHubMixin):
 
 
 def write_folder(
-    folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    folder: Path,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors``, each whole or not at all.
+    """Write ``config.json``, ``model.safetensors`` and texts, each whole or not at all.
 
-    The first holds a digest of the second, and one of itself.
+    The first holds digests of all others, and one of itself.
 
     Args:
         folder: where; made if needed.
         config: plain values; ``network`` is what :func:`dcdit.network.build_network` takes.
         state: parameters by name.
         dtype: of the floating-point numbers in the file.
+        texts: content of other files, by name.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -122,7 +127,22 @@ def write_folder(
     with replacing(folder / WEIGHTS_FILE) as file:
         file.write(content)
     values = {**config, "sha256": hashlib.sha256(content).hexdigest()}
+    if texts:
+        for name, text in texts.items():
+            write_text(folder / name, text)
+        values["files"] = {name: file_digest(folder / name) for name in texts}
     write_text(folder / CONFIG_FILE, json.dumps({**values, "digest": content_digest(values)}, indent=2) + "\n")
+
+
+def written_files(folder: Path) -> set[str]:
+    """The files in a folder that :func:`write_folder` wrote, and that nobody changed since; none if in doubt."""
+    try:
+        config = read_config(folder)
+        digests = {WEIGHTS_FILE: config["sha256"], **conform("files", config.get("files", {}), dict[str, Digest])}
+        found = {name for name, digest in digests.items() if file_digest(folder / Path(name).name) == digest}
+    except (UserError, OSError):
+        return set()
+    return {CONFIG_FILE, *found}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 import secrets
+import shlex
 import socket
 import time
 from collections.abc import Mapping
@@ -126,7 +127,7 @@ class RunState:
 
 
 def command_of(run_dir: Path) -> str:
-    """The command that trained a run, without its paths; empty if that is not known."""
+    """The command that trained a run, for a shell, ``???`` for each path; empty if that is not known."""
     try:
         state = RunState.read(run_dir)
     except UserError:
@@ -134,5 +135,11 @@ def command_of(run_dir: Path) -> str:
     if state is None or not state.overrides:
         return ""
     private = ("run_name=", "run_dir=", "ckpt_path=")
-    words = [word for word in state.overrides if "/" not in word and not word.startswith(private)]
-    return " ".join(["dcdit train", *words])
+    words = [_without_path(word) for word in state.overrides if not word.startswith(private)]
+    return shlex.join(["dcdit", "train", *words])
+
+
+def _without_path(word: str) -> str:
+    """An override, its value left open if that is a path of this machine; repositories of the hub are none."""
+    key, equals, value = word.partition("=")
+    return f"{key}{equals}???" if "/" in value and not value.strip("'\"").startswith("hf://") else word

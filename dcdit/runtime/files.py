@@ -1,14 +1,17 @@
 """Files: written whole or not at all, and read with a limit and a schema."""
 
 import csv
+import ctypes
 import errno
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import socket
 import stat
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -92,6 +95,51 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         draft.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of ``folder`` when the block ends: at once, with all that is in it.
+
+    If the block raises, or the process dies, ``folder`` stays what it was. What was there before is deleted afterwards.
+
+    Raises:
+        UnwritableError: if it cannot be put there, naming the folder and the remedy.
+    """
+    folder = folder.resolve()
+    _sweep(folder.parent)
+    draft = folder.with_name(f".{folder.name}.{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.part")
+    try:
+        try:
+            draft.mkdir()
+        except OSError as error:
+            raise UnwritableError(unwritable(folder, error)) from error
+        yield draft
+        try:
+            if folder.exists():
+                _exchange(draft, folder)
+            else:
+                draft.rename(folder)
+            _sync(folder.parent)
+        except OSError as error:
+            raise UnwritableError(f"{unwritable(folder, error)}: choose a folder within it") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Exchange two folders; in one step where the system can (Linux), else in three."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename is None or rename(here, os.fsencode(one), here, os.fsencode(other), exchange):
+        aside = one.with_name(f"{one.name}.part")
+        other.rename(aside)
+        try:
+            one.rename(other)
+        except OSError:
+            aside.rename(other)
+            raise
+        aside.rename(one)
+
+
 def unwritable(path: Path, error: OSError) -> str:
     """Why ``path`` cannot be written, and what to do about it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -115,7 +163,7 @@ def writable_folder(folder: Path, key: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.probe"
+        probe = folder / f".probe.{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.part"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -287,7 +335,7 @@ def _sweep(folder: Path) -> None:
         for name in os.listdir(folder):
             found = _DRAFT.fullmatch(name)
             if found and found["host"] == socket.gethostname() and not _alive(int(found["process"])):
-                (folder / name).unlink(missing_ok=True)
+                shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:

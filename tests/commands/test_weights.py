@@ -240,10 +240,6 @@ def test_folders_that_are_not_whole_are_refused(trained_run, tmp_path, capsys):
     refused(edit(network={**spec, "width": 64}), "has shape")
     refused(edit(network={**spec, "grid": 60_000}), "grid=60000 is outside [1, 512]")
     refused(edit(network={**spec, "grid": 512, "width": 65_536, "heads": 1}), "has shape")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").touch()
-    result = typed(capsys, tmp_path, "export", f"checkpoint={trained_run}", "out=mine")
-    assert "out=mine holds other files" in result.words
 
 
 def test_from_a_run_to_the_hub_and_back(trained_run, tmp_path, capsys):
