@@ -152,7 +152,8 @@ def table(results: list[Result]) -> Table:
     cells = {heading: [show(result.plan) for result in results] for heading, show in _COLUMNS.items()}
     varying = [heading for heading, values in cells.items() if heading == "drop" or len(set(values)) > 1]
     scale = "" if "guidance" in varying else f", guidance {guidance['scale']:g}"
-    weights = "" if "weights" in varying else f", {plan['weights']} weights"
+    decay = "" if results[0].ema_decay is None else f" of decay {results[0].ema_decay:g}"
+    weights = "" if "weights" in varying else f", {plan['weights']} weights{decay}"
     cache = "" if "cache" in varying or not sampler["cache"] else f", cache {sampler['cache']:g}"
     weak = "" if "weak half" in varying or guidance["scale"] == 1 else f", weak half: {weak_words(guidance)}"
     title = (

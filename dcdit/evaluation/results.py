@@ -1,7 +1,7 @@
 """Results of evaluations: what a file of one must hold, and what results share."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -71,6 +71,13 @@ class Result:
         known = {"training": training, "weights": self.plan["weights"], "step": self.plan["step"]}
         return {**known, "cache": self.plan["sampler"]["cache"], **guidance}
 
+    @property
+    def ema_decay(self) -> float | None:
+        """Decay of the EMA whose weights were measured; None for other weights, or if the checkpoint does not say it."""
+        ema = self.values["training"].get("ema")
+        decay = ema.get("decay") if isinstance(ema, Mapping) and self.plan["weights"] == "ema" else None
+        return decay if isinstance(decay, float) else None
+
     def figure(self, key: str) -> float:
         """A figure that was measured."""
         return float(self.values["metrics"][key])
@@ -101,6 +108,7 @@ class Result:
             "step": plan["step"],
             "training_seed": values["training"].get("seed"),
             "weights": plan["weights"],
+            "ema_decay": self.ema_decay,
             **{f"sampler_{key}": value for key, value in plan["sampler"].items()},
             **{f"guidance_{key}": value for key, value in plan["guidance"].items() if key != "drop_fraction"},
             "sampling_precision": plan["precision"],

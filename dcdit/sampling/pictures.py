@@ -1,6 +1,7 @@
 """Samples of a few classes as files: latents, a picture of all, and the way of some with the router's boundaries."""
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor
 
+from dcdit.checks import visible
 from dcdit.compute.table import flops_words
 from dcdit.diffusion.samplers import Step
 from dcdit.errors import UserError
@@ -21,6 +23,8 @@ from dcdit.sampling.setup import Sampling
 
 _MOST_FRAMES = 50
 """Of an animation."""
+_FILES = ("samples.png", "boundaries.png", "latents.npz", "trajectory.gif", "trajectory.webp")
+"""What a call writes."""
 _SHOWN = 4
 """Samples in the picture of boundaries, the first of each class."""
 
@@ -47,6 +51,16 @@ def resolve_labels(classes: Sequence[int | str] | None, names: Sequence[str], pe
     return torch.tensor(labels).repeat_interleave(per_class)
 
 
+def _put_aside(out: Path) -> None:
+    """Move what an earlier call wrote into ``out`` to ``out/earlier/<number>``, where nothing is written over."""
+    there = [out / name for name in _FILES if (out / name).exists()]
+    if there:
+        aside = next(path for number in count(1) if not (path := out / "earlier" / f"{number:04d}").exists())
+        aside.mkdir(parents=True)
+        for path in there:
+            path.rename(aside / path.name)
+
+
 def animation_frames(moments: Sequence[Moment], image: NDArray[Any], sampling: Sampling, title: str) -> list[Pixels]:
     """One picture for each moment of a sample, and the finished ``image`` (height, width, 1 or 3) at the end."""
     noisy, clean = ([getattr(each, name) for each in moments] for name in ("x", "clean"))
@@ -65,6 +79,8 @@ def sample_to_folder(
     out: Path,
 ) -> str:
     """Write ``samples.png``, ``latents.npz`` and, of a network that routes, ``boundaries.png`` into ``out``.
+
+    What an earlier call wrote there is kept, in ``out/earlier/<number>``.
 
     Args:
         sampling: what samples.
@@ -94,16 +110,17 @@ def sample_to_folder(
 
     latents = torch.cat([batch.latents for batch in batches])
     images = torch.cat([sampling.images(batch) for batch in batches])
+    _put_aside(out)
     with replacing(out / "latents.npz") as file:
         np.savez(file, latents=latents.numpy(), labels=labels.numpy())
     save_grid(images, per_class, out / "samples.png")
     flops = torch.cat([batch.flops for batch in batches]).mean().item()
-    title = f"{sampling.words}, {flops_words(flops)}"
+    title = visible(f"{sampling.words}, {flops_words(flops)}")
     for moments in moving.rows.values():
         first = images[0].permute(1, 2, 0).cpu().numpy()
         save_animation(animation_frames(moments, first, sampling, title), out / f"trajectory.{animation}")
     if frames and model.network.routes:
-        titles = [model.latents.classes[int(labels[number])] for number in shown]
+        titles = [visible(model.latents.classes[int(labels[number])]) for number in shown]
         rows = list(recorder.rows.values())
         save_boundaries(rows, titles, sampling.decode, out / "boundaries.png", title)
     words = f", {flops_words(flops)} per image"

@@ -218,7 +218,7 @@ def test_the_command_that_trained_composes_and_names_no_path(tmp_path, given, sh
     assert compose_config(*words) is not None
 
 
-def test_names_that_are_no_text_or_markup_are_escaped(tmp_path):
+def test_names_that_are_no_text_or_markup_are_escaped(tmp_path, capsys):
     classes = ("caf\udce9", "a|b\n\x1b[31m")
     note = "by Ren\udce9"
     write_exported(tmp_path / "x", weights(classes=classes), "ema", "fp32", replace(PLAIN, note=note))
@@ -226,6 +226,9 @@ def test_names_that_are_no_text_or_markup_are_escaped(tmp_path):
     assert r"| classes | 2: caf\udce9, a\|b\n\x1b[31m |" in card
     assert r"by Ren\udce9" in card
     assert load_model(str(tmp_path / "x")).latents.classes == classes
+    result = typed(capsys, tmp_path, "sample", "checkpoint=x", "sampler.steps=2", "per_class=1", "out=pictures")
+    assert result.status == 0, result.words
+    assert (tmp_path / "pictures" / "boundaries.png").is_file()
 
 
 @pytest.mark.parametrize("classes", [("a",), ("a", "b", "c")])

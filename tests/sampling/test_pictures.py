@@ -96,3 +96,23 @@ def test_a_network_without_router_has_a_trajectory_too(tiny, tmp_path):
     words = (f"checkpoint={run}", "classes=[0]", "per_class=1", "sampler.steps=3", "animation=gif")
     out = sample.run(compose_config(*words, name="sample"))
     assert {path.name for path in out.iterdir()} == {"samples.png", "latents.npz", "trajectory.gif"}
+
+
+def test_earlier_pictures_are_kept(tmp_path):
+    def files() -> dict[str, bytes]:
+        return {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    words = ("checkpoint=digits", f"out={tmp_path}", "classes=[0]", "per_class=1", "sampler.steps=2")
+    calls: list[dict[str, bytes]] = []
+    for number, more in enumerate((["animation=gif"], ["frames=0"], [])):
+        sample.run(compose_config(*words, f"seed={number}", *more, name="sample"))
+        newest = {name: content for name, content in files().items() if "/" not in name}
+        calls.append(newest)
+    assert [set(call) for call in calls] == [
+        {"samples.png", "latents.npz", "boundaries.png", "trajectory.gif"},
+        {"samples.png", "latents.npz"},
+        {"samples.png", "latents.npz", "boundaries.png"},
+    ]
+    for number, call in enumerate(calls[:-1], 1):
+        kept = {name: content for name, content in files().items() if name.startswith(f"earlier/{number:04d}/")}
+        assert kept == {f"earlier/{number:04d}/{name}": content for name, content in call.items()}

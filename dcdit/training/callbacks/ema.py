@@ -34,12 +34,14 @@ class EMA(WeightAveraging):
             now = min(decay, (1 + done) / (10 + done)) if warmup else decay
             get_ema_multi_avg_fn(now)(average, current, count)
 
+        self.recorded = {"decay": decay, "warmup": warmup}
         # Buffers are constant tables: nothing to average.
         super().__init__(use_buffers=False, multi_avg_fn=update)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Create the average when fitting begins."""
+        """Create the average when fitting begins, and have checkpoints say which one it is."""
         super().setup(trainer, pl_module, stage)
+        pl_module.hparams["ema"] = self.recorded
         if self._average_model is not None:
             # The update asks this counter whether it is zero: on the host that costs no synchronisation.
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
