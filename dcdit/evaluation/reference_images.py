@@ -16,7 +16,7 @@ from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.images import ImageSet
 from dcdit.evaluation.statistics import Moments, Statistics
 from dcdit.runtime.display import Display
-from dcdit.runtime.files import read_arrays, replacing, writable_folder
+from dcdit.runtime.files import read_arrays, writable_folder
 from dcdit.runtime.jobs import ImageJob, Record
 
 
@@ -34,15 +34,13 @@ class FeatureJob(ImageJob[Record]):
     """A job whose tasks leave features behind.
 
     Args:
-        kind, name, plan, count, chunk_size: see :class:`ImageJob`.
-        result: file in which it ends.
+        kind, result, name, plan, count, chunk_size: see :class:`ImageJob`.
     """
 
     def __init__(
         self, kind: type[Record], result: Path, name: str, plan: Mapping[str, Any], count: int, chunk_size: int
     ) -> None:
-        super().__init__(kind, result.parent, f"{name}-{digest_of(plan)}", plan, count, chunk_size)
-        self.result = result
+        super().__init__(kind, result, f"{name}-{digest_of(plan)}", plan, count, chunk_size)
 
     def share(self, rank: int, world_size: int, work: Callable[[int], None], display: Display) -> None:
         """Do this process's share, unless the result is there; ``work`` ends with :meth:`keep`."""
@@ -63,9 +61,7 @@ class FeatureJob(ImageJob[Record]):
         for name, parts in zip(Features._fields, zip(*found, strict=True), strict=True):
             there = [part for part in parts if part is not None]
             arrays[name] = torch.cat(there).numpy() if there else np.empty((0, 0), np.float32)
-        with replacing(self.part_path(task)) as file:
-            np.savez(file, **arrays)
-        self.record(task, record)
+        self.finish(task, record, lambda file: np.savez(file, **arrays))
 
     def features(self) -> Iterator[Features]:
         """Of all tasks, one after the other."""

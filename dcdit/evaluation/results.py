@@ -73,7 +73,7 @@ class Result:
 
     @property
     def ema_decay(self) -> float | None:
-        """Decay of the EMA whose weights were measured; None for other weights, or if the checkpoint does not say it."""
+        """Decay of the EMA whose weights were measured; None for other weights, or where nobody says it."""
         ema = self.values["training"].get("ema")
         decay = ema.get("decay") if isinstance(ema, Mapping) and self.plan["weights"] == "ema" else None
         return decay if isinstance(decay, float) else None

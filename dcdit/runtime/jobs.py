@@ -6,17 +6,18 @@ result. Extraction, generation, evaluation and the statistics of references are 
 
 import shutil
 import zlib
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from filelock import FileLock
 
 from dcdit.checks import Natural, conform
 from dcdit.errors import UserError
 from dcdit.runtime.display import Display
-from dcdit.runtime.files import read_json, write_json
+from dcdit.runtime.files import read_json, replacing, write_json
 
 Record = TypeVar("Record")
 """A dataclass of plain values: what is recorded of a task."""
@@ -153,27 +154,46 @@ class _Entry:
 class ImageJob(ResumableJob[Record]):
     """A job over numbered images, a task of which is a chunk of so many of them in a row.
 
+    Several processes may do the same tasks, such as a command that was given twice: the first to finish one keeps it.
+
     Args:
-        kind, directory, name, plan: see :class:`ResumableJob`.
+        kind, name, plan: see :class:`ResumableJob`.
+        result: file in which it ends.
         count: number of images.
         chunk_size: images of a task; the last may have fewer.
     """
 
     def __init__(
-        self, kind: type[Record], directory: Path, name: str, plan: Mapping[str, Any], count: int, chunk_size: int
+        self, kind: type[Record], result: Path, name: str, plan: Mapping[str, Any], count: int, chunk_size: int
     ) -> None:
-        super().__init__(kind, directory, name, plan, -(-count // chunk_size))
-        self.count, self.chunk_size = count, chunk_size
+        super().__init__(kind, result.parent, name, plan, -(-count // chunk_size))
+        self.result, self.count, self.chunk_size = result, count, chunk_size
+
+    @abstractmethod
+    def part_path(self, task: int) -> Path:
+        """File that a task leaves behind."""
 
     def numbers(self, task: int) -> range:
         """The images of a task."""
         return range(task * self.chunk_size, min((task + 1) * self.chunk_size, self.count))
 
     def do(self, rank: int, world_size: int, work: Callable[[int], None], display: Display) -> None:
-        """Call ``work`` for those of this process's tasks that are not done; it must :meth:`record` each."""
-        own = range(rank, self.tasks, world_size)
-        left = [number for number in own if self.forget_damaged(number)]
+        """Call ``work`` for those of this process's tasks that are not done; it must :meth:`finish` each."""
+        own, left = range(rank, self.tasks, world_size), []
+        for number in own:
+            with self.lock():
+                if not self.result.is_file() and self.forget_damaged(number):
+                    left.append(number)
         display.begin(len(own), len(own) - len(left), sum(len(self.numbers(number)) for number in left))
         for number in left:
-            work(number)
+            if not self.result.is_file() and not self.is_done(number):
+                work(number)
             display.finish(f"{display.verb}, chunk {number}", len(self.numbers(number)))
+
+    def finish(self, task: int, values: Record, write: Callable[[BinaryIO], None]) -> None:
+        """Write and record what a task leaves behind, unless another process has done so, or ended the job."""
+        with self.lock():
+            if not self.result.is_file() and not self.is_done(task):
+                with replacing(self.part_path(task)) as file:
+                    write(file)
+                self.record(task, values)

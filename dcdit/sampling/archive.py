@@ -71,7 +71,7 @@ class ImageArchive:
             "batch_size": sampling.batch_size,
             "checkpoint": sampling.model.digest,
         }
-        self.job = _ArchiveJob(Sampled, out, "generation", self.plan, count, chunk_size)
+        self.job = _ArchiveJob(Sampled, self.npz, "generation", self.plan, count, chunk_size)
 
     def run(self, rank: int, world_size: int, display: Display) -> bool:
         """Sample this process's share of the chunks; returns whether the file is complete.
@@ -118,9 +118,8 @@ class ImageArchive:
         chunk = np.concatenate(images)
         if self.png:
             self._save_png(task, chunk)
-        with replacing(self.job.part_path(task)) as file:
-            np.save(file, chunk, allow_pickle=False)
-        self.job.record(task, Sampled(flops, kept, time.perf_counter() - begin, chunk.shape))
+        record = Sampled(flops, kept, time.perf_counter() - begin, chunk.shape)
+        self.job.finish(task, record, lambda file: np.save(file, chunk, allow_pickle=False))
 
     def _save_png(self, task: int, images: NDArray[np.uint8]) -> None:
         (self.out / "png").mkdir(exist_ok=True)
@@ -141,6 +140,7 @@ class ImageArchive:
             "keep_ratio": kept if model.network.routes else None,
             "seconds_per_image": sum(record.seconds for record in records) / self.count,
             "calibration": asdict(calibration) if calibration else None,
+            "training": dict(model.training),
         }
         with replacing(self.npz) as target:
             with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:

@@ -1,6 +1,7 @@
 """Quality against compute, as users measure it."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from support.configs import PLAIN_DIT, compose_config
 from support.features import CORNERS, Corners, archive_arrays
-from support.processes import end, ranks
+from support.processes import Command, end, ranks
 
 from dcdit import evaluate, generate
 from dcdit.checkpoints.locate import SHIPPED
@@ -54,6 +55,7 @@ def test_figures_stand_beside_what_they_depend_on(run, capsys, tmp_path):
     assert plan["autoencoder"] == "identity"
     assert plan["reference"]["count"] == 180
     assert result["training"]["compression"] == 4.0
+    assert result["training"]["ema"] == {"decay": 0.98, "warmup": False}
     assert result["tflops_per_image"] <= results[0.0]["tflops_per_image"]
     timing = result["timing"]
     assert (len(timing["rounds"]), timing["batch_size"]) == (3, 5)
@@ -154,6 +156,17 @@ def test_two_processes_at_once(run, tmp_path, digits):
     for alone, shared in results.values():
         # the classifier sees other batches, which rounds its float32 features otherwise
         assert shared == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_same_command_twice_at_once(run, tmp_path, digits):
+    """Neither command knows of the other: each means to do all, and both end well."""
+    words = (f"checkpoint={run.checkpoint}", *SETTINGS[3:], "features=digits", "count=60", "chunk_size=6")
+    measured = (f"reference={digits}/val", f"cache={tmp_path}/cache", "metrics=[fid]", "time_rounds=0")
+    commands = [Command(tmp_path, "evaluate", *words, *measured, f"out={tmp_path}/two") for _ in range(2)]
+    commands += [Command(tmp_path, "generate", *words[:-3], "count=60", "chunk_size=6", "out=images") for _ in range(2)]
+    end(commands)
+    assert {path.suffix for path in (tmp_path / "two").iterdir() if path.name[0] != "."} == {".json", ".png"}
+    assert sorted(os.listdir(tmp_path / "images")) == [".generation.lock", "samples.json", "samples.npz"]
 
 
 def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):

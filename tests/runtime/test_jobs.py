@@ -1,11 +1,14 @@
 """Resumable jobs: whatever is killed whenever, on any number of processes, the result is that of an undisturbed run."""
 
 import json
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +17,13 @@ from hypothesis import strategies as st
 from dcdit.errors import UserError
 from dcdit.runtime.display import Display, resumable
 from dcdit.runtime.jobs import ImageJob
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
 
 
 class Killed(BaseException):
@@ -32,8 +42,14 @@ class First:
 
 
 class Squares(ImageJob[First]):
+    at: Callable[[str], None]
+
     def part_path(self, task: int) -> Path:
         return self.work / f"chunk-{task}.json"
+
+    def record(self, task: int, values: First) -> None:
+        self.at("unrecorded")
+        super().record(task, values)
 
 
 class Process:
@@ -43,11 +59,21 @@ class Process:
         folder: of the job.
         count, chunk_size: see :class:`ImageJob`.
         death: how many tasks it finishes, and when it dies in the next one; None for a process that lives.
+        guests: what happens meanwhile, by number of finished tasks and moment, outside of the lock.
     """
 
-    def __init__(self, folder: Path, count: int, chunk_size: int, death: tuple[int, str] | None = None) -> None:
-        self.job = Squares(First, folder, "squares", {"count": count, "chunk_size": chunk_size}, count, chunk_size)
-        self.result, self.death, self.done = folder / "result.json", death, []
+    def __init__(
+        self,
+        folder: Path,
+        count: int,
+        chunk_size: int,
+        death: tuple[int, str] | None = None,
+        guests: Mapping[tuple[int, str], Callable[[], None]] | None = None,
+    ) -> None:
+        self.result, self.death, self.done, self.guests = folder / "result.json", death, [], guests or {}
+        plan = {"count": count, "chunk_size": chunk_size}
+        self.job = Squares(First, self.result, "squares", plan, count, chunk_size)
+        self.job.at = self._at
 
     def run(self, rank: int, world_size: int) -> None:
         with self.job.lock():
@@ -59,27 +85,54 @@ class Process:
         self.job.finalize(self.result, self._join)
 
     def _square(self, task: int) -> None:
-        self._die("before")
-        content = json.dumps([number**2 for number in self.job.numbers(task)])
-        draft = self.job.work / f"chunk-{task}.part"
-        draft.write_text(content[: len(content) // 2])
-        self._die("half written")
-        draft.write_text(content)
-        draft.replace(draft.with_suffix(".json"))
-        self._die("unrecorded")
-        self.job.record(task, First(task * self.job.chunk_size))
-        self.done.append(task)
-        if self.death == (len(self.done) - 1, "recorded"):
-            raise Killed
+        self._at("before")
+        content = json.dumps([number**2 for number in self.job.numbers(task)]).encode()
 
-    def _die(self, moment: str) -> None:
-        if self.death == (len(self.done), moment):
+        def write(file: BinaryIO) -> None:
+            file.write(content[: len(content) // 2])
+            self._at("half written")
+            file.write(content[len(content) // 2 :])
+
+        self.job.finish(task, First(task * self.job.chunk_size), write)
+        self.done.append(task)
+        self._at("recorded")
+
+    def _at(self, moment: str) -> None:
+        number = len(self.done) - (moment == "recorded")
+        if (number, moment) in self.guests:
+            self.guests[number, moment]()
+        if self.death == (number, moment):
             raise Killed
 
     def _join(self, records: list[First]) -> None:
         chunks = [json.loads((self.job.work / f"chunk-{task}.json").read_text()) for task in range(self.job.tasks)]
         assert [record.first for record in records] == [task * self.job.chunk_size for task in range(self.job.tasks)]
         self.result.write_text(json.dumps([square for chunk in chunks for square in chunk]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 23),
+    chunk_size=st.integers(1, 8),
+    guests=st.dictionaries(
+        st.tuples(st.integers(0, 4), st.sampled_from(["before", "recorded"])),
+        st.tuples(st.integers(0, 1), st.integers(1, 2), st.none() | st.tuples(st.integers(0, 2), st.just("before"))),
+    ),
+)
+def test_a_command_that_is_given_twice_ends_well_both_times(count, chunk_size, guests):
+    """While one process computes, others do some or all of the same tasks, and perhaps end the job."""
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+
+        def guest(rank: int, world_size: int, death: tuple[int, str] | None) -> None:
+            with suppress(Killed):
+                Process(folder, count, chunk_size, death).run(min(rank, world_size - 1), world_size)
+
+        meanwhile = {moment: partial(guest, *values) for moment, values in guests.items()}
+        host = Process(folder, count, chunk_size, guests=meanwhile)
+        host.run(0, 1)
+        assert json.loads(host.result.read_text()) == [number**2 for number in range(count)]
+        assert sorted(path.name for path in folder.iterdir()) == [".squares.lock", "result.json"]
 
 
 deaths = st.one_of(st.none(), st.tuples(st.integers(0, 4), st.sampled_from(MOMENTS)))
@@ -122,7 +175,7 @@ def test_another_plan_is_refused_and_the_first_difference_named(tmp_path):
         ({"a": "1 file", "b": "3 files"}, r"'b' has changed .*2 files before, 3 files now"),
     ):
         with pytest.raises(UserError, match=words):
-            Squares(First, tmp_path, "squares", {"source": source}, 1, 1).compare(plans)
+            Squares(First, tmp_path / "result", "squares", {"source": source}, 1, 1).compare(plans)
 
 
 def test_only_one_of_several_processes_finalizes(tmp_path):
