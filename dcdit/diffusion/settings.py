@@ -129,6 +129,12 @@ class DPMSolver(SamplerOptions):
 
     name: ClassVar[str] = "dpm++"
     process: ClassVar[str] = "ddpm"
+    steps: Annotated[
+        int,
+        Bounds(
+            1, TRAIN_STEPS - 1, hint="between 1000 timesteps there are 999 intervals, and one of no length has no slope"
+        ),
+    ]
 
 
 Shift = Annotated[float, Bounds(low=0, open_low=True, hint="1 is even steps, 3 spends more of them among noise")]

@@ -5,7 +5,7 @@ from support.configs import golden_folders
 
 from dcdit.checks import build_named
 from dcdit.diffusion.guidance import Guidance, GuidedOutput
-from dcdit.diffusion.samplers import Sampler, sample_generator
+from dcdit.diffusion.samplers import STEPPERS, Sampler, sample_generator
 from dcdit.diffusion.schedule import linear_betas
 from dcdit.diffusion.settings import DDIM, DDPM, SAMPLERS, DPMSolver, GuidanceSettings
 from dcdit.errors import UserError
@@ -49,6 +49,21 @@ def test_deterministic_samplers_follow_the_analytic_flow(sampler, tolerance):
     bar = ALPHA_BAR[999]
     z = (steps[0].x - bar.sqrt() * 0.7) / (bar * 0.25 + 1 - bar).sqrt()
     torch.testing.assert_close(steps[-1].next, (0.7 + 0.5 * z).float(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 999, 1000])
+@pytest.mark.parametrize("name", [settings.name for settings in STEPPERS])
+def test_any_number_of_steps_that_is_taken_gives_finite_latents(name, steps):
+    try:
+        sampler = Sampler(build_named(SAMPLERS, {"name": name, "steps": steps}, "sampler"))
+    except UserError as refused:
+        assert f"sampler.steps={steps} is outside" in str(refused)  # noqa: PT017 - whether it raises depends on both
+        assert (name, steps) in {("dpm++", 1000), ("sde", 1)}
+        return
+    flow = sampler.settings.process == "flow"
+    velocity = lambda x, timestep, y: GuidedOutput(x - 0.5, (None,))  # noqa: E731
+    x = run(sampler, velocity if flow else gaussian_denoiser(0.7, 0.5), 2)
+    assert x.isfinite().all()
 
 
 def test_dpm_solver_needs_fewer_steps_than_ddim():
