@@ -31,6 +31,7 @@ def run(config: DictConfig) -> list[Path]:
     from dcdit.checkpoints.locate import locate
 
     place = locate(plan.settings.checkpoint, plan.runs)
+    from dcdit.evaluation.images import check_place
     from dcdit.evaluation.measure import Deadline, OutOfTimeError
     from dcdit.evaluation.points import Evaluation, remarks, table, take_times
     from dcdit.evaluation.search import search, write_log
@@ -40,6 +41,7 @@ def run(config: DictConfig) -> list[Path]:
     deadline, (rank, world_size) = Deadline.in_hours(settings.max_hours), processes()
     for words in grid.left_out if rank == 0 else ():
         print(f"Left out: {words}")
+    check_place(settings.reference)
     samplings = set_up_all(grid.points, place)
     evaluation = Evaluation(samplings[0], settings, config.features)
     with resumable(rank, "evaluating", "chunk", evaluation.out):

@@ -155,7 +155,7 @@ class InceptionFeatures(FeatureNetwork):
                 )
             except OSError as error:
                 raise UserError(
-                    f"features: the weights of Inception cannot be downloaded ({error}): fetch {URL_INCEPTION_V3}"
+                    f"features=inception: its weights cannot be downloaded ({error}): fetch {URL_INCEPTION_V3}"
                     " elsewhere and give the file as features.weights=..., or take features=timm"
                 ) from error
         else:

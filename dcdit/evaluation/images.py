@@ -270,6 +270,12 @@ class NpzArchive(ImageSet):
         return {"kind": "npz", "content": " ".join(f"{each:08x}" for each in contents)}
 
 
+def check_place(place: str) -> None:
+    """Raise :class:`UserError` if nothing is at ``place``, for whoever has long work before :func:`open_images`."""
+    if not Location(place, None).remote and not Path(place).exists():
+        raise UserError(f"reference={place} does not exist: give a folder of images or shards, or an .npz")
+
+
 def open_images(
     place: str,
     size: tuple[int, int],
@@ -290,6 +296,7 @@ def open_images(
     Raises:
         UserError: if there is nothing usable, or it has another size.
     """
+    check_place(place)
     location, path = Location(place, cache), Path(place)
     images: ImageSet
     if location.remote or (location.directory / MANIFEST_NAME).is_file():
@@ -301,10 +308,8 @@ def open_images(
         if size[0] != size[1]:
             raise UserError(f"reference={place}: a folder's images are cropped to squares, not to {size}: give an .npz")
         images = FolderImages(path, size[0])
-    elif path.is_file():
-        images = NpzArchive(path)
     else:
-        raise UserError(f"reference={place} does not exist: give a folder of images or shards, or an .npz")
+        images = NpzArchive(path)
     if images.count and images.size != size:
         raise UserError(
             f"reference={place} has images of {images.size[0]} x {images.size[1]} pixels, the checkpoint samples"

@@ -83,11 +83,11 @@ class Evaluation:
     def __init__(self, sampling: Sampling, settings: EvaluateSettings, features: DictConfig) -> None:
         self.settings = settings
         device = sampling.model.device
-        self.network = build_features(features, device)
         size = sampling.decode.size(device)
         asked = sampling.plan.settings
         latents = sampling.model.latents
         images = open_images(settings.reference, size, device, asked.autoencoder, asked.rounding, network=latents)
+        self.network = build_features(features, device)  # which may be a download: after what was given is checked
         there = list(images.moments(self.network))
         self.metrics = choose_metrics(settings.metrics, self.network, bool(images.count), there)
         needed = {COMPUTE[name].reference for name in self.metrics} - {None}

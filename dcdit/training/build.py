@@ -1,6 +1,7 @@
 """From a checked plan to what trains: module, data, trainer."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue
 
 from dcdit.checks import call_checked, suggestion
 from dcdit.compute.matching import steps_matching
@@ -109,12 +111,21 @@ def build_each(nodes: Any, section: str) -> list[Any]:
         except InstantiationException as error:
             cause = error.__cause__
             if isinstance(cause, UserError):
-                raise UserError(f"{where}.{cause}") from cause
+                raise UserError(_below(where, str(cause))) from cause
             if isinstance(cause, TypeError | ValueError | ImportError | AttributeError) or cause is None:
                 words = str(cause) if cause else str(error).splitlines()[0]
                 raise UserError(f"{where}: {' '.join(words.split())}") from error
             raise cause from error
+        except MissingMandatoryValue as error:
+            raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from None
     return found
+
+
+def _below(section: str, message: str) -> str:
+    """A message about keys, such as those of a feature network, with the keys that they have below ``section``."""
+    group = re.sub(r"(?<![\w.@])features=", f"features@{section}.features=", message)
+    found = re.sub(r"(?<![\w.@])features\.", f"{section}.features.", group)
+    return found if section in found else f"{section}.{found}"
 
 
 def build_trainer(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.configs import PLAIN_DIT, compose_config
 from support.features import CORNERS, Corners, archive_arrays
+from support.hub import offline
 from support.processes import Command, end, ranks
 
 from dcdit import evaluate, generate
@@ -218,6 +219,51 @@ def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):
         run(checkpoint, "guidance.drop_fraction=0.2", out="wrong")
     (result,) = run(checkpoint, "drop_fractions=[0]", out="dit").values()
     assert "keep_ratio" not in result
+
+
+def remedies(message: str) -> list[str]:
+    """The overrides that a message prints, with something in the place of the dots."""
+    return [word.replace("...", "x").strip("',.:") for word in re.findall(r"[\w@.+]+=[\w/.]+", message)]
+
+
+@pytest.mark.parametrize(
+    ("group", "given"),
+    [
+        ("inception", []),
+        ("inception", ["features.weights=no.pt"]),
+        ("own", []),
+        ("timm", ["features.model=test_resnet.r160_in1k"]),
+    ],
+)
+def test_remedies_are_keys_of_the_command_that_prints_them(run, tiny, monkeypatch, group, given):
+    def unreachable(*ignored, **options):
+        raise OSError("unreachable")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", unreachable)
+    inside = [word.replace("features.", "callbacks.fid.features.") for word in given]
+    chosen, fid = f"features={group}", ["callbacks=fid", f"features@callbacks.fid.features={group}"]
+    with offline():
+        with pytest.raises(UserError) as evaluating:
+            run(chosen, *given)
+        with pytest.raises(UserError) as training:
+            tiny("run", *fid, *inside)
+    for refused, before, name in ((evaluating, [chosen], "evaluate"), (training, fid, "train")):
+        words = remedies(str(refused.value))
+        assert words
+        for word in words:
+            compose_config(*before, word, name=name)
+
+
+def test_a_reference_that_is_not_there_is_told_before_anything_is_loaded(run, tmp_path, monkeypatch):
+    for name in ("sampling.setup.set_up_all", "evaluation.points.build_features"):
+        monkeypatch.setattr(f"dcdit.{name}", lambda *ignored: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"reference=nope.npz does not exist"):
+        run("reference=nope.npz")
+    monkeypatch.undo()
+    monkeypatch.setattr("dcdit.evaluation.points.build_features", lambda *ignored: pytest.fail("loaded"))
+    (tmp_path / "small.npz").write_bytes(b"no archive")
+    with pytest.raises(UserError, match=r"small.npz is damaged"):
+        run(f"reference={tmp_path}/small.npz", "features=inception")
 
 
 GRID = ("guidance.scale=[1,2]", "uncond_drop_fractions=[0,0.5]", "guidance.weak=[uncond,budget]")
