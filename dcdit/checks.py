@@ -115,6 +115,8 @@ HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 
 Count = Annotated[int, Bounds(1, 10**12)]
 Images = Annotated[int, Bounds(1, 10**7, hint="it is a number of images")]
+Columns = Annotated[int, Bounds(0, 100, hint="it is a number of columns of a picture")]
+Shown = Annotated[int, Bounds(1, 100, hint="it is a number of images of one picture")]
 Size = Annotated[int, Bounds(1, 65_536)]
 Grid = Annotated[int, Bounds(1, 512, hint="it is the side of the latent grid: 32 at 256px, 64 at 512px")]
 Depth = Annotated[int, Bounds(1, 1_000)]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checks import Bounds, Natural, NotEmpty, call_checked, checked
+from dcdit.checks import Bounds, Columns, NotEmpty, call_checked, checked
 from dcdit.sampling.settings import SamplingPlan
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 
@@ -31,7 +31,7 @@ class SampleSettings:
     out: str | None
     classes: Annotated[list[int | str], NotEmpty("name at least one class")] | None
     per_class: Annotated[int, Bounds(1, 10**4, hint="for more images take dcdit.generate")]
-    frames: Natural
+    frames: Columns
     animation: Literal["gif", "webp"] | None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
-from dcdit.checks import Count, DropFraction, Images, Natural, NotEmpty, OneOf, Positive, checked
+from dcdit.checks import Bounds, Count, DropFraction, Images, NotEmpty, OneOf, Positive, Shown, checked
 from dcdit.sampling.settings import Labels
 
 
@@ -83,8 +83,8 @@ class EvaluateSettings:
     labels: Labels
     chunk_size: Images
     out: str | None
-    shown: Images
+    shown: Shown
     reference_count: Count | None
-    time_rounds: Natural
+    time_rounds: Annotated[int, Bounds(0, 1000, hint="3 are enough on a quiet machine")]
     time_again: bool
     cache: str | None

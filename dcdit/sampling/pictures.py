@@ -25,6 +25,8 @@ _MOST_FRAMES = 50
 """Of an animation."""
 _FILES = ("samples.png", "boundaries.png", "latents.npz", "trajectory.gif", "trajectory.webp")
 """What a call writes."""
+_MOST_PIXELS = 1 << 27
+"""Of a picture of samples: 2,048 images at 256px; 2 GB of memory."""
 _SHOWN = 4
 """Samples in the picture of boundaries, the first of each class."""
 
@@ -95,6 +97,12 @@ def sample_to_folder(
     model, steps = sampling.model, len(sampling.sampler.timesteps)
     labels = resolve_labels(classes, model.latents.classes, per_class)
     shown = list(range(0, len(labels), per_class))[:_SHOWN]
+    height, width = sampling.decode.size(model.device)
+    if len(labels) * max(height, 64) * max(width, 64) > _MOST_PIXELS:
+        raise UserError(
+            f"per_class={per_class}: {len(labels)} images of {width} x {height} pixels are too many for one picture:"
+            " take fewer, or dcdit.generate"
+        )
     writable_folder(out, f"out={out}")
     recorder = Recorder(shown, frames, steps, model.process.clean)
     moving = Recorder(shown[:1] if animation else [], _MOST_FRAMES, steps, model.process.clean)

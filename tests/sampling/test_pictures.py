@@ -7,6 +7,7 @@ from PIL import Image
 from support.configs import compose_config
 
 from dcdit import sample
+from dcdit.errors import UserError
 from dcdit.sampling.overlays import DROPPED, KEPT, enlarged, overlay, probabilities, side_by_side, spread
 
 
@@ -102,7 +103,7 @@ def test_earlier_pictures_are_kept(tmp_path):
     def files() -> dict[str, bytes]:
         return {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-    words = ("checkpoint=digits", f"out={tmp_path}", "classes=[0]", "per_class=1", "sampler.steps=2")
+    words = ("checkpoint=digits", f"out={tmp_path}", "classes=[0]", "per_class=1", "sampler.steps=1")
     calls: list[dict[str, bytes]] = []
     for number, more in enumerate((["animation=gif"], ["frames=0"], [])):
         sample.run(compose_config(*words, f"seed={number}", *more, name="sample"))
@@ -116,3 +117,17 @@ def test_earlier_pictures_are_kept(tmp_path):
     for number, call in enumerate(calls[:-1], 1):
         kept = {name: content for name, content in files().items() if name.startswith(f"earlier/{number:04d}/")}
         assert kept == {f"earlier/{number:04d}/{name}": content for name, content in call.items()}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["per_class=10000"], "per_class=10000: 100000 images of 16 x 16 pixels are too many for one picture"),
+        (["frames=101"], "frames=101 is outside"),
+    ],
+)
+def test_pictures_that_no_memory_holds_are_refused_before_sampling(tmp_path, monkeypatch, words, message):
+    monkeypatch.setattr("dcdit.sampling.setup.generate", lambda *ignored, **options: pytest.fail("sampled"))
+    with pytest.raises(UserError, match=message):
+        sample.run(compose_config("checkpoint=digits", f"out={tmp_path}/out", *words, name="sample"))
+    assert not (tmp_path / "out").exists()

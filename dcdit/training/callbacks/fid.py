@@ -13,12 +13,13 @@ from torch import Tensor
 
 from dcdit.checkpoints.load import Model
 from dcdit.checks import (
+    Columns,
     Count,
     DropFraction,
     Images,
-    Natural,
     NotEmpty,
     Seed,
+    Shown,
     TimeFraction,
     build_named,
     call_checked,
@@ -102,8 +103,8 @@ class FID(Callback):
         batch_size: Images,
         every: Count,
         max_time_fraction: TimeFraction,
-        shown: Images,
-        frames: Natural,
+        shown: Shown,
+        frames: Columns,
         seed: Seed,
         autoencoder: str | None,
         cache: str | None,
