@@ -20,6 +20,7 @@ from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.pretrained import write_folder, written_files
 from dcdit.runtime.files import replacing, replacing_folder, writable_folder
+from dcdit.runtime.hub import check_hub_answers, reason
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -140,16 +141,16 @@ def push(folder: Path, repository: str, private: bool) -> str:
         UserError: if the hub refuses it or cannot be reached; the folder stays.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub import errors as hub
 
+    check_hub_answers()
     try:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of dcdit"))
-    except (hub.HTTPError, hub.LocalTokenNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # huggingface_hub raises whatever a malformed answer provokes
         raise UserError(
-            f"push={repository}: {str(error).splitlines()[0]}. The folder {folder} is complete: log in with `hf auth"
-            f" login`, then `hf upload {repository} {folder}`"
+            f"push={repository}: {reason(error)}. The folder {folder} is complete: log in with `hf auth login`, then"
+            f" `{shlex.join(['hf', 'upload', repository, str(folder)])}`"
         ) from error
 
 

@@ -68,15 +68,13 @@ def _check_answer(answer: Any) -> None:
 
 
 def _items(content: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth."""
-    left = [content]
-    while left:
-        part = left.pop()
-        if isinstance(part, dict):
-            yield from part.items()
-            left += part.values()
-        elif isinstance(part, list):
-            left += part
+    """Keys and values of what describes a repository and its files; not of what its owner wrote about it."""
+    described = [content] if isinstance(content, dict) else content
+    if isinstance(content, dict) and isinstance(content.get("siblings"), list):
+        described += content["siblings"]
+    for entry in described if isinstance(described, list) else []:
+        for part in (entry, entry.get("lfs")) if isinstance(entry, dict) else ():
+            yield from part.items() if isinstance(part, dict) else ()
 
 
 def reason(error: BaseException) -> str:

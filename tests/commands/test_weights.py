@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from support.commands import Result, typed
 from support.damage import sign
 from support.foreign import write_reference
-from support.hub import hub_of
+from support.hub import Hub, hub_of
 
 from dcdit import DCDiT, DiT
 from dcdit.checkpoints.load import load_model
@@ -258,9 +258,15 @@ def test_from_a_run_to_the_hub_and_back(trained_run, tmp_path, capsys):
         assert (tmp_path / "hub" / "me" / "alone" / "model.safetensors").exists()
 
 
-def test_a_hub_that_refuses_leaves_the_folder(trained_run, tmp_path, capsys):
+@pytest.mark.parametrize("answer", [(401, b""), (200, b"<html>"), (200, b"{}"), (200, b"[]")])
+def test_a_hub_that_refuses_leaves_the_folder(tmp_path, capsys, monkeypatch, answer):
+    def accept(hub, request) -> None:
+        request.rfile.read(int(request.headers["Content-Length"]))
+        hub.send(request, *answer, {"Content-Type": "application/json"}, True)
+
+    monkeypatch.setattr(Hub, "accept", accept)
     with hub_of({}, tmp_path / "cache"):
-        words = (f"checkpoint={trained_run}", "out=x", "push=me/mine")
-        result = typed(capsys, tmp_path, "export", *words)
-    assert (result.status, "The folder x is complete" in result.words) == (2, True), result.words
-    assert (tmp_path / "x" / "model.safetensors").exists()
+        result = typed(capsys, tmp_path, "export", "checkpoint=digits", "out=my folder", "push=me/mine")
+    assert (result.status, "The folder my folder is complete" in result.words) == (2, True), result.words
+    assert "`hf upload me/mine 'my folder'`" in result.words
+    assert (tmp_path / "my folder" / "model.safetensors").exists()

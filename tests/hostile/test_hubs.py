@@ -15,6 +15,7 @@ from dcdit.checkpoints.locate import locate
 from dcdit.data.autoencoder import load_autoencoder
 from dcdit.errors import UserError
 from dcdit.evaluation.features import TimmFeatures
+from dcdit.runtime.hub import _items
 
 OID = "0" * 40
 
@@ -82,6 +83,12 @@ def test_a_list_of_files_is_one_or_is_refused(hub, tmp_path, content, message):
     with pytest.raises(UserError, match=rf"^checkpoint=hf://a/b/S-256: .*{message}"):
         locate("hf://a/b/S-256", "runs")
     assert written(tmp_path / "around") == []
+
+
+def test_what_an_owner_writes_is_no_path():
+    content = {"sha": OID, "siblings": [{"rfilename": "x"}], "cardData": {"path": "../x", "sha": "?"}}
+    assert {key for key, _ in _items(content)} >= {"sha", "rfilename"}
+    assert not {"../x", "?"} & {value for _, value in _items(content) if isinstance(value, str)}
 
 
 @pytest.mark.parametrize(
