@@ -272,8 +272,10 @@ class NpzArchive(ImageSet):
 
 def check_place(place: str) -> None:
     """Raise :class:`UserError` if nothing is at ``place``, for whoever has long work before :func:`open_images`."""
-    if not Location(place, None).remote and not Path(place).exists():
-        raise UserError(f"reference={place} does not exist: give a folder of images or shards, or an .npz")
+    path = Path(place)
+    if not Location(place, None).remote and not path.is_file() and not path.is_dir():
+        fault = "is neither a folder nor a file" if path.exists() else "does not exist"
+        raise UserError(f"reference={place} {fault}: give a folder of images or shards, or an .npz")
 
 
 def open_images(

@@ -260,6 +260,9 @@ def test_a_reference_that_is_not_there_is_told_before_anything_is_loaded(run, tm
         monkeypatch.setattr(f"dcdit.{name}", lambda *ignored: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"reference=nope.npz does not exist"):
         run("reference=nope.npz")
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(UserError, match=r"pipe.npz is neither a folder nor a file"):
+        run(f"reference={tmp_path}/pipe.npz")
     monkeypatch.undo()
     monkeypatch.setattr("dcdit.evaluation.points.build_features", lambda *ignored: pytest.fail("loaded"))
     (tmp_path / "small.npz").write_bytes(b"no archive")
