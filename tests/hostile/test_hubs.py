@@ -25,7 +25,7 @@ def hub(tmp_path, monkeypatch):
     """A hub of one repository; the cache, and the folder around it, are empty."""
     repository = tmp_path / "repository"
     write_reference(repository / "S-256" / "0700000.pt")
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", "model.safetensors", "diffusion_pytorch_model.safetensors"):
         (repository / name).write_text("{}")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
     with hub_of({"a/b": repository}, tmp_path / "around" / "a" / "b" / "cache") as hub:
