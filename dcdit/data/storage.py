@@ -20,7 +20,8 @@ from dcdit.checks import Positive, check_credentials, checked
 from dcdit.data.download import AbsentError, download
 from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard
 from dcdit.errors import UserError
-from dcdit.runtime.files import LARGEST, file_digest, open_regular, replacing, unwritable
+from dcdit.runtime.files import file_digest, open_regular, replacing, unwritable
+from dcdit.runtime.limits import TEXT_BYTES
 from dcdit.runtime.processes import say
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
@@ -162,7 +163,7 @@ class Location:
         self._own_cache()
         digest = hashlib.sha256()
         with replacing(path) as target:
-            size = download(url, _Hashing(target, digest), shard.bytes if shard else LARGEST)
+            size = download(url, _Hashing(target, digest), shard.bytes if shard else TEXT_BYTES)
             if shard and size != shard.bytes:
                 raise OSError(f"{url} came with {size} bytes, the manifest says {shard.bytes}")
             if shard and exact and digest.hexdigest() != shard.sha256:

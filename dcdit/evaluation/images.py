@@ -26,6 +26,7 @@ from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.statistics import Moments
 from dcdit.extraction.decode import decode_image
 from dcdit.extraction.sources import Item, UnreadableError, UnusableImageError, image_files
+from dcdit.runtime.files import open_archive, open_regular
 from dcdit.runtime.processes import cores, say
 
 
@@ -180,7 +181,7 @@ class NpzArchive(ImageSet):
     def __init__(self, path: Path) -> None:
         self.path, self.place, self.count, self.size = path, str(path), 0, (0, 0)
         try:
-            self._archive = zipfile.ZipFile(path)
+            self._archive = open_archive(open_regular(path))
             self._names = {name.removesuffix(".npy") for name in self._archive.namelist()}
             if self._IMAGES in self._names:
                 (self.count, *size, channels), self._start = self._header(self._IMAGES, "u1", 4)
@@ -189,9 +190,15 @@ class NpzArchive(ImageSet):
                     raise ValueError(f"{self._IMAGES} has {channels} channels, not 3")
             elif not any(self._names.issuperset(pair) for pair in self._MOMENTS.values()):
                 raise ValueError(f"it holds {', '.join(sorted(self._names)[:5]) or 'nothing'} alone")
+        except UserError as error:
+            raise UserError(f"reference={error}") from error
         except zipfile.BadZipFile as error:
             raise UserError(f"reference={path} is damaged, or no .npz ({error}): copy or download it again") from error
-        except (OSError, ValueError) as error:
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # the last: encrypted, or packed in an odd way
             raise UserError(
                 f"reference={path} holds neither images as arr_0, (N, height, width, 3) uint8, nor statistics as mu and"
                 f" sigma ({error}): give another file"

@@ -11,7 +11,8 @@ from dcdit.diffusion.settings import CacheThreshold, Steps
 from dcdit.errors import UserError
 from dcdit.evaluation.settings import METRICS, figures_of_metrics
 from dcdit.evaluation.words import differences_from_published
-from dcdit.runtime.files import LARGEST, read_json
+from dcdit.runtime.files import read_json
+from dcdit.runtime.limits import TEXT_BYTES
 
 SCHEMA = 5
 """Of the files that :class:`dcdit.evaluation.measure.Measurement` writes."""
@@ -22,7 +23,7 @@ def is_png(path: Path) -> bool:
     if not path.is_file() or path.is_symlink():
         return False
     with path.open("rb") as file:
-        return file.read(8) == b"\x89PNG\r\n\x1a\n" and path.stat().st_size <= LARGEST
+        return file.read(8) == b"\x89PNG\r\n\x1a\n" and path.stat().st_size <= TEXT_BYTES
 
 
 _SETTING = ("scale", "channels", "interval")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dcdit.checks import HUB_ID, Digest, conform
 from dcdit.errors import UserError
-from dcdit.runtime.files import content_digest, file_digest, read_json, replacing, write_text
+from dcdit.runtime.files import check_safetensors, content_digest, file_digest, read_json, replacing, write_text
 from dcdit.runtime.hub import check_hub_answers
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -174,18 +174,23 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
         sha256: digest of its content; None if nobody says it.
 
     Raises:
-        UserError: if the file is missing or damaged, or a number in it is not finite.
+        UserError: if the file is missing, damaged or no regular one, or a number in it is complex or not finite.
     """
     try:
+        check_safetensors(path)
         if sha256 is not None and file_digest(path) != sha256:
             raise ValueError("its digest is not the one in config.json")
         found = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: the folder lacks its weights") from None
+    except UserError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is damaged or no safetensors file ({reason}): download or export it again") from error
     for name, tensor in found.items():
+        if tensor.is_complex():
+            raise UserError(f"{path}: {name} holds complex numbers, which no network here has")
         if tensor.is_floating_point():
             found[name] = tensor.float()
             if not bool(found[name].isfinite().all()):

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -18,13 +19,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-from dcdit.checks import call_checked, conform, visible
+from dcdit.checks import call_checked, conform, shown, visible
 from dcdit.errors import UserError
-
-LARGEST = 64 << 20
-"""Bytes of a text file that is read at once; ours have a few hundred thousand at most."""
+from dcdit.runtime import limits
+from dcdit.runtime.limits import BudgetError, check_budget
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -224,6 +224,28 @@ def open_regular(path: Path, most: int | None = None) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def open_archive(file: BinaryIO) -> zipfile.ZipFile:
+    """A zip archive, if the list of what it holds is no longer than ours are; raises BadZipFile for what is none."""
+    ending = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # None where there is none
+    if ending and ending[zipfile._ECD_SIZE] > limits.HEADER_BYTES:  # type: ignore[attr-defined]
+        raise zipfile.BadZipFile(f"the list of its members has more than {limits.HEADER_BYTES} bytes")
+    return zipfile.ZipFile(file)
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise unless a file is a regular one whose list of tensors is no longer than those of networks are.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        UserError: if it is no regular file, or may not be read.
+        ValueError: if the list is too long.
+    """
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > limits.HEADER_BYTES:
+        raise ValueError(f"its header says to have {length} bytes, at most {limits.HEADER_BYTES} are read")
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a regular file, in hexadecimal digits."""
     digest = hashlib.sha256()
@@ -246,7 +268,7 @@ def read_text(path: Path) -> str:
         UserError: if it cannot be read, is no file, or is larger than any that we write.
     """
     try:
-        with open_regular(path, LARGEST) as file:
+        with open_regular(path, limits.TEXT_BYTES) as file:
             return file.read().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no text: {error.reason} at byte {error.start}") from error
@@ -264,13 +286,18 @@ def read_json(path: Path, kind: Any, remedy: str) -> Any:
         FileNotFoundError: if there is no such file.
         UserError: naming file, key and remedy.
     """
+    with open_regular(path, limits.TEXT_BYTES) as file:
+        content = file.read()
     try:
-        values = json.loads(read_text(path), parse_constant=_refuse)
+        if sum(map(content.count, (b",", b"[", b"{"))) > limits.VALUES:
+            raise BudgetError(f"it holds more than {limits.VALUES} values")
+        values = json.loads(content.decode(), parse_constant=_not_finite, parse_float=_finite)
+        check_budget(values)
         if isinstance(kind, type) and is_dataclass(kind):
             return call_checked(kind, values, "")
         return conform("content", values, kind)
     except (ValueError, RecursionError) as error:
-        words = str(error) if isinstance(error, UserError) else f"it is no JSON, {error}"
+        words = str(error) if isinstance(error, UserError | BudgetError) else f"it is no JSON, {error}"
         where = "" if words.startswith(str(path)) else f"{path}: "
         raise UserError(f"{where}{words}: {remedy}") from error
 
@@ -291,7 +318,7 @@ def read_arrays(path: Path, names: Sequence[str], remedy: str) -> "dict[str, NDA
 
     found: dict[str, Any] = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as raw, open_archive(raw) as archive:
             for name in names:
                 member = archive.getinfo(f"{name}.npy")
                 if member.compress_type != zipfile.ZIP_STORED:
@@ -305,15 +332,20 @@ def read_arrays(path: Path, names: Sequence[str], remedy: str) -> "dict[str, NDA
                     found[name] = np.frombuffer(bytearray(file.read()), dtype).reshape(shape)
                 if not np.isfinite(found[name]).all():
                     raise ValueError(f"{name} is not finite everywhere")
-    except FileNotFoundError:
+    except (FileNotFoundError, UserError):
         raise
     except Exception as error:  # numpy and zipfile raise whatever a damaged file provokes
         raise UserError(f"{path} is damaged ({error}): {remedy}") from error
     return found
 
 
-def _refuse(constant: str) -> None:
-    raise UserError(f"{constant} is not a finite number")
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _not_finite(text)
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise UserError(f"{shown(text)} is not a finite number")
 
 
 def _sync(folder: Path) -> None:

@@ -17,7 +17,7 @@ from filelock import FileLock
 from dcdit.checks import Natural, conform
 from dcdit.errors import UserError
 from dcdit.runtime.display import Display
-from dcdit.runtime.files import read_json, replacing, write_json
+from dcdit.runtime.files import open_regular, read_json, replacing, write_json
 
 Record = TypeVar("Record")
 """A dataclass of plain values: what is recorded of a task."""
@@ -34,7 +34,7 @@ class Part:
     def of(cls, path: Path) -> "Part":
         """What a file is now."""
         size, checksum = 0, 0
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while chunk := file.read(1 << 22):
                 size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
         return cls(size, checksum)

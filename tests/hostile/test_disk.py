@@ -22,7 +22,7 @@ from dcdit.evaluation.statistics import Statistics
 from dcdit.runs.failure import note_failure
 from dcdit.runs.progress import progress_of
 from dcdit.runs.state import RunState, State
-from dcdit.runtime import files
+from dcdit.runtime import files, limits
 from dcdit.runtime.files import read_json, replacing, write_csv, write_json
 
 
@@ -224,7 +224,7 @@ def test_any_damage_is_an_error_that_names_the_file(tmp_path_factory, name, dama
 def test_files_without_end_are_not_read(tmp_path):
     big = tmp_path / "state.json"
     with big.open("wb") as file:
-        file.truncate(files.LARGEST + 1)
+        file.truncate(limits.TEXT_BYTES + 1)
     with pytest.raises(UserError, match=r"at most \d+ are read there"):
         RunState.read(tmp_path)
     big.unlink()

@@ -1,0 +1,251 @@
+"""Pickles of torch as plain values: nothing that they name is imported, made or called."""
+
+import math
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import torch
+
+from dcdit.runtime import limits
+
+_LONGEST = 16  # dimensions of a tensor
+_LONGEST_NAME = 500  # of a class
+_ODD_KEYS = 1000  # large numbers as keys; with more of them, equal hashes would make a mapping slow
+
+DTYPES = {
+    f"{module}.{name}Storage": dtype
+    for module in ("torch", "torch.cuda")
+    for name, dtype in (
+        ("Double", torch.float64),
+        ("Float", torch.float32),
+        ("Half", torch.float16),
+        ("BFloat16", torch.bfloat16),
+        ("Long", torch.int64),
+        ("Int", torch.int32),
+        ("Short", torch.int16),
+        ("Char", torch.int8),
+        ("Byte", torch.uint8),
+        ("Bool", torch.bool),
+    )
+}
+"""Types of tensors that are read, by the name of their storage."""
+
+
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """Stands for a class that a pickle names, and for its objects: holds nothing, does nothing.
+
+    Attributes:
+        name: of the class.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """The numbers of one tensor or several.
+
+    Attributes:
+        record: what the file calls them.
+        dtype: their type.
+        elements: how many there are.
+    """
+
+    record: str
+    dtype: torch.dtype
+    elements: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the file."""
+        return self.elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor that lies in a file, within its storage."""
+
+    storage: Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.size) * self.storage.dtype.itemsize
+
+    def __post_init__(self) -> None:
+        axes = len(self.size)
+        if axes != len(self.stride) or axes > _LONGEST or not all(map(_small, (self.offset, *self.size, *self.stride))):
+            raise ValueError("a tensor has a shape that is none")
+        elements = math.prod(self.size)
+        end = self.offset + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True)) + 1
+        if elements > self.storage.elements or (elements and end > self.storage.elements):
+            raise ValueError(f"a tensor says to have {elements} elements, which are not there")
+
+
+def _small(number: Any) -> bool:
+    return isinstance(number, int) and 0 <= number < 1 << 48
+
+
+def unpickle(file: BytesIO) -> tuple[Any, dict[str, Storage]]:
+    """The next pickle in ``file``, and the storages that it names by their records.
+
+    Its values are plain, :class:`StoredTensor` for tensors, and :class:`Foreign` for all else.
+
+    Raises:
+        Exception: of any type, if it is no pickle of torch, or exceeds :mod:`dcdit.runtime.limits`.
+    """
+    unpickler = _Unpickler(file)
+    values = unpickler.load()
+    limits.check_budget(values)
+    return values, unpickler.storages
+
+
+class _Counted(dict[int, Any]):
+    """What to do for each code of a pickle; counts them."""
+
+    count = 0
+
+    def __getitem__(self, code: int) -> Any:
+        self.count += 1
+        if self.count > limits.VALUES:
+            raise ValueError(f"it holds more than {limits.VALUES} values")
+        return super().__getitem__(code)
+
+    def __missing__(self, code: int) -> Any:
+        raise ValueError(f"torch.save writes no code {code} into a pickle")
+
+
+_CODES = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+    *(pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINSTRING),
+    *(pickle.SHORT_BINSTRING, pickle.BINBYTES, pickle.SHORT_BINBYTES),
+    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID, pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD),
+)
+
+
+class _Unpickler(pickle._Unpickler):
+    """The standard library's in Python, but for every code that would import, make or call something."""
+
+    stack: list[Any]
+    _odd_keys = 0
+
+    def __init__(self, file: BytesIO) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.storages: dict[str, Storage] = {}
+        known = pickle._Unpickler.dispatch
+        own = {code: getattr(type(self), name) for code, name in _OWN.items()}
+        self.dispatch = _Counted({code[0]: own.get(code, known[code[0]]) for code in _CODES})
+
+    def find_class(self, module: str, name: str) -> Foreign:
+        """What the pickle names, as a name."""
+        if len(module) + len(name) > _LONGEST_NAME:
+            raise ValueError("it names a class with too many letters")
+        if module in _HARMFUL or f"{module}.{name}" in _HARMFUL:
+            raise ValueError(f"it asks to run {module}.{name}, do not trust it")
+        return Foreign(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Storage:
+        """A tensor's storage: (``storage``, type, record, device, number of elements); old files add a view of it."""
+        kind, record, elements = pid[1], pid[2], pid[4]
+        name = kind.name if isinstance(kind, Foreign) else type(kind).__name__
+        if name not in DTYPES:
+            raise ValueError(f"it holds numbers of the type {name}, which is not read")
+        if not (isinstance(record, str) and isinstance(elements, int) and elements >= 0) or (pid[5:] or (None,))[0]:
+            raise ValueError("a tensor does not say where its numbers are")
+        self.storages[record] = Storage(record, DTYPES[name], elements)
+        return self.storages[record]
+
+    def make(self) -> None:
+        """Replace a class and its arguments on the stack by an object: a tensor, a mapping, or nothing of use."""
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if not isinstance(kind, Foreign) or not isinstance(arguments, tuple):
+            raise ValueError("it calls what is no class")
+        make = _MAKERS.get(kind.name)
+        if kind.name in ("collections.OrderedDict", "collections.Counter", "collections.defaultdict"):
+            items = arguments[-1] if arguments and isinstance(arguments[-1], dict | list) else []
+            self.dispatch.count += len(items)
+            self.stack.append({})
+            self._set(items.items() if isinstance(items, dict) else items)
+        else:
+            self.stack.append(make(*arguments) if make else Foreign(kind.name))
+
+    def set_state(self) -> None:
+        """Leave out what an object is told after it was made."""
+        self.stack.pop()
+
+    def append_value(self) -> None:
+        """Append one value to a list."""
+        self._extend([self.stack.pop()])
+
+    def append_values(self) -> None:
+        """Append all values since the mark to a list."""
+        self._extend(self.pop_mark())  # type: ignore[attr-defined]
+
+    def set_item(self) -> None:
+        """Put one value into a mapping."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([(key, value)])
+
+    def set_items(self) -> None:
+        """Put all values since the mark into a mapping."""
+        items = self.pop_mark()  # type: ignore[attr-defined]
+        self._set(zip(items[::2], items[1::2], strict=True))
+
+    def _extend(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, list):
+            target.extend(values)
+        elif not isinstance(target, Foreign):
+            raise ValueError("it appends to what is no list")
+
+    def _set(self, items: Any) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict | Foreign):
+            raise ValueError("it names values in what is no mapping")
+        for key, value in items:
+            if isinstance(key, float) or (isinstance(key, int) and not -(1 << 31) < key < 1 << 31):
+                self._odd_keys += 1
+            if not isinstance(key, str | int | float | Foreign | None) or self._odd_keys > _ODD_KEYS:
+                raise ValueError("a mapping in it has keys that are neither names nor small numbers")
+            if isinstance(target, dict):
+                target[key] = value
+
+
+_OWN = {
+    pickle.REDUCE: "make",
+    pickle.NEWOBJ: "make",
+    pickle.BUILD: "set_state",
+    pickle.APPEND: "append_value",
+    pickle.APPENDS: "append_values",
+    pickle.SETITEM: "set_item",
+    pickle.SETITEMS: "set_items",
+}
+
+_HARMFUL = {"os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "builtins.eval", "builtins.exec"}
+"""Modules and functions that no checkpoint needs: not called either, but whoever wrote the file is not to be trusted.
+"""
+
+
+def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *ignored: Any) -> StoredTensor:
+    if not isinstance(storage, Storage):
+        raise ValueError("a tensor does not say where its numbers are")
+    return StoredTensor(storage, offset, size, stride)
+
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *ignored: tensor,
+    "torch.Size": lambda sizes: sizes,
+}
