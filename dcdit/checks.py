@@ -120,17 +120,22 @@ Shown = Annotated[int, Bounds(1, 100, hint="it is a number of images of one pict
 Size = Annotated[int, Bounds(1, 65_536)]
 Grid = Annotated[int, Bounds(1, 512, hint="it is the side of the latent grid: 32 at 256px, 64 at 512px")]
 Depth = Annotated[int, Bounds(1, 1_000)]
-Natural = Annotated[int, Bounds(low=0)]
+Natural = Annotated[int, Bounds(0, 10**12)]
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # NumPy's and Lightning's bound
 Workers = Annotated[int, Bounds(0, 128, hint="it is a number of reading processes; as many as there are cores do")]
-Positive = Annotated[float, Bounds(low=0, open_low=True)]
-NonNegative = Annotated[float, Bounds(low=0)]
+Positive = Annotated[float, Bounds(0, 1e12, open_low=True)]
+NonNegative = Annotated[float, Bounds(0, 1e12)]
+Number = Annotated[float, Bounds(-1e30, 1e30)]
 DropFraction = Annotated[
     float,
     Bounds(0, 1, open_high=True, hint="it is the share of kept tokens to drop, 0 keeps all of them, 0.9 a tenth"),
 ]
-Compression = Annotated[float, Bounds(1, open_low=True, hint="N = 4 asks the router to keep a quarter of the tokens")]
+Compression = Annotated[
+    float, Bounds(1, 10**7, open_low=True, hint="N = 4 asks the router to keep a quarter of the tokens")
+]
+Name = Annotated[str, Matches("[^\0\ud800-\udfff]*", "a text without null bytes and lone surrogates")]
 Digest = Annotated[str, Matches("[0-9a-f]{64}", "a digest of 64 hexadecimal digits")]
+MlpRatio = Annotated[float, Bounds(0, 256, open_low=True, hint="4 as published")]
 LabelDropout = Annotated[float, Bounds(0, 1, open_high=True, hint="it is a probability, 0.1 as published")]
 TimeFraction = Annotated[float, Bounds(0, 1, open_low=True, hint="0.1 is a tenth of the time")]
 

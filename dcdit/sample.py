@@ -29,7 +29,7 @@ class SampleSettings:
     """
 
     out: str | None
-    classes: Annotated[list[int | str], NotEmpty("name at least one class")] | None
+    classes: Annotated[list[Natural | str], NotEmpty("name at least one class")] | None
     per_class: Annotated[int, Bounds(1, 10**4, hint="for more images take dcdit.generate")]
     frames: Columns
     animation: Literal["gif", "webp"] | None

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
-from dcdit.checks import Bounds, Count, NonNegative, OneOf, Size, checked, conform, shown
+from dcdit.checks import Bounds, Count, OneOf, Size, checked, conform, shown
 from dcdit.data.latents import Scale, Shift
 from dcdit.diffusion.settings import PROCESSES
 from dcdit.errors import UserError
@@ -55,7 +55,7 @@ class AssumeSettings:
     """
 
     heads: Size | None = None
-    smoothing_sigma: NonNegative | None = None
+    smoothing_sigma: Annotated[float, Bounds(0, 512)] | None = None
     freq_shift: Literal[0, 1] | None = None
     diffusion: Annotated[str, OneOf(PROCESSES)] | None = None
     num_classes: Count | None = None

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from dcdit.checks import Matches, NonNegative, NotEmpty, Positive, Size, call_checked, checked
+from dcdit.checks import Matches, Name, NonNegative, NotEmpty, Number, Positive, Size, call_checked, checked
 from dcdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _SOME = NotEmpty("give one number for all, or one for each channel")
 _T = TypeVar("_T")
 _Elements = tuple[tuple[tuple[_T, ...], ...], ...]
 Scale = Positive | Annotated[tuple[Positive, ...], _SOME] | Annotated[_Elements[Positive], _SOME]
-Shift = float | Annotated[tuple[float, ...], _SOME] | Annotated[_Elements[float], _SOME]
+Shift = Number | Annotated[tuple[Number, ...], _SOME] | Annotated[_Elements[Number], _SOME]
 """One number, one for each channel, or one for each element (C, H, W)."""
 
 Normalise = Literal["autoencoder", "channel", "element"]
@@ -47,7 +47,7 @@ class LatentStatistics:
         mean, deviation: one number for each channel.
     """
 
-    mean: tuple[float, ...]
+    mean: tuple[Number, ...]
     deviation: tuple[NonNegative, ...]
 
     @property
@@ -142,10 +142,10 @@ class LatentSpec:
     """
 
     shape: tuple[Size, Size, Size]
-    autoencoder: str
+    autoencoder: Name
     scale: Scale
     shift: Shift
-    classes: Annotated[tuple[str, ...], NotEmpty("name at least one class")]
+    classes: Annotated[tuple[Name, ...], NotEmpty("name at least one class")]
     fingerprint: Fingerprint | None = None
 
     def __post_init__(self) -> None:

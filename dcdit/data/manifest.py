@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from dcdit.checks import Count, Digest, Matches, NotEmpty, Size, call_checked, shown
+from dcdit.checks import Count, Digest, Matches, Name, NotEmpty, Size, call_checked, shown
 from dcdit.data.latents import Fingerprint, LatentSpec, LatentStatistics, Normalise, Scale, Shift, number_words
 from dcdit.errors import UserError
 from dcdit.runtime.files import content_digest, read_json, write_json
@@ -67,10 +67,10 @@ class Manifest:
     dtype: Dtype
     representation: Representation
     hflip: bool
-    autoencoder: str
+    autoencoder: Name
     scale: Scale
     shift: Shift
-    classes: Annotated[tuple[str, ...], NotEmpty("name the classes")]
+    classes: Annotated[tuple[Name, ...], NotEmpty("name the classes")]
     shards: Annotated[tuple[Shard, ...], NotEmpty("name the shards")]
     statistics: LatentStatistics
     normalise: Normalise | Literal["train"] = "autoencoder"

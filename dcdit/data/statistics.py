@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dcdit.checks import Natural
+from dcdit.checks import Natural, Number
 from dcdit.data.latents import LatentStatistics, Scale, Shift
 from dcdit.data.manifest import MOMENTS, Representation
 from dcdit.errors import UserError
@@ -26,8 +26,8 @@ class Sums:
     """
 
     count: Natural
-    values: tuple[float, ...]
-    squares: tuple[float, ...]
+    values: tuple[Number, ...]
+    squares: tuple[Number, ...]
 
     @classmethod
     def total(cls, parts: Sequence["Sums"]) -> "Sums":

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
-from dcdit.checks import Bounds, DropFraction, NotEmpty, Positive, checked, conform
+from dcdit.checks import Bounds, DropFraction, NotEmpty, Number, Positive, checked, conform
 from dcdit.errors import UserError
 
 TRAIN_STEPS = 1000
 """Steps of the trained process."""
 
 Steps = Annotated[int, Bounds(1, TRAIN_STEPS, hint="the trained process has 1000 steps")]
-DropSchedule = Annotated[list[list[float]], NotEmpty("give a point, or null for a constant drop_fraction")]
+DropSchedule = Annotated[list[list[Number]], NotEmpty("give a point, or null for a constant drop_fraction")]
 Timestep = Annotated[
     int, Bounds(0, TRAIN_STEPS, hint="timesteps run from 999, of flow matching 1000, which is pure noise, to 0")
 ]
@@ -50,7 +50,7 @@ class FlowMatching:
 
     name: ClassVar[str] = "flow"
     time: Literal["uniform", "logit_normal"] = "uniform"
-    time_mean: float = 0.0
+    time_mean: Number = 0.0
     time_std: Positive = 1.0
     weighting: Weighting = "none"
     snr_gamma: Positive = 5.0
@@ -63,7 +63,7 @@ PROCESSES: dict[str, Callable[..., ProcessSettings]] = {"ddpm": NoiseDiffusion, 
 
 
 CacheThreshold = Annotated[
-    float, Bounds(low=0, hint="it is a relative change of features, such as 0.1 or 0.2; 0 computes every step")
+    float, Bounds(0, 10**7, hint="it is a relative change of features, such as 0.1 or 0.2; 0 computes every step")
 ]
 
 
@@ -137,7 +137,7 @@ class DPMSolver(SamplerOptions):
     ]
 
 
-Shift = Annotated[float, Bounds(low=0, open_low=True, hint="1 is even steps, 3 spends more of them among noise")]
+Shift = Annotated[float, Bounds(0, 10**7, open_low=True, hint="1 is even steps, 3 spends more of them among noise")]
 
 
 @checked
@@ -248,8 +248,8 @@ class GuidanceSettings:
         UserError: if a value is out of its range.
     """
 
-    scale: Annotated[float, Bounds(low=0, hint="1 is no guidance, 4 is strong")] = 1.0
-    channels: Annotated[int, Bounds(low=1, hint="take 3 as published, or as many as there are")] | None = None
+    scale: Annotated[float, Bounds(0, 10**7, hint="1 is no guidance, 4 is strong")] = 1.0
+    channels: Annotated[int, Bounds(1, 10**7, hint="take 3 as published, or as many as there are")] | None = None
     drop_fraction: DropFraction = 0.0
     uncond_drop_fraction: DropFraction | None = None
     weak: Literal["uncond", "budget"] | None = None
@@ -329,7 +329,7 @@ class BudgetSettings:
             network caches and no threshold is given.
     """
 
-    tflops: Annotated[float, Bounds(low=0, open_low=True)] | None = None
+    tflops: Positive | None = None
     fraction: Annotated[float, Bounds(0, 1, open_low=True, hint="0.6 asks for 60% of the full cost")] | None = None
     by: Literal["drop", "cache", "both"] | None = None
 

@@ -6,7 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from dcdit.checks import Count, DropFraction, Matches, Natural, NonNegative, NotEmpty, OneOf, Seed, conform, shown
+from dcdit.checks import (
+    Count,
+    DropFraction,
+    Matches,
+    Natural,
+    NonNegative,
+    NotEmpty,
+    Number,
+    OneOf,
+    Seed,
+    conform,
+    shown,
+)
 from dcdit.diffusion.settings import CacheThreshold, Steps
 from dcdit.errors import UserError
 from dcdit.evaluation.settings import METRICS, figures_of_metrics
@@ -144,7 +156,7 @@ _KEYS: dict[str, Any] = {
     "network.routes": bool,
     "parameters": Natural,
     "training": dict[str, Any],
-    "metrics": dict[str, float | None],
+    "metrics": dict[str, Number | None],
     "tflops_per_image": NonNegative,
     "milliseconds_per_image": NonNegative,
     "timing.rounds": list[NonNegative],
@@ -167,8 +179,8 @@ _KEYS: dict[str, Any] = {
     "plan.sampler.name": _Text,
     "plan.sampler.steps": Steps,
     "plan.sampler.cache": CacheThreshold,
-    "plan.guidance.scale": float,
-    "plan.guidance.interval": tuple[int, int] | None,
+    "plan.guidance.scale": Number,
+    "plan.guidance.interval": tuple[Natural, Natural] | None,
     "plan.guidance.drop_fraction": DropFraction,
     "plan.guidance.uncond_drop_fraction": DropFraction | None,
     "plan.guidance.drop_schedule": list[Any] | None,
@@ -180,7 +192,7 @@ _KEYS: dict[str, Any] = {
 
 _ROUTED: dict[str, Any] = {
     "keep_ratio.mean": NonNegative,
-    "keep_ratio.timesteps": list[float],
+    "keep_ratio.timesteps": list[Number],
     "keep_ratio.strong": list[NonNegative],
 }
 
@@ -268,7 +280,7 @@ def read_result(file: Path) -> Result:
         if ratios is not None and len(ratios["timesteps"]) != len(ratios["strong"]):
             raise UserError("keep_ratio has not as many ratios as timesteps")
         for figure in figures_of_metrics(values["plan"]["metrics"]):
-            conform(f"metrics.{figure.key}", _dig(values, f"metrics.{figure.key}"), float)
+            conform(f"metrics.{figure.key}", _dig(values, f"metrics.{figure.key}"), Number)
     except UserError as error:
         raise UserError(f"{file} is a corrupt result of dcdit.evaluate ({error}): {_REMEDY}") from error
     return Result(file, values)

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dcdit.checks import Bounds, Count, Depth, Grid, LabelDropout, Positive, Size, checked
+from dcdit.checks import Bounds, Count, Depth, Grid, LabelDropout, MlpRatio, Size, checked
 from dcdit.errors import UserError
 from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import ConvBlock, DiTBlock, OutputLayer
@@ -17,7 +17,7 @@ from dcdit.network.interface import Component, Network, Output
 from dcdit.network.packing import Packing, make_packing, pack
 from dcdit.network.routing import ROUTERS, RouterName, Routing, route
 
-SmoothingSigma = Annotated[float, Bounds(0, open_low=True, hint="take 1 or 2, or null for no smoothing")]
+SmoothingSigma = Annotated[float, Bounds(0, 512, open_low=True, hint="take 1 or 2, or null for no smoothing")]
 
 
 class ConvStack(nn.Module):
@@ -98,7 +98,7 @@ class DCDiT(Network):
         heads: Size,
         encoder_width: Size | None = None,
         groups: Size = 32,
-        mlp_ratio: Positive = 4.0,
+        mlp_ratio: MlpRatio = 4.0,
         router: RouterName = "predictability",
         smoothing_sigma: SmoothingSigma | None = 1.0,
         label_dropout: LabelDropout = 0.1,

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dcdit.checks import Count, Depth, Grid, LabelDropout, Positive, Size, checked
+from dcdit.checks import Count, Depth, Grid, LabelDropout, MlpRatio, Size, checked
 from dcdit.errors import UserError
 from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import DiTBlock, OutputLayer
@@ -40,7 +40,7 @@ class DiT(Network):
         depth: Depth,
         heads: Size,
         patch: Size = 2,
-        mlp_ratio: Positive = 4.0,
+        mlp_ratio: MlpRatio = 4.0,
         label_dropout: LabelDropout = 0.1,
         freq_shift: FreqShift = 0,
         variance: bool = True,

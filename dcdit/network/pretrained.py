@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dcdit.checks import HUB_ID, Digest, conform
 from dcdit.errors import UserError
+from dcdit.runtime.devices import without_memory
 from dcdit.runtime.files import check_safetensors, content_digest, file_digest, read_json, replacing, write_text
 from dcdit.runtime.hub import check_hub_answers
 
@@ -89,10 +90,13 @@ class Pretrained(ModelHubMixin):
                 )
                 folder = Path(file).parent
         config = read_config(folder)
-        network = build_network(config["network"])
+        state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
+        with without_memory():  # until it is known that the file holds so much
+            network = build_network(config["network"])
         if not isinstance(network, cls):
             raise UserError(f"{model_id} holds a {network.title}: load it with {type(network).__name__}")
-        state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
+        check_shapes(shapes_of(state), shapes_of(network.state_dict()))
+        network = build_network(config["network"])
         load_whole(network, state)
         return network.eval()
 

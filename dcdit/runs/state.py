@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-from dcdit.checks import Bounds, Count, Matches, Natural, call_checked, conform
+from dcdit.checks import Bounds, Count, Matches, Natural, Number, call_checked, conform
 from dcdit.errors import UserError
 from dcdit.runs.changes import Change
 from dcdit.runtime.files import read_json, write_json
@@ -89,10 +89,10 @@ class RunState:
     reason: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)  # numbers, NaN among them
     host: str = field(default_factory=socket.gethostname)
-    time: float = field(default_factory=time.time)
+    time: Number = field(default_factory=time.time)
     overrides: tuple[str, ...] = ()
     id: RunId = field(default_factory=lambda: secrets.token_hex(4))
-    began: Annotated[int, Bounds(low=-1)] = 0
+    began: Annotated[int, Bounds(-1, 10**12)] = 0
     starts: Count = 1
     batch_size: Natural = 0
     settings: Mapping[str, Any] = field(default_factory=dict)

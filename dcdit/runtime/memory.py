@@ -1,10 +1,29 @@
-"""How the process keeps its memory."""
+"""How much memory there is, and how the process keeps it."""
 
 import ctypes
 import ctypes.util
+import re
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+_INFO = Path("/proc/meminfo")
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def free_memory() -> int | None:
+    """Bytes that this process can have at most: what is free here, or the limit of its container; None if unknown."""
+    known = []
+    with suppress(OSError):
+        if available := re.search(r"MemAvailable: *(\d+) kB", _INFO.read_text()):
+            known.append(int(available[1]) * 1024)
+    for path in _LIMITS:
+        with suppress(OSError, ValueError):  # of no limit, it says "max"
+            known.append(int(path.read_text()))
+    return min(known, default=None)
 
 
 def keep_freed_memory() -> None:

@@ -59,7 +59,7 @@ class RatioSettings:
     """
 
     weight: NonNegative
-    group: Annotated[int, Bounds(low=1, hint="take 16, or null for the whole batch")] | None
+    group: Annotated[int, Bounds(1, 10**7, hint="take 16, or null for the whole batch")] | None
     curriculum_start: Compression | None
     curriculum_steps: Natural
 
@@ -179,7 +179,8 @@ INITS: dict[str, Callable[..., InitSettings]] = {
 Precision = Literal[
     "bf16-mixed", "16-mixed", "32-true", "bf16-true", "16-true", "64-true", "transformer-engine", "bf16", 16, 32, 64
 ]
-Endless = Annotated[int, Bounds(low=-1, hint="-1 stands for all")]
+_Devices = Annotated[int, Bounds(-1, 10**7)]
+Endless = Annotated[int, Bounds(-1, 10**12, hint="-1 stands for all")]
 
 
 @checked
@@ -188,7 +189,7 @@ class TrainerSettings:
     """Arguments of Lightning's Trainer that have a range; it takes all of its others too, and checks them itself."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
-    devices: int | list[int] | str
+    devices: _Devices | list[_Devices] | str
     num_nodes: Count
     strategy: str
     precision: Precision

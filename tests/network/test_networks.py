@@ -169,7 +169,7 @@ def test_bf16_autocast_keeps_the_router_in_float32():
         ({"groups": 7}, "groups=7 does not suit 32 channels"),
         ({"init": "papr"}, "init='papr'"),
         ({"router": "cosin"}, "router='cosin'"),
-        ({"smoothing_sigma": 0.0}, "smoothing_sigma=0 is not positive"),
+        ({"smoothing_sigma": 0.0}, "smoothing_sigma=0 is outside"),
         ({"label_dropout": 1.0}, "label_dropout=1 is outside"),
         ({"attention": "fast"}, "attention='fast'"),
     ],

@@ -18,6 +18,7 @@ from dcdit.checks import (
     DropFraction,
     Images,
     NotEmpty,
+    Number,
     Seed,
     Shown,
     TimeFraction,
@@ -57,7 +58,7 @@ class _Prepared:
 class _Measured:
     """Figures at one budget, of all processes, and this process's first images (n, 1 or 3, height, width) uint8."""
 
-    figures: dict[str, float]
+    figures: dict[str, Number]
     images: Tensor
 
 

@@ -12,7 +12,7 @@ from dcdit.runtime.processes import say
 from dcdit.training.callbacks.checkpoint import Checkpoint
 from dcdit.training.callbacks.throughput import logging_interval
 
-Factor = Annotated[float, Bounds(1, open_low=True, hint="5 warns when the loss is five times its running median")]
+Factor = Annotated[float, Bounds(1, 10**7, open_low=True, hint="5 warns when the loss is five times the usual one")]
 
 
 @checked
