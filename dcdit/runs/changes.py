@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from dcdit.checks import Natural, shown
+from dcdit.checks import Natural, shown, visible
 from dcdit.errors import UserError
 
 
@@ -124,14 +124,21 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], step: int, by_its
         by_itself: whether the run goes on because there is one (``ckpt_path=auto``), and not because somebody said so.
 
     Raises:
-        UserError: naming both values, if one may not change.
+        UserError: naming both values, if one may not change, or is of a key that nobody knows.
     """
     found = []
     for key in {**now, **before}:
         if before.get(key) == now.get(key):
             continue
         change = Change(step, key, shown(before.get(key)), shown(now.get(key)))
-        if kind_of(key) is Kind.NEVER:
+        try:
+            kind = kind_of(key)
+        except KeyError:
+            raise UserError(
+                f"{visible(key)}={change.before} was recorded of the run, and this release has no such key: go on with"
+                " the release that trained it, or start another run with run_name=..."
+            ) from None
+        if kind is Kind.NEVER:
             raise UserError(
                 f"{key}={change.now}: the run was trained with {change.before} up to step {step}, and cannot go on with"
                 f" another value. Set {key}={change.before}, or start another run with run_name=..."

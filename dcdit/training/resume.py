@@ -136,13 +136,20 @@ def check_resumed(resumed: Resumed, network: Network, process: Process, manifest
             " samples of this epoch would come twice, others never. Point data.directory at the shards it was trained"
             " on, or start another run"
         )
-    shapes = [parameter.shape for parameter in network.parameters()]
     moments = resumed.trained.values["optimizer_states"][0]["state"]
-    for number, state in moments.items():
-        wanted = shapes[number] if isinstance(number, int) and number < len(shapes) else None
-        for name, tensor in state.items():
-            if tensor.numel() != 1 and tensor.shape != wanted:
-                raise UserError(f"ckpt_path={resumed.path}: {name} of parameter {number} is not shaped as it is")
+    trained = {
+        number: (name, parameter.shape)
+        for number, (name, parameter) in enumerate(network.named_parameters())
+        if parameter.requires_grad
+    }
+    for number in (*trained, *(number for number in moments if number not in trained)):
+        name, shape = trained.get(number, (f"number {shown(number)}, which is not trained", None))
+        shapes = {key: tensor.shape for key, tensor in moments.get(number, {}).items()}
+        if shapes != {"step": torch.Size(()), "exp_avg": shape, "exp_avg_sq": shape}:
+            raise UserError(
+                f"ckpt_path={resumed.path}: the optimiser's state of parameter {name} is not that of AdamW: take"
+                " another checkpoint of the run"
+            )
     if resumed.trained.values["skipped"].shape != (2,):
         raise UserError(f"ckpt_path={resumed.path}: skipped is not two counts")
 

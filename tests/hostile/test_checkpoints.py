@@ -235,10 +235,12 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(tiny, tmp_path):
         (lambda v: v["LatentDataModule"].update(step=1), "stands at step 1"),
         (lambda v: v["LatentDataModule"].update(samples=3), "in an epoch of 3 samples"),
         (lambda v: v["LatentDataModule"]["place"].update(epoch=-1), "epoch=-1 is negative"),
-        (
-            lambda v: v["optimizer_states"][0]["state"].update({0: {"exp_avg": torch.zeros(7)}}),
-            "is not shaped as it is",
-        ),
+        (lambda v: v["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(7)), "optimiser's state"),
+        (lambda v: v["optimizer_states"][0]["state"][0].pop("exp_avg_sq"), "optimiser's state"),
+        (lambda v: v["optimizer_states"][0]["state"].clear(), "optimiser's state"),
+        (lambda v: v["optimizer_states"][0].update(state={0: v["optimizer_states"][0]["state"][0]}), "optimiser's"),
+        (lambda v: v["optimizer_states"][0]["state"].update({999: {}}), "number 999, which is not trained"),
+        (lambda v: v["settings"].update({"surprise.x": 1}), "surprise.x=1 was recorded of the run"),
         (lambda v: v.update(skipped=torch.zeros(3)), "skipped is not two counts"),
         (lambda v: v.pop("settings"), "lacks 'settings'"),
     ):
