@@ -145,7 +145,8 @@ class _Unpickler(pickle._Unpickler):
         self.storages: dict[str, Storage] = {}
         known = pickle._Unpickler.dispatch
         own = {code: getattr(type(self), name) for code, name in _OWN.items()}
-        self.dispatch = _Counted({code[0]: own.get(code, known[code[0]]) for code in _CODES})
+        self.codes = _Counted({code[0]: own.get(code, known[code[0]]) for code in _CODES})
+        self.dispatch = self.codes  # type: ignore[misc]  # of this object, which counts for itself
 
     def find_class(self, module: str, name: str) -> Foreign:
         """What the pickle names, as a name."""
@@ -174,7 +175,7 @@ class _Unpickler(pickle._Unpickler):
         make = _MAKERS.get(kind.name)
         if kind.name in ("collections.OrderedDict", "collections.Counter", "collections.defaultdict"):
             items = arguments[-1] if arguments and isinstance(arguments[-1], dict | list) else []
-            self.dispatch.count += len(items)
+            self.codes.count += len(items)
             self.stack.append({})
             self._set(items.items() if isinstance(items, dict) else items)
         else:
