@@ -92,11 +92,12 @@ class Pretrained(ModelHubMixin):
         config = read_config(folder)
         state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
         with without_memory():  # until it is known that the file holds so much
-            network = build_network(config["network"])
-        if not isinstance(network, cls):
-            raise UserError(f"{model_id} holds a {network.title}: load it with {type(network).__name__}")
-        check_shapes(shapes_of(state), shapes_of(network.state_dict()))
+            described = build_network(config["network"])
+        if not isinstance(described, cls):
+            raise UserError(f"{model_id} holds a {described.title}: load it with {type(described).__name__}")
+        check_shapes(shapes_of(state), shapes_of(described.state_dict()))
         network = build_network(config["network"])
+        assert isinstance(network, cls)
         load_whole(network, state)
         return network.eval()
 
