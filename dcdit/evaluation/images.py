@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcdit.checks import shown
 from dcdit.data.autoencoder import load_decoder, network_latents
 from dcdit.data.latents import LatentSpec, Rounding
 from dcdit.data.manifest import MANIFEST_NAME
@@ -26,8 +27,11 @@ from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.statistics import Moments
 from dcdit.extraction.decode import decode_image
 from dcdit.extraction.sources import Item, UnreadableError, UnusableImageError, image_files
-from dcdit.runtime.files import open_archive, open_regular
+from dcdit.runtime.files import open_archive, open_regular, read_array_header
 from dcdit.runtime.processes import cores, say
+
+_DAMAGE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading from a zip archive may raise; RuntimeError if it is encrypted, or packed in an odd way."""
 
 
 class ImageSet(ABC):
@@ -194,11 +198,7 @@ class NpzArchive(ImageSet):
             raise UserError(f"reference={error}") from error
         except zipfile.BadZipFile as error:
             raise UserError(f"reference={path} is damaged, or no .npz ({error}): copy or download it again") from error
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # the last: encrypted, or packed in an odd way
+        except (ValueError, *_DAMAGE) as error:
             raise UserError(
                 f"reference={path} holds neither images as arr_0, (N, height, width, 3) uint8, nor statistics as mu and"
                 f" sigma ({error}): give another file"
@@ -207,11 +207,9 @@ class NpzArchive(ImageSet):
     def _header(self, name: str, kind: str, axes: int) -> tuple[tuple[int, ...], int]:
         """Shape of an array and where its numbers begin; ValueError if it is of another kind, or too short."""
         with self._archive.open(f"{name}.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
-            if fortran or dtype.str[1:] != kind or len(shape) != axes or not all(shape):
-                raise ValueError(f"{name} is {dtype} of shape {shape}")
+            shape, dtype = read_array_header(file)
+            if dtype.str[1:] != kind or len(shape) != axes or not all(shape):
+                raise ValueError(f"{name} is {dtype} of shape {shown(shape)}")
             if math.prod(shape) * dtype.itemsize > self._archive.getinfo(f"{name}.npy").file_size:
                 raise ValueError(f"{name} is too short for {shape}")
             return shape, file.tell()
@@ -222,8 +220,11 @@ class NpzArchive(ImageSet):
         images = np.empty((len(numbers), height, width, 3), np.uint8)
         with self._archive.open(f"{self._IMAGES}.npy") as file:
             for image, number in zip(images, numbers, strict=True):
-                file.seek(self._start + number * image.nbytes)
-                content = file.read(image.nbytes)
+                try:
+                    file.seek(self._start + number * image.nbytes)
+                    content = file.read(image.nbytes)
+                except _DAMAGE as error:
+                    raise UserError(f"reference={self.path}: image {number} is damaged ({error})") from error
                 if len(content) < image.nbytes:
                     raise UserError(f"reference={self.path} ends within image {number}: it was cut short")
                 image[:] = np.frombuffer(content, np.uint8).reshape(image.shape)
@@ -266,7 +267,7 @@ class NpzArchive(ImageSet):
                 raise ValueError("a covariance is symmetric, this is not")
             if len(shape) == 2 and found_numbers.diagonal().min() < 0:
                 raise ValueError("a covariance has no negative variances, this has")
-        except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        except (ValueError, *_DAMAGE) as error:
             raise UserError(f"reference={self.path}: {name} cannot be used: {error}") from error
         return found_numbers
 

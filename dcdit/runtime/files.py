@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from dcdit.checks import call_checked, conform, shown, visible
 from dcdit.errors import UserError
@@ -27,6 +27,7 @@ from dcdit.runtime import limits
 from dcdit.runtime.limits import BudgetError, check_budget
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 _DRAFT = re.compile(r"\..+\.(?P<host>.+)-(?P<process>\d+)-\d+\.part")
@@ -302,6 +303,23 @@ def read_json(path: Path, kind: Any, remedy: str) -> Any:
         raise UserError(f"{where}{words}: {remedy}") from error
 
 
+def read_array_header(file: IO[bytes]) -> "tuple[tuple[int, ...], np.dtype[Any]]":
+    """Shape and type of the array that an ``.npy`` holds, row by row; ValueError if it holds none."""
+    import numpy as np
+
+    try:
+        version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_column, dtype = read(file)  # type: ignore[arg-type]
+    except (OSError, zipfile.BadZipFile):
+        raise
+    except Exception as error:  # whatever Python's parser makes of a header
+        raise ValueError(f"its header is none of an array, {type(error).__name__}") from error
+    if by_column or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"its array has the shape {shown(shape)}, by column: {by_column}")
+    return shape, dtype
+
+
 def read_arrays(path: Path, names: Sequence[str], remedy: str) -> "dict[str, NDArray[Any]]":
     """Arrays of numbers in an ``.npz`` of ours: uncompressed, checksums verified, nothing allocated beyond its size.
 
@@ -324,10 +342,8 @@ def read_arrays(path: Path, names: Sequence[str], remedy: str) -> "dict[str, NDA
                 if member.compress_type != zipfile.ZIP_STORED:
                     raise ValueError(f"{name} is compressed")
                 with archive.open(member) as file:
-                    if np.lib.format.read_magic(file) != (1, 0):
-                        raise ValueError(f"{name} is no array of ours")
-                    shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
-                    if by_column or dtype.kind not in "fiu":
+                    shape, dtype = read_array_header(file)
+                    if dtype.kind not in "fiu":
                         raise ValueError(f"{name} is no array of ours")
                     found[name] = np.frombuffer(bytearray(file.read()), dtype).reshape(shape)
                 if not np.isfinite(found[name]).all():
