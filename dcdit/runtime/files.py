@@ -308,9 +308,9 @@ def read_array_header(file: IO[bytes]) -> "tuple[tuple[int, ...], np.dtype[Any]]
     import numpy as np
 
     try:
-        version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
+        version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, by_column, dtype = read(file)  # type: ignore[arg-type]
+        shape, by_column, dtype = read(file)
     except (OSError, zipfile.BadZipFile):
         raise
     except Exception as error:  # whatever Python's parser makes of a header
