@@ -123,9 +123,10 @@ Depth = Annotated[int, Bounds(1, 1_000)]
 Natural = Annotated[int, Bounds(0, 10**12)]
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # NumPy's and Lightning's bound
 Workers = Annotated[int, Bounds(0, 128, hint="it is a number of reading processes; as many as there are cores do")]
-Positive = Annotated[float, Bounds(0, 1e12, open_low=True)]
-NonNegative = Annotated[float, Bounds(0, 1e12)]
-Number = Annotated[float, Bounds(-1e30, 1e30)]
+Positive = Annotated[float, Bounds(0, 1e38, open_low=True)]
+NonNegative = Annotated[float, Bounds(0, 1e38)]
+Number = Annotated[float, Bounds(-1e38, 1e38)]
+"""Any that float32 holds."""
 DropFraction = Annotated[
     float,
     Bounds(0, 1, open_high=True, hint="it is the share of kept tokens to drop, 0 keeps all of them, 0.9 a tenth"),

@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dcdit.checks import Natural, Number
+from dcdit.checks import Bounds, Natural
 from dcdit.data.latents import LatentStatistics, Scale, Shift
 from dcdit.data.manifest import MOMENTS, Representation
 from dcdit.errors import UserError
 
+_Sum = Annotated[float, Bounds(-1e100, 1e100)]  # of squares of any number that float32 holds
 _CONSTANT = 1e-6
 """Deviation, relative to the mean, below which values are all the same but for rounding."""
 
@@ -26,8 +27,8 @@ class Sums:
     """
 
     count: Natural
-    values: tuple[Number, ...]
-    squares: tuple[Number, ...]
+    values: tuple[_Sum, ...]
+    squares: tuple[_Sum, ...]
 
     @classmethod
     def total(cls, parts: Sequence["Sums"]) -> "Sums":

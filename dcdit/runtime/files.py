@@ -361,7 +361,7 @@ def _finite(text: str) -> float:
 
 
 def _not_finite(text: str) -> NoReturn:
-    raise UserError(f"{shown(text)} is not a finite number")
+    raise UserError(f"{text[:60]} is not a finite number")
 
 
 def _sync(folder: Path) -> None:

@@ -272,8 +272,8 @@ TEXTS = {
     "lists within lists": ("holds more than 200000 values", "[" * MANY),
     "lists, closed": ("nested more than 64 deep", '{"a":' * 100 + "0" + "}" * 100),
     "a long number": ("no JSON", "1" * MANY),
-    "infinity": ("Infinity' is not a finite number", '{"a": Infinity}'),
-    "infinity as a number": ("1e999' is not a finite number", '{"a": 1e999}'),
+    "infinity": ("Infinity is not a finite number", '{"a": Infinity}'),
+    "infinity as a number": ("1e999 is not a finite number", '{"a": 1e999}'),
     "bytes": ("no JSON", "\udcff"),
 }
 
