@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.checks import Bounds, Columns, NotEmpty, call_checked, checked
+from dcdit.checks import Bounds, Columns, Natural, NotEmpty, call_checked, checked
 from dcdit.sampling.settings import SamplingPlan
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 
