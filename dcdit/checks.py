@@ -247,6 +247,8 @@ def _one_of(name: str, value: Any, hints: Sequence[Any]) -> Any:
     if value is None and NoneType in hints:
         return None
     others = [hint for hint in hints if hint is not NoneType]
+    if isinstance(value, str) and {int, str} <= set(others) and not is_plain_whole(value):
+        return value  # a name such as 1_000 or 007 is none of a number
     others.sort(key=lambda hint: _depth(hint) == _depth_of(value))  # what is wrong is told by what is most alike
     for number, hint in enumerate(others, 1):
         try:
@@ -255,6 +257,11 @@ def _one_of(name: str, value: Any, hints: Sequence[Any]) -> Any:
             if number == len(others):
                 raise
     raise AssertionError("a union has members")
+
+
+def is_plain_whole(text: str) -> bool:
+    """Whether ``text`` is a whole number written as Python writes it: not 007, 1_000 or 1e5."""
+    return bool(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text))
 
 
 def _depth(hint: Any) -> int:

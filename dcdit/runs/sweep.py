@@ -16,6 +16,7 @@ from dcdit.runs.progress import RunProgress, progress_of, runs_below
 from dcdit.runs.state import State
 from dcdit.runtime.display import Console
 from dcdit.runtime.files import write_csv
+from dcdit.settings.overrides import quoted
 
 SUMMARY = "summary.csv"
 
@@ -50,7 +51,7 @@ class SweepSummary(Callback):
         names = ",".join(f'"{key}"' for key in dict.fromkeys([*always, *constant]))
         with open_dict(config):
             if single(config):
-                config.hydra.overrides.hydra += [f"hydra.sweep.dir={config.run_dir}", "hydra.sweep.subdir=."]
+                config.hydra.overrides.hydra += quoted([f"hydra.sweep.dir={config.run_dir}", "hydra.sweep.subdir=."])
                 config.hydra.sweep.dir, config.hydra.sweep.subdir = config.run_dir, "."
             config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{names}]")
 

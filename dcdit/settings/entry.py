@@ -1,6 +1,5 @@
 """What all commands share: composing their configuration, resolvers, help, and how errors are told."""
 
-import json
 import logging
 import os
 import re
@@ -12,7 +11,6 @@ from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -26,6 +24,7 @@ from dcdit.checks import check_credentials, suggestion
 from dcdit.errors import TrainingError, UserError
 from dcdit.runtime import terminal
 from dcdit.settings.help import show_help
+from dcdit.settings.overrides import quoted, with_paths
 from dcdit.settings.published import CONFIG_DIR
 
 USER_ERROR_STATUS = 2
@@ -50,9 +49,10 @@ def cpu_precision() -> str:
 
 
 def register_resolvers() -> None:
-    """Make ``${cpu_precision:}`` and ``${relpath:...}`` known to OmegaConf."""
+    """Make ``${cpu_precision:}``, ``${relpath:...}`` and ``${unquoted:...}`` known to OmegaConf."""
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
     OmegaConf.register_new_resolver("relpath", os.path.relpath, replace=True)
+    OmegaConf.register_new_resolver("unquoted", lambda text: re.sub("['\"]", "", text), replace=True)
 
 
 def plain(config: DictConfig, without: str = "", sections: Sequence[str] = ()) -> dict[str, Any]:
@@ -88,41 +88,6 @@ def model_config(name: str) -> dict[str, Any]:
         return values()
     with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
         return values()
-
-
-def with_paths(arguments: Sequence[str]) -> list[str]:
-    """Command-line words for Hydra: paths that stand alone become ``runs=[...]``.
-
-    Raises:
-        UserError: if ``runs`` is given as well.
-    """
-    paths = [word for word in arguments if not word.startswith("-") and ("=" not in word or Path(word).exists())]
-    if paths and any(word.startswith("runs=") for word in arguments):
-        raise UserError(f"{paths[0]}: paths and runs=... are two ways to say the same, take one")
-    others = [word for word in arguments if word not in paths]
-    return [*others, f"runs=[{','.join(json.dumps(path) for path in paths)}]"] if paths else others
-
-
-def quoted(arguments: Sequence[str]) -> list[str]:
-    """Command-line words for Hydra: values that its grammar does not take, such as paths with "=", become texts."""
-    parser, found = OverridesParser.create(), []
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if equals and not word.startswith("-") and not _parses(parser, word):
-            escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", value)
-            trailing = len(escaped) - len(escaped.rstrip("\\"))
-            text = f"{key}='{escaped}{chr(92) * trailing}'"
-            word = text if _parses(parser, text) else word
-        found.append(word)
-    return found
-
-
-def _parses(parser: OverridesParser, word: str) -> bool:
-    try:
-        parser.parse_override(word)
-        return True
-    except HydraException:
-        return False
 
 
 def entry_point(main: Callable[[], Any], paths: bool = False, flags: Mapping[str, str] | None = None) -> None:

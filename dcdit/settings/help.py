@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ def groups_of(file: Path) -> dict[str, Any]:
         elif group not in ("paths", "local", "assume"):
             found[group] = choice
     return found
+
+
+@cache
+def group_names() -> frozenset[str]:
+    """The names of all groups, of whichever command."""
+    folders = {path.parent.relative_to(CONFIG_DIR) for path in Path(CONFIG_DIR).rglob("*.yaml")}
+    return frozenset(folder.as_posix() for folder in folders - {Path()})
 
 
 def choices(group: str) -> list[str]:

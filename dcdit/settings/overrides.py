@@ -1,0 +1,134 @@
+"""The words of a command line, made ready for Hydra: what is meant as text reaches it as it was typed."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from antlr4 import InputStream
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import HydraException
+from hydra.grammar.gen.OverrideLexer import OverrideLexer
+
+from dcdit.checks import is_plain_whole, visible
+from dcdit.errors import UserError
+from dcdit.settings.help import choices, group_names
+
+TEXT_KEYS = frozenset(
+    {
+        *("account", "autoencoder", "baseline", "by", "cache", "checkpoint", "ckpt_path", "classes", "compare"),
+        *(
+            "constraint",
+            "device",
+            "dir",
+            "directory",
+            "dirpath",
+            "entity",
+            "folder",
+            "group",
+            "host",
+            "license",
+            "name",
+        ),
+        *("note", "notes", "out", "partition", "paths.data", "picture", "project", "push", "qos", "reference"),
+        *("router", "run_dir", "run_id", "run_name", "runs", "save_dir", "setup", "source", "split", "strategy"),
+        *("subdir", "tags", "teacher", "title", "weak", "weak_checkpoint", "weights", "features.model"),
+    }
+)
+"""Keys of texts, by their last part or last two. In their values Hydra would find numbers: 2026_11_26, 1e5, true."""
+
+_NUMBER_KEYS = frozenset({"sampler.cache", "ratio.group"})
+"""Keys of numbers, by their last two parts, that share the last part with a key of text."""
+
+_BEFORE = {OverrideLexer.COMMA, OverrideLexer.BRACKET_OPEN, OverrideLexer.POPEN}
+_AFTER = {OverrideLexer.COMMA, OverrideLexer.BRACKET_CLOSE, OverrideLexer.BRACE_CLOSE, OverrideLexer.PCLOSE}
+_CONVERTED = {OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL}
+_OF_NUMBERS = re.compile(r"\b(range|interval|int|float|bool)\s*\(")
+
+
+def with_paths(arguments: Sequence[str]) -> list[str]:
+    """Command-line words for Hydra: paths that stand alone become ``runs=[...]``.
+
+    Raises:
+        UserError: if ``runs`` is given as well.
+    """
+    paths = [word for word in arguments if not word.startswith("-") and ("=" not in word or Path(word).exists())]
+    if paths and any(word.startswith("runs=") for word in arguments):
+        raise UserError(f"{paths[0]}: paths and runs=... are two ways to say the same, take one")
+    others = [word for word in arguments if word not in paths]
+    return [*others, f"runs=[{','.join(json.dumps(path) for path in paths)}]"] if paths else others
+
+
+def quoted(arguments: Sequence[str]) -> list[str]:
+    """Command-line words for Hydra, with quotes around what is meant as text.
+
+    These are values that Hydra's grammar does not take, such as paths with "=", and words that it would read as numbers
+    although they are given for a text, such as ``run_name=2026_11_26``, one by one in lists and sweeps.
+
+    Raises:
+        UserError: if a group is given what is no name of a choice, or a value cannot be read at all.
+    """
+    return [word if word.startswith("-") or "=" not in word else _quoted(word) for word in arguments]
+
+
+def _quoted(word: str) -> str:
+    key, _, value = word.partition("=")
+    place = key.lstrip("+~").partition("@")[0]
+    group = "/" in place or place in group_names()
+    override = _parsed(word)
+    if override is None:
+        escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", value)
+        trailing = len(escaped) - len(escaped.rstrip("\\"))
+        text = f"{key}='{escaped}{chr(92) * trailing}'"
+        return text if _parsed(text) is not None else word
+    if group:
+        _check_choice(word, place, override)
+    if (group or _is_text(place)) and not _OF_NUMBERS.search(value):
+        return f"{key}={_numbers_quoted(value)}"
+    return word
+
+
+def _parsed(word: str) -> Override | None:
+    """The override in a word; None if Hydra's grammar does not take it."""
+    try:
+        return OverridesParser.create().parse_override(word)
+    except (HydraException, ValueError, RecursionError):  # Python reads no number of thousands of digits
+        return None
+
+
+def _is_text(key: str) -> bool:
+    """Whether the value of a key, or each in its list, is a text."""
+    parts = key.split(".")
+    names = {parts[-1], ".".join(parts[-2:])}
+    return (key + ".").startswith("cluster.env.") or (bool(names & TEXT_KEYS) and not names & _NUMBER_KEYS)
+
+
+def _numbers_quoted(value: str) -> str:
+    """A value in Hydra's grammar, with quotes around those of its words that are read as numbers and look otherwise."""
+    text = f"={value}"  # after which the lexer expects a value
+    tokens = [token for token in OverrideLexer(InputStream(text)).getAllTokens() if token.type != OverrideLexer.WS]
+    parts, end, braces = [], 0, 0
+    for before, token, after in zip([None, *tokens], tokens, [*tokens[1:], None], strict=False):
+        braces += (token.type == OverrideLexer.BRACE_OPEN) - (token.type == OverrideLexer.BRACE_CLOSE)
+        first = before is not None and (
+            before.start == 0 or before.type in _BEFORE or (braces and before.text[-1:] == ":")
+        )
+        alone = first and (after is None or after.type in _AFTER)
+        if alone and token.type in _CONVERTED and not is_plain_whole(token.text):
+            parts += [text[end : token.start], f"'{token.text}'"]
+            end = token.stop + 1
+    return "".join([*parts, text[end:]])[1:]
+
+
+def _check_choice(word: str, group: str, override: Override) -> None:
+    """Raise :class:`UserError` unless a group is given names of choices, of which Hydra makes an error of its own."""
+    value = override._value
+    for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
+        names = choice if isinstance(choice, list) else [choice]
+        if any(
+            name is None or isinstance(name, list) or (isinstance(name, dict) and name is not value) for name in names
+        ):
+            without = f"; for none at all say ~{group}" if group in ("logger", "callbacks") else ""
+            known = ", ".join(choices(group))
+            raise UserError(f"{visible(word)}: {group} is a group, choose from {known}, or leave the word out{without}")
