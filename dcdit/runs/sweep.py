@@ -1,7 +1,6 @@
 """Sweeps: directories named by what varies, and a summary at the end. Hydra calls it, see ``configs/train.yaml``."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from omegaconf import DictConfig, open_dict
 from rich.table import Table
 from rich.text import Text
 
-from dcdit.errors import UserError
 from dcdit.runs.progress import RunProgress, progress_of, runs_below
 from dcdit.runs.state import State
 from dcdit.runtime.display import Console
@@ -41,11 +39,6 @@ class SweepSummary(Callback):
 
     def on_multirun_start(self, config: DictConfig, **ignored: Any) -> None:
         """Leave what does not vary out of the names."""
-        if config.cluster.name != "local" and find_spec("hydra_plugins.hydra_submitit_launcher") is None:
-            raise UserError(
-                f"cluster={config.cluster.name} needs hydra-submitit-launcher: pip install 'dcdit[slurm]', or take"
-                " cluster=local"
-            )
         constant = constant_keys(config.hydra.overrides.task)
         always = list(config.hydra.job.config.override_dirname.exclude_keys)
         names = ",".join(f'"{key}"' for key in dict.fromkeys([*always, *constant]))

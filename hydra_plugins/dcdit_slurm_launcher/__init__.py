@@ -4,14 +4,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
 
 try:
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as SubmititLauncher
-except ImportError:  # the extra `slurm` is not installed; dcdit.runs.sweep says so to whoever asks for it
-    pass
+except ImportError:
+
+    class SlurmLauncher(Launcher):
+        """Stands for the extra ``slurm``, which is not installed."""
+
+        def setup(self, **ignored: Any) -> None:
+            """Say so, before anything is written."""
+            from dcdit.errors import UserError
+
+            raise UserError("cluster=slurm needs hydra-submitit-launcher: pip install 'dcdit[slurm]', or cluster=local")
+
+        def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+            """Never reached: :meth:`setup` comes first."""
+            raise NotImplementedError
 else:
 
-    class SlurmLauncher(SubmititLauncher):
+    class SlurmLauncher(SubmititLauncher):  # type: ignore[no-redef]
         """Submits by submitit what :mod:`dcdit.cluster` makes of the configuration."""
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
