@@ -16,10 +16,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dcdit.cluster import job
+from dcdit.errors import UserError
 from dcdit.runs.failure import note_failure, one_line
-from dcdit.runs.resume import task_overrides
+from dcdit.runs.resume import resuming_command, task_overrides
 from dcdit.runs.state import Outcome, State
-from dcdit.runtime.processes import lost_process, rank
+from dcdit.runtime.processes import lost_process, rank, say
 from dcdit.settings.entry import CONFIG_DIR, entry_point, explain, hold, plain, show
 from dcdit.training.settings import GROUPS, TrainPlan
 
@@ -40,7 +41,13 @@ def run(config: DictConfig, run_dir: Path, sweeping: bool = False) -> Outcome:
 
     if sweeping and not job.inside():
         check_local_sweep(plan)
-    return train(config, run_dir, PATIENCE if job.inside() else 0.0, job.inside())
+    try:
+        return train(config, run_dir, PATIENCE if job.inside() else 0.0, job.inside())
+    except UserError:
+        command = None if sweeping or plan.run.ckpt_path != "last" else resuming_command(run_dir, task_overrides())
+        if command:  # apart from the message, whose frame would break it into lines
+            say(f"{os.path.relpath(run_dir)} was started with other settings. To go on with those:\n{command}")
+        raise
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="train")

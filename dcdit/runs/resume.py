@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -121,6 +122,27 @@ def task_overrides() -> tuple[str, ...]:
     """What was given on the command line, passwords left out; nothing where there is none."""
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
     return tuple(map(without_credentials, words))
+
+
+def resuming_command(run_dir: Path, given: Sequence[str]) -> str | None:
+    """The command line that goes on with a run as it was started last; None if that says no more than ``given``.
+
+    Args:
+        run_dir: of the run.
+        given: the overrides of the present command, whose words of where the run lies are kept.
+    """
+    before = RunState.read(run_dir)
+    where, others = _divided(given)
+    then = _divided(before.overrides)[1] if before else []
+    if not then or set(then) == set(others):
+        return None
+    return f"python -m dcdit.train {shlex.join([*then, *where, 'ckpt_path=last'])}"
+
+
+def _divided(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides that say where a run lies, and all others but that it goes on."""
+    where = [word for word in overrides if word.startswith(("run_name=", "run_dir=", "paths.runs="))]
+    return where, [word for word in overrides if word not in where and not word.startswith("ckpt_path=")]
 
 
 def note(state: RunState, run_dir: Path) -> None:

@@ -1,8 +1,12 @@
 """Where and how a process computes: device, precision, threads, and what tells one set of weights from another."""
 
 import hashlib
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -44,6 +48,28 @@ def pick_device(name: str) -> torch.device:
         return numbers.device
     except Exception as error:  # each backend has errors of its own for being absent
         raise UserError(f"device={shown(name)} computes nothing here ({reason_of(error)}): take cpu or auto") from error
+
+
+def check_compiler(key: str, device: str) -> None:
+    """Raise :class:`UserError` unless torch.compile finds what it needs for a kind of device.
+
+    Args:
+        key: of the configuration that asks for compiled code.
+        device: ``cpu``, which takes a C++ compiler; ``cuda``, which takes Triton and a C compiler; others are let pass.
+    """
+    languages = {"cpu": ("C++", "CXX", ("clang++" if sys.platform == "darwin" else "g++",))}
+    languages["cuda"] = ("C", "CC", ("gcc", "clang"))
+    if device not in languages or sys.platform == "win32":
+        return
+    if device == "cuda" and find_spec("triton") is None:
+        raise UserError(f"{key}=true needs Triton on a GPU: pip install triton, or take {key}=false")
+    language, variable, names = languages[device]
+    names = (os.environ[variable],) if os.environ.get(variable) else names
+    if not any(map(shutil.which, names)):
+        raise UserError(
+            f"{key}=true needs a {language} compiler, and there is no {' or '.join(names)} on this machine: install one"
+            f" (Debian: apt-get install g++), name yours in the environment variable {variable}, or take {key}=false"
+        )
 
 
 def device_words(device: torch.device) -> str:

@@ -17,7 +17,7 @@ from dcdit.diffusion.settings import GuidanceSettings
 from dcdit.errors import UserError, naming
 from dcdit.network import Network
 from dcdit.network.blocks import set_execution
-from dcdit.runtime.devices import pick_device
+from dcdit.runtime.devices import check_compiler, pick_device
 from dcdit.runtime.files import content_digest
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.sampling.budget import Calibration, calibrate, remembered
@@ -161,6 +161,8 @@ def load(plan: SamplingPlan, place: Place) -> Loaded:
 
 def _load(found: Weights, plan: SamplingPlan, place: Place, device: torch.device) -> Loaded:
     settings, guidance = plan.settings, plan.guidance
+    if settings.compile:
+        check_compiler("compile", device.type)
     model = build_model(found, settings.weights, device)
     print(f"{place.name}: {words(found, model.network, settings.weights)}")
     set_execution(model.network, compiled=settings.compile)

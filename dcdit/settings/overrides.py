@@ -32,8 +32,8 @@ TEXT_KEYS = frozenset(
             "name",
         ),
         *("note", "notes", "out", "partition", "paths.data", "picture", "project", "push", "qos", "reference"),
-        *("router", "run_dir", "run_id", "run_name", "runs", "save_dir", "setup", "source", "split", "strategy"),
-        *("subdir", "tags", "teacher", "title", "weak", "weak_checkpoint", "weights", "features.model"),
+        *("router", "run_dir", "run_id", "run_name", "runs", "save_dir", "setup", "source", "split", "subdir"),
+        *("tags", "teacher", "title", "weak", "weak_checkpoint", "weights", "features.model"),
     }
 )
 """Keys of texts, by their last part or last two. In their values Hydra would find numbers: 2026_11_26, 1e5, true."""
@@ -129,6 +129,8 @@ def _check_choice(word: str, group: str, override: Override) -> None:
         if any(
             name is None or isinstance(name, list) or (isinstance(name, dict) and name is not value) for name in names
         ):
-            without = f"; for none at all say ~{group}" if group in ("logger", "callbacks") else ""
             known = ", ".join(choices(group))
-            raise UserError(f"{visible(word)}: {group} is a group, choose from {known}, or leave the word out{without}")
+            more = {"logger": "; for none say ~logger", "callbacks": "; callbacks.<name>=null leaves one out"}
+            raise UserError(
+                f"{visible(word)}: {group} is a group, choose from {known}, or leave the word out{more.get(group, '')}"
+            )

@@ -8,6 +8,7 @@ import torch
 
 from dcdit.data.order import micro_batch
 from dcdit.errors import UserError
+from dcdit.runtime.devices import check_compiler
 from dcdit.runtime.processes import processes
 from dcdit.training.settings import TrainPlan
 
@@ -70,7 +71,7 @@ def check_precision(plan: TrainPlan) -> None:
 
 
 def check_devices(plan: TrainPlan) -> None:
-    """Raise :class:`UserError` if the trainer asks for a GPU that is not there, or not for the processes that are."""
+    """Raise :class:`UserError` if what is asked for is not there: devices, processes, a compiler."""
     trainer, started = plan.trainer, processes()[1]
     if started not in (1, world_size(plan)):
         raise UserError(
@@ -82,7 +83,13 @@ def check_devices(plan: TrainPlan) -> None:
             f"trainer.accelerator={trainer.accelerator}: this machine has no usable CUDA device; train on the CPU with"
             " trainer=cpu, or try the run out with debug=tiny"
         )
+    if trainer.accelerator == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            "trainer.accelerator=mps: this machine has no usable Apple GPU; train on the CPU with trainer=cpu"
+        )
     check_precision(plan)
+    if plan.execution.compile:
+        check_compiler("execution.compile", "cuda" if trainer.on_gpu else trainer.accelerator)
 
 
 def check_local_sweep(plan: TrainPlan) -> None:

@@ -1,6 +1,5 @@
 """From a checked plan to what trains: module, data, trainer."""
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -18,7 +17,7 @@ from lightning.fabric.plugins.environments import (
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue
 
-from dcdit.checks import call_checked, suggestion
+from dcdit.checks import annotations, call_checked, conform, shown, suggestion
 from dcdit.compute.matching import steps_matching
 from dcdit.data.datamodule import LatentDataModule
 from dcdit.data.latents import LatentSpec
@@ -33,6 +32,9 @@ from dcdit.training.callbacks.checkpoint import AtomicCheckpointIO
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
 from dcdit.training.module import DCDiTModule
 from dcdit.training.settings import TrainPlan
+
+_OURS = frozenset({"callbacks", "logger", "plugins", "enable_progress_bar"})
+"""Arguments of Lightning's Trainer that are built here."""
 
 
 def match_compute(plan: TrainPlan) -> TrainPlan:
@@ -142,19 +144,21 @@ def build_trainer(
     Raises:
         UserError: if a value is wrong.
     """
-    callbacks = [*build_each(config.callbacks, "callbacks"), interrupt]
-    loggers = build_each(config.logger, "logger")
+    callbacks = [*build_each(config.get("callbacks"), "callbacks"), interrupt]
+    loggers = build_each(config.get("logger"), "logger")
     arguments: dict[str, Any] = {**plan.values["trainer"], **asdict(plan.trainer)}
-    known = inspect.signature(pl.Trainer).parameters
-    for key in arguments:
+    known = {key: hint for key, hint in annotations(pl.Trainer).items() if key not in _OURS}
+    for key in arguments.keys() - asdict(plan.trainer).keys():
         if key not in known:
             raise UserError(
-                f"trainer.{key}={arguments[key]}: Lightning's Trainer has no such key, {suggestion(key, known)}"
+                f"trainer.{key}={shown(arguments[key])}: Lightning's Trainer has no such key, or it is not for setting;"
+                f" {suggestion(key, known)}"
             )
+        conform(f"trainer.{key}", arguments[key], known[key])
     arguments["accumulate_grad_batches"] = accumulate = accumulation(plan, world_size(plan))
     if isinstance(arguments["val_check_interval"], int):
         arguments["val_check_interval"] *= accumulate  # Lightning counts micro-batches
-    arguments["enable_progress_bar"] = (config.callbacks or {}).get("progress") is not None
+    arguments["enable_progress_bar"] = (config.get("callbacks") or {}).get("progress") is not None
     environment = cluster_environment()
     plugins = [AtomicCheckpointIO(dict(opened) if opened else None), *([environment] if environment else [])]
     return _trainer({**arguments, "callbacks": callbacks, "logger": loggers or False, "plugins": plugins})
@@ -163,7 +167,7 @@ def build_trainer(
 def _trainer(arguments: Mapping[str, Any]) -> pl.Trainer:
     try:
         return pl.Trainer(**arguments)
-    except (TypeError, ValueError) as error:  # its own checks
+    except (TypeError, ValueError, ImportError) as error:  # its own checks
         message = str(error).splitlines()[0]
         named = [f".{key}={arguments[key]}" for key in arguments if key in message.lower()]
         raise UserError(f"trainer{named[0] if named else ''}: {message}") from error

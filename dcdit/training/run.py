@@ -66,7 +66,7 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
             where = f"{os.path.relpath(run_dir)} is finished, at step {before.step}"
             say(f"{where}: train on with a larger trainer.max_steps")
             return Outcome(State.FINISHED, before.step, before.metrics)
-        if before and not paths and config.callbacks and config.callbacks.get("checkpoint"):
+        if before and not paths and (config.get("callbacks") or {}).get("checkpoint"):
             check_record(before, run_dir)
         check_devices(plan)
         resumed = open_first_whole(paths)

@@ -176,9 +176,9 @@ INITS: dict[str, Callable[..., InitSettings]] = {
 }
 """What ``init.name`` may say."""
 
-Precision = Literal[
-    "bf16-mixed", "16-mixed", "32-true", "bf16-true", "16-true", "64-true", "transformer-engine", "bf16", 16, 32, 64
-]
+Precision = Literal["bf16-mixed", "16-mixed", "32-true", "bf16", 16, 32]
+"""Of Lightning's, those in which weights and optimiser stay float32, as sampling and resuming expect."""
+
 _Devices = Annotated[int, Bounds(-1, 10**7)]
 Endless = Annotated[int, Bounds(-1, 10**12, hint="-1 stands for all")]
 
@@ -188,10 +188,10 @@ Endless = Annotated[int, Bounds(-1, 10**12, hint="-1 stands for all")]
 class TrainerSettings:
     """Arguments of Lightning's Trainer that have a range; it takes all of its others too, and checks them itself."""
 
-    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
     devices: _Devices | list[_Devices] | str
     num_nodes: Count
-    strategy: str
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"]
     precision: Precision
     max_steps: Count
     gradient_clip_val: NonNegative | None
