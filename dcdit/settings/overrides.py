@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 
-from dcdit.checks import is_plain_whole, visible
+from dcdit.checks import visible
 from dcdit.errors import UserError
 from dcdit.settings.help import choices, group_names
 
@@ -105,7 +105,7 @@ def _is_text(key: str) -> bool:
 
 
 def _numbers_quoted(value: str) -> str:
-    """A value in Hydra's grammar, with quotes around those of its words that are read as numbers and look otherwise."""
+    """A value in Hydra's grammar, with quotes around those of its words that would be read as numbers."""
     text = f"={value}"  # after which the lexer expects a value
     tokens = [token for token in OverrideLexer(InputStream(text)).getAllTokens() if token.type != OverrideLexer.WS]
     parts, end, braces = [], 0, 0
@@ -115,7 +115,7 @@ def _numbers_quoted(value: str) -> str:
             before.start == 0 or before.type in _BEFORE or (braces and before.text[-1:] == ":")
         )
         alone = first and (after is None or after.type in _AFTER)
-        if alone and token.type in _CONVERTED and not is_plain_whole(token.text):
+        if alone and token.type in _CONVERTED:
             parts += [text[end : token.start], f"'{token.text}'"]
             end = token.stop + 1
     return "".join([*parts, text[end:]])[1:]

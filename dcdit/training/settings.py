@@ -22,7 +22,7 @@ from dcdit.checks import (
 )
 from dcdit.diffusion.settings import PROCESSES
 from dcdit.errors import UserError
-from dcdit.runs.changes import recorded
+from dcdit.runs.changes import leaves, recorded
 from dcdit.runs.state import RunId
 
 
@@ -255,6 +255,19 @@ SECTIONS: dict[str, Any] = {
     "match_compute": MatchComputeSettings,
     "execution": ExecutionSettings,
 }
+LOGGER_KEYS: dict[str, Any] = {
+    "save_dir": str,
+    "name": str | None,
+    "flush_logs_every_n_steps": Count,
+    "project": str,
+    "group": str | None,
+    "tags": list[str] | None,
+    "offline": bool,
+    "id": RunId | None,
+    "resume": Literal["allow", "must", "never", "auto"] | bool | None,
+}
+"""Keys of ``configs/logger`` by their last part. Lightning's loggers check them late, or not at all."""
+
 GROUPS = ("model", "data", "trainer", "cluster")
 """Sections whose keys others refer to."""
 
@@ -314,6 +327,10 @@ class TrainPlan:
         init = build_named(INITS, values.get("init"), "init")
         build_named(PROCESSES, values.get("diffusion"), "diffusion")
         sections = {name: call_checked(kind, values.get(name), name) for name, kind in SECTIONS.items()}
+        for place, value in leaves({"logger": values.get("logger") or {}}):
+            _, _, key = place.rpartition(".")
+            if place.count(".") == 2 and key in LOGGER_KEYS:
+                conform(place, value, LOGGER_KEYS[key])
         trainer = values["trainer"]
         ranged = {key: value for key, value in trainer.items() if key in TrainerSettings.__dataclass_fields__}
         if isinstance(init, FromTeacher) and values["model"].get("name") == "dit":
