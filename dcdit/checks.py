@@ -325,6 +325,8 @@ def _whole(name: str, value: Any) -> int:
 
 def _text(name: str, value: Any) -> str:
     if isinstance(value, str):
+        if "\0" in value:
+            raise UserError(f"{name}={shown(value)} holds a null byte, which no path and no name may hold")
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)

@@ -57,14 +57,16 @@ def check_compiler(key: str, device: str) -> None:
         key: of the configuration that asks for compiled code.
         device: ``cpu``, which takes a C++ compiler; ``cuda``, which takes Triton and a C compiler; others are let pass.
     """
-    languages = {"cpu": ("C++", "CXX", ("clang++" if sys.platform == "darwin" else "g++",))}
-    languages["cuda"] = ("C", "CC", ("gcc", "clang"))
+    languages = {
+        "cpu": ("C++", "CXX", ["clang++" if sys.platform == "darwin" else "g++"]),
+        "cuda": ("C", "CC", ["gcc", "clang"]),
+    }
     if device not in languages or sys.platform == "win32":
         return
     if device == "cuda" and find_spec("triton") is None:
         raise UserError(f"{key}=true needs Triton on a GPU: pip install triton, or take {key}=false")
     language, variable, names = languages[device]
-    names = (os.environ[variable],) if os.environ.get(variable) else names
+    names = [os.environ[variable]] if os.environ.get(variable) else names
     if not any(map(shutil.which, names)):
         raise UserError(
             f"{key}=true needs a {language} compiler, and there is no {' or '.join(names)} on this machine: install one"

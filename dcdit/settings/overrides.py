@@ -17,7 +17,7 @@ from dcdit.settings.help import choices, group_names
 
 TEXT_KEYS = frozenset(
     {
-        *("account", "autoencoder", "baseline", "by", "cache", "checkpoint", "ckpt_path", "classes", "compare"),
+        *("account", "autoencoder", "baseline", "cache", "checkpoint", "ckpt_path", "classes", "compare"),
         *(
             "constraint",
             "device",
@@ -33,7 +33,7 @@ TEXT_KEYS = frozenset(
         ),
         *("note", "notes", "out", "partition", "paths.data", "picture", "project", "push", "qos", "reference"),
         *("router", "run_dir", "run_id", "run_name", "runs", "save_dir", "setup", "source", "split", "subdir"),
-        *("tags", "teacher", "title", "weak", "weak_checkpoint", "weights", "features.model"),
+        *("tags", "teacher", "title", "weak_checkpoint", "weights", "features.model"),
     }
 )
 """Keys of texts, by their last part or last two. In their values Hydra would find numbers: 2026_11_26, 1e5, true."""
@@ -84,7 +84,7 @@ def _quoted(word: str) -> str:
         return text if _parsed(text) is not None else word
     if group:
         _check_choice(word, place, override)
-    if (group or _is_text(place)) and not _OF_NUMBERS.search(value):
+    if (group or is_text(place)) and not _OF_NUMBERS.search(value):
         return f"{key}={_numbers_quoted(value)}"
     return word
 
@@ -97,7 +97,7 @@ def _parsed(word: str) -> Override | None:
         return None
 
 
-def _is_text(key: str) -> bool:
+def is_text(key: str) -> bool:
     """Whether the value of a key, or each in its list, is a text."""
     parts = key.split(".")
     names = {parts[-1], ".".join(parts[-2:])}

@@ -47,7 +47,7 @@ def match_compute(plan: TrainPlan) -> TrainPlan:
     if baseline is None:
         return plan
     if baseline not in choices("model"):
-        raise UserError(f"match_compute.baseline={baseline!r} is not one of {', '.join(choices('model'))}")
+        raise UserError(f"match_compute.baseline={shown(baseline)} is not one of {', '.join(choices('model'))}")
     spec = plan.values["model"]
     # The baseline sees the same latents, whatever its file says.
     other = model_config(baseline) | {key: spec[key] for key in ("grid", "channels", "num_classes")}

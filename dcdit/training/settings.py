@@ -19,6 +19,7 @@ from dcdit.checks import (
     call_checked,
     checked,
     conform,
+    shown,
 )
 from dcdit.diffusion.settings import PROCESSES
 from dcdit.errors import UserError
@@ -227,7 +228,7 @@ class TrainerSettings:
                 return None
             indices = [word for word in self.devices.split(",") if word.strip()]
             if not all(word.strip().lstrip("-").isdigit() for word in indices) or not indices:
-                raise UserError(f"trainer.devices={self.devices!r} is no number, list of indices or auto")
+                raise UserError(f"trainer.devices={shown(self.devices)} is no number, list of indices or auto")
             alone = "," not in self.devices
             return (None if indices == ["-1"] else int(indices[0])) if alone else len(indices)
         return None if self.devices == -1 else self.devices

@@ -124,10 +124,8 @@ def test_compiling_without_a_compiler_is_refused_before_a_run_is_made(
 
 
 def test_slurm_without_its_extra_says_what_to_install(tmp_path, capsys, monkeypatch):
-    plugin, name = (
-        import_module("hydra_plugins.dcdit_slurm_launcher"),
-        "hydra_plugins.dcdit_slurm_launcher.SlurmLauncher",
-    )
+    plugin = import_module("hydra_plugins.dcdit_slurm_launcher")
+    launcher, name = plugin.SlurmLauncher, f"{plugin.__name__}.SlurmLauncher"
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "hydra_plugins.hydra_submitit_launcher.submitit_launcher", None)
         patch.setitem(Plugins.instance().class_name_to_class, name, reload(plugin).SlurmLauncher)
