@@ -17,23 +17,11 @@ from dcdit.settings.help import choices, group_names
 
 TEXT_KEYS = frozenset(
     {
-        *("account", "autoencoder", "baseline", "cache", "checkpoint", "ckpt_path", "classes", "compare"),
-        *(
-            "constraint",
-            "device",
-            "dir",
-            "directory",
-            "dirpath",
-            "entity",
-            "folder",
-            "group",
-            "host",
-            "license",
-            "name",
-        ),
-        *("note", "notes", "out", "partition", "paths.data", "picture", "project", "push", "qos", "reference"),
-        *("router", "run_dir", "run_id", "run_name", "runs", "save_dir", "setup", "source", "split", "subdir"),
-        *("tags", "teacher", "title", "weak_checkpoint", "weights", "features.model"),
+        *("account", "assume.diffusion", "autoencoder", "baseline", "cache", "checkpoint", "ckpt_path", "classes"),
+        *("compare", "constraint", "device", "dir", "directory", "dirpath", "entity", "features.model", "folder"),
+        *("group", "host", "license", "name", "note", "notes", "out", "partition", "paths.data", "picture", "project"),
+        *("push", "qos", "reference", "router", "run_dir", "run_id", "run_name", "runs", "save_dir", "setup"),
+        *("source", "split", "subdir", "tags", "teacher", "title", "weak_checkpoint", "weights"),
     }
 )
 """Keys of texts, by their last part or last two. In their values Hydra would find numbers: 2026_11_26, 1e5, true."""

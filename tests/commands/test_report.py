@@ -22,7 +22,7 @@ from dcdit.evaluation.courses import courses_below, lines
 from dcdit.evaluation.curves import arrange, best_words, pareto
 from dcdit.evaluation.results import find_results, read_results
 from dcdit.evaluation.words import differences_from_published
-from dcdit.settings.entry import with_paths
+from dcdit.settings.overrides import with_paths
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SETTINGS = ("features=digits", "count=40", "batch_size=20", "sampler.steps=3", "sampler.clip=true")

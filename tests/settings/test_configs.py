@@ -13,6 +13,7 @@ from dcdit.errors import UserError
 from dcdit.evaluation.grid import grid_of
 from dcdit.settings import entry
 from dcdit.settings.entry import CONFIG_DIR, cpu_precision, plain
+from dcdit.settings.overrides import quoted
 from dcdit.settings.published import AUTOENCODER
 from dcdit.training.build import build_module, match_compute
 from dcdit.training.settings import TrainPlan
@@ -127,7 +128,7 @@ def test_cpu_precision_follows_the_processor(tmp_path, monkeypatch):
     "value", ["a=b/last.ckpt", "a#b", "a b", "grün/日本.ckpt", "it's", "a(1).ckpt", "back\\slash", "a{b"]
 )
 def test_any_path_can_be_given_without_quotes_of_its_own(tmp_path, capsys, value):
-    assert compose_config(*entry.quoted([f"ckpt_path={value}"])).ckpt_path == value
+    assert compose_config(*quoted([f"ckpt_path={value}"])).ckpt_path == value
     result = typed(capsys, tmp_path, "sample", f"checkpoint={value}")
     assert result.status == 2
     assert "mismatched" not in result.words
@@ -145,7 +146,7 @@ def test_what_hydra_takes_stays_as_it_is():
         "--cfg",
         "job",
     ]
-    assert entry.quoted(words) == words
+    assert quoted(words) == words
 
 
 def test_the_config_of_a_job_is_readable(tmp_path, capsys):

@@ -18,6 +18,7 @@ from lightning.fabric.connector import _PRECISION_INPUT
 from support.commands import typed
 from support.configs import TINY, compose_config, plan_of
 
+from dcdit.checks import conform
 from dcdit.errors import UserError
 from dcdit.settings.entry import plain
 from dcdit.settings.help import group_names
@@ -58,6 +59,7 @@ def test_numbers_stay_numbers(key):
     words = [f"{key}={value}" for value in ("1e-4", "1_000", "5", "1,2e0", "[1e0,2]", "null", "true", "range(1,5)")]
     assert quoted(words) == words
     assert value_of("out=null") is None
+    assert conform("classes", value_of("classes=[007,1_2,3,cat]"), list[int | str]) == ["007", "1_2", 3, "cat"]
 
 
 def test_a_run_and_its_sweep_lie_where_they_were_asked_for(tmp_path, capsys):
