@@ -19,9 +19,9 @@ TEXT_KEYS = frozenset(
     {
         *("account", "assume.diffusion", "autoencoder", "baseline", "cache", "checkpoint", "ckpt_path", "classes"),
         *("compare", "constraint", "device", "dir", "directory", "dirpath", "entity", "features.model", "folder"),
-        *("group", "host", "license", "name", "note", "notes", "out", "partition", "paths.data", "picture", "project"),
-        *("push", "qos", "reference", "router", "run_dir", "run_id", "run_name", "runs", "save_dir", "setup"),
-        *("source", "split", "subdir", "tags", "teacher", "title", "weak_checkpoint", "weights"),
+        *("group", "host", "id", "license", "name", "note", "notes", "out", "partition", "paths.data", "picture"),
+        *("project", "push", "qos", "reference", "router", "run_dir", "run_id", "run_name", "runs", "save_dir"),
+        *("setup", "source", "split", "subdir", "tags", "teacher", "title", "weak_checkpoint", "weights"),
     }
 )
 """Keys of texts, by their last part or last two. In their values Hydra would find numbers: 2026_11_26, 1e5, true."""

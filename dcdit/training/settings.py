@@ -1,5 +1,6 @@
 """What a user may say about training. No torch here, so that mistakes show at once."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
@@ -227,7 +228,7 @@ class TrainerSettings:
             if self.devices == "auto":
                 return None
             indices = [word for word in self.devices.split(",") if word.strip()]
-            if not all(word.strip().lstrip("-").isdigit() for word in indices) or not indices:
+            if not all(re.fullmatch(r" *-?[0-9]{1,8} *", word) for word in indices) or not indices:
                 raise UserError(f"trainer.devices={shown(self.devices)} is no number, list of indices or auto")
             alone = "," not in self.devices
             return (None if indices == ["-1"] else int(indices[0])) if alone else len(indices)

@@ -23,7 +23,7 @@ from dcdit.errors import UserError
 from dcdit.settings.entry import plain
 from dcdit.settings.help import group_names
 from dcdit.settings.overrides import TEXT_KEYS, quoted
-from dcdit.training.batching import check_devices
+from dcdit.training.batching import check_devices, with_accelerator
 from dcdit.training.build import build_trainer
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
 from dcdit.training.settings import TrainPlan
@@ -101,7 +101,7 @@ def test_precisions_and_accelerators_train_or_are_refused(capsys):
     for precision, accelerator in product([*precisions, None, "fp12"], ["auto", "cpu", "gpu", "cuda", "mps", "tpu"]):
         config.trainer.precision, config.trainer.accelerator = precision, accelerator
         try:
-            plan = TrainPlan.of(plain(config))
+            plan = with_accelerator(TrainPlan.of(plain(config)))
             check_devices(plan)
             trainer = build_trainer(plan, config, StopOnInterrupt())
         except UserError as error:
