@@ -401,7 +401,7 @@ def test_a_run_whose_last_step_ruins_it_is_not_finished_and_can_be_repaired(tiny
     if first:
         tiny("run", f"trainer.max_steps={first}")
     go_on = ("ckpt_path=last",) * bool(first)
-    ruin = ("optimizer.lr=1e39", "optimizer.lr_warmup_steps=0")
+    ruin = ("optimizer.lr=1e38", "optimizer.weight_decay=100", "optimizer.lr_warmup_steps=0")
     with monkeypatch.context() as patch:
         if spoilt == "average":
             ruin = ()
