@@ -219,11 +219,13 @@ def test_the_command_that_trained_composes_and_names_no_path(tmp_path, given, sh
 
 
 def test_names_that_are_no_text_or_markup_are_escaped(tmp_path, capsys):
-    classes = ("caf\udce9", "a|b\n\x1b[31m")
+    classes = ("café", "a|b\n\x1b[31m")
     note = "by Ren\udce9"
+    with pytest.raises(UserError, match=r"classes='caf\\udce9' is not a text"):
+        weights(classes=("caf\udce9", "b"))
     write_exported(tmp_path / "x", weights(classes=classes), "ema", "fp32", replace(PLAIN, note=note))
     card = (tmp_path / "x" / "README.md").read_text()
-    assert r"| classes | 2: caf\udce9, a\|b\n\x1b[31m |" in card
+    assert r"| classes | 2: café, a\|b\n\x1b[31m |" in card
     assert r"by Ren\udce9" in card
     assert load_model(str(tmp_path / "x")).latents.classes == classes
     result = typed(capsys, tmp_path, "sample", "checkpoint=x", "sampler.steps=2", "per_class=1", "out=pictures")

@@ -148,7 +148,7 @@ def test_latents_far_from_deviation_one_are_told(tiny, tmp_path, caplog, capsys)
 
 def test_a_run_without_a_finite_step_is_no_finished_run(tiny, tmp_path):
     place = latents(tmp_path / "data", np.full((32, 1, 8, 8), 3e30, np.float32))
-    with pytest.raises(TrainingError, match="none of the steps up to step 4 had finite gradients"):
+    with pytest.raises(TrainingError, match="None of the last 4 steps had finite gradients, at step 4"):
         tiny("run", *TWO_CLASSES, f"data.directory={place}", "trainer.max_steps=4", "nonfinite_limit=100")
     assert not list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
 

@@ -4,7 +4,9 @@ import io
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -78,7 +80,7 @@ def test_watching_ends_with_the_last_run(trained_run, tmp_path, monkeypatch):
         else:
             replace(known, state=State.FINISHED, max_steps=90, step=90).write(trained_run)
 
-    monkeypatch.setattr(status.time, "sleep", sleep)
+    monkeypatch.setattr(status, "time", SimpleNamespace(sleep=sleep, strftime=time.strftime))  # other threads sleep too
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=160)
     settings = status.check(compose_config(f"runs=[{tmp_path}]", "watch=true", "every=0.5", name="status"))
@@ -100,7 +102,7 @@ def test_watching_waits_for_what_is_about_to_begin(trained_run, tmp_path, capsys
             raise KeyboardInterrupt
         trained_run.rename(tmp_path / "runs")  # what was not there yet is
 
-    monkeypatch.setattr(status.time, "sleep", sleep)
+    monkeypatch.setattr(status, "time", SimpleNamespace(sleep=sleep, strftime=time.strftime))  # other threads sleep too
     result = typed(capsys, tmp_path, "status", "runs", "--watch")
     assert result.status == 0, result.err
     assert looks == [2.0, 2.0]

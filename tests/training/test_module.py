@@ -88,7 +88,7 @@ def test_too_many_in_a_row_stop_training(tiny, monkeypatch):
         return latents * float("nan"), labels
 
     monkeypatch.setattr(LatentDataModule, "on_after_batch_transfer", broken)
-    with pytest.raises(TrainingError, match=r"4 steps in a row.*nonfinite_limit=4.*ckpt_path=last"):
+    with pytest.raises(TrainingError, match=r"last 4 steps .*nonfinite_limit=4.*ckpt_path=last"):
         tiny("nan", "nonfinite_limit=4", "trainer.max_steps=50")
 
 
