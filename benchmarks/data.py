@@ -34,6 +34,7 @@ from dcdit.extraction.extraction import Extraction
 from dcdit.extraction.settings import ExtractionSettings
 from dcdit.extraction.sources import FolderSource
 from dcdit.runtime.devices import autocast, pick_device
+from dcdit.runtime.display import Display
 
 STORED = (8, 32, 32)  # moments of a 4 x 32 x 32 latent
 IMAGENET = [5000] * 256 + [1167]  # samples of its shards
@@ -173,19 +174,6 @@ def entering() -> Table:
     return table
 
 
-class Silent:
-    """Watches nothing."""
-
-    def begin(self, tasks: int, done: int, images: int | None) -> None:
-        """Ignore."""
-
-    def advance(self, files: int) -> None:
-        """Ignore."""
-
-    def finish(self, name: str, samples: int) -> None:
-        """Ignore."""
-
-
 def random_vae(folder: Path) -> str:
     """The SD-VAE's architecture with random weights; the time does not depend on them."""
     from diffusers import AutoencoderKL
@@ -254,7 +242,8 @@ def encoding(arguments: argparse.Namespace) -> Table:
             begin = time.perf_counter()
             images = FolderSource(source, settings.samples_per_shard, 0)
             out = folder / f"out-{number}"
-            Extraction(out, images, autoencoder, settings, 0, 1, arguments.workers, True, 0, None).run(Silent())
+            extraction = Extraction(out, images, autoencoder, settings, 0, 1, arguments.workers, True, 0, None)
+            extraction.run(Display(1, "encoding", "shard"))
             if number:  # the first round warms up
                 rates["bare forward"].append(bare)
                 rates["extractor"].append(count / (time.perf_counter() - begin))

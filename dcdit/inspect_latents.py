@@ -57,7 +57,7 @@ def check(config: DictConfig) -> InspectSettings:
 def run(config: DictConfig) -> None:
     """Print a summary, check, and decode; :class:`UserError` if anything is corrupt."""
     settings = check(config)
-    from dcdit.data.autoencoder import load_decoder, network_latents
+    from dcdit.data.decoder import load_decoder, network_latents
     from dcdit.data.inspection import channels_table, first_samples, latents_table, seen_statistics, verify
     from dcdit.data.storage import Location
     from dcdit.runtime.devices import pick_device

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dcdit.checkpoints.load import Model, load_model
 from dcdit.compute.flops import count
-from dcdit.data.autoencoder import load_decoder
 from dcdit.data.builtin import HandwrittenDigits
+from dcdit.data.decoder import load_decoder
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import GuidanceSettings

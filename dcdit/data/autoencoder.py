@@ -1,24 +1,19 @@
-"""Between images and latents: the only place that knows autoencoders, their scale and their channels."""
+"""Autoencoders: images to latents and back. Only this file knows their scale, their channels and their kinds."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dcdit.checks import shown
 from dcdit.data.autoencoder_folder import folder_of, own_normalisation, read_folder
-from dcdit.data.latents import IDENTITY, LatentSpec, Rounding, Scale, Shift
-from dcdit.data.manifest import MOMENTS, Manifest
+from dcdit.data.latents import IDENTITY, Rounding, Scale, Shift
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.runtime.devices import autocast, fingerprint
-from dcdit.runtime.processes import say
-
-Decoder = Callable[[Tensor], Tensor]
-"""Maps network-side latents (B, C, H, W) to images (B, 1 or 3, height, width), uint8."""
 
 
 def to_uint8(images: Tensor, rounding: Rounding = "round") -> Tensor:
@@ -40,26 +35,6 @@ def to_uint8(images: Tensor, rounding: Rounding = "round") -> Tensor:
         )
     half = {"round": 0.5, "truncate": 0.0}[rounding]
     return ((images.float() + 1) * 127.5 + half).clamp(0, 255).to(torch.uint8)
-
-
-def network_latents(stored: Tensor, manifest: Manifest, generator: torch.Generator | None) -> Tensor:
-    """Scaled float32 latents from stored ones; from moments, a fresh sample of the posterior.
-
-    Args:
-        stored: (B, C, H, W) latents, or (B, 2C, H, W) mean and log-variance.
-        manifest: says which.
-        generator: for the posterior's noise, on the device of ``stored``; None takes the posterior's mean.
-
-    Returns:
-        (B, C, H, W), as :meth:`LatentSpec.normalised` gives them.
-    """
-    z = stored.float()
-    if manifest.representation == MOMENTS:
-        z, log_variance = z.chunk(2, dim=1)
-        if generator is not None:
-            noise = torch.randn(z.shape, generator=generator, device=z.device)
-            z = z + torch.exp(0.5 * log_variance) * noise
-    return manifest.spec.normalised(z)
 
 
 @dataclass(frozen=True)
@@ -107,12 +82,12 @@ def _certain(latents: Tensor) -> Tensor:
 class Identity(Autoencoder):
     """Latents are the images themselves, in [-1, 1]; of others than 1 or 3 channels, the first are shown as colours."""
 
+    @override
     def encode(self, images: Tensor, precision: str) -> Tensor:
-        """See :class:`Autoencoder`."""
         return _certain(images.float() / 127.5 - 1)
 
+    @override
     def decode(self, latents: Tensor, rounding: Rounding = "round") -> Tensor:
-        """See :class:`Autoencoder`."""
         images = to_uint8(latents, rounding).cpu()
         return images[:, : 3 if images.shape[1] >= 3 else 1]
 
@@ -129,9 +104,9 @@ class Diffusers(Autoencoder):
     vae: Any
     chunk: int = 16
 
+    @override
     @torch.no_grad()
     def encode(self, images: Tensor, precision: str) -> Tensor:
-        """See :class:`Autoencoder`."""
         pixels = images.to(self.vae.device).float() / 127.5 - 1
         with autocast(precision, self.vae.device):
             encoded = self.vae.encode(pixels.to(memory_format=torch.channels_last))
@@ -139,9 +114,9 @@ class Diffusers(Autoencoder):
             return _certain(encoded.latent.float())
         return torch.cat([encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()], dim=1)
 
+    @override
     @torch.no_grad()
     def decode(self, latents: Tensor, rounding: Rounding = "round") -> Tensor:
-        """See :class:`Autoencoder`."""
         images: list[Tensor] = []
         for part in latents.to(self.vae.device).split(self.chunk):
             try:
@@ -187,70 +162,3 @@ def recorded_name(name: str) -> str:
     """``name`` so that it is seen to be a local folder if it is one, even where there is no such folder any more."""
     relative = Path(name).is_dir() and not Path(name).is_absolute() and not name.startswith((".", "~"))
     return f"./{name}" if relative and name != IDENTITY else name
-
-
-@dataclass(frozen=True)
-class LatentDecoder:
-    """A :data:`Decoder` that can be told from others.
-
-    Attributes:
-        autoencoder: decodes.
-        latents: what they are.
-        rounding: of pixels, see :func:`to_uint8`.
-    """
-
-    autoencoder: Autoencoder
-    latents: LatentSpec
-    rounding: Rounding
-
-    @property
-    def identity(self) -> str:
-        """Digest of the weights, wherever they lie; the name where there are none."""
-        return self.autoencoder.fingerprint or self.autoencoder.name
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        """Images (B, 1 or 3, height, width) uint8 of network-side latents (B, C, H, W)."""
-        return self.autoencoder.decode(self.latents.restored(latents), self.rounding)
-
-    def size(self, device: torch.device) -> tuple[int, int]:
-        """Height and width in pixels of an image."""
-        height, width = self(torch.zeros(1, *self.latents.shape, device=device)).shape[2:]
-        return height, width
-
-
-def load_decoder(
-    latents: LatentSpec, device: torch.device, instead: str | None = None, rounding: Rounding = "round"
-) -> LatentDecoder:
-    """The decoder for ``latents``.
-
-    Args:
-        latents: what they are.
-        device: where to decode.
-        instead: another autoencoder than the one named there, such as the same one in another place.
-        rounding: of pixels, see :func:`to_uint8`.
-
-    Raises:
-        UserError: if the autoencoder cannot be loaded, or its weights are not those that made the latents.
-    """
-    autoencoder = load_autoencoder(instead or latents.autoencoder, device)
-    wanted = latents.fingerprint
-    if not instead and wanted is not None and autoencoder.fingerprint != wanted:
-        raise UserError(
-            f"autoencoder={autoencoder.name!r} has weights {autoencoder.fingerprint}, the latents were made with"
-            f" {wanted}: give the autoencoder they were made with, or this one deliberately, with autoencoder=..."
-        )
-    if wanted is not None and autoencoder.fingerprint != wanted:
-        say(
-            f"Decoding with autoencoder={autoencoder.name!r}, weights {autoencoder.fingerprint}; the latents were made"
-            f" with {latents.autoencoder!r}, weights {wanted}. Figures are those of another autoencoder"
-        )
-    if autoencoder.name == IDENTITY and latents.shape[0] not in (1, 3):
-        say(
-            f"autoencoder=identity: latents of {latents.shape[0]} channels are no pictures, the first of them are shown"
-            " as colours. Figures of them are not those of images"
-        )
-    if autoencoder.name != IDENTITY and autoencoder.channels != latents.shape[0]:
-        raise UserError(
-            f"autoencoder={autoencoder.name!r} has {autoencoder.channels} channels, the latents {latents.shape[0]}"
-        )
-    return LatentDecoder(autoencoder, latents, rounding)

@@ -13,8 +13,8 @@ from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from dcdit.checks import Count, Digest, Natural, Positive, Seed, Workers, checked, conform
-from dcdit.data.autoencoder import network_latents
 from dcdit.data.builtin import build_source
+from dcdit.data.decoder import network_latents
 from dcdit.data.latents import Scale, number_words
 from dcdit.data.manifest import MANIFEST_NAME, Manifest
 from dcdit.data.order import Position, Readers, micro_batch

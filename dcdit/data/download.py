@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urljoin
 
 from dcdit.checks import shown, without_credentials
@@ -26,19 +26,12 @@ class AbsentError(OSError):
     """The file is not there; or whoever should know says no more than that it cannot be had."""
 
 
-class Writable(Protocol):
-    """Takes bytes."""
-
-    def write(self, content: bytes, /) -> Any:
-        """Write ``content``."""
-
-
-def download(url: str, target: Writable, most: int) -> int:
-    """Copy what a URL holds into ``target``.
+def download(url: str, write: Callable[[bytes], object], most: int) -> int:
+    """Hand what a URL holds to ``write``, piece by piece.
 
     Args:
         url: ``http:`` and ``https:``, and whatever webdataset opens.
-        target: where to.
+        write: takes the next bytes.
         most: bytes that are expected at most.
 
     Returns:
@@ -47,7 +40,7 @@ def download(url: str, target: Writable, most: int) -> int:
     Raises:
         AbsentError: if there is no such file.
         OSError: if it cannot be had, naming the URL and the reason.
-        UserError: if there is no such scheme; what ``target`` raises passes through.
+        UserError: if there is no such scheme; what ``write`` raises passes through.
     """
     size, begin = 0, time.monotonic()
 
@@ -65,7 +58,7 @@ def download(url: str, target: Writable, most: int) -> int:
             size += len(chunk)
             if size > most:
                 raise _too_large(url, most)
-            target.write(chunk)
+            write(chunk)
             remaining()
     if not size:
         raise _failed(url, "it is empty")

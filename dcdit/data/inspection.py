@@ -10,7 +10,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from dcdit.data.autoencoder import network_latents
+from dcdit.data.decoder import network_latents
 from dcdit.data.latents import LatentStatistics, number_words
 from dcdit.data.manifest import MOMENTS, Manifest
 from dcdit.data.shards import Layout, read_samples

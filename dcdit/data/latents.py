@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from dcdit.network import Network
+
 IDENTITY = "identity"
 """Autoencoder id of latents that are the images themselves, in [-1, 1]."""
 
@@ -221,10 +223,10 @@ class LatentSpec:
                 return f"{key} is {one} there and {two} here"
         return None
 
-    def check_network(self, network: Any) -> None:
-        """Raise :class:`UserError` unless ``network``, a :class:`dcdit.network.Network`, takes these latents."""
+    def check_network(self, network: "Network") -> None:
+        """Raise :class:`UserError` unless ``network`` takes latents of this shape and number of classes."""
         channels, height, width = self.shape
-        pairs = [
+        pairs: list[tuple[str, int, object]] = [
             ("grid", network.grid[0], height if height == width else (height, width)),
             ("channels", network.channels, channels),
             ("num_classes", network.num_classes, len(self.classes)),

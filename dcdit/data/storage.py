@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from filelock import FileLock
 
@@ -162,8 +162,13 @@ class Location:
         url = self.place.replace("{}", name) if "{}" in self.place else f"{self.place.rstrip('/')}/{name}"
         self._own_cache()
         digest = hashlib.sha256()
-        with replacing(path) as target:
-            size = download(url, _Hashing(target, digest), shard.bytes if shard else TEXT_BYTES)
+        with replacing(path) as file:
+
+            def write(content: bytes) -> None:
+                digest.update(content)
+                file.write(content)
+
+            size = download(url, write, shard.bytes if shard else TEXT_BYTES)
             if shard and size != shard.bytes:
                 raise OSError(f"{url} came with {size} bytes, the manifest says {shard.bytes}")
             if shard and exact and digest.hexdigest() != shard.sha256:
@@ -190,17 +195,6 @@ def open_shard(path: Path) -> BinaryIO:
         return open_regular(path)
     except UserError as error:
         raise OSError(str(error)) from error
-
-
-class _Hashing:
-    """Writes to a file, and keeps the digest of what it writes."""
-
-    def __init__(self, file: BinaryIO, digest: Any) -> None:
-        self._file, self._digest = file, digest
-
-    def write(self, content: bytes) -> int:
-        self._digest.update(content)
-        return self._file.write(content)
 
 
 def _default_cache() -> Path:

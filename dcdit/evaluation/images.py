@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dcdit.checks import shown
-from dcdit.data.autoencoder import load_decoder, network_latents
+from dcdit.data.decoder import load_decoder, network_latents
 from dcdit.data.latents import LatentSpec, Rounding
 from dcdit.data.manifest import MANIFEST_NAME
 from dcdit.data.shards import CorruptSampleError, Layout

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dcdit.checks import visible
 from dcdit.data.manifest import Skipped
 from dcdit.errors import UserError
+from dcdit.extraction.settings import ExtractionSettings
 from dcdit.extraction.sources import ImageSource, Item, UnreadableError, UnusableImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
@@ -202,7 +203,7 @@ class Decoded(NamedTuple):
     problem: str | None = None
 
 
-def as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Decoded) -> Decoded:
     """For the loader's ``collate_fn``: its default would make tensors."""
     return batch
 
@@ -213,21 +214,17 @@ class ImageBatches(IterableDataset[Decoded]):
     Args:
         source: the images.
         tasks: which of its tasks.
-        batch_size: files of a batch.
-        image_size, min_side, max_pixels: see :func:`decode_image`.
+        settings: files of a batch, and what :func:`decode_image` asks of an image.
     """
 
-    def __init__(
-        self, source: ImageSource, tasks: list[int], batch_size: int, image_size: int, min_side: int, max_pixels: int
-    ) -> None:
+    def __init__(self, source: ImageSource, tasks: list[int], settings: ExtractionSettings) -> None:
         super().__init__()
-        self.source, self.tasks, self.batch_size = source, tasks, batch_size
-        self.image_size, self.min_side, self.max_pixels = image_size, min_side, max_pixels
+        self.source, self.tasks, self.settings = source, tasks, settings
 
     def __iter__(self) -> Iterator[Decoded]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        turn, size = 0, self.batch_size
+        turn, size = 0, self.settings.batch_size
         for task in self.tasks:
             try:
                 items, skipped, notes = self.source.items(task)
@@ -252,9 +249,10 @@ class ImageBatches(IterableDataset[Decoded]):
     ) -> Decoded:
         pixels: list[NDArray[np.uint8]] = []
         places, labels, sources, skipped = [], [], [], list(skipped)
+        side, limits = self.settings.image_size, (self.settings.min_side, self.settings.max_pixels)
         for place, item in enumerate(batch, start):
             try:
-                pixels.append(decode_image(item.read(), self.image_size, self.min_side, self.max_pixels))
+                pixels.append(decode_image(item.read(), side, *limits))
             except UnusableImageError as error:
                 skipped.append(Skipped(item.source, str(error)))
                 continue
@@ -263,6 +261,5 @@ class ImageBatches(IterableDataset[Decoded]):
             places.append(place)
             labels.append(item.label)
             sources.append(item.source)
-        side = self.image_size
         images = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
         return Decoded(task, images, places, labels, sources, skipped, notes, len(batch))

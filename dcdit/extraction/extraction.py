@@ -7,9 +7,9 @@ before. Processes share nothing but the directory.
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,24 +30,12 @@ from dcdit.extraction.journal import Encoded, ExtractionJob, shard_name
 from dcdit.extraction.settings import ExtractionSettings
 from dcdit.extraction.sources import ImageSource
 from dcdit.runtime.devices import threads
+from dcdit.runtime.display import Display
 from dcdit.runtime.files import content_digest
 from dcdit.runtime.signals import ignore_interrupts
 
 _NEVER_FINITE = 16
 """Images after which an autoencoder that never gave a finite latent is given up."""
-
-
-class Watcher(Protocol):
-    """Is told how far an extraction is."""
-
-    def begin(self, tasks: int, done: int, images: int | None) -> None:
-        """Of ``tasks`` of this process ``done`` were there; ``images`` are left, if that is known."""
-
-    def advance(self, files: int) -> None:
-        """So many more files have been dealt with."""
-
-    def finish(self, name: str, samples: int) -> None:
-        """A shard is finished."""
 
 
 def layout_of(settings: ExtractionSettings, autoencoder: Autoencoder) -> Layout:
@@ -112,7 +100,7 @@ class Extraction:
         if strict and source.skipped:
             raise UserError(f"strict=true: {source.skipped[0].file}: {source.skipped[0].reason}")
 
-    def run(self, watcher: Watcher) -> Manifest | None:
+    def run(self, display: Display) -> Manifest | None:
         """Encode what is not done yet of this process's share.
 
         Returns:
@@ -135,11 +123,11 @@ class Extraction:
             raise UserError(f"out: {self.directory} cannot be written to: {error.strerror or error}") from error
         try:
             with threads(self.settings.threads):
-                return self._run(watcher)
+                return self._run(display)
         finally:
             lock.release()
 
-    def _run(self, watcher: Watcher) -> Manifest | None:
+    def _run(self, display: Display) -> Manifest | None:
         finished = self.job.open()
         if finished:
             return finished
@@ -148,8 +136,8 @@ class Extraction:
         sizes = [self.source.size(task) for task in tasks]
         images = sum(size for size in sizes if size is not None) if None not in sizes else None
         self._check_disk(images)
-        watcher.begin(len(own), len(own) - len(tasks), images)
-        stream = self._encoded(tasks, watcher)
+        display.begin(len(own), len(own) - len(tasks), images)
+        stream = self._encoded(tasks, display)
         for task, batches in groupby(stream, key=lambda batch: batch[0].task):
             name = shard_name(task)
             skipped: list[Skipped] = []
@@ -157,7 +145,7 @@ class Extraction:
             tally = self._tally()
             shard = write_shard(self.directory / name, self._samples(batches, skipped, labels), self.layout, tally)
             self.job.record(task, Encoded(shard, skipped, tally.sums if shard else None, sorted(labels)))
-            watcher.finish(name, shard.samples if shard else 0)
+            display.finish(name, shard.samples if shard else 0)
         return self.job.close(self._manifest)
 
     def _tally(self) -> Tally:
@@ -210,19 +198,12 @@ class Extraction:
 
     # ---- encoding ------------------------------------------------------------------------------------------------
 
-    def _encoded(self, tasks: list[int], watcher: Watcher) -> Iterator[tuple[Decoded, list[NDArray[Any]]]]:
+    def _encoded(self, tasks: list[int], display: Display) -> Iterator[tuple[Decoded, list[NDArray[Any]]]]:
         """Decoded batches with their moments; a GPU works on the next batch while this one is written."""
         if not tasks:
             return
         loader = DataLoader(
-            ImageBatches(
-                self.source,
-                tasks,
-                self.settings.batch_size,
-                self.settings.image_size,
-                self.settings.min_side,
-                self.settings.max_pixels,
-            ),
+            ImageBatches(self.source, tasks, self.settings),
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
@@ -230,18 +211,18 @@ class Extraction:
             worker_init_fn=ignore_interrupts,
         )
         waiting: tuple[Decoded, list[Tensor]] | None = None
-        for batch in loader:
-            if batch.problem or (self.strict and batch.skipped):
-                first = batch.skipped[0] if batch.skipped else None
-                raise UserError(batch.problem or f"strict=true: {first.file}: {first.reason}")  # type: ignore[union-attr]
-            ahead = batch, self._launch(batch.images, self.settings.precision)
+        for batch in chain(loader, [None]):
+            launched = None
+            if batch:
+                if batch.problem:
+                    raise UserError(batch.problem)
+                if self.strict and batch.skipped:
+                    raise UserError(f"strict=true: {batch.skipped[0].file}: {batch.skipped[0].reason}")
+                launched = batch, self._launch(batch.images, self.settings.precision)
             if waiting:
                 yield self._collect(*waiting)
-                watcher.advance(waiting[0].files)
-            waiting = ahead
-        if waiting:
-            yield self._collect(*waiting)
-            watcher.advance(waiting[0].files)
+                display.advance(waiting[0].files)
+            waiting = launched
 
     def _launch(self, pixels: NDArray[np.uint8], precision: str) -> list[Tensor]:
         if not len(pixels):

@@ -1,5 +1,6 @@
 """The journal of an extraction: records become a manifest, and a manifest becomes records where shards are lost."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -100,18 +101,15 @@ class ExtractionJob(ResumableJob[Encoded]):
             shards = tuple(record.shard for record in records if record.shard)
             labels = [record.labels for record in records]
             self.labels = None if None in labels else {label for part in labels for label in part or ()}
-            if shards:
-                sums = Sums.total([record.sums for record in records if record.sums])
-                manifest(shards, tuple(dict.fromkeys(listed)), sums).write(self.directory)
-            else:
+            if not shards:
+                shutil.rmtree(self.work)  # with another source, the same command begins anew
                 first = f"; the first: {listed[0].file}: {listed[0].reason}" if listed else ""
-                failures.append(f"no image could be used{first}")
+                raise UserError(f"no image could be used{first}")
+            sums = Sums.total([record.sums for record in records if record.sums])
+            manifest(shards, tuple(dict.fromkeys(listed)), sums).write(self.directory)
 
-        failures: list[str] = []
         path = self.directory / MANIFEST_NAME
         self.finalize(path, write)
-        if failures:
-            raise UserError(failures[0])
         return Manifest.read(path) if path.is_file() else None
 
     def _is_whole(self, shard: Shard) -> bool:

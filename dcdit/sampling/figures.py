@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dcdit.checks import visible
-from dcdit.data.autoencoder import Decoder
+from dcdit.data.decoder import Decoder
 from dcdit.diffusion.samplers import Step
 from dcdit.runtime.files import replacing
 from dcdit.sampling.overlays import DROPPED, KEPT, PROBABILITY, Pixels, enlarged, overlay, probabilities

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dcdit.checkpoints.load import Model, Weights, build_model, read_weights, words
 from dcdit.checkpoints.locate import Place, locate
-from dcdit.data.autoencoder import LatentDecoder, load_decoder
+from dcdit.data.decoder import LatentDecoder, load_decoder
 from dcdit.data.latents import LatentSpec, number_words
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler

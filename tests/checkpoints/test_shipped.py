@@ -7,7 +7,7 @@ from support.commands import typed
 
 from dcdit.checkpoints.load import load_model
 from dcdit.checkpoints.locate import SHIPPED
-from dcdit.data.autoencoder import load_decoder
+from dcdit.data.decoder import load_decoder
 from dcdit.evaluation.features import DigitsClassifier
 
 

@@ -150,7 +150,7 @@ def test_statistics_are_the_same_on_any_number_of_processes_and_after_any_loss(r
 
 
 def test_latents_normalised_by_channel_from_images_to_samples(run, tiny_vae, tmp_path, capsys):
-    from dcdit.data.autoencoder import network_latents
+    from dcdit.data.decoder import network_latents
     from dcdit.data.inspection import first_samples
     from dcdit.data.storage import Location
 

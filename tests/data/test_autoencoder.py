@@ -5,7 +5,8 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from support.foreign import save_dc, save_kl
 
-from dcdit.data.autoencoder import load_autoencoder, load_decoder, to_uint8
+from dcdit.data.autoencoder import load_autoencoder, to_uint8
+from dcdit.data.decoder import load_decoder
 from dcdit.data.latents import LatentSpec
 from dcdit.errors import UserError
 

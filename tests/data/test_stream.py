@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.numbered import damage, flat, loader, numbers, stream, write_numbers
 
-from dcdit.data.autoencoder import network_latents
+from dcdit.data.decoder import network_latents
 from dcdit.data.latents import LatentStatistics
 from dcdit.data.manifest import Manifest
 from dcdit.data.order import Position, Readers

@@ -18,8 +18,9 @@ from support.hub import hub_of
 from dcdit.checkpoints.foreign import reference_state
 from dcdit.checkpoints.load import load_model
 from dcdit.checkpoints.settings import AssumeSettings
-from dcdit.data.autoencoder import load_autoencoder, load_decoder
+from dcdit.data.autoencoder import load_autoencoder
 from dcdit.data.autoencoder_folder import KINDS
+from dcdit.data.decoder import load_decoder
 from dcdit.data.latents import LatentSpec, numbers_of
 from dcdit.errors import UserError
 from dcdit.evaluation.features import OwnFeatures, TimmFeatures

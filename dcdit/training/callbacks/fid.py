@@ -26,7 +26,7 @@ from dcdit.checks import (
     call_checked,
     checked,
 )
-from dcdit.data.autoencoder import LatentDecoder, load_decoder
+from dcdit.data.decoder import LatentDecoder, load_decoder
 from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler

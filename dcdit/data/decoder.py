@@ -1,0 +1,103 @@
+"""From stored latents to what the network sees, and from there to images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dcdit.data.autoencoder import Autoencoder, load_autoencoder
+from dcdit.data.latents import IDENTITY, LatentSpec, Rounding
+from dcdit.data.manifest import MOMENTS, Manifest
+from dcdit.errors import UserError
+from dcdit.runtime.processes import say
+
+Decoder = Callable[[Tensor], Tensor]
+"""Maps network-side latents (B, C, H, W) to images (B, 1 or 3, height, width), uint8."""
+
+
+def network_latents(stored: Tensor, manifest: Manifest, generator: torch.Generator | None) -> Tensor:
+    """Scaled float32 latents from stored ones; from moments, a fresh sample of the posterior.
+
+    Args:
+        stored: (B, C, H, W) latents, or (B, 2C, H, W) mean and log-variance.
+        manifest: says which.
+        generator: for the posterior's noise, on the device of ``stored``; None takes the posterior's mean.
+
+    Returns:
+        (B, C, H, W), as :meth:`LatentSpec.normalised` gives them.
+    """
+    z = stored.float()
+    if manifest.representation == MOMENTS:
+        z, log_variance = z.chunk(2, dim=1)
+        if generator is not None:
+            noise = torch.randn(z.shape, generator=generator, device=z.device)
+            z = z + torch.exp(0.5 * log_variance) * noise
+    return manifest.spec.normalised(z)
+
+
+@dataclass(frozen=True)
+class LatentDecoder:
+    """A :data:`Decoder` that can be told from others.
+
+    Attributes:
+        autoencoder: decodes.
+        latents: what they are.
+        rounding: of pixels, see :func:`dcdit.data.autoencoder.to_uint8`.
+    """
+
+    autoencoder: Autoencoder
+    latents: LatentSpec
+    rounding: Rounding
+
+    @property
+    def identity(self) -> str:
+        """Digest of the weights, wherever they lie; the name where there are none."""
+        return self.autoencoder.fingerprint or self.autoencoder.name
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Images (B, 1 or 3, height, width) uint8 of network-side latents (B, C, H, W)."""
+        return self.autoencoder.decode(self.latents.restored(latents), self.rounding)
+
+    def size(self, device: torch.device) -> tuple[int, int]:
+        """Height and width in pixels of an image."""
+        height, width = self(torch.zeros(1, *self.latents.shape, device=device)).shape[2:]
+        return height, width
+
+
+def load_decoder(
+    latents: LatentSpec, device: torch.device, instead: str | None = None, rounding: Rounding = "round"
+) -> LatentDecoder:
+    """The decoder for ``latents``.
+
+    Args:
+        latents: what they are.
+        device: where to decode.
+        instead: another autoencoder than the one named there, such as the same one in another place.
+        rounding: of pixels, see :func:`dcdit.data.autoencoder.to_uint8`.
+
+    Raises:
+        UserError: if the autoencoder cannot be loaded, or its weights are not those that made the latents.
+    """
+    autoencoder = load_autoencoder(instead or latents.autoencoder, device)
+    wanted = latents.fingerprint
+    if not instead and wanted is not None and autoencoder.fingerprint != wanted:
+        raise UserError(
+            f"autoencoder={autoencoder.name!r} has weights {autoencoder.fingerprint}, the latents were made with"
+            f" {wanted}: give the autoencoder they were made with, or this one deliberately, with autoencoder=..."
+        )
+    if wanted is not None and autoencoder.fingerprint != wanted:
+        say(
+            f"Decoding with autoencoder={autoencoder.name!r}, weights {autoencoder.fingerprint}; the latents were made"
+            f" with {latents.autoencoder!r}, weights {wanted}. Figures are those of another autoencoder"
+        )
+    if autoencoder.name == IDENTITY and latents.shape[0] not in (1, 3):
+        say(
+            f"autoencoder=identity: latents of {latents.shape[0]} channels are no pictures, the first of them are shown"
+            " as colours. Figures of them are not those of images"
+        )
+    if autoencoder.name != IDENTITY and autoencoder.channels != latents.shape[0]:
+        raise UserError(
+            f"autoencoder={autoencoder.name!r} has {autoencoder.channels} channels, the latents {latents.shape[0]}"
+        )
+    return LatentDecoder(autoencoder, latents, rounding)
