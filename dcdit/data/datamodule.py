@@ -129,20 +129,19 @@ class LatentDataModule(pl.LightningDataModule):
         if self._manifest is None:
             manifest = self.location.below("train").manifest()
             for name, wanted in (("autoencoder", self.autoencoder), ("scale", self.scale)):
-                found = getattr(manifest, name)
-                if isinstance(wanted, str) and normpath(wanted) == normpath(found):
+                actual = getattr(manifest, name)
+                if wanted is None or wanted == actual:
+                    continue
+                if isinstance(wanted, str) and normpath(wanted) == normpath(actual):
                     continue  # a local folder is recorded as ./folder
-                if wanted is not None and wanted != found:
-                    its = found if isinstance(found, str) else number_words(found)
-                    asked = wanted if isinstance(wanted, str) else number_words(wanted)
-                    raise UserError(
-                        f"data.{name}={asked}, but the shards in {self.location.place}/train were made with {its}:"
-                        f" set data.{name}={'null' if isinstance(found, tuple) else f'{its} or null'}, or point"
-                        " data.directory at other shards"
-                    )
+                asked, its = (value if isinstance(value, str) else number_words(value) for value in (wanted, actual))
+                raise UserError(
+                    f"data.{name}={asked}, but the shards in {self.location.place}/train were made with {its}:"
+                    f" set data.{name}={'null' if isinstance(actual, tuple) else f'{its} or null'}, or point"
+                    " data.directory at other shards"
+                )
             self._manifest = manifest
-            seen = manifest.spec.seen(manifest.statistics)
-            if seen and (remark := seen.remark()):
+            if remark := manifest.remark():
                 say(remark)
         return self._manifest
 

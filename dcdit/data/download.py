@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
 from dcdit.checks import shown, without_credentials
 from dcdit.errors import UserError
+
+if TYPE_CHECKING:
+    from requests import Response
 
 CONNECT, STALL = 10.0, 60.0
 """Seconds to wait for an answer, and for the next bytes."""
@@ -77,7 +80,7 @@ def _ahead(url: str, most: int, remaining: Callable[[], float]) -> Generator[byt
     """What a server sends, received by a thread: single reads of a socket have limits of time, their sum has none."""
     chunks: queue.Queue[bytes | BaseException | None] = queue.Queue(16)
     given_up = threading.Event()
-    answers: list[Any] = []
+    answers: list[Response] = []
 
     def put(chunk: bytes | BaseException | None) -> None:
         while not given_up.is_set():
@@ -112,7 +115,7 @@ def _ahead(url: str, most: int, remaining: Callable[[], float]) -> Generator[byt
                 answer.raw.shutdown()
 
 
-def _of_server(url: str, most: int, answers: list[Any]) -> Generator[bytes, None, None]:
+def _of_server(url: str, most: int, answers: "list[Response]") -> Generator[bytes, None, None]:
     import requests
 
     place = url
@@ -142,7 +145,7 @@ def _of_server(url: str, most: int, answers: list[Any]) -> Generator[bytes, None
         raise _failed(url, type(error).__name__) from None
 
 
-def _check_answer(url: str, answer: Any, most: int) -> None:
+def _check_answer(url: str, answer: "Response", most: int) -> None:
     """Raise OSError unless the head of an answer promises the file, plain and no larger than expected."""
     if answer.status_code in (404, 410):
         raise _failed(url, "the server has no such file", AbsentError)

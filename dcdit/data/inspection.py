@@ -1,8 +1,10 @@
 """What is in a directory of latent shards: read, checked and summed up for people."""
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from rich.filesize import decimal
@@ -11,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dcdit.data.decoder import network_latents
-from dcdit.data.latents import LatentStatistics, number_words
+from dcdit.data.latents import LatentStatistics, by_channel, number_words
 from dcdit.data.manifest import MOMENTS, Manifest
 from dcdit.data.shards import Layout, read_samples
 from dcdit.data.statistics import Sums, Tally
@@ -19,6 +21,16 @@ from dcdit.data.storage import Location
 from dcdit.errors import UserError
 from dcdit.runtime.display import Console
 from dcdit.runtime.files import file_digest
+
+_OF = {
+    "autoencoder": "of the autoencoder",
+    "channel": "of each channel of these latents",
+    "element": "of each element of these latents",
+    "train": "of the train split",
+}
+"""What scale and shift are of, by ``Manifest.normalise``."""
+
+_MOST_ROWS = 64  # channels in the table
 
 
 @dataclass
@@ -59,18 +71,17 @@ def verify(location: Location, manifest: Manifest, console: Console) -> Findings
 
 def first_samples(location: Location, manifest: Manifest, wanted: int) -> Tensor:
     """Up to ``wanted`` stored arrays, (n, ...), from as few shards as hold them."""
-    found: list[Tensor] = []
-    layout = Layout.of(manifest)
-    for shard in manifest.shards:
-        with suppress(OSError, UserError):  # found by whoever verifies
-            for _, _, array in read_samples(location.fetch(shard), shard, layout, []):
-                if len(found) < wanted:
-                    found.append(torch.from_numpy(array))
-        if len(found) >= wanted:
-            break
-    if not found:
+
+    def readable() -> Iterator[Tensor]:
+        for shard in manifest.shards:
+            with suppress(OSError, UserError):  # verify says what is wrong with it
+                for _, _, array in read_samples(location.fetch(shard), shard, Layout.of(manifest), []):
+                    yield torch.from_numpy(array)
+
+    samples = list(islice(readable(), wanted))
+    if not samples:
         raise UserError(f"{location.place}: not one sample can be read")
-    return torch.stack(found)
+    return torch.stack(samples)
 
 
 def latents_table(location: Location, manifest: Manifest, seen: LatentStatistics, findings: Findings | None) -> Table:
@@ -104,21 +115,12 @@ def latents_table(location: Location, manifest: Manifest, seen: LatentStatistics
     return table
 
 
-_OF = {
-    "autoencoder": "of the autoencoder",
-    "channel": "of each channel of these latents",
-    "element": "of each element of these latents",
-    "train": "of the train split",
-}
-
-
 def seen_statistics(manifest: Manifest, stored: Tensor) -> LatentStatistics:
     """Of what the network sees, by channel: of the whole split, or of ``stored`` where elements differ in scale."""
-    found = manifest.spec.seen(manifest.statistics)
-    if found is None:
-        latents = network_latents(stored, manifest, torch.Generator().manual_seed(0)).transpose(0, 1).flatten(1)
-        found = LatentStatistics(tuple(latents.mean(1).tolist()), tuple(latents.std(1).tolist()))
-    return found
+    if statistics := manifest.spec.seen(manifest.statistics):
+        return statistics
+    latents = network_latents(stored, manifest, torch.Generator().manual_seed(0)).transpose(0, 1).flatten(1)
+    return LatentStatistics(tuple(latents.mean(1).tolist()), tuple(latents.std(1).tolist()))
 
 
 def channels_table(manifest: Manifest, seen: LatentStatistics) -> Table:
@@ -127,7 +129,7 @@ def channels_table(manifest: Manifest, seen: LatentStatistics) -> Table:
     for heading in ("channel", "mean", "deviation", "scale", "shift", "mean for the network", "deviation"):
         table.add_column(heading, justify="right")
     count = manifest.latent_shape[0]
-    scales, shifts = ((v if isinstance(v, tuple) else (v,) * count) for v in (manifest.scale, manifest.shift))
+    scales, shifts = (by_channel(values, count) for values in (manifest.scale, manifest.shift))
     own = manifest.statistics
     rows = zip(own.mean, own.deviation, scales, shifts, seen.mean, seen.deviation, strict=True)
     for number, (mean, deviation, scale, shift, *both) in enumerate(rows):
@@ -137,9 +139,6 @@ def channels_table(manifest: Manifest, seen: LatentStatistics) -> Table:
         factors = (number_words(scale), number_words(shift))
         table.add_row(str(number), f"{mean:.3f}", f"{deviation:.3f}", *factors, *(f"{each:.3f}" for each in both))
     return table
-
-
-_MOST_ROWS = 64
 
 
 def _classes(manifest: Manifest, findings: Findings | None) -> str:

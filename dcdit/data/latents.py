@@ -33,11 +33,8 @@ Normalise = Literal["autoencoder", "channel", "element"]
 Fingerprint = Annotated[str, Matches("[0-9a-f]{16}", "a digest of 16 hexadecimal digits")]
 
 
-USUAL_DEVIATION = (0.4, 2.5)
-"""Of latents as a network sees them; the noise that is added has 1."""
-
-USUAL_MEAN = 1.5
-"""The largest that is usual, of latents as a network sees them; that of the noise is 0."""
+USUAL_DEVIATION, USUAL_MEAN = (0.4, 2.5), (-1.5, 1.5)
+"""What a channel of latents has where a network sees them; the noise that is added has deviation 1 and mean 0."""
 
 
 @checked
@@ -62,22 +59,19 @@ class LatentStatistics:
 
     def remark(self) -> str:
         """A warning if these latents, as a network sees them, are far from mean 0 and deviation 1; else empty."""
-        low, high = USUAL_DEVIATION
-        for fault, found in (
-            ("deviation", [low <= each <= high for each in self.deviation]),
-            ("mean", [abs(each) <= USUAL_MEAN for each in self.mean]),
+        for quantity, expected, values, (low, high) in (
+            ("deviation", 1, self.deviation, USUAL_DEVIATION),
+            ("mean", 0, self.mean, USUAL_MEAN),
         ):
-            if all(found):
-                continue
-            number = found.index(False)
-            value = (self.deviation if fault == "deviation" else self.mean)[number]
-            others = found.count(False) - 1
-            return (
-                f"The latents have {fault} {value:.3g} in channel {number}"
-                + (f" and {others} other{'s' if others > 1 else ''}" if others else "")
-                + f" where the network sees them, not about {int(fault == 'deviation')}: are scale and shift those of"
-                " their autoencoder? An extraction with normalise=channel takes those of the latents themselves"
-            )
+            unusual = [channel for channel, value in enumerate(values) if not low <= value <= high]
+            if unusual:
+                channel, others = unusual[0], len(unusual) - 1
+                return (
+                    f"The latents have {quantity} {values[channel]:.3g} in channel {channel}"
+                    + (f" and {others} other{'s' if others > 1 else ''}" if others else "")
+                    + f" where the network sees them, not about {expected}: are scale and shift those of their"
+                    " autoencoder? An extraction with normalise=channel takes those of the latents themselves"
+                )
         return ""
 
 
@@ -88,6 +82,11 @@ def numbers_of(values: Scale | Shift) -> Iterator[float]:
             yield from numbers_of(each)  # type: ignore[arg-type]
     else:
         yield values
+
+
+def by_channel(values: Scale | Shift, channels: int) -> tuple[Any, ...]:
+    """For each channel its number, or the (H, W) numbers of its elements."""
+    return values if isinstance(values, tuple) else (values,) * channels
 
 
 def number_words(values: Scale | Shift) -> str:
@@ -117,11 +116,11 @@ def check_numbers(name: str, values: Scale | Shift, shape: tuple[int, int, int])
     """Raise :class:`UserError` unless ``values`` are one number, one for each channel, or one for each element."""
     if not isinstance(values, tuple):
         return
-    found: Any = values
-    sizes = []
-    while isinstance(found, tuple):
-        sizes.append(len(found))
-        found = found[0] if found else None
+    sizes: list[int] = []
+    part: object = values
+    while isinstance(part, tuple):
+        sizes.append(len(part))
+        part = part[0] if part else None
     uneven = len(sizes) == 3 and sum(1 for _ in numbers_of(values)) != sizes[0] * sizes[1] * sizes[2]
     if tuple(sizes) not in (shape[:1], shape) or uneven:
         raise UserError(
@@ -164,13 +163,10 @@ class LatentSpec:
 
     def seen(self, statistics: LatentStatistics) -> LatentStatistics | None:
         """Statistics of what the network sees; None where scale and shift differ within a channel."""
-        both = []
-        for values in (self.scale, self.shift):
-            each = values if isinstance(values, tuple) else (values,) * self.shape[0]
-            if isinstance(each[0], tuple):
-                return None
-            both.append(each)
-        rows = list(zip(statistics.mean, statistics.deviation, *both, strict=True))
+        scales, shifts = (by_channel(values, self.shape[0]) for values in (self.scale, self.shift))
+        if isinstance(scales[0], tuple) or isinstance(shifts[0], tuple):
+            return None
+        rows = list(zip(statistics.mean, statistics.deviation, scales, shifts, strict=True))
         return LatentStatistics(
             tuple((mean - shift) * scale for mean, _, scale, shift in rows),
             tuple(deviation * scale for _, deviation, scale, _ in rows),

@@ -99,6 +99,11 @@ class Manifest:
         """Digest of the shards in their order: what a place in the data means depends on both."""
         return content_digest({"shards": [(shard.sha256, shard.samples) for shard in self.shards]})
 
+    def remark(self) -> str:
+        """A warning if the latents, as the network sees them, are far from mean 0 and deviation 1; else empty."""
+        seen = self.spec.seen(self.statistics)
+        return seen.remark() if seen else ""
+
     def write(self, directory: Path) -> None:
         """Write ``manifest.json`` into ``directory``, replacing it at once or not at all."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}

@@ -21,7 +21,7 @@ import numpy as np
 import webdataset as wds
 from numpy.typing import NDArray
 
-from dcdit.data.latents import Scale, Shift
+from dcdit.data.latents import IDENTITY, Scale, Shift
 from dcdit.data.manifest import SAMPLE, Dtype, Manifest, Representation, Shard
 from dcdit.data.statistics import Sums, Tally
 from dcdit.runtime.files import file_digest, open_regular, replacing
@@ -236,10 +236,10 @@ def write_shards(
     labels: NDArray[Any],
     *,
     classes: tuple[str, ...],
-    autoencoder: str,
-    scale: Scale,
-    shift: Shift,
     samples_per_shard: int,
+    autoencoder: str = IDENTITY,
+    scale: Scale = 1.0,
+    shift: Shift = 0.0,
     representation: Representation = SAMPLE,
 ) -> Manifest:
     """Write arrays that fit in memory as shards with a manifest.
@@ -248,14 +248,16 @@ def write_shards(
         directory: created if needed.
         latents: (N, C, H, W), or (N, 2C, H, W) for moments; float16 or float32.
         labels: (N,) integers below ``len(classes)``.
-        classes, autoencoder, scale, shift, representation: see :class:`Manifest`.
+        classes: names of the classes.
         samples_per_shard: the last shard may hold fewer.
+        autoencoder, scale, shift, representation: see :class:`Manifest`; by default the latents are images themselves.
     """
     directory.mkdir(parents=True, exist_ok=True)
     stored, height, width = (int(size) for size in latents.shape[1:])
     layout = Layout((stored, height, width), str(latents.dtype), hflip=False)
     shape = (stored if representation == SAMPLE else stored // 2, height, width)
-    shards, sums = [], []
+    shards: list[Shard] = []
+    sums: list[Sums] = []
     for number, start in enumerate(range(0, len(latents), samples_per_shard)):
         rows = range(start, min(start + samples_per_shard, len(latents)))
         samples = (Sample(f"{row:08d}", int(labels[row]), latents[row]) for row in rows)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard, Skipped
 from dcdit.data.shards import CorruptSampleError, Layout, read_sums
 from dcdit.data.statistics import Sums, Tally
@@ -76,12 +78,12 @@ class ExtractionJob(ResumableJob[Encoded]):
             self.begin()
         return None
 
+    @override
     def read_record(self, task: int) -> Encoded:
-        """See :class:`ResumableJob`; a shard that is gone or cut short is damage too."""
-        found = super().read_record(task)
-        if found.shard and not self._is_whole(found.shard):
-            raise UserError(f"{self.directory / found.shard.name} is damaged: the same command makes it again")
-        return found
+        record = super().read_record(task)
+        if record.shard and not self._is_whole(record.shard):  # gone or cut short is damage too
+            raise UserError(f"{self.directory / record.shard.name} is damaged: the same command makes it again")
+        return record
 
     def close(self, manifest: Callable[[tuple[Shard, ...], tuple[Skipped, ...], Sums], Manifest]) -> Manifest | None:
         """Write the manifest if all tasks of all processes are done.

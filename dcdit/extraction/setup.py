@@ -154,8 +154,7 @@ def extraction_summary(manifest: Manifest, directory: Path, empty: Sequence[str]
     ]
     scale, shift = number_words(manifest.scale), number_words(manifest.shift)
     lines.append(f"The network sees (latent - shift) * scale: scale {scale}, shift {shift}")
-    seen = manifest.spec.seen(manifest.statistics)
-    if seen and (remark := seen.remark()):
+    if remark := manifest.remark():
         lines.append(remark)
     if empty:
         lines.append(without_images(empty, len(manifest.classes)))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from typing_extensions import override
 from webdataset.shardlists import expand_urls
 
 from dcdit.checks import shown, visible
@@ -129,7 +130,7 @@ class ImageSource(Protocol):
         """The images of a task, and what in it is none; UserError for a label that is no class, or a failing disk."""
 
 
-class FolderSource:
+class FolderSource(ImageSource):
     """A folder with one subfolder per class; images may lie at any depth below it. Shuffled once, by seed.
 
     Hidden files, service folders and files whose names are not those of images are left out.
@@ -204,22 +205,20 @@ class FolderSource:
         self.skipped = tuple(skipped)
         self.remarks = tuple(remarks)
 
+    @override
     def size(self, task: int) -> int | None:
-        """See :class:`ImageSource`."""
         return min(self._per_task, len(self._labels) - task * self._per_task)
 
+    @override
     def items(self, task: int) -> Listing:
-        """See :class:`ImageSource`."""
         rows = slice(task * self._per_task, (task + 1) * self._per_task)
         root = os.fsencode(self._root)
-        found = [
-            Item(int(label), visible(os.fsdecode(path)), os.path.join(root, path))
-            for path, label in zip(self._paths[rows].tolist(), self._labels[rows], strict=True)
-        ]
-        return Listing(found, [], [])
+        pairs = zip(self._paths[rows].tolist(), self._labels[rows].tolist(), strict=True)
+        items = [Item(label, visible(os.fsdecode(path)), os.path.join(root, path)) for path, label in pairs]
+        return Listing(items, [], [])
 
 
-class TarSource:
+class TarSource(ImageSource):
     """Webdataset shards of images, one task each: samples of an image and a ``.cls``, or a ``.json`` with a label.
 
     A sample may have several images; each is used. The label of ``a.b.png`` is that of ``a.b.cls``, else of ``a.cls``.
@@ -264,12 +263,12 @@ class TarSource:
         if len(self.inventory) < len(self._paths):
             raise UserError(f"source={pattern}: two tar files have the same name")
 
+    @override
     def size(self, task: int) -> int | None:
-        """See :class:`ImageSource`."""
         return None
 
+    @override
     def items(self, task: int) -> Listing:
-        """See :class:`ImageSource`."""
         path = self._paths[task]
         shard = os.path.basename(path)
         listing, left_out = Listing([], [], []), LeftOut()
