@@ -1,4 +1,4 @@
-"""What is in a directory of latent shards: ``python -m dcdit.inspect_latents directory=data/imagenet256``.
+"""Shows what is in a directory of latent shards: ``python -m dcdit.inspect_latents directory=data/imagenet256``.
 
 Prints a summary, checks every byte, and decodes some latents into a picture.
 """
@@ -7,7 +7,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
@@ -25,17 +25,7 @@ _FOR_STATISTICS = 1000  # samples of which mean and deviation are taken, where e
 @checked
 @dataclass(frozen=True)
 class InspectSettings:
-    """What to look at: the keys of ``configs/inspect_latents.yaml``.
-
-    Attributes:
-        directory, cache, cache_gb, allow_pipe: see :class:`dcdit.data.storage.Location`.
-        split: name of the split.
-        verify: read every byte, not only the samples shown.
-        images: samples to decode into a picture; 0 makes none.
-        picture: PNG to write; None takes ``latents_<directory>_<split>.png`` here.
-        autoencoder: decode with this one; None takes the one that the manifest names.
-        device: ``auto`` or a torch device.
-    """
+    """The keys of ``configs/inspect_latents.yaml``."""
 
     directory: str
     split: str
@@ -50,7 +40,7 @@ class InspectSettings:
 
 
 def check(config: DictConfig) -> InspectSettings:
-    """What ``config`` asks for; UserError if a value is wrong, before anything is read."""
+    """The settings in ``config``; UserError if a value is wrong, before anything is read."""
     return call_checked(InspectSettings, plain(config), "")
 
 
@@ -58,19 +48,19 @@ def run(config: DictConfig) -> None:
     """Print a summary, check, and decode; :class:`UserError` if anything is corrupt."""
     settings = check(config)
     from dcdit.data.decoder import load_decoder, network_latents
-    from dcdit.data.inspection import channels_table, first_samples, latents_table, seen_statistics, verify
+    from dcdit.data.inspection import channels_table, first_samples, latents_table, network_statistics, verify
     from dcdit.data.storage import Location
     from dcdit.runtime.devices import pick_device
     from dcdit.runtime.display import Console
     from dcdit.sampling.figures import save_grid
 
-    place = Location(settings.directory, settings.cache, settings.cache_gb, settings.allow_pipe)
-    location = place.below(settings.split)
+    parent = Location(settings.directory, settings.cache, settings.cache_gb, settings.allow_pipe)
+    location = parent.below(settings.split)
     manifest = location.manifest()
     findings = verify(location, manifest, Console(stderr=True)) if settings.verify else None
     stored = first_samples(location, manifest, max(_FOR_STATISTICS, settings.images))
-    seen = seen_statistics(manifest, stored)
-    Console().print(latents_table(location, manifest, seen, findings), channels_table(manifest, seen))
+    network = network_statistics(manifest, stored)
+    Console().print(latents_table(location, manifest, network, findings), channels_table(manifest, network))
     if manifest.latent_shape[1] == manifest.latent_shape[2]:
         print(f"To train on them: {training_command(settings, manifest)}")
     if settings.images:
@@ -91,16 +81,16 @@ def run(config: DictConfig) -> None:
 def training_command(settings: InspectSettings, manifest: "Manifest") -> str:
     """A command that trains on the latents as they are: they are not of the default's shape or classes."""
     channels, grid, _ = manifest.latent_shape
-    words = {"data.directory": settings.directory, "model.grid": grid, "model.channels": channels}
-    words["model.num_classes"] = len(manifest.classes)
+    overrides = {"data.directory": settings.directory, "model.grid": grid, "model.channels": channels}
+    overrides["model.num_classes"] = len(manifest.classes)
     if settings.cache:
-        words["data.cache"] = settings.cache
+        overrides["data.cache"] = settings.cache
     if settings.allow_pipe:
-        words["data.allow_pipe"] = "true"
-    return " ".join(["python -m dcdit.train experiment=b_n4", *(_word(*each) for each in words.items())])
+        overrides["data.allow_pipe"] = "true"
+    return " ".join(["python -m dcdit.train experiment=b_n4", *(_format_override(*item) for item in overrides.items())])
 
 
-def _word(key: str, value: Any) -> str:
+def _format_override(key: str, value: object) -> str:
     """An override as a shell takes it; a value that Hydra would take for a list or a sweep is a text in quotes."""
     plain = re.fullmatch(r"[\w./:+-]+", str(value)) or "'" in str(value)
     return shlex.quote(f"{key}={value}" if plain else f"{key}='{value}'")

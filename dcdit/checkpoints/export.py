@@ -15,7 +15,7 @@ from dcdit.checkpoints.load import Weights, title_of, weights_words, words
 from dcdit.checkpoints.settings import WeightsKind
 from dcdit.checks import visible
 from dcdit.data.autoencoder_folder import is_local
-from dcdit.data.latents import IDENTITY, LatentSpec, number_words
+from dcdit.data.latents import IDENTITY, LatentSpec, format_numbers
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.pretrained import write_folder, written_files
@@ -201,7 +201,7 @@ def _latents(latents: LatentSpec | None) -> str:
     shape = " x ".join(map(str, latents.shape))
     if latents.autoencoder == IDENTITY:
         return f"{shape}, the images themselves in [-1, 1]"
-    scale, shift = number_words(latents.scale), number_words(latents.shift)
+    scale, shift = format_numbers(latents.scale), format_numbers(latents.shift)
     return f"{shape} of `{latents.autoencoder}`; the network sees (latent - {shift}) x {scale}"
 
 

@@ -74,8 +74,8 @@ class Autoencoder(ABC):
         """Images (B, channels, height, width) uint8 on the CPU of unscaled latents (B, C, H, W)."""
 
 
-def _certain(latents: Tensor) -> Tensor:
-    """Moments (B, 2C, H, W) of latents (B, C, H, W) that are not drawn."""
+def _moments_without_variance(latents: Tensor) -> Tensor:
+    """Moments (B, 2C, H, W) of a posterior that is latents (B, C, H, W) with the least variance of diffusers."""
     return torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)
 
 
@@ -84,7 +84,7 @@ class Identity(Autoencoder):
 
     @override
     def encode(self, images: Tensor, precision: str) -> Tensor:
-        return _certain(images.float() / 127.5 - 1)
+        return _moments_without_variance(images.float() / 127.5 - 1)
 
     @override
     def decode(self, latents: Tensor, rounding: Rounding = "round") -> Tensor:
@@ -111,7 +111,7 @@ class Diffusers(Autoencoder):
         with autocast(precision, self.vae.device):
             encoded = self.vae.encode(pixels.to(memory_format=torch.channels_last))
         if not self.random:
-            return _certain(encoded.latent.float())
+            return _moments_without_variance(encoded.latent.float())
         return torch.cat([encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()], dim=1)
 
     @override
@@ -159,6 +159,6 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
 
 
 def recorded_name(name: str) -> str:
-    """``name`` so that it is seen to be a local folder if it is one, even where there is no such folder any more."""
+    """``name`` with ``./`` before a local folder's, which tells it from a hub id where the folder is gone."""
     relative = Path(name).is_dir() and not Path(name).is_absolute() and not name.startswith((".", "~"))
     return f"./{name}" if relative and name != IDENTITY else name

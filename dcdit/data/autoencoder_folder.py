@@ -21,22 +21,22 @@ _WEIGHTS = "diffusion_pytorch_model"
 
 @dataclass(frozen=True)
 class _AtMost:
-    """A list of bounded length."""
+    """A constraint of :func:`dcdit.checks.conform`: a list has no more than ``most`` elements."""
 
     most: int
 
-    def check(self, name: str, value: Sequence[Any]) -> None:
+    def check(self, name: str, value: Sequence[object]) -> None:
         """Raise :class:`UserError` if ``value`` has more elements."""
         if len(value) > self.most:
             raise UserError(f"{name} has {len(value)} values, at most {self.most} are understood")
 
 
-_FEW, _SOME = _AtMost(16), NotEmpty("give one value for each stage")
+_SHORT, _NOT_EMPTY = _AtMost(16), NotEmpty("give one value for each stage")
 _Width = Annotated[int, Bounds(1, 8192, hint="it is a number of channels")]
-_Widths = Annotated[list[_Width], _SOME, _FEW]
+_Widths = Annotated[list[_Width], _NOT_EMPTY, _SHORT]
 _Small = Annotated[int, Bounds(0, 32, hint="it is a number of layers, or the side of a kernel")]
-_Names = Annotated[list[str], _SOME, _FEW]
-_Scales = Annotated[list[Annotated[list[_Small], _FEW]], _SOME, _FEW]
+_Names = Annotated[list[str], _NOT_EMPTY, _SHORT]
+_Scales = Annotated[list[Annotated[list[_Small], _SHORT]], _NOT_EMPTY, _SHORT]
 _Factor = Annotated[float, Bounds(1e-6, 1e6, hint="the network sees latents times it, such as 0.18215")]
 _Deviation = Annotated[float, Bounds(1e-6, 1e6)]
 _Summand = Annotated[float, Bounds(-1e6, 1e6)]
@@ -58,10 +58,14 @@ class Kind:
     keys: Mapping[str, Any]
 
 
-_OURS = {"shift_factor": _Summand | None, "latents_mean": Any, "latents_std": Any}  # the last two: see _numbers
+_NORMALISATION = {
+    "shift_factor": _Summand | None,
+    "latents_mean": Any,
+    "latents_std": Any,
+}  # the last two: see _numbers
 """Keys of any class that say what a network sees of latents: diffusers stores them at most."""
 
-_COMMON = {"in_channels": _Width, "latent_channels": _Width, "scaling_factor": _Factor, **_OURS}
+_COMMON = {"in_channels": _Width, "latent_channels": _Width, "scaling_factor": _Factor, **_NORMALISATION}
 KINDS = {
     "AutoencoderKL": Kind(
         random=True,
@@ -87,7 +91,10 @@ KINDS = {
             "attention_head_dim": _Width,
             **{f"{half}_block_types": str | _Names for half in ("encoder", "decoder")},
             **{f"{half}_block_out_channels": _Widths for half in ("encoder", "decoder")},
-            **{f"{half}_layers_per_block": Annotated[list[_Small], _SOME, _FEW] for half in ("encoder", "decoder")},
+            **{
+                f"{half}_layers_per_block": Annotated[list[_Small], _NOT_EMPTY, _SHORT]
+                for half in ("encoder", "decoder")
+            },
             **{f"{half}_qkv_multiscales": _Scales for half in ("encoder", "decoder")},
             "upsample_block_type": str,
             "downsample_block_type": str,
@@ -103,7 +110,7 @@ KINDS = {
 
 
 def is_local(name: str) -> bool:
-    """Whether ``name`` can be a folder of this machine alone: it is one, or no ``<owner>/<repository>`` of the hub."""
+    """Whether ``name`` can only be a local folder: it is one, or is no ``<owner>/<repository>`` of the hub."""
     return name != IDENTITY and (Path(name).is_dir() or not re.fullmatch(HUB_ID, name))
 
 
@@ -149,33 +156,35 @@ def read_folder(folder: Path) -> tuple[Kind, dict[str, Any], Any]:
         config = read_json(folder / CONFIG_FILE, dict[str, Any], remedy)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {CONFIG_FILE}: {remedy}") from None
-    called = config.get("_class_name")
-    if not isinstance(called, str) or called not in KINDS:
-        raise UserError(f"{where}it is of class {shown(called)}: {' and '.join(KINDS)} are understood")
-    kind = KINDS[called]
+    class_name = config.get("_class_name")
+    if not isinstance(class_name, str) or class_name not in KINDS:
+        raise UserError(f"{where}it is of class {shown(class_name)}: {' and '.join(KINDS)} are understood")
+    kind = KINDS[class_name]
     values = {key: value for key, value in config.items() if not key.startswith("_")}  # others are notes of diffusers
     for key, value in values.items():
         if key not in kind.keys:
-            raise UserError(f"{where}{key}={shown(value)}: {called} has no such key, {suggestion(key, kind.keys)}")
+            raise UserError(f"{where}{key}={shown(value)}: {class_name} has no such key, {suggestion(key, kind.keys)}")
         values[key] = conform(where + key, value, kind.keys[key])
     try:
         with without_memory():
-            model = getattr(diffusers, called)(**{key: value for key, value in values.items() if key not in _OURS})
+            model = getattr(diffusers, class_name)(
+                **{key: value for key, value in values.items() if key not in _NORMALISATION}
+            )
     except Exception as error:  # whatever diffusers says of values that do not fit each other
-        raise UserError(f"{where}diffusers can build no {called} of it ({reason_of(error)}): {remedy}") from error
+        raise UserError(f"{where}diffusers can build no {class_name} of it ({reason_of(error)}): {remedy}") from error
     files = sorted(folder.glob(f"{_WEIGHTS}.safetensors")) or sorted(folder.glob(f"{_WEIGHTS}-*-of-*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no weights ({_WEIGHTS}.safetensors): {remedy}")
     state = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
     try:
-        load_whole(model, {_today(name): tensor for name, tensor in state.items()}, assign=True)
+        load_whole(model, {_current_name(name): tensor for name, tensor in state.items()}, assign=True)
     except UserError as error:
         raise UserError(f"{files[0]}: {error}") from None
     return kind, {**model.config, **values}, model.eval().requires_grad_(False)
 
 
-def _today(name: str) -> str:
-    """What a weight is called that diffusers named otherwise before 2023, as published autoencoders still do."""
+def _current_name(name: str) -> str:
+    """The present name of a weight; published autoencoders still use the names that diffusers had before 2023."""
     old = re.fullmatch(r"(.+\.attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)", name)
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     return f"{old[1]}{names[old[2]]}{old[3]}" if old else name
@@ -199,23 +208,23 @@ def own_normalisation(config: Mapping[str, Any]) -> tuple[Scale, Shift]:
         return factor, shift
     if shift:
         raise UserError("it has both shift_factor and latents_mean: which one holds is not known")
-    return _each(lambda value: factor / value, deviation) if deviation else factor, mean or 0.0
+    return _map_numbers(lambda value: factor / value, deviation) if deviation else factor, mean or 0.0
 
 
-def _each(change: Callable[[float], float], values: Any) -> Any:
-    """Nested tuples with every number changed."""
-    return tuple(_each(change, value) for value in values) if isinstance(values, tuple) else change(values)
+def _map_numbers(change: Callable[[float], float], values: Any) -> Any:
+    """Apply ``change`` to every number in nested tuples."""
+    return tuple(_map_numbers(change, value) for value in values) if isinstance(values, tuple) else change(values)
 
 
-def _numbers(key: str, values: Any, channels: int, form: Any, each: Any) -> Any:
+def _numbers(key: str, values: Any, channels: int, form: Any, element: Any) -> Any:
     """One number per channel or element, as nested tuples; None if there are none.
 
     Args:
         key: of the configuration.
         values: that it has.
         channels: of latents.
-        form: annotation of all numbers.
-        each: annotation of each.
+        form: annotation of the nested list.
+        element: annotation of one number.
     """
     if values is None:
         return None
@@ -231,5 +240,5 @@ def _numbers(key: str, values: Any, channels: int, form: Any, each: Any) -> Any:
         raise UserError(f"{key} has {len(array)} numbers for {channels} channels")
     numbers = conform(key, array.tolist(), form)
     for number in numbers_of(numbers):
-        conform(key, number, each)
+        conform(key, number, element)
     return numbers

@@ -135,7 +135,7 @@ class Synthetic:
 
 
 SOURCES: dict[str, Callable[..., Source]] = {"digits": Digits, "mnist": Mnist, "synthetic": Synthetic}
-"""What ``data.source.name`` may say."""
+"""The built-in data sets, by the name that ``data.source.name`` takes."""
 
 
 def build_source(spec: Mapping[str, Any]) -> Source:

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from dcdit.checks import Count, Digest, Natural, Positive, Seed, Workers, checked, conform
 from dcdit.data.builtin import build_source
 from dcdit.data.decoder import network_latents
-from dcdit.data.latents import Scale, number_words
+from dcdit.data.latents import Scale, format_numbers
 from dcdit.data.manifest import MANIFEST_NAME, Manifest
 from dcdit.data.order import Position, Readers, micro_batch
-from dcdit.data.splits import Validation, matched
+from dcdit.data.splits import Validation, match_validation
 from dcdit.data.storage import Location
 from dcdit.data.stream import Batch, LatentStream, StoredBatch
 from dcdit.errors import UserError
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StreamState:
-    """A place in the data, as a checkpoint holds it.
+    """A position in the data, as a checkpoint holds it.
 
     Attributes:
-        place: where reading goes on.
+        place: the position at which reading goes on.
         step: the optimiser step that it belongs to.
         samples: of an epoch.
         order: of the shards, see :attr:`Manifest.order`.
@@ -56,7 +56,7 @@ class LatentDataModule(pl.LightningDataModule):
 
     Args:
         directory: holds ``train/`` and, if there is a validation split, ``val/``, each with a manifest; or the URL of
-            such a place, where ``{}``, if it occurs, stands for the file. Need not be writable where the shards exist.
+            such a directory, where ``{}`` stands for the file. Need not be writable where the shards exist.
         batch_size: samples per optimiser step over all ranks and micro-batches.
         num_workers: reading processes per rank; 0 reads in the training process. Does not change the order.
         shuffle_buffer: samples shuffled together; 0 shuffles shards only.
@@ -101,14 +101,14 @@ class LatentDataModule(pl.LightningDataModule):
         self._reported: set[tuple[str, str]] = set()
         self._manifest: Manifest | None = None
         self._validation: Validation | None = None
-        self._begin, self._begin_step = Position(), 0
+        self._start, self._start_step = Position(), 0
 
     def prepare_data(self) -> None:
         """Have the source write the shards, unless they are there."""
         if self.source is None:
             return
         if self.location.remote:
-            raise UserError(f"directory={self.location.place}: data.source writes to local directories only")
+            raise UserError(f"directory={self.location.root}: data.source writes to local directories only")
         directory = self.location.directory
         manifest = directory / "train" / MANIFEST_NAME  # which a source writes last
         if manifest.is_file():
@@ -134,15 +134,15 @@ class LatentDataModule(pl.LightningDataModule):
                     continue
                 if isinstance(wanted, str) and normpath(wanted) == normpath(actual):
                     continue  # a local folder is recorded as ./folder
-                asked, its = (value if isinstance(value, str) else number_words(value) for value in (wanted, actual))
+                asked, made = (value if isinstance(value, str) else format_numbers(value) for value in (wanted, actual))
                 raise UserError(
-                    f"data.{name}={asked}, but the shards in {self.location.place}/train were made with {its}:"
-                    f" set data.{name}={'null' if isinstance(actual, tuple) else f'{its} or null'}, or point"
+                    f"data.{name}={asked}, but the shards in {self.location.root}/train were made with {made}:"
+                    f" set data.{name}={'null' if isinstance(actual, tuple) else f'{made} or null'}, or point"
                     " data.directory at other shards"
                 )
             self._manifest = manifest
-            if remark := manifest.remark():
-                say(remark)
+            if warning := manifest.describe_unusual():
+                say(warning)
         return self._manifest
 
     def validation(self) -> Validation | None:
@@ -152,33 +152,33 @@ class LatentDataModule(pl.LightningDataModule):
             UserError: if what lies there cannot be used, or does not belong to the training split.
         """
         if self._validation is None:
-            place = self.location.below("val")
+            location = self.location.below("val")
             try:
-                own = place.manifest_if_any()
-                self._validation = matched(self.manifest(), own) if own else None
+                own = location.manifest_if_any()
+                self._validation = match_validation(self.manifest(), own) if own else None
             except UserError as error:
                 raise UserError(
-                    f"validation split in {place.place}: {error}. To train without validation, move it away"
+                    f"validation split in {location.root}: {error}. To train without validation, move it away"
                 ) from error
-            if self._validation and self._validation.remark:
-                say(self._validation.remark)
+            if self._validation and self._validation.note:
+                say(self._validation.note)
         return self._validation
 
     def train_dataloader(self) -> DataLoader[StoredBatch]:
         """Endless training batches, from where the last checkpoint stopped."""
         assert self.trainer is not None
         manifest, readers = self.manifest(), self._readers()
-        before = self._begin.done[-1][0] if self._begin.done else readers
+        before = self._start.done[-1][0] if self._start.done else readers
         if before != readers:
             say(
-                f"Resuming with {_words(readers)} instead of {_words(before)}: epoch {self._begin.epoch} goes on after"
-                f" {self._begin.samples} of its {manifest.samples} samples, none of which is seen again; the order of"
-                " the others is new."
+                f"Resuming with {_describe_readers(readers)} instead of {_describe_readers(before)}: epoch"
+                f" {self._start.epoch} goes on after {self._start.samples} of its {manifest.samples} samples, none of"
+                " which is seen again; the order of the others is new."
             )
-        place = self.location.below("train")
+        location = self.location.below("train")
         parts = self.trainer.accumulate_grad_batches
         rank = self.trainer.global_rank
-        stream = LatentStream(place, manifest, readers, rank, self.seed, self._begin, parts=parts)
+        stream = LatentStream(location, manifest, readers, rank, self.seed, self._start, parts=parts)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         workers = self.num_workers
         return DataLoader(
@@ -196,16 +196,17 @@ class LatentDataModule(pl.LightningDataModule):
         split = self.validation()
         if split is None:
             return []
-        place, manifest, world = self.location.below("val"), split.manifest, self.trainer.world_size
+        location, manifest, world = self.location.below("val"), split.manifest, self.trainer.world_size
         # Batches of one size, as large as those of training allow, that leave out as little as possible.
         own, most = manifest.samples // world, self._readers().batch_size // self.trainer.accumulate_grad_batches
         if not own:
             raise UserError(
-                f"the validation split in {place.place} has {manifest.samples} samples for {world} processes: add some,"
-                " take fewer processes, or remove it"
+                f"the validation split in {location.root} has {manifest.samples} samples for {world} processes: add"
+                " some, take fewer processes, or remove it"
             )
         size = own // -(-own // most)
-        stream = LatentStream(place, manifest, Readers(world, size, 0), self.trainer.global_rank, self.seed, epochs=1)
+        readers = Readers(world, size, 0)
+        stream = LatentStream(location, manifest, readers, self.trainer.global_rank, self.seed, epochs=1)
         return [DataLoader(stream, batch_size=None)]
 
     def on_after_batch_transfer(self, batch: StoredBatch, dataloader_idx: int) -> Batch:
@@ -214,16 +215,16 @@ class LatentDataModule(pl.LightningDataModule):
         Raises:
             UserError: if more than ``corrupt_limit`` samples could not be read, or nothing can be any more.
         """
-        for shard, place, reason in batch.corrupt:
+        for shard, index, reason in batch.corrupt:
             if (shard, reason) not in self._reported:  # a whole shard, gone or cut short, is one message
                 self._reported.add((shard, reason))
-                log.warning("left out: %s, sample %d: %s (%d so far)", shard, place, reason, len(self.corrupt) + 1)
-            self.corrupt.add((shard, place))
+                log.warning("left out: %s, sample %d: %s (%d so far)", shard, index, reason, len(self.corrupt) + 1)
+            self.corrupt.add((shard, index))
         if len(self.corrupt) > self.corrupt_limit or not len(batch.labels):
-            inspect = f"python -m dcdit.inspect_latents {shlex.quote(f'directory={self.location.place}')}"
+            inspect = f"python -m dcdit.inspect_latents {shlex.quote(f'directory={self.location.root}')}"
             raise UserError(
-                f"{len(self.corrupt)} samples in {self.location.place} could not be read (data.corrupt_limit="
-                f"{self.corrupt_limit}); the last: {shard}, sample {place}: {reason}. Restore the shards ({inspect}"
+                f"{len(self.corrupt)} samples in {self.location.root} could not be read (data.corrupt_limit="
+                f"{self.corrupt_limit}); the last: {shard}, sample {index}: {reason}. Restore the shards ({inspect}"
                 " lists what is wrong), or raise the limit, and resume with ckpt_path=last"
             )
         generator = torch.Generator(batch.stored.device).manual_seed(batch.seed)
@@ -243,14 +244,14 @@ class LatentDataModule(pl.LightningDataModule):
         """The position in the data, and the optimiser step that it belongs to."""
         assert self.trainer is not None
         step, manifest = self.trainer.global_step, self.manifest()
-        place = self._begin.advance(self._readers(), step - self._begin_step, manifest.samples)
-        return asdict(StreamState(place, step, manifest.samples, manifest.order))
+        position = self._start.advance(self._readers(), step - self._start_step, manifest.samples)
+        return asdict(StreamState(position, step, manifest.samples, manifest.order))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the position of a checkpoint."""
         state = conform("LatentDataModule", state_dict, StreamState)
-        self._begin, self._begin_step = state.place, state.step
+        self._start, self._start_step = state.place, state.step
 
 
-def _words(readers: Readers) -> str:
+def _describe_readers(readers: Readers) -> str:
     return f"{readers.world_size} x {readers.batch_size} samples (shuffle buffer {readers.window})"

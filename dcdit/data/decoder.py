@@ -38,11 +38,11 @@ def network_latents(stored: Tensor, manifest: Manifest, generator: torch.Generat
 
 @dataclass(frozen=True)
 class LatentDecoder:
-    """A :data:`Decoder` that can be told from others.
+    """A :data:`Decoder` that has an identity, by which results are told apart.
 
     Attributes:
-        autoencoder: decodes.
-        latents: what they are.
+        autoencoder: decodes the latents.
+        latents: their description: scale, shift and shape.
         rounding: of pixels, see :func:`dcdit.data.autoencoder.to_uint8`.
     """
 
@@ -60,7 +60,7 @@ class LatentDecoder:
         return self.autoencoder.decode(self.latents.restored(latents), self.rounding)
 
     def size(self, device: torch.device) -> tuple[int, int]:
-        """Height and width in pixels of an image."""
+        """Height and width of a decoded image, in pixels."""
         height, width = self(torch.zeros(1, *self.latents.shape, device=device)).shape[2:]
         return height, width
 
@@ -71,7 +71,7 @@ def load_decoder(
     """The decoder for ``latents``.
 
     Args:
-        latents: what they are.
+        latents: their description.
         device: where to decode.
         instead: another autoencoder than the one named there, such as the same one in another place.
         rounding: of pixels, see :func:`dcdit.data.autoencoder.to_uint8`.

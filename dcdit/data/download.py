@@ -26,7 +26,7 @@ _REDIRECTS = 5
 
 
 class AbsentError(OSError):
-    """The file is not there; or whoever should know says no more than that it cannot be had."""
+    """The server has no such file, or refuses it without saying whether it has it."""
 
 
 def download(url: str, write: Callable[[bytes], object], most: int) -> int:
@@ -56,7 +56,7 @@ def download(url: str, write: Callable[[bytes], object], most: int) -> int:
         return left
 
     server = url.startswith(("http:", "https:"))
-    with closing(_ahead(url, most, remaining) if server else _of_program(url, remaining)) as chunks:
+    with closing(_in_background(url, most, remaining) if server else _from_program(url, remaining)) as chunks:
         for chunk in chunks:
             size += len(chunk)
             if size > most:
@@ -76,8 +76,8 @@ def _too_large(url: str, most: int) -> OSError:
     return _failed(url, f"it is larger than the {most} bytes expected")
 
 
-def _ahead(url: str, most: int, remaining: Callable[[], float]) -> Generator[bytes, None, None]:
-    """What a server sends, received by a thread: single reads of a socket have limits of time, their sum has none."""
+def _in_background(url: str, most: int, remaining: Callable[[], float]) -> Generator[bytes, None, None]:
+    """Yield what a thread receives from a server: one read of a socket has a time limit, their sum has none."""
     chunks: queue.Queue[bytes | BaseException | None] = queue.Queue(16)
     given_up = threading.Event()
     answers: list[Response] = []
@@ -90,7 +90,7 @@ def _ahead(url: str, most: int, remaining: Callable[[], float]) -> Generator[byt
 
     def receive() -> None:
         try:
-            for chunk in _of_server(url, most, answers):
+            for chunk in _from_server(url, most, answers):
                 put(chunk)
                 if given_up.is_set():
                     return
@@ -115,17 +115,17 @@ def _ahead(url: str, most: int, remaining: Callable[[], float]) -> Generator[byt
                 answer.raw.shutdown()
 
 
-def _of_server(url: str, most: int, answers: "list[Response]") -> Generator[bytes, None, None]:
+def _from_server(url: str, most: int, answers: "list[Response]") -> Generator[bytes, None, None]:
     import requests
 
-    place = url
+    address = url
     try:
         for _ in range(1 + _REDIRECTS):
             # uncompressed: a few bytes could become many
             headers, limits = {"Accept-Encoding": "identity"}, (CONNECT, STALL)
-            with requests.get(place, stream=True, timeout=limits, allow_redirects=False, headers=headers) as answer:
+            with requests.get(address, stream=True, timeout=limits, allow_redirects=False, headers=headers) as answer:
                 if answer.is_redirect:
-                    place = urljoin(place, answer.headers["Location"])
+                    address = urljoin(address, answer.headers["Location"])
                     continue
                 _check_answer(url, answer, most)
                 answers.append(answer)
@@ -161,8 +161,8 @@ def _check_answer(url: str, answer: "Response", most: int) -> None:
         raise _failed(url, f"it comes encoded as {shown(encoding)}")
 
 
-def _of_program(url: str, remaining: Callable[[], float]) -> Generator[bytes, None, None]:
-    """From the program that webdataset starts for this kind of URL."""
+def _from_program(url: str, remaining: Callable[[], float]) -> Generator[bytes, None, None]:
+    """Yield what the program writes that webdataset starts for this kind of URL."""
     from webdataset import gopen
 
     try:

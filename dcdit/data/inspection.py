@@ -1,4 +1,4 @@
-"""What is in a directory of latent shards: read, checked and summed up for people."""
+"""A check of a directory of latent shards, and tables that summarise it."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dcdit.data.decoder import network_latents
-from dcdit.data.latents import LatentStatistics, by_channel, number_words
+from dcdit.data.latents import LatentStatistics, by_channel, format_numbers
 from dcdit.data.manifest import MOMENTS, Manifest
 from dcdit.data.shards import Layout, read_samples
 from dcdit.data.statistics import Sums, Tally
@@ -22,20 +22,20 @@ from dcdit.errors import UserError
 from dcdit.runtime.display import Console
 from dcdit.runtime.files import file_digest
 
-_OF = {
+_ORIGIN = {
     "autoencoder": "of the autoencoder",
     "channel": "of each channel of these latents",
     "element": "of each element of these latents",
     "train": "of the train split",
 }
-"""What scale and shift are of, by ``Manifest.normalise``."""
+"""The origin of scale and shift in words, by ``Manifest.normalise``."""
 
 _MOST_ROWS = 64  # channels in the table
 
 
 @dataclass
 class Findings:
-    """What reading the shards brought to light.
+    """The result of reading all shards.
 
     Attributes:
         faults: what is wrong, with shard and key.
@@ -80,34 +80,37 @@ def first_samples(location: Location, manifest: Manifest, wanted: int) -> Tensor
 
     samples = list(islice(readable(), wanted))
     if not samples:
-        raise UserError(f"{location.place}: not one sample can be read")
+        raise UserError(f"{location.root}: not one sample can be read")
     return torch.stack(samples)
 
 
-def latents_table(location: Location, manifest: Manifest, seen: LatentStatistics, findings: Findings | None) -> Table:
-    """What there is, for people.
+def latents_table(
+    location: Location, manifest: Manifest, network: LatentStatistics, findings: Findings | None
+) -> Table:
+    """A table that summarises a split.
 
     Args:
         location, manifest: of the split.
-        seen: statistics of what the network sees.
+        network: statistics of what the network sees.
         findings: of :func:`verify`, if that was asked for.
     """
-    table = Table(show_header=False, title=location.place, title_justify="left")
+    table = Table(show_header=False, title=location.root, title_justify="left")
     channels, height, width = manifest.latent_shape
     sizes = [shard.samples for shard in manifest.shards]
     total = sum(shard.bytes for shard in manifest.shards)
+    scale, shift = map(format_numbers, (manifest.scale, manifest.shift))
     kind = "mean and log-variance" if manifest.representation == MOMENTS else "one sample each"
     rows = {
         "samples": f"{manifest.samples}" + (", each also flipped" if manifest.hflip else ""),
         "shards": f"{len(sizes)} of {min(sizes)} to {max(sizes)} samples, {decimal(total)}",
         "latents": f"{channels} x {height} x {width}, {kind}, {manifest.dtype}",
         "autoencoder": f"{manifest.autoencoder}, weights {manifest.fingerprint or 'none'}",
-        "scale, shift": f"{number_words(manifest.scale)}, {number_words(manifest.shift)}; {_OF[manifest.normalise]}",
+        "scale, shift": f"{scale}, {shift}; {_ORIGIN[manifest.normalise]}",
         "classes": _classes(manifest, findings),
         "skipped images": f"{len(manifest.skipped)}",
     }
-    if remark := seen.remark():
-        rows["attention"] = remark
+    if warning := network.describe_unusual():
+        rows["attention"] = warning
     if findings is not None:
         rows["checksums"] = "all right" if not findings.faults else f"{len(findings.faults)} faults"
     for name, value in rows.items():
@@ -115,29 +118,29 @@ def latents_table(location: Location, manifest: Manifest, seen: LatentStatistics
     return table
 
 
-def seen_statistics(manifest: Manifest, stored: Tensor) -> LatentStatistics:
-    """Of what the network sees, by channel: of the whole split, or of ``stored`` where elements differ in scale."""
-    if statistics := manifest.spec.seen(manifest.statistics):
+def network_statistics(manifest: Manifest, stored: Tensor) -> LatentStatistics:
+    """Statistics of what the network sees: of the split, or of ``stored`` where elements differ in scale."""
+    if statistics := manifest.spec.normalised_statistics(manifest.statistics):
         return statistics
     latents = network_latents(stored, manifest, torch.Generator().manual_seed(0)).transpose(0, 1).flatten(1)
     return LatentStatistics(tuple(latents.mean(1).tolist()), tuple(latents.std(1).tolist()))
 
 
-def channels_table(manifest: Manifest, seen: LatentStatistics) -> Table:
-    """Mean and deviation of each channel as stored and as the network sees them, for people."""
+def channels_table(manifest: Manifest, network: LatentStatistics) -> Table:
+    """A table of each channel's mean and deviation, as stored and as the network sees it."""
     table = Table(title="Channels: mean and deviation", title_justify="left")
     for heading in ("channel", "mean", "deviation", "scale", "shift", "mean for the network", "deviation"):
         table.add_column(heading, justify="right")
     count = manifest.latent_shape[0]
     scales, shifts = (by_channel(values, count) for values in (manifest.scale, manifest.shift))
     own = manifest.statistics
-    rows = zip(own.mean, own.deviation, scales, shifts, seen.mean, seen.deviation, strict=True)
+    rows = zip(own.mean, own.deviation, scales, shifts, network.mean, network.deviation, strict=True)
     for number, (mean, deviation, scale, shift, *both) in enumerate(rows):
         if number == _MOST_ROWS:
             table.caption = f"and {count - number} more channels"
             break
-        factors = (number_words(scale), number_words(shift))
-        table.add_row(str(number), f"{mean:.3f}", f"{deviation:.3f}", *factors, *(f"{each:.3f}" for each in both))
+        stored, seen = ((f"{numbers[0]:.3f}", f"{numbers[1]:.3f}") for numbers in ((mean, deviation), both))
+        table.add_row(str(number), *stored, format_numbers(scale), format_numbers(shift), *seen)
     return table
 
 

@@ -1,4 +1,4 @@
-"""What latents are: all that sampling, evaluation and a resumed run must know of them."""
+"""The description of latents that sampling, evaluation and a resumed run need."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,23 +18,23 @@ IDENTITY = "identity"
 """Autoencoder id of latents that are the images themselves, in [-1, 1]."""
 
 Rounding = Literal["round", "truncate"]
-"""Of pixels on the way to 0..255: ``round`` as DiT and the reference implementation do, ``truncate`` as ADM does."""
+"""How pixels become 0..255: ``round`` as DiT and the reference implementation do, ``truncate`` as ADM does."""
 
-_SOME = NotEmpty("give one number for all, or one for each channel")
+_NOT_EMPTY = NotEmpty("give one number for all, or one for each channel")
 _T = TypeVar("_T")
 _Elements = tuple[tuple[tuple[_T, ...], ...], ...]
-Scale = Positive | Annotated[tuple[Positive, ...], _SOME] | Annotated[_Elements[Positive], _SOME]
-Shift = Number | Annotated[tuple[Number, ...], _SOME] | Annotated[_Elements[Number], _SOME]
+Scale = Positive | Annotated[tuple[Positive, ...], _NOT_EMPTY] | Annotated[_Elements[Positive], _NOT_EMPTY]
+Shift = Number | Annotated[tuple[Number, ...], _NOT_EMPTY] | Annotated[_Elements[Number], _NOT_EMPTY]
 """One number, one for each channel, or one for each element (C, H, W)."""
 
 Normalise = Literal["autoencoder", "channel", "element"]
-"""Where scale and shift come from: the autoencoder's configuration, or mean and deviation of the latents themselves."""
+"""The origin of scale and shift: the autoencoder's configuration, or mean and deviation of the latents themselves."""
 
 Fingerprint = Annotated[str, Matches("[0-9a-f]{16}", "a digest of 16 hexadecimal digits")]
 
 
 USUAL_DEVIATION, USUAL_MEAN = (0.4, 2.5), (-1.5, 1.5)
-"""What a channel of latents has where a network sees them; the noise that is added has deviation 1 and mean 0."""
+"""Usual ranges of a channel of latents as a network sees it; the noise that is added has deviation 1 and mean 0."""
 
 
 @checked
@@ -57,7 +57,7 @@ class LatentStatistics:
             abs(deviation - 1) < near or deviation < near for deviation in self.deviation
         )
 
-    def remark(self) -> str:
+    def describe_unusual(self) -> str:
         """A warning if these latents, as a network sees them, are far from mean 0 and deviation 1; else empty."""
         for quantity, expected, values, (low, high) in (
             ("deviation", 1, self.deviation, USUAL_DEVIATION),
@@ -76,26 +76,26 @@ class LatentStatistics:
 
 
 def numbers_of(values: Scale | Shift) -> Iterator[float]:
-    """All numbers in ``values``."""
+    """Yield every number of ``values``, in the order of channels, rows and columns."""
     if isinstance(values, tuple):
-        for each in values:
-            yield from numbers_of(each)  # type: ignore[arg-type]
+        for part in values:
+            yield from numbers_of(part)  # type: ignore[arg-type]
     else:
         yield values
 
 
 def by_channel(values: Scale | Shift, channels: int) -> tuple[Any, ...]:
-    """For each channel its number, or the (H, W) numbers of its elements."""
+    """Scale or shift with one entry per channel: a number, or the (H, W) numbers of its elements."""
     return values if isinstance(values, tuple) else (values,) * channels
 
 
-def number_words(values: Scale | Shift) -> str:
-    """A number as it is; of more, how many and their range."""
+def format_numbers(values: Scale | Shift) -> str:
+    """One number as it is; several as their range and count."""
     if not isinstance(values, tuple):
         return f"{values:g}"
-    found = list(numbers_of(values))
+    numbers = list(numbers_of(values))
     kind = "elements" if isinstance(values[0], tuple) else "channels"
-    return f"{min(found):.4g} to {max(found):.4g} ({len(found)} {kind})"
+    return f"{min(numbers):.4g} to {max(numbers):.4g} ({len(numbers)} {kind})"
 
 
 @cache
@@ -103,11 +103,11 @@ def _tensor(values: Scale | Shift, device: "torch.device") -> "Tensor":
     import torch
 
     with torch.inference_mode(False):
-        found = torch.tensor(values, dtype=torch.float32, device=device)
-    return found[:, None, None] if found.ndim == 1 else found
+        tensor = torch.tensor(values, dtype=torch.float32, device=device)
+    return tensor[:, None, None] if tensor.ndim == 1 else tensor
 
 
-def _for(latents: "Tensor", values: Scale | Shift) -> "Tensor | float":
+def _broadcast(latents: "Tensor", values: Scale | Shift) -> "Tensor | float":
     """``values`` as a factor or summand of ``latents`` (B, C, H, W)."""
     return _tensor(values, latents.device) if isinstance(values, tuple) else values
 
@@ -154,15 +154,15 @@ class LatentSpec:
         check_numbers("shift", self.shift, self.shape)
 
     def normalised(self, latents: "Tensor") -> "Tensor":
-        """What the network sees, (z - shift) * scale, of latents z (B, C, H, W)."""
-        return (latents - _for(latents, self.shift)) * _for(latents, self.scale)
+        """Latents (B, C, H, W) as the network sees them, (latents - shift) * scale."""
+        return (latents - _broadcast(latents, self.shift)) * _broadcast(latents, self.scale)
 
-    def restored(self, seen: "Tensor") -> "Tensor":
-        """Latents (B, C, H, W) of what the network sees."""
-        return seen / _for(seen, self.scale) + _for(seen, self.shift)
+    def restored(self, latents: "Tensor") -> "Tensor":
+        """The inverse of :meth:`normalised`: latents (B, C, H, W) as the autoencoder decodes them."""
+        return latents / _broadcast(latents, self.scale) + _broadcast(latents, self.shift)
 
-    def seen(self, statistics: LatentStatistics) -> LatentStatistics | None:
-        """Statistics of what the network sees; None where scale and shift differ within a channel."""
+    def normalised_statistics(self, statistics: LatentStatistics) -> LatentStatistics | None:
+        """``statistics`` of latents after :meth:`normalised`; None where scale and shift differ within a channel."""
         scales, shifts = (by_channel(values, self.shape[0]) for values in (self.scale, self.shift))
         if isinstance(scales[0], tuple) or isinstance(shifts[0], tuple):
             return None
@@ -174,20 +174,20 @@ class LatentSpec:
 
     @property
     def positions(self) -> int:
-        """Grid positions L = H * W."""
+        """Number of positions on the latent grid, L = H * W."""
         return self.shape[1] * self.shape[2]
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
+        """The plain values that a checkpoint holds, see :meth:`from_plain`."""
         return {**asdict(self), "shape": list(self.shape), "classes": list(self.classes)}
 
     @classmethod
-    def from_plain(cls, values: Mapping[str, Any], place: str) -> "LatentSpec":
-        """What :meth:`to_plain` returned; :class:`UserError`, which names ``place``, if the values are not such."""
-        return call_checked(cls, values, place)
+    def from_plain(cls, values: Mapping[str, Any], name: str) -> "LatentSpec":
+        """The latents that :meth:`to_plain` described; a UserError that begins with ``name`` for other values."""
+        return call_checked(cls, values, name)
 
     def difference(self, other: "LatentSpec") -> str | None:
-        """The first difference to ``other`` in words; None if the latents are of one kind.
+        """A sentence on the first difference to ``other``; None if the latents are of one kind.
 
         The autoencoder's name may differ, such as after moving it, where the fingerprints of its weights are equal.
         """
@@ -201,7 +201,7 @@ class LatentSpec:
         return None
 
     def difference_in_encoding(self, other: "LatentSpec") -> str | None:
-        """The same, but for shape and autoencoder alone."""
+        """A sentence on the first difference in shape or autoencoder; None if there is none."""
         same_weights = self.fingerprint is not None and self.fingerprint == other.fingerprint
         for key in ("shape", "autoencoder", "fingerprint"):
             one, two = getattr(self, key), getattr(other, key)
@@ -210,10 +210,10 @@ class LatentSpec:
         return None
 
     def difference_in_scale(self, other: "LatentSpec") -> str | None:
-        """The same, but for scale and shift alone."""
+        """A sentence on the first difference in scale or shift; None if there is none."""
         for key in ("scale", "shift"):
             if getattr(self, key) != getattr(other, key):
-                one, two = number_words(getattr(self, key)), number_words(getattr(other, key))
+                one, two = format_numbers(getattr(self, key)), format_numbers(getattr(other, key))
                 if one == two:
                     return f"{key} differs, though both have numbers of {one}"
                 return f"{key} is {one} there and {two} here"
@@ -227,10 +227,10 @@ class LatentSpec:
             ("channels", network.channels, channels),
             ("num_classes", network.num_classes, len(self.classes)),
         ]
-        for name, wanted, found in pairs:
-            if wanted != found:
+        for name, configured, needed in pairs:
+            if configured != needed:
                 raise UserError(
-                    f"model.{name}={wanted} does not fit the shards, which have {found}"
+                    f"model.{name}={configured} does not fit the shards, which have {needed}"
                     f" (latents {channels} x {height} x {width}, {len(self.classes)} classes):"
-                    f" set model.{name}={found}, or point data.directory at other shards"
+                    f" set model.{name}={needed}, or point data.directory at other shards"
                 )

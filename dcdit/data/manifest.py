@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from dcdit.checks import Count, Digest, Matches, Name, NotEmpty, Size, call_checked, shown
-from dcdit.data.latents import Fingerprint, LatentSpec, LatentStatistics, Normalise, Scale, Shift, number_words
+from dcdit.data.latents import Fingerprint, LatentSpec, LatentStatistics, Normalise, Scale, Shift, format_numbers
 from dcdit.errors import UserError
 from dcdit.runtime.files import content_digest, read_json, write_json
 
@@ -37,7 +37,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image that is not in the shards, and why."""
+    """An image that is not in the shards, and the reason."""
 
     file: str
     reason: str
@@ -45,7 +45,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a directory of shards holds.
+    """The content of ``manifest.json``: what a directory of shards holds.
 
     Attributes:
         latent_shape: (C, H, W) of one latent as the network sees it.
@@ -91,18 +91,18 @@ class Manifest:
 
     @cached_property
     def spec(self) -> LatentSpec:
-        """What the latents are."""
+        """The description of the latents that checkpoints hold too."""
         return LatentSpec(self.latent_shape, self.autoencoder, self.scale, self.shift, self.classes, self.fingerprint)
 
     @cached_property
     def order(self) -> str:
-        """Digest of the shards in their order: what a place in the data means depends on both."""
+        """Digest of the shards in their order: a position in the data has a meaning for these shards only."""
         return content_digest({"shards": [(shard.sha256, shard.samples) for shard in self.shards]})
 
-    def remark(self) -> str:
+    def describe_unusual(self) -> str:
         """A warning if the latents, as the network sees them, are far from mean 0 and deviation 1; else empty."""
-        seen = self.spec.seen(self.statistics)
-        return seen.remark() if seen else ""
+        statistics = self.spec.normalised_statistics(self.statistics)
+        return statistics.describe_unusual() if statistics else ""
 
     def write(self, directory: Path) -> None:
         """Write ``manifest.json`` into ``directory``, replacing it at once or not at all."""
@@ -153,9 +153,9 @@ class Manifest:
         for name, values in (("scale", self.scale), ("shift", self.shift)):
             depth = 2 if isinstance(values, tuple) and isinstance(values[0], tuple) else int(isinstance(values, tuple))
             if depth != {"channel": 1, "element": 2}.get(self.normalise, depth):
-                raise UserError(f"normalise={self.normalise}, but {name} is {number_words(values)}: it has been lost")
-        seen = spec.seen(self.statistics)
-        if self.normalise == "channel" and seen and not seen.is_normal:
+                raise UserError(f"normalise={self.normalise}, but {name} is {format_numbers(values)}: it has been lost")
+        statistics = spec.normalised_statistics(self.statistics)
+        if self.normalise == "channel" and statistics and not statistics.is_normal:
             raise UserError(
                 "normalise=channel, but with this scale and shift the latents do not have mean 0 and deviation 1: they"
                 " have been lost"
@@ -163,7 +163,7 @@ class Manifest:
 
 
 def _why_missing(path: Path) -> str:
-    """What to do about a manifest that is not there."""
+    """Why there is no manifest at ``path``, and what to do about it."""
     split = path.parent
     for link in (path, split):
         if link.is_symlink() and not link.exists():

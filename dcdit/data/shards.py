@@ -74,7 +74,7 @@ def _padded(size: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie within a sample's bytes.
+    """The positions of header, JSON and arrays within the bytes of a sample.
 
     Attributes:
         stored_shape: of an array.
@@ -93,7 +93,7 @@ class Layout:
 
     @cached_property
     def npy_header(self) -> bytes:
-        """What ``numpy.save`` puts before the array; no other header, above all none of a pickle, is accepted."""
+        """The header that ``numpy.save`` writes before the array; no other, above all none of a pickle, is accepted."""
         buffer = io.BytesIO()
         values = {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": self.stored_shape}
         np.lib.format.write_array_header_1_0(buffer, values)
@@ -101,7 +101,7 @@ class Layout:
 
     @cached_property
     def array_bytes(self) -> int:
-        """Bytes of one array."""
+        """Number of bytes of one array."""
         return int(np.prod(self.stored_shape)) * np.dtype(self.dtype).itemsize
 
     @cached_property
@@ -111,7 +111,7 @@ class Layout:
 
     @property
     def note_bytes(self) -> int:
-        """Bytes of the tar member with the JSON."""
+        """Number of bytes of the tar member with the JSON, header included."""
         return BLOCKSIZE + _LONGEST_NOTE
 
     @property
@@ -124,7 +124,7 @@ class Layout:
 
         Args:
             descriptor: of the file.
-            index: place within the shard.
+            index: number of the sample within the shard.
             hflip: which of the two arrays.
             out: (array_bytes,) uint8, receives the array.
 
@@ -224,7 +224,7 @@ def read_samples(
 
 
 def read_sums(path: Path, shard: Shard, layout: Layout, tally: Tally) -> Sums:
-    """What ``tally`` found when ``shard`` was written, with the same bits; raises CorruptSampleError if it cannot."""
+    """The sums that ``tally`` had when it was written, bit for bit; CorruptSampleError if a sample is corrupt."""
     for _, _, array in read_samples(path, shard, layout, None):
         tally.add(array)
     return tally.sums

@@ -1,4 +1,4 @@
-"""Whether splits belong together: validation and references are read as the training split is."""
+"""Checks that validation splits and references belong to the training split, which decides how they are read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,16 +17,16 @@ class Validation:
     Attributes:
         manifest: its own, with scale and shift of the training split.
         labels: for each of its own labels, that of the training split.
-        remark: what a person should know; may be empty.
+        note: a sentence on what differs harmlessly; empty if nothing does.
     """
 
     manifest: Manifest
     labels: tuple[int, ...]
-    remark: str
+    note: str
 
 
-def matched(training: Manifest, own: Manifest) -> Validation:
-    """See that a validation split belongs to a training split.
+def match_validation(training: Manifest, own: Manifest) -> Validation:
+    """Check that a validation split belongs to a training split, and read it with the training split's scale.
 
     Representation, stored type and flipped images may differ, for they are other forms of the same latents. Scale and
     shift are the training split's.
@@ -40,13 +40,13 @@ def matched(training: Manifest, own: Manifest) -> Validation:
     if configured and (difference := own.spec.difference_in_scale(training.spec)):
         raise UserError(f"it is scaled otherwise than the training split: {difference}. Extract both again alike")
     labels = labels_within(training.classes, own.classes)
-    remarks = []
+    notes = []
     if own.spec.difference_in_scale(training.spec):
-        remarks.append("Validation is normalised by scale and shift of the training split, not by its own")
+        notes.append("Validation is normalised by scale and shift of the training split, not by its own")
     if missing := len(training.classes) - len(labels):
-        remarks.append(f"Validation has no samples of {missing} of {len(training.classes)} classes")
+        notes.append(f"Validation has no samples of {missing} of {len(training.classes)} classes")
     manifest = replace(own, scale=training.scale, shift=training.shift, normalise=training.normalise)
-    return Validation(manifest, labels, "; ".join(remarks))
+    return Validation(manifest, labels, "; ".join(notes))
 
 
 def check_encoding(training: LatentSpec, own: LatentSpec) -> None:
@@ -58,7 +58,7 @@ def check_encoding(training: LatentSpec, own: LatentSpec) -> None:
 
 
 def labels_within(classes: Sequence[str], own: Sequence[str]) -> tuple[int, ...]:
-    """For each of its own labels, that of the training split.
+    """The label in the training split of each label of another split.
 
     Args:
         classes: names of the training split.
@@ -89,7 +89,7 @@ def labels_within(classes: Sequence[str], own: Sequence[str]) -> tuple[int, ...]
 
 
 def check_reference(network: LatentSpec, own: LatentSpec) -> str:
-    """See that decoded latents can be compared with what a network samples.
+    """Check that decoded latents can be compared with what a network samples.
 
     Images themselves (``identity``) can always, and so can latents of an autoencoder whose weights nobody recorded.
 
@@ -98,7 +98,7 @@ def check_reference(network: LatentSpec, own: LatentSpec) -> str:
         own: those of the reference.
 
     Returns:
-        A remark if there are fewer or more classes; else empty.
+        A sentence if there are fewer or more classes; else empty.
 
     Raises:
         UserError: if another autoencoder made them.

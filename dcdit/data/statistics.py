@@ -43,21 +43,21 @@ class Sums:
 
     @property
     def mean_and_deviation(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Of each channel or element."""
+        """Mean and deviation of each channel or element, as arrays."""
         mean = np.array(self.values) / self.count
         return mean, np.sqrt(np.maximum(np.array(self.squares) / self.count - mean**2, 0))
 
     def by_channel(self, channels: int) -> "Sums":
-        """The same for each channel."""
+        """These sums with the elements of each channel added up."""
         if len(self.values) == channels:
             return self
         values, squares = (
-            tuple(np.reshape(each, (channels, -1)).sum(axis=1).tolist()) for each in (self.values, self.squares)
+            tuple(np.reshape(sums, (channels, -1)).sum(axis=1).tolist()) for sums in (self.values, self.squares)
         )
         return Sums(self.count * (len(self.values) // channels), values, squares)
 
     def statistics(self, channels: int) -> LatentStatistics:
-        """Mean and deviation of each channel."""
+        """Mean and deviation of each channel, for the manifest."""
         mean, deviation = self.by_channel(channels).mean_and_deviation
         return LatentStatistics(tuple(mean.tolist()), tuple(deviation.tolist()))
 
@@ -69,11 +69,11 @@ class Sums:
         """
         shift, deviation = self.mean_and_deviation
         scale = 1 / np.where(deviation > _CONSTANT * np.maximum(np.abs(shift), 1), deviation, 1)
-        return _listed(scale, shape), _listed(shift, shape)
+        return _as_tuples(scale, shape), _as_tuples(shift, shape)
 
 
-def _listed(values: NDArray[np.float64], shape: tuple[int, int, int]) -> Any:
-    """One number per channel as they are, one per element as (C, H, W)."""
+def _as_tuples(values: NDArray[np.float64], shape: tuple[int, int, int]) -> Scale:
+    """Numbers of channels as one tuple, numbers of elements as nested tuples (C, H, W)."""
     if len(values) == shape[0]:
         return tuple(values.tolist())
     return tuple(tuple(tuple(row) for row in plane) for plane in values.reshape(shape).tolist())
@@ -108,7 +108,7 @@ class Tally:
 
     @property
     def sums(self) -> Sums:
-        """All so far."""
-        values, squares = (tuple(each.ravel().tolist()) for each in self._sums)
-        found = Sums(self._count, values, squares)
-        return found if self.by_element else found.by_channel(self.shape[0])
+        """The sums over all arrays added so far."""
+        values, squares = (tuple(array.ravel().tolist()) for array in self._sums)
+        sums = Sums(self._count, values, squares)
+        return sums if self.by_element else sums.by_channel(self.shape[0])

@@ -1,4 +1,4 @@
-"""Where shards lie: a local directory, or any URL that webdataset opens, kept in a bounded cache on disk."""
+"""Shards in a local directory, or behind any URL that webdataset opens, which are kept in a bounded cache on disk."""
 
 import getpass
 import hashlib
@@ -35,45 +35,47 @@ class Location:
     """A directory with a manifest and its shards.
 
     Attributes:
-        place: local path; or a URL, to which ``/<file>`` is appended, or in which ``{}`` stands for the file.
+        root: local path; or a URL, to which ``/<file>`` is appended, or in which ``{}`` stands for the file.
         cache: directory for files fetched from a URL; None takes one in the system's temporary directory. What is in
             it must belong to this user alone.
         cache_gb: size to which the cache is kept, apart from shards in use or under way.
         allow_pipe: open ``pipe:`` URLs, which run a shell command.
     """
 
-    place: str
+    root: str
     cache: str | None = None
     cache_gb: Positive = 20.0
     allow_pipe: bool = False
 
     def __post_init__(self) -> None:
-        check_credentials(self.place)
-        if self.place.startswith("pipe:") and not self.allow_pipe:
+        check_credentials(self.root)
+        if self.root.startswith("pipe:") and not self.allow_pipe:
             raise UserError(
-                f"directory={self.place!r} runs a shell command: set data.allow_pipe=true if you trust it with that"
+                f"directory={self.root!r} runs a shell command: set data.allow_pipe=true if you trust it with that"
             )
 
     @property
     def remote(self) -> bool:
-        """Whether files must be fetched."""
-        return bool(_SCHEME.match(self.place)) and not self.place.startswith("file:")
+        """Whether the root is a URL, so that files must be fetched."""
+        return bool(_SCHEME.match(self.root)) and not self.root.startswith("file:")
 
     @property
     def directory(self) -> Path:
         """The local directory, or the cache of this URL."""
         if not self.remote:
-            return Path(re.sub("^file:(//)?", "", self.place))
+            return Path(re.sub("^file:(//)?", "", self.root))
         home = Path(self.cache) if self.cache else _default_cache()
-        return home / hashlib.sha256(self.place.encode()).hexdigest()[:16]
+        return home / hashlib.sha256(self.root.encode()).hexdigest()[:16]
 
     def below(self, name: str) -> "Location":
-        """The location ``name`` within this one."""
-        place = self.place.replace("{}", f"{name}/{{}}") if "{}" in self.place else f"{self.place.rstrip('/')}/{name}"
-        return Location(place, self.cache, self.cache_gb, self.allow_pipe)
+        """The location of the subfolder ``name``, such as a split."""
+        root = self.root.replace("{}", f"{name}/{{}}") if "{}" in self.root else f"{self.root.rstrip('/')}/{name}"
+        return Location(root, self.cache, self.cache_gb, self.allow_pipe)
 
     def manifest_if_any(self) -> Manifest | None:
-        """The manifest, as :meth:`manifest` has it; None if there is nothing at this place, which of a URL is told.
+        """The manifest, as :meth:`manifest` reads it; None if there is nothing there.
+
+        Where it is a URL, a message says so.
 
         Raises:
             UserError: if there is something else, such as an extraction that is not finished.
@@ -85,7 +87,7 @@ class Location:
         except UserError as error:
             if not isinstance(error.__cause__, AbsentError):
                 raise
-            say(f"Going on without {self.place}: {error.__cause__}")
+            say(f"Going on without {self.root}: {error.__cause__}")
             return None
 
     def manifest(self) -> Manifest:
@@ -105,12 +107,12 @@ class Location:
             return Manifest.read(path)
         manifest = Manifest.read(path)
         for shard in manifest.shards:
-            found = self.directory / shard.name
-            size = found.stat().st_size if found.is_file() else None
+            path = self.directory / shard.name
+            size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
-                missing = "is no regular file" if os.path.exists(found) else "is missing"
-                words = missing if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
-                raise UserError(f"shard {found} {words}: restore it or write the shards again")
+                missing = "is no regular file" if os.path.exists(path) else "is missing"
+                fault = missing if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
+                raise UserError(f"shard {path} {fault}: restore it or write the shards again")
         return manifest
 
     def fetch(self, shard: Shard, in_use: Collection[Shard] = ()) -> Path:
@@ -130,7 +132,7 @@ class Location:
             return self.directory / shard.name
         if shard.bytes > self.cache_gb * 1e9:
             raise UserError(
-                f"shard {shard.name} in {self.place} has {shard.bytes} bytes, more than the whole cache: raise"
+                f"shard {shard.name} in {self.root} has {shard.bytes} bytes, more than the whole cache: raise"
                 f" data.cache_gb={self.cache_gb:g} if that is right"
             )
         path = self._own_cache() / _cached_name(shard)
@@ -159,7 +161,7 @@ class Location:
 
     def _fetch(self, name: str, path: Path, shard: Shard | None = None, exact: bool = True) -> None:
         """Fetch ``name`` to ``path``, whole or not at all; with ``exact``, only with the checksum of ``shard``."""
-        url = self.place.replace("{}", name) if "{}" in self.place else f"{self.place.rstrip('/')}/{name}"
+        url = self.root.replace("{}", name) if "{}" in self.root else f"{self.root.rstrip('/')}/{name}"
         self._own_cache()
         digest = hashlib.sha256()
         with replacing(path) as file:
@@ -227,7 +229,7 @@ _verified: set[tuple[str, int]] = set()
 
 
 def _is_whole(path: Path, shard: Shard) -> bool:
-    """Whether a cached file is what the manifest says; looked at once by each process."""
+    """Whether a cached file has the manifest's checksum; each process computes it once."""
     key = (shard.sha256, path.stat().st_ino)
     if key not in _verified and file_digest(path) == shard.sha256:
         _verified.add(key)
@@ -254,8 +256,8 @@ class ShardReader:
         self._failed: dict[int, tuple[float, OSError]] = {}
         self._background = ThreadPoolExecutor(1, "fetch") if location.remote else None
 
-    def prepare(self, wanted: Sequence[int], soon: Sequence[int]) -> None:
-        """Say which shards are about to be read, and which after them; all others are closed."""
+    def prefetch(self, wanted: Sequence[int], soon: Sequence[int]) -> None:
+        """Fetch the shards that are read next, and those after them, in the background; close all others."""
         for number in [number for number in self._open if number not in wanted]:
             self._open.pop(number).close()
         if self._background:

@@ -16,14 +16,14 @@ from dcdit.data.storage import Location, ShardReader
 from dcdit.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
-"""What the network trains on: latents (B, C, H, W) float32, scaled and shifted, and labels (B,) int64."""
+"""A batch for the network: latents (B, C, H, W) float32, scaled and shifted, and labels (B,) int64."""
 
 
 class Corruption(NamedTuple):
-    """A sample that could not be read: its shard, its place there, and the reason."""
+    """A sample that could not be read: its shard, its number within the shard, and the reason."""
 
     shard: str
-    place: int
+    number: int
     reason: str
 
 
@@ -33,7 +33,7 @@ class StoredBatch(NamedTuple):
     Attributes:
         stored: (B, C, H, W) latents or (B, 2C, H, W) moments, in the stored type.
         labels: (B,) int64.
-        seed: for what is random about the batch; a pure function of its place in the order.
+        seed: for what is random about the batch; a pure function of its position in the order.
         corrupt: samples that could not be read and are missing here.
     """
 
@@ -91,7 +91,7 @@ class LatentStream(IterableDataset[StoredBatch]):
         if not readers.batches(manifest.samples):
             raise UserError(
                 f"data.batch_size={readers.world_size * readers.batch_size} exceeds the {manifest.samples} samples in"
-                f" {location.place}: lower data.batch_size"
+                f" {location.root}: lower data.batch_size"
             )
 
     def __iter__(self) -> Iterator[StoredBatch]:
@@ -109,7 +109,7 @@ class LatentStream(IterableDataset[StoredBatch]):
                 for part in range(self.parts):
                     if turn == worker:
                         if window != (window := self.readers.window_of(number, order.batches)):
-                            reader.prepare(*order.neighbourhood(self.rank, number))
+                            reader.prefetch(*order.neighbourhood(self.rank, number))
                         yield self._read(reader, order, number, part)
                     turn = (turn + 1) % workers
             position = Position(epoch + 1).join(self.readers)
@@ -117,12 +117,12 @@ class LatentStream(IterableDataset[StoredBatch]):
     def _read(self, reader: ShardReader, order: EpochOrder, number: int, part: int) -> StoredBatch:
         corrupt: list[Corruption] = []
         # The seed says where in the order the batch stands; the order itself draws from other streams.
-        place = [self.seed, order.epoch, self.rank, number, order.part, 1]
-        seeds = np.random.SeedSequence(place).generate_state(1 + part, np.uint64) >> np.uint64(1)
+        entropy = [self.seed, order.epoch, self.rank, number, order.part, 1]
+        seeds = np.random.SeedSequence(entropy).generate_state(1 + part, np.uint64) >> np.uint64(1)
         size = self.readers.batch_size // self.parts
         rows = slice(part * size, (part + 1) * size)
         mirror = (np.random.default_rng(int(seeds[0])).random(self.readers.batch_size) < 0.5)[rows]
-        shards, indices = (each[rows] for each in order.batch(self.rank, number))
+        shards, indices = (column[rows] for column in order.batch(self.rank, number))
         arrays = np.empty((len(shards), self._layout.array_bytes), np.uint8)
         labels: list[int] = []
         for shard, index, hflip in zip(shards.tolist(), indices.tolist(), mirror.tolist(), strict=True):
@@ -146,7 +146,7 @@ class LatentStream(IterableDataset[StoredBatch]):
         labels: list[int],
         corrupt: list[Corruption],
     ) -> None:
-        """Put a sample into the next free row, or its complaint into ``corrupt``."""
+        """Read a sample into the next free row; add it to ``corrupt`` if it cannot be read."""
         try:
             row = arrays[len(labels)]
             label = self._layout.read(reader.descriptor(shard), index, hflip and self.manifest.hflip, row)

@@ -82,17 +82,17 @@ class LatentImages(ImageSet):
         rounding: Rounding = "round",
         network: LatentSpec | None = None,
     ) -> None:
-        self.location, self.place = location, location.place
+        self.location, self.place = location, location.root
         self.manifest = location.manifest()
         if network and not autoencoder:
             try:
                 remark = check_reference(network, self.manifest.spec)
             except UserError as error:
                 raise UserError(
-                    f"reference={location.place}: {error}, or name the autoencoder to decode with: autoencoder=..."
+                    f"reference={location.root}: {error}, or name the autoencoder to decode with: autoencoder=..."
                 ) from error
             if remark:
-                say(f"reference={location.place} {remark}")
+                say(f"reference={location.root} {remark}")
         self.count = self.manifest.samples
         self._decode = load_decoder(self.manifest.spec, device, autoencoder, rounding)
         self._reader = ShardReader(location, self.manifest.shards)
@@ -105,14 +105,14 @@ class LatentImages(ImageSet):
         """See :class:`ImageSet`."""
         rows = np.empty((len(numbers), self._layout.array_bytes), np.uint8)
         shards = np.searchsorted(self._ends, numbers, side="right").tolist()
-        self._reader.prepare(sorted(set(shards)), [])
+        self._reader.prefetch(sorted(set(shards)), [])
         for row, number, shard in zip(rows, numbers, shards, strict=True):
             index = number - (int(self._ends[shard - 1]) if shard else 0)
             try:
                 self._layout.read(self._reader.descriptor(shard), index, False, row)
             except (CorruptSampleError, OSError) as error:
                 raise UserError(
-                    f"reference: {self.manifest.shards[shard].name}, sample {index} of {self.location.place}: {error};"
+                    f"reference: {self.manifest.shards[shard].name}, sample {index} of {self.location.root}: {error};"
                     " restore the shard"
                 ) from error
         stored = torch.from_numpy(rows.view(self._layout.dtype).reshape(-1, *self._layout.stored_shape))

@@ -36,7 +36,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image of each EXIF orientation upright."""
+"""The transposition that turns an image of each EXIF orientation upright."""
 
 
 def decode_image(content: bytes, size: int, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -116,16 +116,14 @@ def _without_text(content: bytes) -> bytes:
     """A PNG with only those of its chunks on which the pixels depend; anything else as it is."""
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content
-    parts, place = [content[:8]], 8
-    while place < len(content):
-        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
-        kind = content[place + 4 : place + 8]
-        if kind[:1].isupper() or kind in (
-            b"tRNS",
-            b"eXIf",
-        ):  # by the standard, capitals mark what no decoder may ignore
-            parts.append(content[place:end])
-        place = end
+    parts, offset = [content[:8]], 8
+    while offset < len(content):
+        end = offset + 12 + int.from_bytes(content[offset : offset + 4], "big")
+        kind = content[offset + 4 : offset + 8]
+        # by the standard, capitals mark what no decoder may ignore
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):
+            parts.append(content[offset:end])
+        offset = end
     return b"".join(parts)
 
 
@@ -184,7 +182,7 @@ class Decoded(NamedTuple):
     Attributes:
         task: number of the task.
         images: (n, size, size, 3) uint8; an array, for tensors would travel as open files, which interrupts break.
-        places: number of each image within its task.
+        numbers: number of each image within its task.
         labels, sources: of each image.
         skipped: images that could not be used.
         notes: what else is to be listed of the task.
@@ -194,7 +192,7 @@ class Decoded(NamedTuple):
 
     task: int
     images: NDArray[np.uint8]
-    places: list[int]
+    numbers: list[int]
     labels: list[int]
     sources: list[str]
     skipped: list[Skipped]
@@ -204,7 +202,7 @@ class Decoded(NamedTuple):
 
 
 def as_it_is(batch: object) -> object:
-    """For the loader's ``collate_fn``: its default would make tensors."""
+    """Return ``batch``: a ``collate_fn`` for the loader, whose own would make tensors of arrays."""
     return batch
 
 
@@ -248,9 +246,9 @@ class ImageBatches(IterableDataset[Decoded]):
         self, task: int, batch: list[Item], start: int, skipped: list[Skipped], notes: list[Skipped]
     ) -> Decoded:
         pixels: list[NDArray[np.uint8]] = []
-        places, labels, sources, skipped = [], [], [], list(skipped)
+        numbers, labels, sources, skipped = [], [], [], list(skipped)
         side, limits = self.settings.image_size, (self.settings.min_side, self.settings.max_pixels)
-        for place, item in enumerate(batch, start):
+        for number, item in enumerate(batch, start):
             try:
                 pixels.append(decode_image(item.read(), side, *limits))
             except UnusableImageError as error:
@@ -258,8 +256,8 @@ class ImageBatches(IterableDataset[Decoded]):
                 continue
             except UnreadableError as error:
                 return self._stop(task, error, f"{item.source}: ")
-            places.append(place)
+            numbers.append(number)
             labels.append(item.label)
             sources.append(item.source)
         images = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
-        return Decoded(task, images, places, labels, sources, skipped, notes, len(batch))
+        return Decoded(task, images, numbers, labels, sources, skipped, notes, len(batch))

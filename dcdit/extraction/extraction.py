@@ -51,7 +51,7 @@ def layout_of(settings: ExtractionSettings, autoencoder: Autoencoder) -> Layout:
 
 
 class Extraction:
-    """One process of an extraction.
+    """The share of one process in an extraction.
 
     Args:
         directory: receives shards and manifest.
@@ -242,13 +242,13 @@ class Extraction:
         """Moments (n, 2C, H, W), or a sample (n, C, H, W) of them, in the stored type."""
         if self.settings.representation == SAMPLE:
             mean, log_variance = moments.chunk(2, dim=1)
-            noise = [self._noise(batch.task, place, view, mean.shape[1:]) for place in batch.places]
+            noise = [self._noise(batch.task, number, view, mean.shape[1:]) for number in batch.numbers]
             moments = mean + torch.exp(0.5 * log_variance) * torch.stack(noise)
         with np.errstate(over="ignore"):  # seen as an infinity by whoever checks
             return moments.numpy().astype(self.settings.dtype)
 
-    def _noise(self, task: int, place: int, view: int, shape: torch.Size) -> Tensor:
-        seed = np.random.SeedSequence([self.settings.seed, task, place, view]).generate_state(1, np.uint64)[0]
+    def _noise(self, task: int, number: int, view: int, shape: torch.Size) -> Tensor:
+        seed = np.random.SeedSequence([self.settings.seed, task, number, view]).generate_state(1, np.uint64)[0]
         return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed >> np.uint64(1))))
 
     def _count_corrupt(self, skipped: Sequence[Skipped]) -> None:
@@ -267,8 +267,8 @@ class Extraction:
         for batch, arrays in batches:
             skipped += [*batch.skipped, *batch.notes]
             self._count_corrupt(batch.skipped)
-            rows = zip(batch.places, batch.labels, batch.sources, *arrays, strict=True) if arrays else ()
-            for place, label, source, *views in rows:
+            rows = zip(batch.numbers, batch.labels, batch.sources, *arrays, strict=True) if arrays else ()
+            for number, label, source, *views in rows:
                 if not all(np.isfinite(array).all() for array in views):
                     reason = f"its latent is not finite in {self.settings.dtype}"
                     if self.strict:
@@ -286,5 +286,5 @@ class Extraction:
                 self._encoded_well += 1
                 labels.add(label)
                 yield Sample(
-                    f"{batch.task:06d}-{place:06d}", label, views[0], views[1] if self.layout.hflip else None, source
+                    f"{batch.task:06d}-{number:06d}", label, views[0], views[1] if self.layout.hflip else None, source
                 )

@@ -19,7 +19,7 @@ from dcdit.runtime.jobs import ResumableJob
 
 @dataclass(frozen=True)
 class Encoded:
-    """What is recorded of a task.
+    """The record of a finished task.
 
     Attributes:
         shard, sums: its shard, and sums over it; None if all was skipped.
@@ -34,12 +34,12 @@ class Encoded:
 
 
 class ExtractionJob(ResumableJob[Encoded]):
-    """See :class:`dcdit.runtime.jobs.ResumableJob`; each task is a shard.
+    """A resumable job each of whose tasks writes one shard.
 
     Args:
-        directory, plan, tasks: see there.
+        directory, plan, tasks: see :class:`dcdit.runtime.jobs.ResumableJob`.
         layout: of the shards.
-        tally: makes what sums up a shard.
+        tally: makes an empty tally for one shard.
     """
 
     def __init__(
@@ -136,5 +136,5 @@ class ExtractionJob(ResumableJob[Encoded]):
 
 
 def shard_name(task: int) -> str:
-    """File name of the shard of a task."""
+    """The file name of the shard that a task writes."""
     return f"shard-{task:06d}.tar"

@@ -1,4 +1,4 @@
-"""From what a user says about an extraction to what extracts, and a summary of what there is then."""
+"""Builds an extraction from its configuration, and summarises its result."""
 
 import os
 import shlex
@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from dcdit.checks import visible
 from dcdit.data.autoencoder import load_autoencoder
-from dcdit.data.latents import number_words
+from dcdit.data.latents import format_numbers
 from dcdit.data.manifest import MANIFEST_NAME, MOMENTS, SAMPLE, Manifest
 from dcdit.errors import UserError
 from dcdit.extraction.extraction import Extraction
@@ -22,10 +22,10 @@ from dcdit.extraction.sources import (
     FolderSource,
     ImageSource,
     TarSource,
+    describe_empty_classes,
     is_folder,
     is_service,
     scan,
-    without_images,
 )
 from dcdit.runtime.devices import pick_device
 from dcdit.runtime.files import read_text
@@ -61,8 +61,8 @@ def set_up_extraction(
     if settings.representation == "auto":
         settings = replace(settings, representation=MOMENTS if autoencoder.random else SAMPLE)
     if rank == 0:
-        for remark in [*source.remarks, *_about_train(directory, train)]:
-            print(remark, file=sys.stderr)
+        for note in [*source.notes, *_describe_train(directory, train)]:
+            print(note, file=sys.stderr)
     return Extraction(
         directory, source, autoencoder, settings, rank, world_size, workers, wanted.strict, wanted.corrupt_limit, train
     )
@@ -83,8 +83,8 @@ def train_split(directory: Path) -> Manifest | None:
     return None
 
 
-def _about_train(directory: Path, train: Manifest | None) -> list[str]:
-    """What a person should know about the agreement of a split with the train split."""
+def _describe_train(directory: Path, train: Manifest | None) -> list[str]:
+    """Sentences that say whether classes, scale and shift of a split are those of the train split."""
     if directory.name == "train":
         return []
     if train is None:
@@ -146,18 +146,18 @@ def class_names(classes: int | str | None) -> tuple[str, ...]:
 
 
 def extraction_summary(manifest: Manifest, directory: Path, empty: Sequence[str]) -> str:
-    """What there is now, for people; ``empty`` are the classes that are known to have no images."""
+    """The lines that a finished extraction prints; ``empty`` are the classes that are known to have no images."""
     size = sum(shard.bytes for shard in manifest.shards)
     lines = [
         f"{manifest.samples} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards,"
         f" {decimal(size)}: {directory}"
     ]
-    scale, shift = number_words(manifest.scale), number_words(manifest.shift)
+    scale, shift = format_numbers(manifest.scale), format_numbers(manifest.shift)
     lines.append(f"The network sees (latent - shift) * scale: scale {scale}, shift {shift}")
-    if remark := manifest.remark():
-        lines.append(remark)
+    if warning := manifest.describe_unusual():
+        lines.append(warning)
     if empty:
-        lines.append(without_images(empty, len(manifest.classes)))
+        lines.append(describe_empty_classes(empty, len(manifest.classes)))
     lost = [image for image in manifest.skipped if image.reason.startswith(CORRUPT_TAR)]
     lines += [f"IMAGES ARE MISSING, how many is not known: {image.file}: {image.reason}" for image in lost]
     if manifest.skipped:
@@ -168,5 +168,5 @@ def extraction_summary(manifest: Manifest, directory: Path, empty: Sequence[str]
     where = str(directory.parent)
     if "," in where:  # where Hydra would see a sweep
         where = "'" + where.replace("'", "\\'") + "'"
-    words = shlex.join([f"directory={where}", f"split={directory.name}"])
-    return "\n".join([*lines, f"Look at them: python -m dcdit.inspect_latents {words}"])
+    arguments = shlex.join([f"directory={where}", f"split={directory.name}"])
+    return "\n".join([*lines, f"Look at them: python -m dcdit.inspect_latents {arguments}"])

@@ -1,4 +1,4 @@
-"""Where images to encode come from: folders with a subfolder per class, or webdataset shards of images."""
+"""Sources of images to encode: folders with a subfolder per class, or webdataset shards of images."""
 
 import hashlib
 import json
@@ -36,11 +36,11 @@ _SERVICE = re.compile(
 
 _LARGEST_IMAGE = 1 << 30
 _LARGEST_LABEL = 16 << 20
-"""Bytes of a file that is read at once."""
+"""Limits in bytes of files that are read whole."""
 
 _MOST_TARS = 100_000
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-"""First bytes of compressed files."""
+"""The first bytes of compressed files, and the name of the format."""
 
 
 class UnusableImageError(Exception):
@@ -48,7 +48,7 @@ class UnusableImageError(Exception):
 
 
 class UnreadableError(UserError):
-    """An image cannot be read or decoded here and now, which is no fault of the image."""
+    """An image that cannot be read or decoded now, for a reason outside the image, such as the disk or the memory."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Item:
 
 
 class Listing(NamedTuple):
-    """What is in a task.
+    """The content of a task.
 
     Attributes:
         items: the images.
@@ -114,20 +114,20 @@ class ImageSource(Protocol):
         tasks: number of tasks.
         inventory: what there is, by folder or file: a change between two runs shows here.
         skipped: files that belong to no class, or can be no images.
-        remarks: what a person should know.
+        notes: sentences on what was left out, for the user.
     """
 
     classes: tuple[str, ...]
     tasks: int
     inventory: dict[str, str]
     skipped: tuple[Skipped, ...]
-    remarks: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def size(self, task: int) -> int | None:
         """Number of files in a task; None if only reading would tell."""
 
     def items(self, task: int) -> Listing:
-        """The images of a task, and what in it is none; UserError for a label that is no class, or a failing disk."""
+        """The images of a task, and files that are none; UserError for a label that is no class, or a failing disk."""
 
 
 class FolderSource(ImageSource):
@@ -179,31 +179,31 @@ class FolderSource(ImageSource):
         self.inventory: dict[str, str] = {}
         empty = []
         for label, name in enumerate(self.classes):
-            found = []
+            images: list[tuple[str, int]] = []
             if name in folders:
                 below = len(skipped)
-                found = sorted(_walk(root / name, os.path.realpath(root), skipped, left_out))
+                images = sorted(_walk(root / name, os.path.realpath(root), skipped, left_out))
                 skipped[below:] = [Skipped(visible(os.path.relpath(s.file, root)), s.reason) for s in skipped[below:]]
-                files = [os.fsencode(os.path.relpath(path, root)) for path, _ in found]
-                content = b"".join(b"%b %d\n" % (file, size) for file, (_, size) in zip(files, found, strict=True))
+                files = [os.fsencode(os.path.relpath(path, root)) for path, _ in images]
+                content = b"".join(b"%b %d\n" % (file, size) for file, (_, size) in zip(files, images, strict=True))
                 digest = hashlib.sha256(content).hexdigest()[:8]
                 self.inventory[name] = f"{len(files)} files, names and sizes {digest}"
                 paths += files
                 labels += [label] * len(files)
-            if not found:
+            if not images:
                 empty.append(name)
-        remarks = left_out.described()
+        notes = left_out.describe()
         if not paths:
-            raise UserError(". ".join([f"source={root}: its {len(folders)} class folders hold no images", *remarks]))
+            raise UserError(". ".join([f"source={root}: its {len(folders)} class folders hold no images", *notes]))
         if empty:
-            remarks.append(without_images(empty, len(self.classes)))
+            notes.append(describe_empty_classes(empty, len(self.classes)))
         order = np.random.default_rng(seed).permutation(len(paths))
         # Arrays, not lists: reference counts would copy them into every worker process.
         self._paths = np.array(paths)[order]
         self._labels = np.array(labels)[order]
         self.tasks = -(-len(paths) // per_task)
         self.skipped = tuple(skipped)
-        self.remarks = tuple(remarks)
+        self.notes = tuple(notes)
 
     @override
     def size(self, task: int) -> int | None:
@@ -259,7 +259,7 @@ class TarSource(ImageSource):
         self.tasks = len(self._paths)
         self.inventory = {os.path.basename(path): f"{os.path.getsize(path)} bytes" for path in self._paths}
         self.skipped: tuple[Skipped, ...] = ()
-        self.remarks: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()
         if len(self.inventory) < len(self._paths):
             raise UserError(f"source={pattern}: two tar files have the same name")
 
@@ -297,7 +297,7 @@ class TarSource(ImageSource):
                         f"{name}: label {shown(label)} is none of {len(self.classes)} classes, set classes=..."
                     )
                 listing.items.append(Item(label, name, path, _span(sample[image])))
-        listing.notes.extend(Skipped(shard, remark) for remark in left_out.described())
+        listing.notes.extend(Skipped(shard, note) for note in left_out.describe())
         return listing
 
 
@@ -313,8 +313,8 @@ class LeftOut:
     hidden: int = 0
     others: Counter[str] = field(default_factory=Counter)
 
-    def described(self) -> list[str]:
-        """A line for each kind that was met."""
+    def describe(self) -> list[str]:
+        """A sentence for each kind of files that was left out."""
         lines = []
         if self.hidden:
             lines.append(f"{self.hidden} hidden files and service folders (such as .DS_Store, __MACOSX) are left out")
@@ -325,14 +325,14 @@ class LeftOut:
         return lines
 
 
-def without_images(names: Sequence[str], classes: int) -> str:
-    """A line about the classes called ``names``, of so many ``classes``, that have no images."""
+def describe_empty_classes(names: Sequence[str], classes: int) -> str:
+    """A sentence on the classes ``names``, of ``classes`` in all, that have no images."""
     listed = ", ".join(repr(visible(name)) for name in names[:5]) + (", ..." if len(names) > 5 else "")
     return f"{len(names)} of {classes} classes have no images (they keep their labels): {listed}"
 
 
 def is_service(name: str) -> bool:
-    """Whether a file or folder is hidden, or is not one of a person's."""
+    """Whether a file or folder is hidden, or was put there by a system or a file server."""
     return (name.startswith(".") and name not in (".", "..")) or _SERVICE.fullmatch(name.lower()) is not None
 
 
@@ -341,7 +341,7 @@ def _ending(name: str) -> str:
 
 
 def _is_image(name: str) -> bool:
-    """Whether a file's name is one of an image."""
+    """Whether a file's name has an ending of :data:`IMAGE_TYPES`."""
     return IMAGE_TYPES.fullmatch(_ending(name)) is not None
 
 
@@ -453,7 +453,7 @@ def _members(path: str, listing: Listing, left_out: LeftOut) -> Iterator[tarfile
 
 
 def _alternatives(braces: str) -> int:
-    """For how many texts a pair of braces stands."""
+    """The number of texts that a pair of braces expands to."""
     numbers = re.fullmatch(r"(-?\d{1,18})\.\.(-?\d{1,18})(\.\..*)?", braces)
     return abs(int(numbers[2]) - int(numbers[1])) + 1 if numbers else 52 if ".." in braces else braces.count(",") + 1
 

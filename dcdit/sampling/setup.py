@@ -10,7 +10,7 @@ from torch import Tensor
 from dcdit.checkpoints.load import Model, Weights, build_model, read_weights, words
 from dcdit.checkpoints.locate import Place, locate
 from dcdit.data.decoder import LatentDecoder, load_decoder
-from dcdit.data.latents import LatentSpec, number_words
+from dcdit.data.latents import LatentSpec, format_numbers
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import GuidanceSettings
@@ -258,7 +258,7 @@ def _scale_and_shift(latents: LatentSpec) -> str:
     """In words, or a digest where there are many, so that equal ones have equal words."""
     both = (latents.scale, latents.shift)
     digest = f" {content_digest({'numbers': both})[:8]}" if any(isinstance(each, tuple) for each in both) else ""
-    return ", ".join(map(number_words, both)) + digest
+    return ", ".join(map(format_numbers, both)) + digest
 
 
 def check_guidance(network: Network, guidance: GuidanceSettings, weak: Model | None = None) -> None:

@@ -166,7 +166,7 @@ def open_data(plan: TrainPlan) -> tuple[LatentDataModule, Manifest]:
     data.validation()
     if data.batch_size > manifest.samples:
         raise UserError(
-            f"data.batch_size={data.batch_size} exceeds the {manifest.samples} samples in {data.location.place}: lower"
+            f"data.batch_size={data.batch_size} exceeds the {manifest.samples} samples in {data.location.root}: lower"
             " data.batch_size"
         )
     return data, manifest

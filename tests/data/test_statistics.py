@@ -56,7 +56,7 @@ def test_what_the_network_sees_has_mean_0_and_deviation_1(by_element, moments):
     torch.testing.assert_close(seen.mean(over), torch.zeros(SHAPE if by_element else 3), atol=0.06, rtol=0)
     torch.testing.assert_close(seen.std(over), torch.ones(SHAPE if by_element else 3), atol=0.06, rtol=0)
     torch.testing.assert_close(own.restored(seen), torch.from_numpy(values), rtol=1e-4, atol=1e-4)
-    in_whole = own.seen(found.statistics(3))
+    in_whole = own.normalised_statistics(found.statistics(3))
     assert in_whole is None if by_element else in_whole.is_normal
 
 
@@ -68,7 +68,7 @@ def test_a_constant_channel_keeps_scale_1_and_what_is_not_finite_counts_for_noth
     scale, shift = found.normalisation(SHAPE)
     assert scale[1] == 1.0
     assert shift[1] == pytest.approx(0.7)
-    assert spec(scale, shift).seen(found.statistics(3)).is_normal
+    assert spec(scale, shift).normalised_statistics(found.statistics(3)).is_normal
     others = np.delete(values, 7, axis=0)
     np.testing.assert_allclose(shift, others.mean(axis=(0, 2, 3), dtype=np.float64))
     with pytest.raises(UserError, match="not one latent is finite"):
@@ -87,10 +87,10 @@ def test_numbers_that_do_not_fit_are_refused(scale, words):
 
 
 def test_latents_far_from_normal_are_told_by_channel():
-    assert LatentStatistics((0.0, 0.4), (0.8, 1.2)).remark() == ""
-    assert "deviation 7 in channel 1 where" in LatentStatistics((0.0, 0.0), (1.0, 7.0)).remark()
-    assert "deviation 0.1 in channel 0 and 1 other where" in LatentStatistics((0.0, 0.0), (0.1, 7.0)).remark()
-    assert "mean -4 in channel 0 where" in LatentStatistics((-4.0, 0.0), (1.0, 1.0)).remark()
+    assert LatentStatistics((0.0, 0.4), (0.8, 1.2)).describe_unusual() == ""
+    assert "deviation 7 in channel 1 where" in LatentStatistics((0.0, 0.0), (1.0, 7.0)).describe_unusual()
+    assert "deviation 0.1 in channel 0 and 1 other where" in LatentStatistics((0.0, 0.0), (0.1, 7.0)).describe_unusual()
+    assert "mean -4 in channel 0 where" in LatentStatistics((-4.0, 0.0), (1.0, 1.0)).describe_unusual()
 
 
 def test_specs_survive_a_checkpoint_and_differences_are_told():

@@ -62,7 +62,7 @@ def test_hidden_files_and_service_folders_are_no_class_and_no_image(tmp_path, ab
     source = FolderSource(tmp_path, 10, 0)
     assert source.classes == ("cat", "dog")
     assert names(source) == ["cat/1.png", "cat/deeper/2.png", "dog/3.png"]
-    assert source.remarks == ("1 hidden files and service folders (such as .DS_Store, __MACOSX) are left out",)
+    assert source.notes == ("1 hidden files and service folders (such as .DS_Store, __MACOSX) are left out",)
     assert [file for file, *_ in image_files(tmp_path)] == names(source)
 
 
@@ -84,14 +84,14 @@ def test_captions_beside_images_are_counted_in_a_line_and_are_no_broken_images(t
     source = FolderSource(tmp_path, 10, 0)
     assert names(source) == ["cat/0.JPG", "cat/1.JPG", "cat/2.JPG", "cat/without_an_ending"]
     assert source.skipped == ()
-    assert source.remarks == ("9 files without an image's name are left out: .xml (3), .json (3), .txt (3)",)
+    assert source.notes == ("9 files without an image's name are left out: .xml (3), .json (3), .txt (3)",)
 
 
 def test_a_class_without_images_is_told(tmp_path):
     touch(tmp_path / "cat" / "1.png")
     touch(tmp_path / "dog" / "1.txt")
     (tmp_path / "emu").mkdir()
-    assert FolderSource(tmp_path, 10, 0).remarks[-1] == (
+    assert FolderSource(tmp_path, 10, 0).notes[-1] == (
         "2 of 3 classes have no images (they keep their labels): 'dog', 'emu'"
     )
     (tmp_path / "cat" / "1.png").unlink()
@@ -154,7 +154,7 @@ def test_classes_of_train_hold_for_other_splits(tmp_path):
     touch(tmp_path / "emu" / "1.png")
     source = FolderSource(tmp_path, 10, 0, ("cat", "dog", "emu"))
     assert [item.label for item in source.items(0).items] == [2]
-    assert source.remarks == ("2 of 3 classes have no images (they keep their labels): 'cat', 'dog'",)
+    assert source.notes == ("2 of 3 classes have no images (they keep their labels): 'cat', 'dog'",)
     with pytest.raises(UserError, match="2 classes of the train split are called 'emu'"):
         FolderSource(tmp_path, 10, 0, ("emu", "dog", "emu"))
     touch(tmp_path / "yak" / "1.png")

@@ -93,7 +93,7 @@ def test_any_damage_to_a_shard_costs_samples_or_nothing(tmp_path_factory, damage
     path.write_bytes(damaged(path.read_bytes(), damage))
     batches = list(stream(_Fixed(manifest, str(folder)), Readers(1, 2, 0), epochs=1))
     seen = sorted(flat(batch.stored.flatten().long().tolist() for batch in batches))
-    left_out = {corruption.place for batch in batches for corruption in batch.corrupt}
+    left_out = {corruption.number for batch in batches for corruption in batch.corrupt}
     assert set(seen) | left_out == set(range(6)), "nothing may be missing without a word"
     assert set(seen) <= set(range(6))
 

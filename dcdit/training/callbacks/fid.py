@@ -130,7 +130,7 @@ class FID(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by fit
         if data.validation() is None:
             raise UserError(
-                f"callbacks.fid: FID is measured at validations, and {data.location.place} has no split `val`: extract"
+                f"callbacks.fid: FID is measured at validations, and {data.location.root} has no split `val`: extract"
                 " one beside `train`, or leave the callback out"
             )
         model = self._model(pl_module, trainer)
