@@ -1,4 +1,4 @@
-"""What a user may say to ``dcdit.extract``. No torch here, so that mistakes show at once."""
+"""The configuration of ``dcdit.extract``. No torch here, so that mistakes show at once."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -10,24 +10,7 @@ from dcdit.data.latents import Normalise
 @checked
 @dataclass(frozen=True)
 class ExtractionSettings:
-    """What the bytes of the shards depend on, beside the images and the autoencoder.
-
-    Attributes:
-        image_size: side of the cropped images in pixels.
-        representation: mean and log-variance, or one sample of the posterior; ``auto`` takes the former where there is
-            a posterior.
-        normalise: what the network is to see of them has scale and shift of the autoencoder's configuration, or mean
-            0 and deviation 1 in each channel or each element. The shards are the same; the manifest says which.
-        hflip: encode every image flipped left to right too.
-        dtype: stored type.
-        precision: of the autoencoder; ``auto`` takes fp16 on a GPU, fp32 elsewhere.
-        batch_size: images encoded at once.
-        samples_per_shard: images of a shard.
-        seed: shuffles the images, and samples the posterior if that is stored.
-        min_side: images with fewer pixels along a side are skipped.
-        max_pixels: images with more pixels are skipped, before they are decoded.
-        threads: of a CPU that encodes, where their number changes the last bits; None on a GPU.
-    """
+    """The keys of ``configs/extract.yaml`` on which the bytes of the shards depend, beside images and autoencoder."""
 
     image_size: Annotated[int, Bounds(1, 8192)]
     representation: Literal["auto", "moments", "sample"]
@@ -46,20 +29,7 @@ class ExtractionSettings:
 @checked
 @dataclass(frozen=True)
 class ExtractSettings:
-    """What to extract, and where; what shapes the bytes is in :class:`ExtractionSettings`.
-
-    Attributes:
-        source: folder with a subfolder per class; or webdataset shards, as a folder or a path with braces.
-        out: the shards go to ``<out>/<split>``.
-        split: name of the split.
-        classes: of webdataset shards: their number, or a text file with one name per line; None takes those of the
-            train split in ``out``.
-        autoencoder: see :func:`dcdit.data.autoencoder.load_autoencoder`.
-        strict: stop at the first image that cannot be used.
-        corrupt_limit: images that each process skips before it stops.
-        device: ``auto`` or a torch device.
-        num_workers: processes that decode images; None takes this process's share of the cores.
-    """
+    """The other keys of ``configs/extract.yaml``: what is extracted, where to, and how."""
 
     source: str
     out: str
