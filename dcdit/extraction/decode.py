@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -182,8 +182,7 @@ class Decoded(NamedTuple):
     Attributes:
         task: number of the task.
         images: (n, size, size, 3) uint8; an array, for tensors would travel as open files, which interrupts break.
-        numbers: number of each image within its task.
-        labels, sources: of each image.
+        items: what the images are, by their number within the task, in the order of ``images``.
         skipped: images that could not be used.
         notes: what else is to be listed of the task.
         files: how many files this batch stands for.
@@ -192,12 +191,10 @@ class Decoded(NamedTuple):
 
     task: int
     images: NDArray[np.uint8]
-    numbers: list[int]
-    labels: list[int]
-    sources: list[str]
-    skipped: list[Skipped]
-    notes: list[Skipped]
-    files: int
+    items: dict[int, Item]
+    skipped: Sequence[Skipped] = ()
+    notes: Sequence[Skipped] = ()
+    files: int = 0
     problem: str | None = None
 
 
@@ -233,31 +230,26 @@ class ImageBatches(IterableDataset[Decoded]):
                 return
             for start in range(0, max(1, len(items)), size):
                 if turn == worker:
-                    first = start == 0
-                    batch = items[start : start + size]
-                    yield self._decode(task, batch, start, skipped if first else [], notes if first else [])
+                    batch = self._decode(task, items[start : start + size], start)
+                    yield batch if start else batch._replace(skipped=[*skipped, *batch.skipped], notes=notes)
                 turn = (turn + 1) % workers
 
     def _stop(self, task: int, error: UserError, name: str = "") -> Decoded:
         after = ". Finished shards are kept; the same command goes on" if isinstance(error, UnreadableError) else ""
-        return Decoded(task, np.empty(0, np.uint8), [], [], [], [], [], 0, f"{name}{error}{after}")
+        return Decoded(task, np.empty(0, np.uint8), {}, problem=f"{name}{error}{after}")
 
-    def _decode(
-        self, task: int, batch: list[Item], start: int, skipped: list[Skipped], notes: list[Skipped]
-    ) -> Decoded:
+    def _decode(self, task: int, batch: list[Item], start: int) -> Decoded:
         pixels: list[NDArray[np.uint8]] = []
-        numbers, labels, sources, skipped = [], [], [], list(skipped)
+        items: dict[int, Item] = {}
+        skipped: list[Skipped] = []
         side, limits = self.settings.image_size, (self.settings.min_side, self.settings.max_pixels)
         for number, item in enumerate(batch, start):
             try:
                 pixels.append(decode_image(item.read(), side, *limits))
+                items[number] = item
             except UnusableImageError as error:
                 skipped.append(Skipped(item.source, str(error)))
-                continue
             except UnreadableError as error:
                 return self._stop(task, error, f"{item.source}: ")
-            numbers.append(number)
-            labels.append(item.label)
-            sources.append(item.source)
         images = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
-        return Decoded(task, images, numbers, labels, sources, skipped, notes, len(batch))
+        return Decoded(task, images, items, skipped, files=len(batch))

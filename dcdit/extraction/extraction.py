@@ -90,7 +90,7 @@ class Extraction:
         for key, values in (("scale", autoencoder.scale), ("shift", autoencoder.shift)):
             check_numbers(f"autoencoder={autoencoder.name!r}: its {key}", values, self.latent_shape)
         self.train = train
-        self.corrupt_limit, self._corrupt, self._not_finite, self._encoded_well = corrupt_limit, 0, 0, 0
+        self.corrupt_limit, self._corrupt, self._not_finite, self._any_finite = corrupt_limit, 0, 0, False
         made_by = {"autoencoder": autoencoder.fingerprint or autoencoder.name}
         plan = {**asdict(settings), **made_by, "source": source.inventory}
         if train:
@@ -176,8 +176,8 @@ class Extraction:
 
     def _check_train(self, train: Manifest) -> None:
         """Raise :class:`UserError` unless latents of this split are of the kind of those of ``train``."""
-        own = replace(train.spec, shape=self.latent_shape, autoencoder=self.autoencoder.name)
-        own = replace(own, fingerprint=self.autoencoder.fingerprint)
+        name, fingerprint = self.autoencoder.name, self.autoencoder.fingerprint
+        own = replace(train.spec, shape=self.latent_shape, autoencoder=name, fingerprint=fingerprint)
         if difference := train.spec.difference_in_encoding(own):
             raise UserError(
                 f"split={self.directory.name} must agree with {self.directory.parent / 'train'}: {difference}. Give"
@@ -212,13 +212,9 @@ class Extraction:
         )
         waiting: tuple[Decoded, list[Tensor]] | None = None
         for batch in chain(loader, [None]):
-            launched = None
-            if batch:
-                if batch.problem:
-                    raise UserError(batch.problem)
-                if self.strict and batch.skipped:
-                    raise UserError(f"strict=true: {batch.skipped[0].file}: {batch.skipped[0].reason}")
-                launched = batch, self._launch(batch.images, self.settings.precision)
+            if batch and batch.problem:
+                raise UserError(batch.problem)
+            launched = (batch, self._launch(batch.images, self.settings.precision)) if batch else None
             if waiting:
                 yield self._collect(*waiting)
                 display.advance(waiting[0].files)
@@ -242,7 +238,7 @@ class Extraction:
         """Moments (n, 2C, H, W), or a sample (n, C, H, W) of them, in the stored type."""
         if self.settings.representation == SAMPLE:
             mean, log_variance = moments.chunk(2, dim=1)
-            noise = [self._noise(batch.task, number, view, mean.shape[1:]) for number in batch.numbers]
+            noise = [self._noise(batch.task, number, view, mean.shape[1:]) for number in batch.items]
             moments = mean + torch.exp(0.5 * log_variance) * torch.stack(noise)
         with np.errstate(over="ignore"):  # seen as an infinity by whoever checks
             return moments.numpy().astype(self.settings.dtype)
@@ -251,7 +247,10 @@ class Extraction:
         seed = np.random.SeedSequence([self.settings.seed, task, number, view]).generate_state(1, np.uint64)[0]
         return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed >> np.uint64(1))))
 
-    def _count_corrupt(self, skipped: Sequence[Skipped]) -> None:
+    def _count_corrupt(self, skipped: Sequence[Skipped], hint: str = "") -> None:
+        """Count images that cannot be used; UserError for the first with ``strict``, else beyond ``corrupt_limit``."""
+        if self.strict and skipped:
+            raise UserError(f"strict=true: {skipped[0].file}: {skipped[0].reason}{hint}")
         self._corrupt += len(skipped)
         if self._corrupt > self.corrupt_limit:
             raise UserError(
@@ -267,24 +266,24 @@ class Extraction:
         for batch, arrays in batches:
             skipped += [*batch.skipped, *batch.notes]
             self._count_corrupt(batch.skipped)
-            rows = zip(batch.numbers, batch.labels, batch.sources, *arrays, strict=True) if arrays else ()
-            for number, label, source, *views in rows:
-                if not all(np.isfinite(array).all() for array in views):
-                    reason = f"its latent is not finite in {self.settings.dtype}"
-                    if self.strict:
-                        raise UserError(f"strict=true: {source}: {reason}, try dtype=float32")
-                    skipped.append(Skipped(source, reason))
-                    self._count_corrupt(skipped[-1:])
-                    self._not_finite += 1
-                    if not self._encoded_well and self._not_finite == _NEVER_FINITE:
-                        raise UserError(
-                            f"autoencoder={self.autoencoder.name!r}: the first {_NEVER_FINITE} images, {source} among"
-                            f" them, became latents that are not finite in {self.settings.dtype}: try precision=fp32"
-                            " and dtype=float32, or another autoencoder"
-                        )
-                    continue
-                self._encoded_well += 1
-                labels.add(label)
-                yield Sample(
-                    f"{batch.task:06d}-{number:06d}", label, views[0], views[1] if self.layout.hflip else None, source
-                )
+            rows = zip(batch.items.items(), *arrays, strict=True) if arrays else ()
+            for (number, item), *views in rows:
+                if all(np.isfinite(array).all() for array in views):
+                    self._any_finite = True
+                    labels.add(item.label)
+                    latent, hflip = views if self.layout.hflip else (views[0], None)
+                    yield Sample(f"{batch.task:06d}-{number:06d}", item.label, latent, hflip, item.source)
+                else:
+                    skipped.append(Skipped(item.source, f"its latent is not finite in {self.settings.dtype}"))
+                    self._count_corrupt(skipped[-1:], ", try dtype=float32")
+                    self._count_not_finite(item.source)
+
+    def _count_not_finite(self, source: str) -> None:
+        """Count an image whose latent is not finite; UserError if none of the first images has a finite one."""
+        self._not_finite += 1
+        if not self._any_finite and self._not_finite == _NEVER_FINITE:
+            raise UserError(
+                f"autoencoder={self.autoencoder.name!r}: the first {_NEVER_FINITE} images, {source} among them, became"
+                f" latents that are not finite in {self.settings.dtype}: try precision=fp32 and dtype=float32, or"
+                " another autoencoder"
+            )
