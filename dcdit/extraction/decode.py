@@ -222,16 +222,17 @@ class ImageBatches(IterableDataset[Decoded]):
         turn, size = 0, self.settings.batch_size
         for task in self.tasks:
             try:
-                items, skipped, notes = self.source.items(task)
+                listing = self.source.items(task)
             except UserError as error:
                 # Every worker meets it; the loader hears it from the one whose turn it is.
                 if turn == worker:
                     yield self._stop(task, error)
                 return
-            for start in range(0, max(1, len(items)), size):
+            for start in range(0, max(1, len(listing.items)), size):
                 if turn == worker:
-                    batch = self._decode(task, items[start : start + size], start)
-                    yield batch if start else batch._replace(skipped=[*skipped, *batch.skipped], notes=notes)
+                    batch = self._decode(task, listing.items[start : start + size], start)
+                    skipped = [*listing.skipped, *batch.skipped]
+                    yield batch if start else batch._replace(skipped=skipped, notes=listing.notes)
                 turn = (turn + 1) % workers
 
     def _stop(self, task: int, error: UserError, name: str = "") -> Decoded:

@@ -8,11 +8,11 @@ import re
 import stat
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from typing_extensions import override
@@ -92,18 +92,34 @@ class Item:
         return content
 
 
-class Listing(NamedTuple):
-    """The content of a task.
+@dataclass
+class Listing:
+    """The content of a task, or of a folder.
 
     Attributes:
         items: the images.
         skipped: images that cannot be used.
         notes: what else is to be listed, such as files that were left out; does not count as images.
+        hidden: number of hidden files and service folders.
+        others: number of files of other kinds, by the endings of their names.
     """
 
-    items: list[Item]
-    skipped: list[Skipped]
-    notes: list[Skipped]
+    items: list[Item] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[Skipped] = field(default_factory=list)
+    hidden: int = 0
+    others: Counter[str] = field(default_factory=Counter)
+
+    def describe_left_out(self) -> list[str]:
+        """A sentence for each kind of files that was left out."""
+        lines = []
+        if self.hidden:
+            lines.append(f"{self.hidden} hidden files and service folders (such as .DS_Store, __MACOSX) are left out")
+        if self.others:
+            kinds = ", ".join(f".{ending} ({count})" for ending, count in self.others.most_common(5))
+            more = ", ..." if len(self.others) > 5 else ""
+            lines.append(f"{self.others.total()} files without an image's name are left out: {kinds}{more}")
+        return lines
 
 
 class ImageSource(Protocol):
@@ -148,61 +164,40 @@ class FolderSource(ImageSource):
     def __init__(self, root: Path, per_task: int, seed: int, classes: tuple[str, ...] | None = None) -> None:
         self._root = root
         self._per_task = per_task
+        listing = Listing()
         folders = []
-        left_out = LeftOut()
-        skipped: list[Skipped] = []
         for entry in scan(root):
             if is_service(entry.name):
-                left_out.hidden += 1
+                listing.hidden += 1
             elif is_folder(entry):
                 folders.append(entry.name)
             else:
-                skipped.append(Skipped(visible(entry.name), "lies in no class folder"))
-        if not folders:
-            raise UserError(f"source={root} has no subfolders: put the images of each class into one of its own")
-        _check_names(root, folders)
-        self.classes = classes or tuple(folders)
-        unknown = sorted(set(folders).difference(self.classes))
-        if unknown:
-            raise UserError(
-                f"source={root}: the train split has no class {unknown[0]!r}"
-                f"{f', nor {len(unknown) - 1} others' if unknown[1:] else ''}: its {len(self.classes)} classes hold for"
-                " all splits; extract train anew, or leave this folder out"
-            )
-        for name, count in Counter(self.classes).items():
-            if count > 1 and name in folders:
-                raise UserError(
-                    f"source={root}: {count} classes of the train split are called {name!r}: give tar files"
-                )
+                listing.skipped.append(Skipped(visible(entry.name), "lies in no class folder"))
+        self.classes = _check_classes(root, folders, classes)
         paths: list[bytes] = []
         labels: list[int] = []
         self.inventory: dict[str, str] = {}
-        empty = []
         for label, name in enumerate(self.classes):
-            images: list[tuple[str, int]] = []
             if name in folders:
-                below = len(skipped)
-                images = sorted(_walk(root / name, os.path.realpath(root), skipped, left_out))
-                skipped[below:] = [Skipped(visible(os.path.relpath(s.file, root)), s.reason) for s in skipped[below:]]
+                images = sorted(_walk(root / name, root, listing))
                 files = [os.fsencode(os.path.relpath(path, root)) for path, _ in images]
                 content = b"".join(b"%b %d\n" % (file, size) for file, (_, size) in zip(files, images, strict=True))
                 digest = hashlib.sha256(content).hexdigest()[:8]
                 self.inventory[name] = f"{len(files)} files, names and sizes {digest}"
                 paths += files
                 labels += [label] * len(files)
-            if not images:
-                empty.append(name)
-        notes = left_out.describe()
+        notes = listing.describe_left_out()
         if not paths:
             raise UserError(". ".join([f"source={root}: its {len(folders)} class folders hold no images", *notes]))
-        if empty:
+        used = set(labels)
+        if empty := [name for label, name in enumerate(self.classes) if label not in used]:
             notes.append(describe_empty_classes(empty, len(self.classes)))
         order = np.random.default_rng(seed).permutation(len(paths))
         # Arrays, not lists: reference counts would copy them into every worker process.
         self._paths = np.array(paths)[order]
         self._labels = np.array(labels)[order]
         self.tasks = -(-len(paths) // per_task)
-        self.skipped = tuple(skipped)
+        self.skipped = tuple(listing.skipped)
         self.notes = tuple(notes)
 
     @override
@@ -215,7 +210,7 @@ class FolderSource(ImageSource):
         root = os.fsencode(self._root)
         pairs = zip(self._paths[rows].tolist(), self._labels[rows].tolist(), strict=True)
         items = [Item(label, visible(os.fsdecode(path)), os.path.join(root, path)) for path, label in pairs]
-        return Listing(items, [], [])
+        return Listing(items)
 
 
 class TarSource(ImageSource):
@@ -271,9 +266,8 @@ class TarSource(ImageSource):
     def items(self, task: int) -> Listing:
         path = self._paths[task]
         shard = os.path.basename(path)
-        listing, left_out = Listing([], [], []), LeftOut()
-        members = _members(path, listing, left_out)
-        for _, group in groupby(members, key=lambda member: _parts(member.name)[0]):
+        listing = Listing()
+        for _, group in groupby(_members(path, listing), key=lambda member: _parts(member.name)[0]):
             sample: dict[str, tarfile.TarInfo] = {}
             for member in group:
                 if member.name in sample:
@@ -282,7 +276,7 @@ class TarSource(ImageSource):
                     sample[member.name] = member
             images = [name for name in sample if _is_image(name)]
             if not images:
-                left_out.others.update(visible(_ending(name)) for name in sample)
+                listing.others.update(visible(_ending(name)) for name in sample)
             for image in images:
                 name = visible(f"{shard}/{image}")
                 try:
@@ -297,32 +291,8 @@ class TarSource(ImageSource):
                         f"{name}: label {shown(label)} is none of {len(self.classes)} classes, set classes=..."
                     )
                 listing.items.append(Item(label, name, path, _span(sample[image])))
-        listing.notes.extend(Skipped(shard, note) for note in left_out.describe())
+        listing.notes += [Skipped(shard, note) for note in listing.describe_left_out()]
         return listing
-
-
-@dataclass
-class LeftOut:
-    """Counts what lies among images and is none.
-
-    Attributes:
-        hidden: hidden files and service folders.
-        others: files of other kinds, by the endings of their names.
-    """
-
-    hidden: int = 0
-    others: Counter[str] = field(default_factory=Counter)
-
-    def describe(self) -> list[str]:
-        """A sentence for each kind of files that was left out."""
-        lines = []
-        if self.hidden:
-            lines.append(f"{self.hidden} hidden files and service folders (such as .DS_Store, __MACOSX) are left out")
-        if self.others:
-            kinds = ", ".join(f".{ending} ({count})" for ending, count in self.others.most_common(5))
-            more = ", ..." if len(self.others) > 5 else ""
-            lines.append(f"{self.others.total()} files without an image's name are left out: {kinds}{more}")
-        return lines
 
 
 def describe_empty_classes(names: Sequence[str], classes: int) -> str:
@@ -345,14 +315,27 @@ def _is_image(name: str) -> bool:
     return IMAGE_TYPES.fullmatch(_ending(name)) is not None
 
 
-def _check_names(root: Path, folders: Iterable[str]) -> None:
-    """Names of classes stand in every manifest, checkpoint and table: each must be text that can be shown."""
-    for name in folders:
+def _check_classes(root: Path, folders: Sequence[str], given: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The classes of a source: those given, or its folders; UserError unless every folder is one of them."""
+    if not folders:
+        raise UserError(f"source={root} has no subfolders: put the images of each class into one of its own")
+    for name in folders:  # names of classes stand in every manifest, checkpoint and table
         if visible(name) != name:
             raise UserError(
                 f"source={root}: the name of the class folder {visible(name)!r} is no UTF-8, or holds control"
                 " characters: rename it (convmv converts the names of a whole tree)"
             )
+    classes = given or tuple(folders)
+    if unknown := sorted(set(folders).difference(classes)):
+        raise UserError(
+            f"source={root}: the train split has no class {unknown[0]!r}"
+            f"{f', nor {len(unknown) - 1} others' if unknown[1:] else ''}: its {len(classes)} classes hold for all"
+            " splits; extract train anew, or leave this folder out"
+        )
+    for name, count in Counter(classes).items():
+        if count > 1 and name in folders:
+            raise UserError(f"source={root}: {count} classes of the train split are called {name!r}: give tar files")
+    return classes
 
 
 def scan(folder: str | Path) -> list[os.DirEntry[str]]:
@@ -382,21 +365,21 @@ def image_files(root: Path) -> list[tuple[str, int, int]]:
     """Path below ``root``, size and time of change of every image file; UserError if a folder is unreadable."""
     return sorted(
         (os.path.relpath(path, root), size, os.stat(path).st_mtime_ns)
-        for path, size in _walk(root, "", [], LeftOut())
+        for path, size in _walk(root, root, Listing())
         if _is_image(path)
     )
 
 
-def _walk(folder: Path, above: str, skipped: list[Skipped], left_out: LeftOut) -> Iterator[tuple[str, int]]:
+def _walk(folder: Path, root: Path, listing: Listing) -> Iterator[tuple[str, int]]:
     """Image files below ``folder`` with their sizes. Links are followed; each folder is visited once.
 
     Args:
         folder: where to begin.
-        above: a folder that is not entered again.
-        skipped: receives what is called like an image and is no regular file.
-        left_out: counts all else.
+        root: the folder, or one above it, which is not entered again; names of skipped files are relative to it.
+        listing: receives what is called like an image and is no regular file, and counts all else.
     """
-    visited, waiting = {above}, [str(folder)]
+    visited = set() if folder == root else {os.path.realpath(root)}
+    waiting = [str(folder)]
     while waiting:
         current = waiting.pop()
         real = os.path.realpath(current)
@@ -405,26 +388,26 @@ def _walk(folder: Path, above: str, skipped: list[Skipped], left_out: LeftOut) -
         visited.add(real)
         for entry in scan(current):
             if is_service(entry.name):
-                left_out.hidden += 1
+                listing.hidden += 1
             elif is_folder(entry):
                 waiting.append(entry.path)
             elif _ending(entry.name) and not _is_image(entry.name):
-                left_out.others[visible(_ending(entry.name))] += 1
+                listing.others[visible(_ending(entry.name))] += 1
             else:
                 try:
                     status = entry.stat()
+                    fault = "" if stat.S_ISREG(status.st_mode) else "no regular file"
                 except OSError as error:
                     if not entry.is_symlink():
                         raise _unreadable(entry.path, error) from error
-                    skipped.append(Skipped(entry.path, f"a link that leads nowhere ({error.strerror})"))
-                    continue
-                if stat.S_ISREG(status.st_mode):
-                    yield entry.path, status.st_size
+                    fault = f"a link that leads nowhere ({error.strerror})"
+                if fault:
+                    listing.skipped.append(Skipped(visible(os.path.relpath(entry.path, root)), fault))
                 else:
-                    skipped.append(Skipped(entry.path, "no regular file"))
+                    yield entry.path, status.st_size
 
 
-def _members(path: str, listing: Listing, left_out: LeftOut) -> Iterator[tarfile.TarInfo]:
+def _members(path: str, listing: Listing) -> Iterator[tarfile.TarInfo]:
     """The regular files of a tar file, hidden ones left out; where it is corrupt, those before the fault."""
     shard, last = os.path.basename(path), "its beginning"
     try:
@@ -434,7 +417,7 @@ def _members(path: str, listing: Listing, left_out: LeftOut) -> Iterator[tarfile
                     raise tarfile.ReadError("a member of negative size")
                 last = member.name
                 if any(map(is_service, member.name.split("/"))):
-                    left_out.hidden += 1
+                    listing.hidden += 1
                 elif member.isreg() and not member.issparse():
                     yield member
                 elif not member.isdir() and _is_image(member.name):
