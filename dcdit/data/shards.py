@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import webdataset as wds
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dcdit.data.latents import IDENTITY, Scale, Shift
 from dcdit.data.manifest import SAMPLE, Dtype, Manifest, Representation, Shard
-from dcdit.data.statistics import Sums, Tally
+from dcdit.data.statistics import StoredArray, Sums, Tally
 from dcdit.runtime.files import file_digest, open_regular, replacing
 
 _LONGEST_NOTE = BLOCKSIZE  # the JSON of a sample fills one block of the tar file
@@ -48,12 +48,12 @@ class Sample:
 
     key: str
     label: int
-    latent: NDArray[Any]
-    hflip: NDArray[Any] | None = None
+    latent: StoredArray
+    hflip: StoredArray | None = None
     source: str = ""
 
 
-def _npy(array: NDArray[Any]) -> bytes:
+def _npy(array: StoredArray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
@@ -198,7 +198,7 @@ def write_shard(path: Path, samples: Iterable[Sample], layout: Layout, tally: Ta
 
 def read_samples(
     path: Path, shard: Shard, layout: Layout, faults: list[str] | None
-) -> Iterator[tuple[int, bool, NDArray[Any]]]:
+) -> Iterator[tuple[int, bool, StoredArray]]:
     """Label, whether flipped, and stored array of all in a shard, in the order in which they were written.
 
     Args:
@@ -232,8 +232,8 @@ def read_sums(path: Path, shard: Shard, layout: Layout, tally: Tally) -> Sums:
 
 def write_shards(
     directory: Path,
-    latents: NDArray[Any],
-    labels: NDArray[Any],
+    latents: StoredArray,
+    labels: NDArray[np.integer],
     *,
     classes: tuple[str, ...],
     samples_per_shard: int,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from dcdit.data.manifest import MOMENTS, Representation
 from dcdit.errors import UserError
 
 _Sum = Annotated[float, Bounds(-1e100, 1e100)]  # of squares of any number that float32 holds
+StoredArray = NDArray[np.float16] | NDArray[np.float32]
+"""Latents (C, H, W), or moments (2C, H, W), in the stored type; in extraction, batches of them."""
+
 _CONSTANT = 1e-6
 """Deviation, relative to the mean, below which values are all the same but for rounding."""
 
@@ -93,7 +96,7 @@ class Tally:
         self.shape, self.moments, self.by_element = shape, representation == MOMENTS, by_element
         self._count, self._sums = 0, np.zeros((2, *shape))
 
-    def add(self, stored: NDArray[Any]) -> None:
+    def add(self, stored: StoredArray) -> None:
         """Add a stored array (C, H, W), or (2C, H, W) of moments."""
         if not np.isfinite(stored).all():
             return

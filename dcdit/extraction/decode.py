@@ -4,7 +4,7 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ MAX_PIXELS = 64_000_000
 _LONGEST = 16
 """Aspect ratio from which a source is cropped before it is enlarged, so that a thin strip cannot fill the memory."""
 
-_ORIENTATION = 0x0112  # EXIF's tag
+_ORIENTATION, _UPRIGHT = 0x0112, 1  # EXIF's tag, and its value for an image that is not turned
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -105,11 +105,11 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _orientation(image: Image.Image) -> Any:
+def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(_ORIENTATION)
+        return image.getexif().get(_ORIENTATION, _UPRIGHT)
     except Exception:  # whatever damaged metadata provokes
-        return None
+        return _UPRIGHT
 
 
 def _without_text(content: bytes) -> bytes:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from dcdit.data.autoencoder import Autoencoder
 from dcdit.data.latents import check_numbers
 from dcdit.data.manifest import MOMENTS, SAMPLE, Manifest, Representation, Shard, Skipped
 from dcdit.data.shards import Layout, Sample, write_shard
-from dcdit.data.statistics import Sums, Tally
+from dcdit.data.statistics import StoredArray, Sums, Tally
 from dcdit.errors import UserError
 from dcdit.extraction.decode import Decoded, ImageBatches, as_it_is
 from dcdit.extraction.journal import Encoded, ExtractionJob, shard_name
@@ -198,7 +197,7 @@ class Extraction:
 
     # ---- encoding ------------------------------------------------------------------------------------------------
 
-    def _encoded(self, tasks: list[int], display: Display) -> Iterator[tuple[Decoded, list[NDArray[Any]]]]:
+    def _encoded(self, tasks: list[int], display: Display) -> Iterator[tuple[Decoded, list[StoredArray]]]:
         """Decoded batches with their moments; a GPU works on the next batch while this one is written."""
         if not tasks:
             return
@@ -227,14 +226,14 @@ class Extraction:
         views = [images, images.flip(-1)] if self.settings.hflip else [images]
         return [self.autoencoder.encode(view, precision) for view in views]
 
-    def _collect(self, batch: Decoded, moments: list[Tensor]) -> tuple[Decoded, list[NDArray[Any]]]:
+    def _collect(self, batch: Decoded, moments: list[Tensor]) -> tuple[Decoded, list[StoredArray]]:
         arrays = [self._store(batch, part.cpu(), view) for view, part in enumerate(moments)]
         if self.settings.precision != "fp32" and not all(np.isfinite(array).all() for array in arrays):
             exact = self._launch(batch.images, "fp32")  # autocast has overflowed
             arrays = [self._store(batch, part.cpu(), view) for view, part in enumerate(exact)]
         return batch, arrays
 
-    def _store(self, batch: Decoded, moments: Tensor, view: int) -> NDArray[Any]:
+    def _store(self, batch: Decoded, moments: Tensor, view: int) -> StoredArray:
         """Moments (n, 2C, H, W), or a sample (n, C, H, W) of them, in the stored type."""
         if self.settings.representation == SAMPLE:
             mean, log_variance = moments.chunk(2, dim=1)
@@ -260,7 +259,7 @@ class Extraction:
             )
 
     def _samples(
-        self, batches: Iterable[tuple[Decoded, list[NDArray[Any]]]], skipped: list[Skipped], labels: set[int]
+        self, batches: Iterable[tuple[Decoded, list[StoredArray]]], skipped: list[Skipped], labels: set[int]
     ) -> Iterator[Sample]:
         """Samples of one shard; what must be left out is added to ``skipped``, labels of what is not to ``labels``."""
         for batch, arrays in batches:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from typing_extensions import override
 
@@ -43,7 +42,7 @@ class ExtractionJob(ResumableJob[Encoded]):
     """
 
     def __init__(
-        self, directory: Path, plan: Mapping[str, Any], tasks: int, layout: Layout, tally: Callable[[], Tally]
+        self, directory: Path, plan: Mapping[str, object], tasks: int, layout: Layout, tally: Callable[[], Tally]
     ) -> None:
         super().__init__(Encoded, directory, "extraction", plan, tasks)
         self.layout, self.tally = layout, tally
