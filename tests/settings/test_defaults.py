@@ -9,6 +9,7 @@ from support.configs import compose_config
 from dcdit import ema, flops, generate, inspect_latents, report, sample, status
 from dcdit.cluster.settings import ClusterSettings
 from dcdit.data.datamodule import LatentDataModule
+from dcdit.data.storage import Location
 from dcdit.diffusion.settings import (
     DDIM,
     DDPM,
@@ -60,6 +61,7 @@ LIBRARY = {
     EulerMaruyama: ("sample", ("sampler=sde",), "sampler"),
     NoiseDiffusion: ("train", (), "diffusion"),
     FlowMatching: ("train", ("diffusion=flow",), "diffusion"),
+    Location: ("train", (), "data"),
 }
 """What people call from code as well: its defaults are those of the files."""
 
@@ -85,6 +87,11 @@ def test_defaults_of_the_library_are_those_of_the_files(target):
     if target is DiT:
         differing.pop("patch", None)  # part of a scale's name
     assert differing == {}
+
+
+def test_shards_are_inspected_with_the_cache_that_training_has():
+    config = compose_config(name="inspect_latents")
+    assert {key: config[key] for key in defaults(Location)} == defaults(Location)
 
 
 def test_the_two_resolutions_differ_in_one_file():
