@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 from dcdit.checks import Bounds, Count, OneOf, Size, checked, conform, shown
-from dcdit.data.latents import Scale, Shift
+from dcdit.data.latents import LatentScale, LatentShift
 from dcdit.diffusion.settings import PROCESSES
 from dcdit.errors import UserError
 
@@ -60,8 +60,8 @@ class AssumeSettings:
     diffusion: Annotated[str, OneOf(PROCESSES)] | None = None
     num_classes: Count | None = None
     autoencoder: str | None = None
-    scale: Scale | None = None
-    shift: Shift | None = None
+    scale: LatentScale | None = None
+    shift: LatentShift | None = None
 
     def check_unused(self, kind: str) -> None:
         """Raise :class:`UserError` if something is given that a ``kind`` of checkpoint says itself."""

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from dcdit.checks import shown
 from dcdit.data.autoencoder_folder import folder_of, own_normalisation, read_folder
-from dcdit.data.latents import IDENTITY, Rounding, Scale, Shift
+from dcdit.data.latents import IDENTITY, LatentScale, LatentShift, Rounding
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.runtime.devices import autocast, fingerprint
 
@@ -52,8 +52,8 @@ class Autoencoder(ABC):
 
     name: str
     fingerprint: str | None
-    scale: Scale
-    shift: Shift
+    scale: LatentScale
+    shift: LatentShift
     channels: int
     factor: int
     random: bool
@@ -131,7 +131,7 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
 
     Args:
         name: ``identity``, or the local folder or hub id of an autoencoder of diffusers, of one of
-            :data:`dcdit.data.autoencoder_folder.KINDS`.
+            :data:`dcdit.data.autoencoder_folder.AUTOENCODER_KINDS`.
         device: where it computes.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from dcdit.checks import HUB_ID, Bounds, NotEmpty, Size, conform, reason_of, shown, suggestion
-from dcdit.data.latents import IDENTITY, Scale, Shift, numbers_of
+from dcdit.data.latents import IDENTITY, LatentScale, LatentShift, numbers_of
 from dcdit.errors import UserError
 from dcdit.network.pretrained import CONFIG_FILE, load_whole, read_tensors
 from dcdit.runtime.devices import without_memory
@@ -43,7 +43,7 @@ _Summand = Annotated[float, Bounds(-1e6, 1e6)]
 
 
 @dataclass(frozen=True)
-class Kind:
+class AutoencoderKind:
     """A class of autoencoders of diffusers.
 
     Attributes:
@@ -66,8 +66,8 @@ _NORMALISATION = {
 """Keys of any class that say what a network sees of latents: diffusers stores them at most."""
 
 _COMMON = {"in_channels": _Width, "latent_channels": _Width, "scaling_factor": _Factor, **_NORMALISATION}
-KINDS = {
-    "AutoencoderKL": Kind(
+AUTOENCODER_KINDS = {
+    "AutoencoderKL": AutoencoderKind(
         random=True,
         stages="block_out_channels",
         keys={
@@ -83,7 +83,7 @@ KINDS = {
             **dict.fromkeys(("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), bool),
         },
     ),
-    "AutoencoderDC": Kind(
+    "AutoencoderDC": AutoencoderKind(
         random=False,
         stages="encoder_block_out_channels",
         keys={
@@ -138,7 +138,7 @@ def folder_of(name: str) -> Path:
         ) from error
 
 
-def read_folder(folder: Path) -> tuple[Kind, dict[str, Any], Any]:
+def read_folder(folder: Path) -> tuple[AutoencoderKind, dict[str, Any], Any]:
     """The autoencoder in a folder of diffusers, in evaluation mode on the CPU, in float32.
 
     Its configuration is checked before diffusers sees it; every weight is there, is used, and is finite.
@@ -157,9 +157,9 @@ def read_folder(folder: Path) -> tuple[Kind, dict[str, Any], Any]:
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {CONFIG_FILE}: {remedy}") from None
     class_name = config.get("_class_name")
-    if not isinstance(class_name, str) or class_name not in KINDS:
-        raise UserError(f"{where}it is of class {shown(class_name)}: {' and '.join(KINDS)} are understood")
-    kind = KINDS[class_name]
+    if not isinstance(class_name, str) or class_name not in AUTOENCODER_KINDS:
+        raise UserError(f"{where}it is of class {shown(class_name)}: {' and '.join(AUTOENCODER_KINDS)} are understood")
+    kind = AUTOENCODER_KINDS[class_name]
     values = {key: value for key, value in config.items() if not key.startswith("_")}  # others are notes of diffusers
     for key, value in values.items():
         if key not in kind.keys:
@@ -190,8 +190,8 @@ def _current_name(name: str) -> str:
     return f"{old[1]}{names[old[2]]}{old[3]}" if old else name
 
 
-def own_normalisation(config: Mapping[str, Any]) -> tuple[Scale, Shift]:
-    """Scale and shift of the configuration of an autoencoder of diffusers.
+def own_normalisation(config: Mapping[str, Any]) -> tuple[LatentScale, LatentShift]:
+    """LatentScale and shift of the configuration of an autoencoder of diffusers.
 
     ``scaling_factor`` and ``shift_factor`` give (z - shift) * factor; ``latents_mean`` and ``latents_std``
     (z - mean) / std * factor.
@@ -201,8 +201,8 @@ def own_normalisation(config: Mapping[str, Any]) -> tuple[Scale, Shift]:
     """
     factor = float(config["scaling_factor"])
     channels = config["latent_channels"]
-    mean = _numbers("latents_mean", config.get("latents_mean"), channels, Shift, _Summand)
-    deviation = _numbers("latents_std", config.get("latents_std"), channels, Scale, _Deviation)
+    mean = _numbers("latents_mean", config.get("latents_mean"), channels, LatentShift, _Summand)
+    deviation = _numbers("latents_std", config.get("latents_std"), channels, LatentScale, _Deviation)
     shift = config.get("shift_factor") or 0.0
     if mean is None and deviation is None:
         return factor, shift

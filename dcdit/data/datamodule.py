@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from dcdit.checks import Count, Digest, Natural, Positive, Seed, Workers, checked, conform
 from dcdit.data.builtin import build_source
 from dcdit.data.decoder import network_latents
-from dcdit.data.latents import Scale, format_numbers
+from dcdit.data.latents import LatentScale, format_numbers
 from dcdit.data.manifest import MANIFEST_NAME, Manifest
 from dcdit.data.order import Position, Readers, micro_batch
 from dcdit.data.splits import Validation, match_validation
@@ -81,7 +81,7 @@ class LatentDataModule(pl.LightningDataModule):
         seed: Seed,
         source: Mapping[str, Any] | None,
         autoencoder: str | None,
-        scale: Scale | None,
+        scale: LatentScale | None,
         corrupt_limit: Natural,
         cache: str | None,
         cache_gb: Positive,

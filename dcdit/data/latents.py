@@ -23,8 +23,8 @@ Rounding = Literal["round", "truncate"]
 _NOT_EMPTY = NotEmpty("give one number for all, or one for each channel")
 _T = TypeVar("_T")
 _Elements = tuple[tuple[tuple[_T, ...], ...], ...]
-Scale = Positive | Annotated[tuple[Positive, ...], _NOT_EMPTY] | Annotated[_Elements[Positive], _NOT_EMPTY]
-Shift = Number | Annotated[tuple[Number, ...], _NOT_EMPTY] | Annotated[_Elements[Number], _NOT_EMPTY]
+LatentScale = Positive | Annotated[tuple[Positive, ...], _NOT_EMPTY] | Annotated[_Elements[Positive], _NOT_EMPTY]
+LatentShift = Number | Annotated[tuple[Number, ...], _NOT_EMPTY] | Annotated[_Elements[Number], _NOT_EMPTY]
 """One number, one for each channel, or one for each element (C, H, W)."""
 
 Normalise = Literal["autoencoder", "channel", "element"]
@@ -75,7 +75,7 @@ class LatentStatistics:
         return ""
 
 
-def numbers_of(values: Scale | Shift) -> Iterator[float]:
+def numbers_of(values: LatentScale | LatentShift) -> Iterator[float]:
     """Yield every number of ``values``, in the order of channels, rows and columns."""
     if isinstance(values, tuple):
         for part in values:
@@ -84,12 +84,12 @@ def numbers_of(values: Scale | Shift) -> Iterator[float]:
         yield values
 
 
-def by_channel(values: Scale | Shift, channels: int) -> tuple[Any, ...]:
+def by_channel(values: LatentScale | LatentShift, channels: int) -> tuple[Any, ...]:
     """Scale or shift with one entry per channel: a number, or the (H, W) numbers of its elements."""
     return values if isinstance(values, tuple) else (values,) * channels
 
 
-def format_numbers(values: Scale | Shift) -> str:
+def format_numbers(values: LatentScale | LatentShift) -> str:
     """One number as it is; several as their range and count."""
     if not isinstance(values, tuple):
         return f"{values:g}"
@@ -99,7 +99,7 @@ def format_numbers(values: Scale | Shift) -> str:
 
 
 @cache
-def _tensor(values: Scale | Shift, device: "torch.device") -> "Tensor":
+def _tensor(values: LatentScale | LatentShift, device: "torch.device") -> "Tensor":
     import torch
 
     with torch.inference_mode(False):
@@ -107,12 +107,12 @@ def _tensor(values: Scale | Shift, device: "torch.device") -> "Tensor":
     return tensor[:, None, None] if tensor.ndim == 1 else tensor
 
 
-def _broadcast(latents: "Tensor", values: Scale | Shift) -> "Tensor | float":
+def _broadcast(latents: "Tensor", values: LatentScale | LatentShift) -> "Tensor | float":
     """``values`` as a factor or summand of ``latents`` (B, C, H, W)."""
     return _tensor(values, latents.device) if isinstance(values, tuple) else values
 
 
-def check_numbers(name: str, values: Scale | Shift, shape: tuple[int, int, int]) -> None:
+def check_numbers(name: str, values: LatentScale | LatentShift, shape: tuple[int, int, int]) -> None:
     """Raise :class:`UserError` unless ``values`` are one number, one for each channel, or one for each element."""
     if not isinstance(values, tuple):
         return
@@ -144,8 +144,8 @@ class LatentSpec:
 
     shape: tuple[Size, Size, Size]
     autoencoder: Name
-    scale: Scale
-    shift: Shift
+    scale: LatentScale
+    shift: LatentShift
     classes: Annotated[tuple[Name, ...], NotEmpty("name at least one class")]
     fingerprint: Fingerprint | None = None
 

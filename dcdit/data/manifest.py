@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from dcdit.checks import Count, Digest, Matches, Name, NotEmpty, Size, call_checked, shown
-from dcdit.data.latents import Fingerprint, LatentSpec, LatentStatistics, Normalise, Scale, Shift, format_numbers
+from dcdit.data.latents import (
+    Fingerprint,
+    LatentScale,
+    LatentShift,
+    LatentSpec,
+    LatentStatistics,
+    Normalise,
+    format_numbers,
+)
 from dcdit.errors import UserError
 from dcdit.runtime.files import content_digest, read_json, write_json
 
@@ -68,8 +76,8 @@ class Manifest:
     representation: Representation
     hflip: bool
     autoencoder: Name
-    scale: Scale
-    shift: Shift
+    scale: LatentScale
+    shift: LatentShift
     classes: Annotated[tuple[Name, ...], NotEmpty("name the classes")]
     shards: Annotated[tuple[Shard, ...], NotEmpty("name the shards")]
     statistics: LatentStatistics

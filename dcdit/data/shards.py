@@ -21,7 +21,7 @@ import numpy as np
 import webdataset as wds
 from numpy.typing import NDArray
 
-from dcdit.data.latents import IDENTITY, Scale, Shift
+from dcdit.data.latents import IDENTITY, LatentScale, LatentShift
 from dcdit.data.manifest import SAMPLE, Dtype, Manifest, Representation, Shard
 from dcdit.data.statistics import StoredArray, Sums, Tally
 from dcdit.runtime.files import file_digest, open_regular, replacing
@@ -238,8 +238,8 @@ def write_shards(
     classes: tuple[str, ...],
     samples_per_shard: int,
     autoencoder: str = IDENTITY,
-    scale: Scale = 1.0,
-    shift: Shift = 0.0,
+    scale: LatentScale = 1.0,
+    shift: LatentShift = 0.0,
     representation: Representation = SAMPLE,
 ) -> Manifest:
     """Write arrays that fit in memory as shards with a manifest.

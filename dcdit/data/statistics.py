@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcdit.checks import Bounds, Natural
-from dcdit.data.latents import LatentStatistics, Scale, Shift
+from dcdit.data.latents import LatentScale, LatentShift, LatentStatistics
 from dcdit.data.manifest import MOMENTS, Representation
 from dcdit.errors import UserError
 
@@ -64,8 +64,8 @@ class Sums:
         mean, deviation = self.by_channel(channels).mean_and_deviation
         return LatentStatistics(tuple(mean.tolist()), tuple(deviation.tolist()))
 
-    def normalisation(self, shape: tuple[int, int, int]) -> tuple[Scale, Shift]:
-        """Scale and shift that give each channel, or element, mean 0 and deviation 1; of a constant one, scale 1.
+    def normalisation(self, shape: tuple[int, int, int]) -> tuple[LatentScale, LatentShift]:
+        """LatentScale and shift that give each channel, or element, mean 0 and deviation 1; of a constant one, scale 1.
 
         Args:
             shape: (C, H, W).
@@ -75,7 +75,7 @@ class Sums:
         return _as_tuples(scale, shape), _as_tuples(shift, shape)
 
 
-def _as_tuples(values: NDArray[np.float64], shape: tuple[int, int, int]) -> Scale:
+def _as_tuples(values: NDArray[np.float64], shape: tuple[int, int, int]) -> LatentScale:
     """Numbers of channels as one tuple, numbers of elements as nested tuples (C, H, W)."""
     if len(values) == shape[0]:
         return tuple(values.tolist())

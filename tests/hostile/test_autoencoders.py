@@ -19,7 +19,7 @@ from dcdit.checkpoints.foreign import reference_state
 from dcdit.checkpoints.load import load_model
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.data.autoencoder import load_autoencoder
-from dcdit.data.autoencoder_folder import KINDS
+from dcdit.data.autoencoder_folder import AUTOENCODER_KINDS
 from dcdit.data.decoder import load_decoder
 from dcdit.data.latents import LatentSpec, numbers_of
 from dcdit.errors import UserError
@@ -168,7 +168,7 @@ def test_a_configuration_of_an_autoencoder_is_understood_or_refused(folders, whi
 
 
 def test_every_key_of_the_classes_that_are_understood_is_known():
-    for name, kind in KINDS.items():
+    for name, kind in AUTOENCODER_KINDS.items():
         assert set(inspect.signature(getattr(diffusers, name)).parameters) <= set(kind.keys)
 
 
