@@ -35,6 +35,7 @@ _SHORT, _NOT_EMPTY = _AtMost(16), NotEmpty("give one value for each stage")
 _Width = Annotated[int, Bounds(1, 8192, hint="it is a number of channels")]
 _Widths = Annotated[list[_Width], _NOT_EMPTY, _SHORT]
 _Small = Annotated[int, Bounds(0, 32, hint="it is a number of layers, or the side of a kernel")]
+_Layers = Annotated[list[_Small], _NOT_EMPTY, _SHORT]
 _Names = Annotated[list[str], _NOT_EMPTY, _SHORT]
 _Scales = Annotated[list[Annotated[list[_Small], _SHORT]], _NOT_EMPTY, _SHORT]
 _Factor = Annotated[float, Bounds(1e-6, 1e6, hint="the network sees latents times it, such as 0.18215")]
@@ -58,12 +59,8 @@ class AutoencoderKind:
     keys: Mapping[str, Any]
 
 
-_NORMALISATION = {
-    "shift_factor": _Summand | None,
-    "latents_mean": Any,
-    "latents_std": Any,
-}  # the last two: see _numbers
-"""Keys of any class that say what a network sees of latents: diffusers stores them at most."""
+_NORMALISATION = {"shift_factor": _Summand | None, **dict.fromkeys(("latents_mean", "latents_std"), Any)}
+"""Keys of any class that say what a network sees of latents: diffusers stores them at most; see :func:`_numbers`."""
 
 _COMMON = {"in_channels": _Width, "latent_channels": _Width, "scaling_factor": _Factor, **_NORMALISATION}
 AUTOENCODER_KINDS = {
@@ -91,10 +88,7 @@ AUTOENCODER_KINDS = {
             "attention_head_dim": _Width,
             **{f"{half}_block_types": str | _Names for half in ("encoder", "decoder")},
             **{f"{half}_block_out_channels": _Widths for half in ("encoder", "decoder")},
-            **{
-                f"{half}_layers_per_block": Annotated[list[_Small], _NOT_EMPTY, _SHORT]
-                for half in ("encoder", "decoder")
-            },
+            **{f"{half}_layers_per_block": _Layers for half in ("encoder", "decoder")},
             **{f"{half}_qkv_multiscales": _Scales for half in ("encoder", "decoder")},
             "upsample_block_type": str,
             "downsample_block_type": str,

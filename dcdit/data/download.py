@@ -60,7 +60,7 @@ def download(url: str, write: Callable[[bytes], object], most: int) -> int:
         for chunk in chunks:
             size += len(chunk)
             if size > most:
-                raise _too_large(url, most)
+                raise _failed(url, f"it is larger than the {most} bytes expected")
             write(chunk)
             remaining()
     if not size:
@@ -70,10 +70,6 @@ def download(url: str, write: Callable[[bytes], object], most: int) -> int:
 
 def _failed(url: str, reason: str, kind: type[OSError] = OSError) -> OSError:
     return kind(f"{without_credentials(url)} cannot be fetched: {reason}")
-
-
-def _too_large(url: str, most: int) -> OSError:
-    return _failed(url, f"it is larger than the {most} bytes expected")
 
 
 def _in_background(url: str, most: int, remaining: Callable[[], float]) -> Generator[bytes, None, None]:
@@ -156,7 +152,7 @@ def _check_answer(url: str, answer: "Response", most: int) -> None:
     if not (length.isascii() and length.isdigit()):
         raise _failed(url, f"the server says that it has {shown(length)} bytes")
     if len(length) > 15 or int(length) > most:
-        raise _too_large(url, most)
+        raise _failed(url, f"it is larger than the {most} bytes expected")
     if encoding != "identity":
         raise _failed(url, f"it comes encoded as {shown(encoding)}")
 
