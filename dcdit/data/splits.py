@@ -15,8 +15,8 @@ class Validation:
     """A validation split as a training split sees it.
 
     Attributes:
-        manifest: its own, with scale and shift of the training split.
-        labels: for each of its own labels, that of the training split.
+        manifest: that of the validation split, with scale and shift of the training split.
+        labels: the label in the training split of each label of the validation split.
         note: a sentence on what differs harmlessly; empty if nothing does.
     """
 

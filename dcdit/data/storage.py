@@ -118,7 +118,7 @@ class Location:
     def fetch(self, shard: Shard, in_use: Collection[Shard] = ()) -> Path:
         """The local file of ``shard``, fetched and checked unless it is there; safe with many processes.
 
-        A file of the right size whose checksum is wrong every time it comes is kept: its samples have their own.
+        A file of the right size whose checksum is wrong at every attempt is kept: its samples have checksums too.
 
         Args:
             shard: entry of the manifest.
@@ -237,7 +237,7 @@ def _is_whole(path: Path, shard: Shard) -> bool:
 
 
 def _cached_name(shard: Shard) -> str:
-    """By content, so that shards written anew under an old name are fetched anew."""
+    """The name of a shard in the cache: its digest, so that shards written anew under an old name are fetched anew."""
     return f"{shard.sha256[:32]}.tar"
 
 
