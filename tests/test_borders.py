@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ import pytest
 import dcdit
 
 PACKAGE = Path(dcdit.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
 
 STOREYS = (
     {"errors"},
@@ -70,17 +75,21 @@ def room(module: str) -> str:
     return module.split(".")[1] if module.startswith("dcdit.") else ""
 
 
-def imports(path: Path) -> list[tuple[str, bool]]:
-    """Modules that a file imports, and whether at its top level."""
+def imports(path: Path, with_types: bool = True) -> list[tuple[str, bool]]:
+    """Modules that a file imports, and whether at its top level; those for annotations alone only ``with_types``."""
     tree = ast.parse(path.read_text())
     top = {id(node) for node in tree.body}
+    if not with_types:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [(alias.name, id(node) in top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"dcdit.{alias.name}" for alias in node.names] if node.module == "dcdit" else [node.module]
-            found += [(name, id(node) in top) for name in names]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [(name if name in MODULES else node.module, id(node) in top) for name in names]
     return found
 
 
@@ -136,20 +145,12 @@ def test_the_test_itself_finds_a_crossing(tmp_path):
 
 
 def test_no_cycles_between_files():
-    """Imports at the top of files, followed to the end, never come back."""
-    modules = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-    graph = {name: {m for m, top in imports(path) if top and m in modules} for name, path in modules.items()}
-    done: set[str] = set()
-
-    def follow(name: str, way: tuple[str, ...]) -> None:
-        assert name not in way, " -> ".join((*way, name))
-        if name not in done:
-            for other in graph[name]:
-                follow(other, (*way, name))
-            done.add(name)
-
-    for name in graph:
-        follow(name, ())
+    """Imports, also those within functions and of a package itself, followed to the end, never come back."""
+    graph = {name: {m for m, _ in imports(path, False) if m in MODULES} - {name} for name, path in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 HEAVY = ("torch", "lightning", "diffusers", "timm", "torchmetrics", "torchvision", "wandb", "matplotlib", "webdataset")

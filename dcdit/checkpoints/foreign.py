@@ -14,10 +14,10 @@ from dcdit.data.latents import IDENTITY, LatentSpec
 from dcdit.diffusion.process import AS_PUBLISHED as AS_PUBLISHED_PROCESS
 from dcdit.diffusion.process import build_process
 from dcdit.errors import UserError
-from dcdit.network import Network, build_network
+from dcdit.network import Network
 from dcdit.network.embeddings import position_table
-from dcdit.network.pretrained import shapes_of
-from dcdit.runtime.devices import without_memory
+from dcdit.network.registry import shapes_of_spec
+from dcdit.runtime.tensors import differing_shapes, shapes_of
 from dcdit.settings.published import AUTOENCODER, LATENT_SCALE, published_scales
 
 _SHOWN = 5
@@ -149,14 +149,9 @@ def describe(
         outputs = spec["channels"] * spec["patch"] ** 2
     if "output.linear.bias" in weights and weights["output.linear.bias"].shape == (outputs,):
         spec["variance"] = False
-    with without_memory():
-        wanted = shapes_of(build_network(spec).state_dict())
-    found = shapes_of(weights)
     faults = [
-        f"{kind.theirs(name)} has shape {list(found.get(name, ())) or 'none'} instead of"
-        f" {list(wanted.get(name, ())) or 'none'}"
-        for name in {**wanted, **found}
-        if found.get(name) != wanted.get(name)
+        f"{kind.theirs(name)} has shape {shape} instead of {expected}"
+        for name, shape, expected in differing_shapes(shapes_of(weights), shapes_of_spec(spec))
     ]
     if faults:
         raise UserError(

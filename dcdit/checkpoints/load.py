@@ -27,11 +27,13 @@ from dcdit.diffusion.process import AS_PUBLISHED as AS_PUBLISHED_PROCESS
 from dcdit.diffusion.process import Process, build_process
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
-from dcdit.network.pretrained import WEIGHTS_FILE, check_shapes, load_whole, read_config, read_tensors, shapes_of
+from dcdit.network.pretrained import WEIGHTS_FILE, read_config
+from dcdit.network.registry import build_without_memory, shapes_of_spec
 from dcdit.runs.resume import STEP_NAME
-from dcdit.runtime.devices import fingerprint, without_memory
+from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.files import read_json
 from dcdit.runtime.processes import say
+from dcdit.runtime.tensors import check_shapes, load_whole, read_tensors, shapes_of
 from dcdit.settings.published import published_scales
 
 _PREFIX = "network."  # of the network's parameters within a checkpoint of ours
@@ -260,8 +262,7 @@ def trained(values: dict[str, Any], path: Path) -> Trained:
         build_process(conform("diffusion", settings.get("diffusion"), dict[str, Any]))
         averages = PowerAverages.of_checkpoint(values, step, path.resolve().parent.parent / FOLDER)
         if averages:
-            with without_memory():
-                wanted = {name: each.shape for name, each in build_network(model).named_parameters()}
+            wanted = shapes_of(dict(build_without_memory(model).named_parameters()))
             for state in averages.tracked.values():
                 check_shapes(shapes_of(state), wanted)
     except KeyError as error:
@@ -279,8 +280,7 @@ def trained(values: dict[str, Any], path: Path) -> Trained:
 
 def check_weights(model: Mapping[str, Any], *states: Mapping[str, Tensor]) -> None:
     """Raise :class:`UserError`, naming the first difference, unless states are those of the network described."""
-    with without_memory():
-        wanted = shapes_of(build_network(model).state_dict())
+    wanted = shapes_of_spec(model)
     for state in states:
         check_shapes(shapes_of(state), wanted)
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from dcdit.checkpoints.settings import Length
 from dcdit.checks import Digest, Natural, conform
 from dcdit.errors import UserError
-from dcdit.network.pretrained import check_shapes, read_tensors, shapes_of
 from dcdit.runtime.files import file_digest, replacing
+from dcdit.runtime.tensors import check_shapes, read_tensors, shapes_of
 
 FOLDER, STATE = "averages", "PowerEMA"
 """Of the snapshots in a run's directory, and of the averages among the callbacks in a checkpoint."""

@@ -11,10 +11,11 @@ import numpy as np
 from dcdit.checks import HUB_ID, Bounds, NotEmpty, Size, conform, reason_of, shown, suggestion
 from dcdit.data.latents import IDENTITY, LatentScale, LatentShift, numbers_of
 from dcdit.errors import UserError
-from dcdit.network.pretrained import CONFIG_FILE, load_whole, read_tensors
+from dcdit.network.pretrained import CONFIG_FILE
 from dcdit.runtime.devices import without_memory
 from dcdit.runtime.files import read_json
 from dcdit.runtime.hub import check_hub_answers
+from dcdit.runtime.tensors import load_whole, read_tensors
 
 _WEIGHTS = "diffusion_pytorch_model"
 

@@ -16,9 +16,9 @@ from torch.nn.parameter import is_lazy
 
 from dcdit.checkpoints.read import read_checkpoint
 from dcdit.errors import NotFiniteError, UserError
-from dcdit.network.pretrained import load_whole, read_tensors
 from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.hub import check_hub_answers, reason
+from dcdit.runtime.tensors import load_whole, read_tensors
 
 _DIGITS = Path(__file__).with_name("digits.safetensors")
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dcdit.errors import UserError
 from dcdit.network.attention import packed_attention
-from dcdit.network.init import InitScheme, xavier_init, zero_init
+from dcdit.network.initialisers import InitScheme, xavier_init, zero_init
 from dcdit.network.packing import Packing
 
 

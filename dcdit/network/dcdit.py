@@ -12,7 +12,7 @@ from dcdit.network.blocks import ConvBlock, DiTBlock, OutputLayer
 from dcdit.network.caching import CachedStep
 from dcdit.network.dechunk import dechunk, straight_through
 from dcdit.network.embeddings import Conditioning, FreqShift, position_table
-from dcdit.network.init import InitScheme, xavier_init, zero_init
+from dcdit.network.initialisers import InitScheme, xavier_init, zero_init
 from dcdit.network.interface import Component, Network, Output
 from dcdit.network.packing import Packing, make_packing, pack
 from dcdit.network.routing import ROUTERS, RouterName, Routing, route

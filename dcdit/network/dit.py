@@ -8,7 +8,7 @@ from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import DiTBlock, OutputLayer
 from dcdit.network.caching import CachedStep
 from dcdit.network.embeddings import Conditioning, FreqShift, position_table
-from dcdit.network.init import xavier_init
+from dcdit.network.initialisers import xavier_init
 from dcdit.network.interface import Component, Network, Output
 from dcdit.network.packing import full_packing
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcdit.network.init import normal_init
+from dcdit.network.initialisers import normal_init
 
 FreqShift = Literal[0, 1]
 """0: frequencies of timesteps fall as 10000^(-i / 128), as published. 1: as 10000^(-i / 127), diffusers' DiT."""

@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dcdit.checks import HUB_ID, Digest, conform
 from dcdit.errors import UserError
-from dcdit.runtime.devices import without_memory
-from dcdit.runtime.files import check_safetensors, content_digest, file_digest, read_json, replacing, write_text
+from dcdit.network.registry import NETWORKS, build_network, build_without_memory
+from dcdit.runtime.files import content_digest, file_digest, read_json, replacing, write_text
 from dcdit.runtime.hub import check_hub_answers
+from dcdit.runtime.tensors import check_shapes, load_whole, read_tensors, shapes_of
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -33,8 +33,6 @@ class Pretrained(ModelHubMixin):
     @property
     def spec(self) -> dict[str, Any]:
         """What :func:`dcdit.network.build_network` makes this network of: its name and the constructor's arguments."""
-        from dcdit.network import NETWORKS
-
         name = next((name for name, kind in NETWORKS.items() if kind is type(self)), None)
         if name is None:
             raise UserError(f"{type(self).__name__} is no network of dcdit.network.NETWORKS: register it there")
@@ -72,8 +70,6 @@ class Pretrained(ModelHubMixin):
         token: str | bool | None,
         **unknown: Any,  # of the mixin's interface: arguments of the constructor, which the folder says itself
     ) -> Self:
-        from dcdit.network import build_network
-
         if unknown:
             raise UserError(f"from_pretrained: {', '.join(unknown)}: the folder says what the network is, leave it out")
         folder = Path(model_id)
@@ -91,8 +87,7 @@ class Pretrained(ModelHubMixin):
                 folder = Path(file).parent
         config = read_config(folder)
         state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
-        with without_memory():  # until it is known that the file holds so much
-            described = build_network(config["network"])
+        described = build_without_memory(config["network"])  # until it is known that the file holds so much
         if not isinstance(described, cls):
             raise UserError(f"{model_id} holds a {described.title}: load it with {type(described).__name__}")
         check_shapes(shapes_of(state), shapes_of(described.state_dict()))
@@ -169,70 +164,3 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not as it was written, its digest differs: {remedy}")
     conform("sha256", config.get("sha256"), Digest)
     return config
-
-
-def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file by name, floating-point ones as float32, whole and finite.
-
-    Args:
-        path: the file.
-        sha256: digest of its content; None if nobody says it.
-
-    Raises:
-        UserError: if the file is missing, damaged or no regular one, or a number in it is complex or not finite.
-    """
-    try:
-        check_safetensors(path)
-        if sha256 is not None and file_digest(path) != sha256:
-            raise ValueError("its digest is not the one in config.json")
-        found = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: the folder lacks its weights") from None
-    except UserError:
-        raise
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged or no safetensors file ({reason}): download or export it again") from error
-    for name, tensor in found.items():
-        if tensor.is_complex():
-            raise UserError(f"{path}: {name} holds complex numbers, which no network here has")
-        if tensor.is_floating_point():
-            found[name] = tensor.float()
-            if not bool(found[name].isfinite().all()):
-                raise UserError(f"{path} is no trained network: {name} is not finite")
-    return found
-
-
-def load_whole(module: nn.Module, state: Mapping[str, Tensor], assign: bool = False) -> None:
-    """Give ``module`` the weights in ``state``: each of its own is found, each of these is used, all are finite.
-
-    Args:
-        module: the network.
-        state: by the module's names.
-        assign: take the tensors themselves, for a module without memory.
-
-    Raises:
-        UserError: naming the first parameter that is missing, unknown, of another shape, or not finite.
-    """
-    own = module.state_dict()
-    check_shapes(shapes_of(state), shapes_of(own))
-    for name, tensor in state.items():
-        if tensor.is_complex() or tensor.is_floating_point() != own[name].is_floating_point():
-            raise UserError(f"parameter {name} has numbers of {tensor.dtype}, the network needs {own[name].dtype}")
-    module.load_state_dict(state, assign=assign)
-    for name, tensor in module.state_dict().items():  # of the module: its type may have a smaller range
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise UserError(f"parameter {name} is not finite")
-
-
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Shapes by name."""
-    return {name: tensor.shape for name, tensor in state.items()}
-
-
-def check_shapes(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:
-    """Raise :class:`UserError`, naming the first difference, unless shapes by name are those ``wanted``."""
-    for name in {**wanted, **found}:
-        if found.get(name) != wanted.get(name):
-            has, needs = (list(each[name]) if name in each else "none" for each in (found, wanted))
-            raise UserError(f"parameter {name} has shape {has}, the network that is described needs {needs}")

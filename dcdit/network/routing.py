@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dcdit.checks import DropFraction, OneOf, conform
 from dcdit.errors import UserError
-from dcdit.network.init import constant_init
+from dcdit.network.initialisers import constant_init
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.process import Process
 from dcdit.errors import UserError
 from dcdit.network import DiT, Network, build_network
-from dcdit.network.pretrained import load_whole
 from dcdit.runtime.devices import fingerprint, without_memory
 from dcdit.runtime.processes import say
+from dcdit.runtime.tensors import load_whole
 from dcdit.training.distillation import Distillation
 from dcdit.training.settings import FromScratch, FromTeacher, FromWeights, InitSettings
 

@@ -69,7 +69,7 @@ HUGE = [{"depth": 60, "width": 6528}, {"grid": 512, "width": 6528}, {"num_classe
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("sizes", [*HUGE, {"width": 65_536, "heads": 64}])
 def test_a_network_that_does_not_fit_is_not_made(monkeypatch, name, sizes):
-    monkeypatch.setattr("dcdit.network.free_memory", lambda: 4 << 30)
+    monkeypatch.setattr("dcdit.network.registry.free_memory", lambda: 4 << 30)
     with pytest.raises(UserError, match=r"^model: .* has [\d,]+M parameters and takes [\d,.]+ GB, 4\.3 GB are free"):
         build_network({"name": name, **SMALL, **sizes})
 
@@ -86,7 +86,7 @@ def test_no_number_is_endless(name, key):
 def test_a_checkpoint_of_a_network_larger_than_its_file_is_refused(trained_run, monkeypatch, sizes):
     last = trained_run / "checkpoints" / "last.ckpt"
     rewrite(last, lambda values: values["hyper_parameters"]["model"].update(sizes))
-    monkeypatch.setattr("dcdit.network.free_memory", lambda: 0)  # nothing is made
+    monkeypatch.setattr("dcdit.network.registry.free_memory", lambda: 0)  # nothing is made
     with pytest.raises(UserError, match=r"the network that is described needs|does not divide|is not"):
         load_model(last)
 
@@ -97,7 +97,7 @@ def test_a_folder_of_a_network_larger_than_its_file_is_refused(tmp_path, monkeyp
     config = json.loads((tmp_path / "config.json").read_text())
     config["network"]["depth"] = 50
     sign(tmp_path / "config.json", **config)
-    monkeypatch.setattr("dcdit.network.free_memory", lambda: 0)
+    monkeypatch.setattr("dcdit.network.registry.free_memory", lambda: 0)
     with pytest.raises(UserError, match=r"parameter blocks\.1\..* has shape none"):
         DiT.from_pretrained(str(tmp_path))
 

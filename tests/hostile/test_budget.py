@@ -26,9 +26,9 @@ from dcdit.errors import UserError
 from dcdit.evaluation.features import read_weights as read_feature_weights
 from dcdit.evaluation.images import NpzArchive
 from dcdit.evaluation.statistics import Statistics
-from dcdit.network.pretrained import read_tensors
 from dcdit.runtime import limits
 from dcdit.runtime.files import file_digest, read_json
+from dcdit.runtime.tensors import read_tensors
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from dcdit.checkpoints.power_ema import STATE, decay, exponent, snapshot_name, s
 from dcdit.checkpoints.settings import Length
 from dcdit.checks import Bounds, Count, checked
 from dcdit.errors import UserError
-from dcdit.network.pretrained import check_shapes, shapes_of
+from dcdit.runtime.tensors import check_shapes, shapes_of
 
 
 @checked

@@ -1,0 +1,90 @@
+"""Named tensors: read from safetensors files, compared by shape, and loaded into modules."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dcdit.checks import reason_of
+from dcdit.errors import UserError
+from dcdit.runtime.files import check_safetensors, file_digest
+
+
+def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read the tensors of a ``.safetensors`` file by name; floating-point ones become float32.
+
+    Args:
+        path: the file.
+        sha256: digest that its content must have; None accepts any.
+
+    Raises:
+        UserError: if the file is missing, damaged or not a regular file, or holds complex or non-finite numbers.
+    """
+    try:
+        check_safetensors(path)
+        if sha256 is not None and file_digest(path) != sha256:
+            raise ValueError("its digest is not the one in config.json")
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: the folder lacks its weights") from None
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged or no safetensors file ({reason_of(error)}): download or export it again"
+        ) from error
+    for name, tensor in tensors.items():
+        if tensor.is_complex():
+            raise UserError(f"{path}: {name} holds complex numbers, which no network here has")
+        if tensor.is_floating_point():
+            tensors[name] = tensor.float()
+            if not bool(tensors[name].isfinite().all()):
+                raise UserError(f"{path} is no trained network: {name} is not finite")
+    return tensors
+
+
+def load_whole(module: nn.Module, state: Mapping[str, Tensor], assign: bool = False) -> None:
+    """Load ``state`` into ``module``: names, shapes and kinds of numbers must agree, and all numbers be finite.
+
+    Args:
+        module: the network.
+        state: parameters and buffers by the module's names.
+        assign: take over the tensors themselves, for a module that was built without memory.
+
+    Raises:
+        UserError: naming the first parameter that is missing, unknown, of another shape, or not finite.
+    """
+    own = module.state_dict()
+    check_shapes(shapes_of(state), shapes_of(own))
+    for name, tensor in state.items():
+        if tensor.is_complex() or tensor.is_floating_point() != own[name].is_floating_point():
+            raise UserError(f"parameter {name} has numbers of {tensor.dtype}, the network needs {own[name].dtype}")
+    module.load_state_dict(state, assign=assign)
+    for name, tensor in module.state_dict().items():  # of the module: its type may have a smaller range
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"parameter {name} is not finite")
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the shape of each tensor in ``state``, by name."""
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def differing_shapes(
+    shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]
+) -> list[tuple[str, str, str]]:
+    """Name, shape and expected shape of each tensor whose two shapes differ; a missing shape is ``none``."""
+    return [
+        (name, *(str(list(table[name])) if name in table else "none" for table in (shapes, expected)))
+        for name in {**expected, **shapes}
+        if shapes.get(name) != expected.get(name)
+    ]
+
+
+def check_shapes(shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
+    """Raise :class:`UserError` with the first difference unless ``shapes``, by name, are the ``expected`` ones."""
+    for name, shape, expected_shape in differing_shapes(shapes, expected):
+        raise UserError(f"parameter {name} has shape {shape}, the network that is described needs {expected_shape}")
