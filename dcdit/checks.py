@@ -1,4 +1,4 @@
-"""What a value may be: one mechanism for configurations, constructors and library calls.
+"""Check values against annotations: one mechanism for configurations, constructors and library calls.
 
 A range is part of the annotation, ``steps: Annotated[int, Bounds(low=1)]``, and :func:`checked` lets a class check its
 arguments against its annotations. Every failure is a :class:`dcdit.errors.UserError` that names value and remedy.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, is_dataclass
 from functools import cache, wraps
 from itertools import islice
 from types import MappingProxyType, NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from dcdit.errors import UserError
 
@@ -24,12 +24,12 @@ Class = TypeVar("Class", bound=type)
 
 @dataclass(frozen=True)
 class Bounds:
-    """A range of numbers.
+    """An annotation: the number lies in a range.
 
     Attributes:
-        low, high: its ends; None where there is none.
-        open_low, open_high: whether the end itself is left out.
-        hint: what the number means, or what to take instead.
+        low, high: the ends of the range; None where it has no end.
+        open_low, open_high: whether the end itself is excluded.
+        hint: what the number means, or what to take instead; messages end with it.
     """
 
     low: float | None = None
@@ -43,12 +43,12 @@ class Bounds:
         above = self.low is None or value > self.low or (value == self.low and not self.open_low)
         below = self.high is None or value < self.high or (value == self.high and not self.open_high)
         if not (above and below):
-            fault = self._fault(below and self.high is not None and self.high >= 10**7)
-            raise UserError(f"{name}={shown(value)} {fault}" + (f": {self.hint}" if self.hint else ""))
+            reason = self._reason(below and self.high is not None and self.high >= 10**7)
+            raise UserError(f"{name}={shown(value)} {reason}" + (f": {self.hint}" if self.hint else ""))
 
-    def _fault(self, plainly: bool) -> str:
-        """What is wrong; ``plainly`` where nobody cares for the upper end."""
-        if self.low is not None and self.high is not None and not plainly:
+    def _reason(self, omit_high: bool) -> str:
+        """Say why a value is refused; ``omit_high`` leaves out an upper end that is no practical limit."""
+        if self.low is not None and self.high is not None and not omit_high:
             brackets = "(["[not self.open_low], ")]"[not self.open_high]
             return f"is outside {brackets[0]}{shown(self.low)}, {shown(self.high)}{brackets[1]}"
         if self.low is None:
@@ -62,15 +62,15 @@ class Bounds:
 
 @dataclass(frozen=True)
 class NotEmpty:
-    """A list that asks for something.
+    """An annotation: the list has elements.
 
     Attributes:
-        hint: what to give.
+        hint: what to give instead of an empty list.
     """
 
     hint: str
 
-    def check(self, name: str, value: Sequence[Any]) -> None:
+    def check(self, name: str, value: Sequence[object]) -> None:
         """Raise :class:`UserError` if ``value`` has no elements."""
         if not len(value):
             raise UserError(f"{name}=[] asks for nothing: {self.hint}")
@@ -78,13 +78,13 @@ class NotEmpty:
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """A name in a table, which may grow.
+    """An annotation: the text is a name in a table; names may be added to the table later.
 
     Attributes:
         table: the allowed names.
     """
 
-    table: Mapping[str, Any]
+    table: Mapping[str, object]
 
     def check(self, name: str, value: str) -> None:
         """Raise :class:`UserError` unless ``value`` is in the table."""
@@ -94,18 +94,18 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Matches:
-    """A text of a certain form.
+    """An annotation: the text matches a pattern.
 
     Attributes:
-        pattern: regular expression for the whole of it.
-        hint: the form in words.
+        pattern: regular expression for the whole text.
+        hint: a description of the pattern.
     """
 
     pattern: str
     hint: str
 
     def check(self, name: str, value: str) -> None:
-        """Raise :class:`UserError` unless all of ``value`` has the form."""
+        """Raise :class:`UserError` unless all of ``value`` matches the pattern."""
         if not re.fullmatch(self.pattern, value):
             raise UserError(f"{name}={shown(value)} is not {self.hint}")
 
@@ -126,7 +126,7 @@ Workers = Annotated[int, Bounds(0, 128, hint="it is a number of reading processe
 Positive = Annotated[float, Bounds(0, 1e38, open_low=True)]
 NonNegative = Annotated[float, Bounds(0, 1e38)]
 Number = Annotated[float, Bounds(-1e38, 1e38)]
-"""Any that float32 holds."""
+"""A number that float32 can hold."""
 DropFraction = Annotated[
     float,
     Bounds(0, 1, open_high=True, hint="it is the share of kept tokens to drop, 0 keeps all of them, 0.9 a tenth"),
@@ -142,22 +142,22 @@ TimeFraction = Annotated[float, Bounds(0, 1, open_low=True, hint="0.1 is a tenth
 
 
 LONGEST_SHOWN = 240
-"""Characters of a value that a message shows at most."""
+"""Maximum number of characters of a value in a message."""
 
 
 class _Brief(reprlib.Repr):
-    """``repr`` in bounded time and length, whatever a stranger's file nests or shares."""
+    """``repr`` in bounded time and length, however deep a file's values are nested or shared."""
 
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxstring, self.maxother, self.maxlong = 4, LONGEST_SHOWN, LONGEST_SHOWN, 60
         self.maxlist = self.maxtuple = self.maxdict = self.maxset = 16
 
-    def repr_dict(self, x: Mapping[Any, Any], level: int) -> str:
+    def repr_dict(self, x: Mapping[object, object], level: int) -> str:
         if level <= 0:
             return "{...}"
-        some = [f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}" for key in islice(x, self.maxdict)]
-        return "{" + ", ".join(some + ["..."] * (len(x) > self.maxdict)) + "}"
+        items = [f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}" for key in islice(x, self.maxdict)]
+        return "{" + ", ".join(items + ["..."] * (len(x) > self.maxdict)) + "}"
 
     repr_OrderedDict = repr_dict  # noqa: N815 (reprlib's spelling)
 
@@ -168,8 +168,8 @@ class _Brief(reprlib.Repr):
 _brief = _Brief()
 
 
-def shown(value: Any) -> str:
-    """A value as a user would write it, on one line of bounded length: numbers plainly, text in quotes."""
+def shown(value: object) -> str:
+    """Format a value as a user would write it, on one line of at most 240 characters; text is in quotes."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e16:
         return str(int(value))
     if value is None or isinstance(value, bool):
@@ -179,36 +179,44 @@ def shown(value: Any) -> str:
 
 
 def visible(text: str) -> str:
-    """``text`` as a terminal may print it: what would steer the terminal, or is no character, is written as an escape.
+    """Escape in ``text`` what could steer a terminal, so that it can be printed on one line.
 
-    Control characters (escape sequences among them), marks that turn the direction of writing, and lone surrogates;
-    line ends and tabs too, so that a name stays on its line.
+    Escaped are control characters, line ends and tabs among them, marks that turn the direction of writing, and lone
+    surrogates.
     """
     return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what a library says, or the kind of its error, as a message may quote it."""
+    """The first line of an error's message, or the name of its class if it has none, for use in our messages."""
     return visible((str(error).splitlines() or [type(error).__name__])[0][:LONGEST_SHOWN])
 
 
 _STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def conform(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as an instance of the annotation ``hint``: type, choices and ranges.
+@overload
+def conform(name: str, value: object, hint: type[T]) -> T: ...
 
-    Whole numbers are taken where numbers are wanted, and text that reads as a number (from environment variables);
-    nothing else is converted.
+
+@overload
+def conform(name: str, value: object, hint: object) -> Any: ...
+
+
+def conform(name: str, value: Any, hint: Any) -> Any:
+    """Check ``value`` against the annotation ``hint``: its type, choices and range; returns it converted.
+
+    Whole numbers become floats where floats are expected, and text that reads as a number (from environment variables)
+    becomes one; nothing else is converted.
 
     Args:
-        name: of the value, for messages.
-        value: plain, or an object where the annotation is a class; a dataclass is made of its fields in a mapping.
+        name: name of the value, for messages.
+        value: a plain value, or an object where the annotation is a class; a mapping of its fields becomes a dataclass.
         hint: an annotation: plain types, unions, lists, tuples, mappings, ``Literal``, ``Annotated`` with
             :class:`Bounds`, :class:`NotEmpty`, :class:`OneOf` or :class:`Matches`, classes.
 
     Raises:
-        UserError: naming value and remedy.
+        UserError: naming the value and the remedy.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -232,7 +240,7 @@ def conform(name: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{name}={shown(value)} is no section: set its keys, such as {name}.key=value")
         element = arguments[1] if arguments else Any
-        return {str(key): conform(f"{name}.{key}", each, element) for key, each in value.items()}
+        return {str(key): conform(f"{name}.{key}", part, element) for key, part in value.items()}
     if hint in _PLAIN:
         return _PLAIN[hint](name, value)
     kind = origin or hint
@@ -243,13 +251,13 @@ def conform(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def _one_of(name: str, value: Any, hints: Sequence[Any]) -> Any:
+def _one_of(name: str, value: object, hints: Sequence[Any]) -> Any:
     if value is None and NoneType in hints:
         return None
     others = [hint for hint in hints if hint is not NoneType]
     if isinstance(value, str) and {int, str} <= set(others) and not is_plain_whole(value):
-        return value  # a name such as 1_000 or 007 is none of a number
-    others.sort(key=lambda hint: _depth(hint) == _depth_of(value))  # what is wrong is told by what is most alike
+        return value  # 1_000 and 007 are names
+    others.sort(key=lambda hint: _depth(hint) == _depth_of(value))  # the last one tries, and its message counts
     for number, hint in enumerate(others, 1):
         try:
             return conform(name, value, hint)
@@ -260,22 +268,23 @@ def _one_of(name: str, value: Any, hints: Sequence[Any]) -> Any:
 
 
 def is_plain_whole(text: str) -> bool:
-    """Whether ``text`` is a whole number written as Python writes it: not 007, 1_000 or 1e5."""
+    """Return whether ``text`` is a whole number as Python writes it: not 007, 1_000 or 1e5."""
     return bool(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text))
 
 
 def _depth(hint: Any) -> int:
-    """How many lists within one another an annotation asks for."""
+    """Depth of nested lists that an annotation asks for."""
     if get_origin(hint) is Annotated:
         return _depth(get_args(hint)[0])
     return 1 + _depth(get_args(hint)[0]) if get_origin(hint) in (list, tuple, Sequence) and get_args(hint) else 0
 
 
-def _depth_of(value: Any) -> int:
+def _depth_of(value: object) -> int:
+    """Depth of nested lists in a value, by their first elements."""
     return (1 + _depth_of(value[0]) if value else 1) if isinstance(value, list | tuple) else 0
 
 
-def _sequence(name: str, value: Any, origin: Any, hints: tuple[Any, ...]) -> Any:
+def _sequence(name: str, value: object, origin: Any, hints: tuple[Any, ...]) -> Any:
     if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
         raise UserError(f"{name}={shown(value)}: a list is needed, such as {name}=[{shown(value)}]")
     element = hints[0] if hints else Any
@@ -283,17 +292,17 @@ def _sequence(name: str, value: Any, origin: Any, hints: tuple[Any, ...]) -> Any
     if fixed and len(value) != len(hints):
         raise UserError(f"{name}={shown(list(value))} has {len(value)} elements, {len(hints)} are needed")
     kinds = hints if fixed else [element] * len(value)
-    found = [conform(name, each, kind) for each, kind in zip(value, kinds, strict=True)]
-    return tuple(found) if origin is tuple else found
+    elements = [conform(name, part, kind) for part, kind in zip(value, kinds, strict=True)]
+    return tuple(elements) if origin is tuple else elements
 
 
-def _flag(name: str, value: Any) -> bool:
+def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{name}={shown(value)} is neither true nor false")
     return value
 
 
-def _refuse_list(name: str, value: Any) -> None:
+def _refuse_list(name: str, value: object) -> None:
     if isinstance(value, list | tuple):
         raise UserError(f"{name}={shown(list(value))} is a list: one value is wanted here")
 
@@ -311,7 +320,7 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def _whole(name: str, value: Any) -> int:
+def _whole(name: str, value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     try:
@@ -323,7 +332,7 @@ def _whole(name: str, value: Any) -> int:
     return int(number)
 
 
-def _text(name: str, value: Any) -> str:
+def _text(name: str, value: object) -> str:
     if isinstance(value, str):
         if "\0" in value:
             raise UserError(f"{name}={shown(value)} holds a null byte, which no path and no name may hold")
@@ -339,7 +348,7 @@ _PLAIN: dict[Any, Callable[[str, Any], Any]] = {bool: _flag, int: _whole, float:
 
 @cache
 def annotations(target: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of the parameters of a function, or of a class's constructor, by name."""
+    """Annotations of the parameters of a function, or of a class's constructor, by name."""
     constructor = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)
     hints = get_type_hints(constructor, include_extras=True)
     names = [name for name in inspect.signature(constructor).parameters if name != "self"]
@@ -347,7 +356,7 @@ def annotations(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def checked(cls: Class) -> Class:
-    """Class decorator: the constructor's arguments are checked against their annotations, see :func:`conform`."""
+    """Class decorator: check the constructor's arguments against their annotations, as :func:`conform` does."""
     constructor: Callable[..., None] = cls.__init__  # type: ignore[misc]
     signature = inspect.signature(constructor)
 
@@ -365,58 +374,58 @@ def checked(cls: Class) -> Class:
 
 
 MISSING = "???"
-"""Hydra's mark of a value that must be given."""
+"""Hydra's mark of a value that the user must give."""
 
 
 def suggestion(key: str, known: Iterable[str]) -> str:
-    """A remedy for the unknown ``key``: the most similar known key, else all of them."""
+    """Name the known key that is most similar to the unknown ``key``, else all known keys."""
     known = sorted(known)
     close = difflib.get_close_matches(key, known, n=1)
     return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
 
 
 def call_checked(
-    target: Callable[..., T], values: Any, prefix: str, built: Mapping[str, Any] = MappingProxyType({})
+    target: Callable[..., T], values: object, prefix: str, built: Mapping[str, object] = MappingProxyType({})
 ) -> T:
     """Call ``target`` with ``values`` after checking names, types and ranges against its signature.
 
     Args:
-        target: a class or function whose parameters are annotated, see :func:`dcdit.checks.conform`.
-        values: its keyword arguments, as plain values.
-        prefix: the section's place in the configuration, for the messages; empty for the top level.
-        built: further arguments that are objects already.
+        target: a class or function whose parameters are annotated, see :func:`conform`.
+        values: keyword arguments, as plain values.
+        prefix: the section's key in the configuration, for messages; empty for the top level.
+        built: further arguments that are objects already, and not checked.
 
     Raises:
         UserError: naming the key, the value and the remedy.
     """
-    place = f"{prefix}." if prefix else ""
+    dotted = f"{prefix}." if prefix else ""
     hints = {name: hint for name, hint in annotations(target).items() if name not in built}
     parameters = inspect.signature(target).parameters
     if not isinstance(values, Mapping):
-        some = ", ".join(f"{place}{name}=..." for name in list(hints)[:3])
-        raise UserError(f"{prefix}={shown(values)}: {prefix} is a section, set its keys: {some}")
+        examples = ", ".join(f"{dotted}{name}=..." for name in list(hints)[:3])
+        raise UserError(f"{prefix}={shown(values)}: {prefix} is a section, set its keys: {examples}")
     given = {}
     for key, value in values.items():
         if key not in hints:
-            raise UserError(f"{place}{key}={shown(value)}: there is no such key, {suggestion(str(key), hints)}")
+            raise UserError(f"{dotted}{key}={shown(value)}: there is no such key, {suggestion(str(key), hints)}")
         if not (isinstance(value, str) and value == MISSING):
-            given[str(key)] = conform(f"{place}{key}", value, hints[key])
+            given[str(key)] = conform(f"{dotted}{key}", value, hints[key])
     for name in hints:
         if name not in given and parameters[name].default is inspect.Parameter.empty:
-            raise UserError(f"{place}{name} is not set: give {place}{name}=...")
+            raise UserError(f"{dotted}{name} is not set: give {dotted}{name}=...")
     try:
         return target(**given, **built)
     except UserError as error:
-        raise UserError(f"{place}{error}") from None  # constructors begin their messages with the argument's name
+        raise UserError(f"{dotted}{error}") from None  # constructors begin their messages with the argument's name
 
 
-def build_named(table: Mapping[str, Callable[..., T]], values: Any, prefix: str) -> T:
-    """Construct what ``values`` describes: ``name``, one of ``table``, and the arguments of what stands there.
+def build_named(table: Mapping[str, Callable[..., T]], values: object, prefix: str) -> T:
+    """Call the entry of ``table`` that ``values`` names with the other values, checked as :func:`call_checked` does.
 
     Args:
-        table: the allowed names; nothing else is ever constructed from a configuration or a checkpoint.
-        values: plain values.
-        prefix: the section's place in the configuration, for the messages.
+        table: classes or functions by name; nothing else is ever built from a configuration or a checkpoint.
+        values: ``name`` and the arguments, as plain values.
+        prefix: the section's key in the configuration, for messages.
 
     Raises:
         UserError: if the name is not in the table, or an argument is unknown, of the wrong type or out of range.
@@ -434,7 +443,7 @@ _CREDENTIALS = re.compile(r"(://)[^/@\s]*:[^/@\s]*@")
 
 
 def without_credentials(text: str) -> str:
-    """``text`` with the user and password of URLs in it left out."""
+    """Replace the user and password of each URL in ``text`` by ``...``."""
     return _CREDENTIALS.sub(r"\1...@", text)
 
 

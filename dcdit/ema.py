@@ -20,13 +20,13 @@ from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 @checked
 @dataclass(frozen=True)
 class EMASettings:
-    """What to put together: the keys of ``configs/ema.yaml``.
+    """Configuration of averages: the keys of ``configs/ema.yaml``.
 
     Attributes:
         checkpoint: a run, or one of its checkpoints.
-        length: of the averages, relative to the length of training.
-        out: folder that gets a folder for each; None takes ``ema`` in the run's directory.
-        dtype: of the numbers in the files.
+        length: length of each average, relative to the length of training.
+        out: folder that gets a folder for each average; None takes ``ema`` in the run's directory.
+        dtype: type of the numbers in the files.
     """
 
     checkpoint: str
@@ -36,19 +36,19 @@ class EMASettings:
 
     @property
     def lengths(self) -> list[float]:
-        """All that are asked for."""
+        """The lengths as a list, also where one number was given."""
         return self.length if isinstance(self.length, list) else [self.length]
 
 
 def check(config: DictConfig) -> EMASettings:
-    """What ``config`` asks for; UserError if a value is wrong, before anything is loaded."""
+    """Check ``config`` before anything is loaded; UserError if a value is wrong."""
     values = plain(config)
     del values["paths"]
     return call_checked(EMASettings, values, "")
 
 
 def run(config: DictConfig) -> list[Path]:
-    """Put together what ``config`` asks for; returns the folders."""
+    """Combine averages as ``config`` says and export each; returns the folders."""
     settings = check(config)
     from dcdit.checkpoints.locate import locate
 
@@ -70,7 +70,7 @@ def run(config: DictConfig) -> list[Path]:
 
 @hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="ema")
 def main(config: DictConfig) -> None:
-    """Hydra entry point."""
+    """Run the command on the configuration that Hydra composed."""
     hold(run, config)
 
 

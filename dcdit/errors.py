@@ -1,4 +1,4 @@
-"""The error classes that end a command in one message instead of a traceback."""
+"""Errors that end a command with one message instead of a traceback."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,20 +7,20 @@ from contextlib import contextmanager
 class UserError(ValueError):
     """A mistake in the configuration, the data or the call.
 
-    The message names the offending key, its value and the remedy (that of a constructor begins ``argument=value``); the
-    command-line entry points print it alone, without a traceback, and exit with status 2.
+    The message names the key, its value and the remedy; a constructor's message begins with ``argument=value``.
+    Commands print the message alone, without a traceback, and exit with status 2.
     """
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on, through no mistake of anyone; the message says what is saved and what to try."""
+    """Training cannot go on, and nobody made a mistake; the message says what is saved and what to try."""
 
 
 class NotFiniteError(UserError):
-    """What was computed of an image is not finite.
+    """A number computed from an image is not finite.
 
     Attributes:
-        row: which image of the batch.
+        row: the image's index in its batch.
     """
 
     def __init__(self, message: str, row: int) -> None:
@@ -30,11 +30,11 @@ class NotFiniteError(UserError):
 
 @contextmanager
 def naming(what: str, numbers: Sequence[int]) -> Iterator[None]:
-    """Make of a :class:`NotFiniteError` a :class:`UserError` that names the image: ``sample 17``.
+    """Replace a :class:`NotFiniteError` by a :class:`UserError` that names the image, such as ``sample 17``.
 
     Args:
-        what: the images are called.
-        numbers: of those of the batch.
+        what: what the message calls an image.
+        numbers: the numbers of the images of the batch.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Hand a trained network on: ``python -m dcdit.export checkpoint=runs/b_n4 out=exported/b_n4``.
+"""Export a trained network: ``python -m dcdit.export checkpoint=runs/b_n4 out=exported/b_n4``.
 
 Writes a folder with ``model.safetensors``, ``config.json`` and a model card, which ``DCDiT.from_pretrained`` and every
 command of dcdit load, and which ``push=<owner>/<repository>`` uploads to the Hugging Face hub. With
@@ -21,17 +21,17 @@ from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 @checked
 @dataclass(frozen=True)
 class ExportSettings:
-    """What to export: the keys of ``configs/export.yaml``.
+    """Configuration of an export: the keys of ``configs/export.yaml``.
 
     Attributes:
-        checkpoint: what names the weights, see :func:`dcdit.checkpoints.locate.locate`.
-        assume: what it cannot say.
+        checkpoint: name of the weights, see :func:`dcdit.checkpoints.locate.locate`.
+        assume: what the user says about a file of another program.
         weights: EMA weights, raw ones, or an average of another length, see :data:`WeightsKind`.
-        out: folder, or file of ``format=reference``.
-        format: ours, or that of the authors' implementation.
-        dtype: of the numbers in ``model.safetensors``.
-        license, note: for the model card.
-        push: repository on the hub that receives the folder; None for none.
+        out: folder to write, or file with ``format=reference``.
+        format: dcdit's, or that of the authors' implementation.
+        dtype: type of the numbers in ``model.safetensors``.
+        license, note: contents of the model card.
+        push: repository of the hub that the folder is uploaded to; None uploads nothing.
         private: whether a new repository is private.
     """
 
@@ -53,14 +53,14 @@ class ExportSettings:
 
 
 def check(config: DictConfig) -> ExportSettings:
-    """What ``config`` asks for; UserError if a value is wrong, before anything is loaded."""
+    """Check ``config`` before anything is loaded; UserError if a value is wrong."""
     values = plain(config)
     del values["paths"]
     return call_checked(ExportSettings, values, "")
 
 
 def run(config: DictConfig) -> Path:
-    """Export what ``config`` asks for; returns the folder or file."""
+    """Export a network as ``config`` says; returns the folder or file."""
     settings = check(config)
     from dcdit.checkpoints.locate import locate
 
@@ -86,7 +86,7 @@ def run(config: DictConfig) -> Path:
 
 @hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="export")
 def main(config: DictConfig) -> None:
-    """Hydra entry point."""
+    """Run the command on the configuration that Hydra composed."""
     hold(run, config)
 
 

@@ -1,4 +1,4 @@
-"""What a trained network is handed on as: a folder for dcdit and the hub, or a file of the reference implementation."""
+"""Export a trained network: a folder for dcdit and the hub, or a file for the reference implementation."""
 
 import json
 import shlex
@@ -11,7 +11,7 @@ import torch
 
 import dcdit
 from dcdit.checkpoints.foreign import reference_state
-from dcdit.checkpoints.load import Weights, title_of, weights_words, words
+from dcdit.checkpoints.load import Weights, describe_kind, network_title, words
 from dcdit.checkpoints.settings import WeightsKind
 from dcdit.checks import visible
 from dcdit.data.autoencoder_folder import is_local
@@ -29,14 +29,14 @@ _CARD = Path(__file__).with_name("card.md.jinja")
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says beside what the weights say themselves.
+    """Contents of a model card that the weights do not say themselves.
 
     Attributes:
-        license: an identifier of the hub, such as ``apache-2.0``; None if nobody said.
-        note: a paragraph.
-        command: that trained the network; empty if it is not known.
-        figures: what was measured, one mapping for each measurement.
-        repository: on the hub that receives it; None if none is known.
+        license: the hub's identifier of a license, such as ``apache-2.0``; None if the user gave none.
+        note: a paragraph of the user; None for none.
+        command: the command that trained the network; empty if it is not known.
+        figures: results of evaluations, one mapping for each.
+        repository: repository of the hub that will receive the network; None if none is known.
     """
 
     license: str | None
@@ -47,10 +47,10 @@ class Card:
 
 
 def check_replaceable(out: Path) -> None:
-    """See that an export can take the place of ``out``, before any work is done for it.
+    """Check that an export can replace the folder ``out``, before any work is done for it.
 
     Raises:
-        UserError: if there is anything that is not, unchanged, what an export wrote, or it cannot be written.
+        UserError: if ``out`` holds anything but the unchanged files of an export, or cannot be written.
     """
     if out.is_dir():
         others = sorted({path.name for path in out.iterdir()} - written_files(out))
@@ -68,51 +68,54 @@ def check_replaceable(out: Path) -> None:
 
 
 def write_exported(
-    out: Path, found: Weights, kind: WeightsKind, dtype: Literal["fp32", "bf16", "fp16"], card: Card
+    out: Path, weights: Weights, kind: WeightsKind, dtype: Literal["fp32", "bf16", "fp16"], card: Card
 ) -> str:
-    """Write the folder, whole or not at all, in the place of an earlier export; returns in words what is there.
+    """Write an exported folder, completely or not at all, in the place of an earlier export.
 
     Args:
-        out: folder, made if needed.
-        found: the weights.
-        kind: which weights.
-        dtype: of the numbers in the file.
-        card: what the model card says.
+        out: the folder; it is made if needed.
+        weights: the weights to export.
+        kind: EMA weights, raw ones, or an average of a length.
+        dtype: type of the numbers in the file.
+        card: further contents of the model card.
+
+    Returns:
+        A line that describes the network and names the folder.
 
     Raises:
         UserError: if the folder holds anything but an export, cannot be written, or a weight does not fit ``dtype``.
     """
     check_replaceable(out)
-    network = _network(found, kind)
+    network = _build(weights, kind)
     state = network.state_dict()
     for name, tensor in state.items():
         if not tensor.to(DTYPES[dtype]).isfinite().all():
             raise UserError(f"dtype={dtype}: {name} has values that are too large for it, take bf16 or fp32")
-    training = {key: value for key, value in found.training.items() if key != "model"}
+    training = {key: value for key, value in weights.training.items() if key != "model"}
     config = {
         "dcdit": dcdit.__version__,
         "network": network.spec,
-        "latents": found.latents.to_plain() if found.latents else None,
-        "diffusion": found.process.facts(),
+        "latents": weights.latents.to_plain() if weights.latents else None,
+        "diffusion": weights.process.facts(),
         "weights": kind,
-        "step": found.step,
+        "step": weights.step,
         "training": training,
         "figures": list(card.figures),
     }
-    card_text = _card_of(network, found, kind, training, card, out.resolve().name)
+    card_text = _render_card(network, weights, kind, training, card, out.resolve().name)
     with replacing_folder(out) as draft:
         write_folder(draft, config, state, DTYPES[dtype], {"README.md": card_text})
-    remark = ""
-    if found.latents and is_local(found.latents.autoencoder):
-        remark = (
-            f"\nIts latents name the autoencoder {found.latents.autoencoder}, a folder of this machine: whoever gets"
+    note = ""
+    if weights.latents and is_local(weights.latents.autoencoder):
+        note = (
+            f"\nIts latents name the autoencoder {weights.latents.autoencoder}, a folder of this machine: whoever gets"
             " the export needs that too, and autoencoder=... to say where it is"
         )
-    return f"{words(found, network, kind)}: {out}{remark}"
+    return f"{words(weights, network, kind)}: {out}{note}"
 
 
 def check_new_file(out: Path) -> None:
-    """See that the file ``out`` can be written and replaces nothing; UserError if not."""
+    """Check that the file ``out`` can be written and does not exist; UserError if not."""
     if out.is_dir():
         raise UserError(f"out={out} is a directory: name a file, such as {out / 'reference.pt'}")
     if out.exists() or out.is_symlink():
@@ -120,14 +123,14 @@ def check_new_file(out: Path) -> None:
     writable_folder(out.parent, f"out={out}")
 
 
-def write_reference(out: Path, found: Weights, kind: WeightsKind) -> None:
+def write_reference(out: Path, weights: Weights, kind: WeightsKind) -> None:
     """Write a checkpoint in the form of the reference implementation: ``model``, ``ema``, ``opt`` and ``config``.
 
     Raises:
         UserError: if the network has parts that are not known there, or the file cannot be written.
     """
     check_new_file(out)
-    network = _network(found, kind)
+    network = _build(weights, kind)
     state = reference_state(network)
     values = {"model": state, "ema": state, "opt": {}, "config": network.spec}
     with replacing(out) as file:
@@ -135,7 +138,7 @@ def write_reference(out: Path, found: Weights, kind: WeightsKind) -> None:
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
-    """Upload an exported folder to the Hugging Face hub; returns the address of what is there.
+    """Upload an exported folder to the Hugging Face hub; returns the address of the upload.
 
     Raises:
         UserError: if the hub refuses it or cannot be reached; the folder stays.
@@ -154,14 +157,14 @@ def push(folder: Path, repository: str, private: bool) -> str:
         ) from error
 
 
-def _network(found: Weights, kind: WeightsKind) -> Network:
-    network = build_network(found.model)
-    network.load_state_dict(found.of_kind(kind))
+def _build(weights: Weights, kind: WeightsKind) -> Network:
+    network = build_network(weights.model)
+    network.load_state_dict(weights.of_kind(kind))
     return network.eval()
 
 
-def _card_of(
-    network: Network, found: Weights, kind: WeightsKind, training: Mapping[str, Any], card: Card, folder: str
+def _render_card(
+    network: Network, weights: Weights, kind: WeightsKind, training: Mapping[str, Any], card: Card, folder: str
 ) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -174,20 +177,20 @@ def _card_of(
     text = ModelCard.from_template(
         data,
         template_str="---\n{{ card_data }}\n---\n\n" + _CARD.read_text(),
-        title=title_of(network, found),
+        title=network_title(network, weights),
         version=dcdit.__version__,
         note=card.note,
         class_name=class_name,
         module="dcdit" if hasattr(dcdit, class_name) else type(network).__module__,
         name=json.dumps(name),
-        command_to_sample=shlex.join(["dcdit", "sample", *overrides]) if found.latents else None,
-        diffusion=_short(found.process.facts()),
+        command_to_sample=shlex.join(["dcdit", "sample", *overrides]) if weights.latents else None,
+        diffusion=_short(weights.process.facts()),
         network=", ".join(f"{key} {_short(value)}" for key, value in network.spec.items() if key != "name"),
         parameters=f"{sum(parameter.numel() for parameter in network.parameters()):,}",
-        weights=weights_words(kind),
-        step=f"after {found.step:,} steps" if found.step is not None else "after an unknown number of steps",
-        latents=_latents(found.latents),
-        classes=_classes(found.latents, network),
+        weights=describe_kind(kind),
+        step=f"after {weights.step:,} steps" if weights.step is not None else "after an unknown number of steps",
+        latents=_describe_latents(weights.latents),
+        classes=_describe_classes(weights.latents, network),
         training=[(key, _short(value)) for key, value in training.items()],
         command=card.command,
         figures=[headings, *rows] if rows else [],
@@ -195,7 +198,7 @@ def _card_of(
     return str(text).encode("utf-8", "backslashreplace").decode()  # names of files may be no text
 
 
-def _latents(latents: LatentSpec | None) -> str:
+def _describe_latents(latents: LatentSpec | None) -> str:
     if latents is None:
         return "not recorded"
     shape = " x ".join(map(str, latents.shape))
@@ -205,15 +208,15 @@ def _latents(latents: LatentSpec | None) -> str:
     return f"{shape} of `{latents.autoencoder}`; the network sees (latent - {shift}) x {scale}"
 
 
-def _classes(latents: LatentSpec | None, network: Network) -> str:
+def _describe_classes(latents: LatentSpec | None, network: Network) -> str:
     names = latents.classes if latents else ()
-    some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    return f"{network.num_classes}" + (f": {_short(some)}" if some else "")
+    listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    return f"{network.num_classes}" + (f": {_short(listed)}" if listed else "")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_short(each)}" for key, each in value.items())
+        return ", ".join(f"{key} {_short(part)}" for key, part in value.items())
     if isinstance(value, float):
         return f"{value:.4g}"
     return "-" if value is None else visible(str(value)).replace("|", "\\|")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,18 +21,33 @@ from dcdit.network.registry import shapes_of_spec
 from dcdit.runtime.tensors import differing_shapes, shapes_of
 from dcdit.settings.published import AUTOENCODER, LATENT_SCALE, published_scales
 
-_SHOWN = 5
-"""Differences that are named."""
+_MAX_NAMED = 5
+"""Differences that a message names."""
 
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Parts of names that come from what torch wraps around networks: DDP, averaging, compiling, FSDP, checkpointing."""
 
 _PUBLISHED_CLASSES = 1000
-"""Of ImageNet, whose names and order are known."""
+"""Number of ImageNet's classes, whose names and order are known."""
 
 
-def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters by the names that they have in the network itself, whatever torch wrapped around it or its parts.
+@dataclass(frozen=True)
+class ForeignNetwork:
+    """A network of another program, as its weights describe it.
+
+    Attributes:
+        names: the program's names of parameters.
+        spec: what :func:`dcdit.network.build_network` takes.
+        weights: parameters by our names, float32.
+    """
+
+    names: NameMap
+    spec: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
+def _without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop from the names of parameters what torch's wrappers around the network and its parts added to them.
 
     Raises:
         UserError: if two parameters get one name.
@@ -48,41 +64,41 @@ def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a diffusers DiT with q, k and v of each block in one, and one copy of the embedders.
+def _merge_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join q, k and v of each block of a diffusers DiT, and keep one of the equal copies of its embedders.
 
     Raises:
         UserError: if the copies of the embedders differ, which no DiT has.
     """
-    found: dict[str, Tensor] = {}
+    merged: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if copy := re.fullmatch(r"transformer_blocks\.[1-9]\d*\.(norm1\.emb\..+)", name):
-            first = state.get(f"transformer_blocks.0.{copy[1]}")
-            if first is None or not torch.equal(first, tensor):
+            original = state.get(f"transformer_blocks.0.{copy[1]}")
+            if original is None or not torch.equal(original, tensor):
                 raise UserError(f"{name} differs from that of block 0: a DiT has one embedder for all blocks")
         elif query := re.fullmatch(r"(.+\.attn1\.to_)q(\.\w+)", name):
             parts = [state.get(f"{query[1]}{part}{query[2]}") for part in "qkv"]
             if any(part is None or part.shape != tensor.shape for part in parts):
                 raise UserError(f"{name} has no key and value of its shape beside it")
-            found[f"{query[1]}qkv{query[2]}"] = torch.cat([part for part in parts if part is not None])
+            merged[f"{query[1]}qkv{query[2]}"] = torch.cat([part for part in parts if part is not None])
         elif not re.fullmatch(r".+\.attn1\.to_[kv]\.\w+", name):
-            found[name] = tensor
-    return found
+            merged[name] = tensor
+    return merged
 
 
-def renamed(state: Mapping[str, Tensor], kinds: tuple[NameMap, ...] = NAME_MAPS) -> tuple[NameMap, dict[str, Tensor]]:
-    """Whose names those of ``state`` are, and the parameters by ours.
+def _rename(state: Mapping[str, Tensor], candidates: tuple[NameMap, ...]) -> tuple[NameMap, dict[str, Tensor]]:
+    """Find the program that wrote ``state``; returns its names and the parameters by ours, float32.
 
     Raises:
-        UserError: with the nearest of ``kinds`` and the first differences, if they are nobody's.
+        UserError: if no candidate fits, with the nearest one and its first differences.
     """
-    states = {kind: joined(state) if kind is DIFFUSERS else dict(state) for kind in kinds}
-    faults = {kind: kind.differences(states[kind]) for kind in kinds}
-    nearest = min(kinds, key=lambda kind: len(faults[kind]))
-    if faults[nearest]:
+    states = {names: _merge_diffusers(state) if names is DIFFUSERS else dict(state) for names in candidates}
+    differences = {names: names.differences(states[names]) for names in candidates}
+    nearest = min(candidates, key=lambda names: len(differences[names]))
+    if differences[nearest]:
         raise UserError(
             f"its parameters are those of no network that is known here. Nearest is a {nearest.title}, with"
-            f" {len(faults[nearest])} differences: {', '.join(faults[nearest][:_SHOWN])}"
+            f" {len(differences[nearest])} differences: {', '.join(differences[nearest][:_MAX_NAMED])}"
         )
     for name, tensor in states[nearest].items():
         if not tensor.is_floating_point():
@@ -90,72 +106,71 @@ def renamed(state: Mapping[str, Tensor], kinds: tuple[NameMap, ...] = NAME_MAPS)
     return nearest, {str(nearest.ours(name)): tensor.float() for name, tensor in states[nearest].items()}
 
 
-def describe(
-    kind: NameMap, weights: dict[str, Tensor], grid: int, assume: AssumeSettings, known: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What :func:`dcdit.network.build_network` makes of weights, read off their shapes.
+def _describe(
+    names: NameMap, weights: dict[str, Tensor], grid: int, assume: AssumeSettings, known: Mapping[str, Any]
+) -> ForeignNetwork:
+    """Read off the shapes of weights what network they are of.
 
-    A label table without a null class gets a row for it, of zeros, which ``label_dropout=0`` says means nothing.
+    A label table without a null class gets a row of zeros for it; ``label_dropout=0`` says that it means nothing.
 
     Args:
-        kind: whose weights they are.
-        weights: by our names.
+        names: the program's names of parameters.
+        weights: parameters by our names.
         grid: side of the latent grid.
-        assume: what no shape tells.
-        known: what the file says beside its weights.
+        assume: what the user says that no shape tells.
+        known: arguments of the network that the file says beside its weights.
 
     Raises:
-        UserError: if something cannot be told, or the shapes do not fit each other.
+        UserError: if an argument cannot be inferred, or the shapes do not fit each other.
     """
-    block = "backbone.blocks" if kind.network == "dcdit" else "blocks"
+    block = "backbone.blocks" if names.network == "dcdit" else "blocks"
     ranks = {"condition.label.table.weight": 2, "embed.weight": 4, f"{block}.0.mlp.fc1.weight": 2}
     for name, rank in ranks.items():
         if name not in weights or weights[name].ndim != rank or not weights[name].numel():
-            raise UserError(f"{kind.theirs(name)} is not a tensor of {rank} dimensions: this is no {kind.title}")
-    width = weights["condition.label.table.weight"].shape[1]
+            raise UserError(f"{names.theirs(name)} is not a tensor of {rank} dimensions: this is no {names.title}")
+    table, embed = weights["condition.label.table.weight"], weights["embed.weight"]
+    width, channels = table.shape[1], embed.shape[1]
     if assume.heads and assume.heads != known.get("heads", assume.heads):
         raise UserError(f"assume.heads={assume.heads}: its configuration says {known['heads']}, leave assume.heads out")
-    heads = assume.heads or known.get("heads") or _published_heads().get(width)
+    published_heads = {scale["width"]: scale["heads"] for scale in published_scales().values()}
+    heads = assume.heads or known.get("heads") or published_heads.get(width)
     if heads is None:
         raise UserError(f"width {width} is no published scale, and no shape tells the heads: give assume.heads=...")
-    table = weights["condition.label.table.weight"]
     num_classes = _number_of_classes(len(table), assume.num_classes, known.get("num_classes"))
-    has_null_class = num_classes < len(table)
-    if not has_null_class:
-        weights["condition.label.table.weight"] = torch.cat([table, torch.zeros_like(table[:1])])
-    depth = 1 + max(int(name.split(".")[block.count(".") + 1]) for name in weights if name.startswith(f"{block}."))
     spec: dict[str, Any] = {
-        "name": kind.network,
+        "name": names.network,
         "grid": grid,
-        "channels": weights["embed.weight"].shape[1],
+        "channels": channels,
         "num_classes": num_classes,
         "width": width,
-        "depth": depth,
+        "depth": 1 + max(int(name[len(block) + 1 :].split(".")[0]) for name in weights if name.startswith(f"{block}.")),
         "mlp_ratio": weights[f"{block}.0.mlp.fc1.weight"].shape[0] / width,
         **known,
         "heads": heads,
     }
-    if not has_null_class:
+    if num_classes == len(table):
+        weights = {**weights, "condition.label.table.weight": torch.cat([table, torch.zeros_like(table[:1])])}
         spec["label_dropout"] = 0.0
     if assume.freq_shift is not None:
         spec["freq_shift"] = assume.freq_shift
-    if kind.network == "dcdit":
+    if names.network == "dcdit":
         sigma = assume.smoothing_sigma
-        spec["encoder_width"] = weights["embed.weight"].shape[0]
+        spec["encoder_width"] = embed.shape[0]
         spec["smoothing_sigma"] = (2.0 if grid == 64 else 1.0) if sigma is None else sigma or None
-        outputs = spec["channels"]
+        outputs = channels
     else:
-        spec["patch"] = weights["embed.weight"].shape[2]
-        outputs = spec["channels"] * spec["patch"] ** 2
+        spec["patch"] = embed.shape[2]
+        outputs = channels * spec["patch"] ** 2
     if "output.linear.bias" in weights and weights["output.linear.bias"].shape == (outputs,):
         spec["variance"] = False
-    faults = [
-        f"{kind.theirs(name)} has shape {shape} instead of {expected}"
+    differences = [
+        f"{names.theirs(name)} has shape {shape} instead of {expected}"
         for name, shape, expected in differing_shapes(shapes_of(weights), shapes_of_spec(spec))
     ]
-    if faults:
+    if differences:
         raise UserError(
-            f"its shapes are not those of one {kind.title}, {len(faults)} differ: {', '.join(faults[:_SHOWN])}"
+            f"its shapes are not those of one {names.title}, {len(differences)} differ:"
+            f" {', '.join(differences[:_MAX_NAMED])}"
         )
     diffusion = process_of(assume)["name"]
     if spec.get("variance") is False and build_process({"name": diffusion}).needs_variance:
@@ -163,19 +178,19 @@ def describe(
             f"it predicts no variance, which diffusion={diffusion} has: if it was trained by flow matching,"
             " assume.diffusion=flow says so"
         )
-    return spec
+    return ForeignNetwork(names, spec, weights)
 
 
 def process_of(assume: AssumeSettings) -> Mapping[str, Any]:
-    """What :func:`dcdit.diffusion.process.build_process` makes the process of weights of whose file does not say it."""
+    """The process of weights whose file does not name it, as :func:`dcdit.diffusion.process.build_process` takes it."""
     return AS_PUBLISHED_PROCESS if assume.diffusion is None else {"name": assume.diffusion}
 
 
 def describe_guesses(model: Mapping[str, Any], assume: AssumeSettings) -> list[str]:
-    """What of a network neither shapes nor the user tell, and what is taken instead, in sentences.
+    """Sentences on what neither the shapes nor the user tell of a network, and what is taken instead.
 
     Args:
-        model: as :func:`describe` found it.
+        model: ``spec`` of a :class:`ForeignNetwork`.
         assume: what the user says.
     """
     guesses = []
@@ -197,18 +212,18 @@ def describe_guesses(model: Mapping[str, Any], assume: AssumeSettings) -> list[s
 
 
 def _number_of_classes(rows: int, assumed: int | None, known: int | None) -> int:
-    """How many classes a label table has; UserError if that does not fit its ``rows``.
+    """Number of classes of a label table; UserError if it does not fit its number of ``rows``.
 
     Args:
-        rows: of the table.
-        assumed: what the user says; None if nothing.
-        known: what the file says beside its weights; None if nothing.
+        rows: number of rows of the table.
+        assumed: the user's number of classes; None if the user gave none.
+        known: the file's own number of classes; None if it says none.
     """
-    named = f"config.json: num_embeds_ada_norm={known}" if assumed is None else f"assume.num_classes={assumed}"
+    source = f"config.json: num_embeds_ada_norm={known}" if assumed is None else f"assume.num_classes={assumed}"
     number = assumed if assumed is not None else known
     if number is not None and number not in (rows - 1, rows):
         raise UserError(
-            f"{named}, but the label table has {rows} rows: {rows - 1} classes and a null class, or {rows} classes"
+            f"{source}, but the label table has {rows} rows: {rows - 1} classes and a null class, or {rows} classes"
             " and none"
         )
     if number is None:
@@ -216,37 +231,31 @@ def _number_of_classes(rows: int, assumed: int | None, known: int | None) -> int
     return conform("num_classes", number, Count)
 
 
-def _published_heads() -> dict[int, int]:
-    return {scale["width"]: scale["heads"] for scale in published_scales().values()}
-
-
-def described_by_shapes(
-    state: Mapping[str, Tensor], assume: AssumeSettings
-) -> tuple[NameMap, dict[str, Any], dict[str, Tensor]]:
-    """Whose weights a bare state dict holds, what network they are of, and the parameters by our names.
+def infer_network(state: Mapping[str, Tensor], assume: AssumeSettings) -> ForeignNetwork:
+    """Infer from a bare state dict which network it is of.
 
     Raises:
-        UserError: if they are of no network that is known here.
+        UserError: if no network that is known here has such parameters.
     """
-    state = without_wrappers(state)
-    kind, weights = renamed({name: tensor for name, tensor in state.items() if name != "pos_embed"})
-    if kind is DIFFUSERS:
+    state = _without_wrappers(state)
+    table = state.pop("pos_embed", None)
+    names, weights = _rename(state, NAME_MAPS)
+    if names is DIFFUSERS:
         raise UserError("these are the weights of a network of diffusers: give their folder, with its config.json")
-    table = state.get("pos_embed")
     if table is None or table.ndim != 3:
-        raise UserError(f"a {kind.title} has a table pos_embed of positions, this has none: it tells the grid")
+        raise UserError(f"a {names.title} has a table pos_embed of positions, this has none: it tells the grid")
     side = round(table.shape[1] ** 0.5)
-    patch = 1 if kind is REFERENCE else conform("patch", weights["embed.weight"].shape[2], Size)
-    known = {"position_patch": _position_patch(table[0], side)} if kind is REFERENCE else {}
-    if kind is not REFERENCE:
-        _position_patch(table[0], side, (1,))
-    return kind, describe(kind, weights, side * patch, assume, known), weights
+    if names is REFERENCE:
+        return _describe(names, weights, side, assume, {"position_patch": _position_patch(table[0], side)})
+    _position_patch(table[0], side, (1,))
+    patch: int = conform("patch", weights["embed.weight"].shape[2], Size)
+    return _describe(names, weights, side * patch, assume, {})
 
 
 def _position_patch(table: Tensor, side: int, patches: tuple[int, ...] = (1, 2, 4, 8)) -> int:
-    """In patches of which side a table (L, D) counts; they are computed here, not read."""
+    """Side of the patches in which a table of positions (L, D) counts; UserError if it is no such table."""
     table = table.float()
-    tolerance = 1e-4  # of float32, and of float16 and bfloat16 the rounding; a reader may have made float32 of them
+    tolerance = 1e-4  # of float32; a table that was rounded to 16 bits before may be off by the rounding too
     for dtype in (torch.bfloat16, torch.float16):  # whatever fits the first mostly fits the second too
         if torch.equal(table.to(dtype).float(), table):
             tolerance += torch.finfo(dtype).eps / 2
@@ -261,15 +270,15 @@ def _position_patch(table: Tensor, side: int, patches: tuple[int, ...] = (1, 2, 
     )
 
 
-def diffusers_network(
+def describe_diffusers(
     config: Mapping[str, Any], state: Mapping[str, Tensor], assume: AssumeSettings
-) -> tuple[NameMap, dict[str, Any], dict[str, Tensor]]:
-    """The same of a folder that diffusers' ``save_pretrained`` wrote, whose ``config.json`` tells more.
+) -> ForeignNetwork:
+    """Describe the network in a folder that diffusers' ``save_pretrained`` wrote, by its ``config.json`` and weights.
 
     Raises:
-        UserError: if it is no DiT, or one with parts that are not known here.
+        UserError: if it is no DiT, or has parts that are not known here.
     """
-    wanted = {
+    supported = {
         "_class_name": "DiTTransformer2DModel",
         "activation_fn": "gelu-approximate",
         "norm_type": "ada_norm_zero",
@@ -277,10 +286,10 @@ def diffusers_network(
         "attention_bias": True,
         "dropout": 0.0,
     }
-    for key, value in wanted.items():
+    for key, value in supported.items():
         if config.get(key, value) != value:
             raise UserError(f"config.json: {key}={config[key]!r}, only {value!r} is known here")
-    kind, weights = renamed(without_wrappers(state), (DIFFUSERS,))
+    names, weights = _rename(_without_wrappers(state), (DIFFUSERS,))
     num_classes = conform("num_embeds_ada_norm", config.get("num_embeds_ada_norm"), Count | None)
     heads, grid = (conform(key, config.get(key), Size) for key in ("num_attention_heads", "sample_size"))
     channels = weights["embed.weight"].shape[1]
@@ -291,11 +300,11 @@ def diffusers_network(
         )
     # Its sinusoids of the timestep fall a little faster than DiT's, see docs/checkpoints.md.
     known = {"heads": heads, "freq_shift": 1} | ({} if num_classes is None else {"num_classes": num_classes})
-    return kind, describe(kind, weights, grid, assume, known), weights
+    return _describe(names, weights, grid, assume, known)
 
 
 def published_latents(spec: Mapping[str, Any], assume: AssumeSettings) -> LatentSpec:
-    """The latents of a network whose file says nothing of them: those of all published ones, unless told otherwise.
+    """The latents of a network whose file does not describe them: those of published networks, or what the user says.
 
     Raises:
         UserError: if the network does not take such latents.
@@ -319,7 +328,7 @@ def published_latents(spec: Mapping[str, Any], assume: AssumeSettings) -> Latent
 
 
 def imagenet_classes() -> tuple[str, ...]:
-    """WordNet ids of ImageNet's 1,000 classes in the usual order, which is that of its folders."""
+    """WordNet ids of ImageNet's 1,000 classes in the order of its folders, which is the usual one."""
     from timm.data import ImageNetInfo
 
     return tuple(ImageNetInfo().label_names())
@@ -332,18 +341,18 @@ def reference_state(network: Network) -> dict[str, Tensor]:
         UserError: if it has parts that are not known there.
     """
     spec = network.spec
-    kind = next(each for each in NAME_MAPS if each.network == spec["name"])
+    names = next(names for names in NAME_MAPS if names.network == spec["name"])
     for key, value in (("groups", 32), ("freq_shift", 0)):
         if spec.get(key, value) != value:
             raise UserError(f"format=reference: model.{key}={spec[key]}, the reference implementation has {value}")
-    found: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
-        theirs = kind.theirs(name)
+        theirs = names.theirs(name)
         if theirs is None:
             raise UserError(f"format=reference: the reference implementation has no counterpart of {name}")
-        found[theirs] = tensor.detach().cpu()
+        state[theirs] = tensor.detach().cpu()
     if not network.label_dropout:  # its null class was never trained: a table without it says so
-        name = str(kind.theirs("condition.label.table.weight"))
-        found[name] = found[name][:-1].clone()
+        name = str(names.theirs("condition.label.table.weight"))
+        state[name] = state[name][:-1].clone()
     positions = network.get_buffer("pos_embed")
-    return {"pos_embed": positions[None].cpu().clone(), **found}
+    return {"pos_embed": positions[None].cpu().clone(), **state}

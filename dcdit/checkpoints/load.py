@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dcdit.checkpoints.foreign import (
+    ForeignNetwork,
+    describe_diffusers,
     describe_guesses,
-    described_by_shapes,
-    diffusers_network,
+    infer_network,
     process_of,
     published_latents,
 )
@@ -36,24 +37,24 @@ from dcdit.runtime.processes import say
 from dcdit.runtime.tensors import check_shapes, load_whole, read_tensors, shapes_of
 from dcdit.settings.published import published_scales
 
-_PREFIX = "network."  # of the network's parameters within a checkpoint of ours
+_PREFIX = "network."  # before the names of the network's parameters within a checkpoint of ours
 
 Step = Annotated[int, Bounds(0, 99_999_999, hint="it is a number of optimiser steps")]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a network, and all that their file says of them.
+    """The weights of a network, and everything that their file says about them.
 
     Attributes:
-        source: what holds them, for people, such as ``checkpoint of dcdit.train``.
+        source: what messages call the file, such as ``checkpoint of dcdit.train``.
         model: plain mapping for :func:`dcdit.network.build_network`.
-        latents: what was trained on; None if neither the file nor the user says it.
-        step: optimiser steps trained; None if that is not known.
-        ema, raw: parameters by name; None where the file does not hold these.
-        training: how it was trained: hyper-parameters, as far as they are known.
+        latents: the latents that it was trained on; None if neither the file nor the user describes them.
+        step: optimiser steps trained; None if unknown.
+        ema, raw: parameters by name; None where the file does not hold these weights.
+        training: hyper-parameters of its training, as far as they are known.
         told: whether the file names its classes.
-        averages: from which EMA weights of any length are put together; None if there are none.
+        averages: averages from which EMA weights of any length are combined; None if there are none.
     """
 
     source: str
@@ -75,7 +76,7 @@ class Weights:
             )
 
     def of_kind(self, kind: WeightsKind) -> Mapping[str, Tensor]:
-        """EMA weights, raw ones, or an average of another length; UserError if the file does not hold them."""
+        """Parameters by name: EMA weights, raw ones, or an average of a length; UserError if the file lacks them."""
         length = length_of(kind)
         if length is not None:
             if self.averages is None or self.ema is None:
@@ -84,30 +85,30 @@ class Weights:
                     " train with callbacks.power_ema.lengths=[0.05,0.1]"
                 )
             return {**self.ema, **self.averages.at(length)}
-        found = self.raw if kind == "raw" else self.ema
-        if found is None:
+        state = self.raw if kind == "raw" else self.ema
+        if state is None:
             other = "ema" if kind == "raw" else "raw"
             raise UserError(f"weights={kind}: this {self.source} holds weights={other} alone")
-        return found
+        return state
 
     @property
     def process(self) -> Process:
-        """The diffusion process that was trained; that of the publication where nobody says it."""
+        """The diffusion process that the network was trained for; the published one where the file names none."""
         return build_process(self.training.get("diffusion", AS_PUBLISHED_PROCESS))
 
     @property
     def scale(self) -> str:
-        """The published scale that the network has, such as ``XL``; empty if none."""
+        """The published scale that the network's sizes are, such as ``XL``; empty if they are none."""
         sizes = {key: self.model.get(key) for key in ("width", "depth", "heads")}
         return next((name.upper() for name, values in published_scales().items() if values == sizes), "")
 
 
 @dataclass(frozen=True)
 class Trained(Weights):
-    """A checkpoint of ``dcdit.train``, whole and checked.
+    """A checkpoint of ``dcdit.train``, read completely and checked.
 
     Attributes:
-        values: everything that the file holds.
+        values: everything that the file holds, as plain values and tensors.
     """
 
     latents: LatentSpec
@@ -117,14 +118,14 @@ class Trained(Weights):
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network and what its latents are.
+    """A trained network, its latents and its diffusion process.
 
     Attributes:
-        network: in evaluation mode.
-        latents: what it was trained on.
-        step: optimiser steps trained; None if that is not known.
+        network: the network, in evaluation mode.
+        latents: the latents that it was trained on.
+        step: optimiser steps trained; None if unknown.
         process: the diffusion process that it was trained for.
-        training: how it was trained, as far as that is known.
+        training: hyper-parameters of its training, as far as they are known.
     """
 
     network: Network
@@ -135,12 +136,12 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the network lies."""
+        """The device that holds the network."""
         return next(self.network.parameters()).device
 
     @cached_property
     def digest(self) -> str:
-        """Of the weights."""
+        """Digest of the weights, the same for equal numbers."""
         return fingerprint(self.network)
 
 
@@ -150,127 +151,134 @@ def load_model(
     device: torch.device | str = "cpu",
     assume: AssumeSettings = AS_PUBLISHED,
 ) -> Model:
-    """Rebuild a trained network from its checkpoint alone; nothing in a file is executed.
+    """Build a trained network from its checkpoint alone; nothing in a file is executed.
 
     Args:
-        checkpoint: what names it, see :func:`dcdit.checkpoints.locate.locate`.
+        checkpoint: its name, see :func:`dcdit.checkpoints.locate.locate`, or its resolved source.
         weights: ``ema``, ``raw``, or ``ema@0.05`` for an average of that relative length.
-        device: where the network goes.
-        assume: what a file of another program cannot say.
+        device: device that will hold the network.
+        assume: what the user says about a file of another program.
 
     Raises:
-        UserError: if there is no such checkpoint, it is damaged, holds no such weights, or nobody says what its
-            latents are.
+        UserError: if there is no such checkpoint, it is damaged, lacks these weights, or neither it nor the user says
+            what its latents are.
     """
-    place = checkpoint if isinstance(checkpoint, Place) else locate(str(checkpoint), "runs")
-    return build_model(read_weights(place, assume), weights, device)
+    source = checkpoint if isinstance(checkpoint, Place) else locate(str(checkpoint), "runs")
+    return build_model(read_weights(source, assume), weights, device)
 
 
-def build_model(found: Weights, kind: WeightsKind, device: torch.device | str = "cpu") -> Model:
-    """The network whose weights were found, in evaluation mode; see :func:`load_model`."""
-    if found.latents is None:
+def build_model(weights: Weights, kind: WeightsKind, device: torch.device | str = "cpu") -> Model:
+    """Build the network of ``weights`` in evaluation mode on ``device``; raises as :func:`load_model` does."""
+    if weights.latents is None:
         raise UserError(
-            f"this {found.source} does not say what its latents are: give assume.autoencoder=... and assume.scale=..."
+            f"this {weights.source} does not say what its latents are: give assume.autoencoder=... and assume.scale=..."
         )
-    network = build_network(found.model)
-    load_whole(network, found.of_kind(kind))
+    network = build_network(weights.model)
+    load_whole(network, weights.of_kind(kind))
     network.to(device).eval()
-    network.to(memory_format=torch.channels_last)  # which convolutions on CPUs and on tensor cores prefer
-    return Model(network, found.latents, found.step, found.process.to(torch.device(device)), found.training)
+    network.to(memory_format=torch.channels_last)  # convolutions on CPUs and on tensor cores are faster so
+    return Model(network, weights.latents, weights.step, weights.process.to(torch.device(device)), weights.training)
 
 
-def title_of(network: Network, found: Weights) -> str:
-    """The network with its published scale, if it has one: ``DC-DiT-XL``, ``DiT-XL/2``."""
+def network_title(network: Network, weights: Weights) -> str:
+    """The network's title with its published scale, if it has one: ``DC-DiT-XL``, ``DiT-XL/2``."""
     name, slash, patch = network.title.partition("/")
-    return name + (f"-{found.scale}" if found.scale else "") + slash + patch
+    return name + (f"-{weights.scale}" if weights.scale else "") + slash + patch
 
 
-def weights_words(kind: WeightsKind) -> str:
-    """Which weights, for people."""
+def describe_kind(kind: WeightsKind) -> str:
+    """Say in a few words which weights ``kind`` means."""
     length = length_of(kind)
     if length is not None:
         return f"EMA weights of length {length:g}"
     return "raw weights" if kind == "raw" else "EMA weights"
 
 
-def words(found: Weights, network: Network, kind: WeightsKind) -> str:
-    """What was found, for people: what holds it, the network, its step, EMA weights or raw ones."""
-    size = sum(parameter.numel() for parameter in network.parameters())
-    step = f"step {found.step}" if found.step is not None else "at an unknown step"
-    weights = weights_words(kind) if found.told or found.raw else "weights as they are"
+def words(weights: Weights, network: Network, kind: WeightsKind) -> str:
+    """Say in one line what holds the weights, of which network, at which step, and which weights are taken."""
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    step = f"step {weights.step}" if weights.step is not None else "at an unknown step"
+    which = describe_kind(kind) if weights.told or weights.raw else "weights as they are"
     length = length_of(kind)
-    if length is not None and found.averages is not None:
-        weights += f" ({found.averages.words(length)})"
-    return f"{found.source}, {title_of(network, found)} with {size / 1e6:.1f}M parameters, {step}, {weights}"
+    if length is not None and weights.averages is not None:
+        which += f" ({weights.averages.describe_match(length)})"
+    return f"{weights.source}, {network_title(network, weights)} with {millions:.1f}M parameters, {step}, {which}"
 
 
-def read_weights(place: Place, assume: AssumeSettings = AS_PUBLISHED) -> Weights:
-    """The weights at a place, whole and checked, and what is known of them.
+def read_weights(source: Place, assume: AssumeSettings = AS_PUBLISHED) -> Weights:
+    """Read and check the weights of a checkpoint, whichever program wrote it.
 
     Raises:
         UserError: if they are damaged, or of no network that is known here.
     """
-    path = place.path
     try:
-        if path.is_dir():
-            return _read_folder(path, assume)
-        if path.suffix == ".safetensors":
-            return _of_names({"ema": read_tensors(path)}, None, assume)
-        values = read_checkpoint(path, legacy=path.suffix != ".ckpt")
-        if "hyper_parameters" in values or path.suffix == ".ckpt":
-            found = trained(values, path)
-            assume.check_unused(found.source)
-            return found
-        states = {
-            name: conform(name, values[key], dict[str, Tensor])
-            for name, key in (("ema", "ema"), ("raw", "model"))
-            if values.get(key)
-        }
-        return _of_names(states or {"ema": conform("state", values, dict[str, Tensor])}, values.get("opt"), assume)
+        return _read_source(source.path, assume)
     except UserError as error:
-        text = str(error)
-        raise type(error)(text if str(path) in text else f"{place.words}: {text}") from error
+        raise _named(error, source.path, source.words) from error
+
+
+def _read_source(path: Path, assume: AssumeSettings) -> Weights:
+    if path.is_dir():
+        return _read_folder(path, assume)
+    if path.suffix == ".safetensors":
+        return _infer_weights({"ema": read_tensors(path)}, None, assume)
+    values = read_checkpoint(path, legacy=path.suffix != ".ckpt")
+    if "hyper_parameters" in values or path.suffix == ".ckpt":
+        weights = _check_trained(values, path)
+        assume.check_unused(weights.source)
+        return weights
+    states = {
+        kind: conform(kind, values[key], dict[str, Tensor])
+        for kind, key in (("ema", "ema"), ("raw", "model"))
+        if values.get(key)
+    }
+    return _infer_weights(states or {"ema": conform("state", values, dict[str, Tensor])}, values.get("opt"), assume)
 
 
 def read_trained(path: str | PathLike[str]) -> Trained:
-    """Read a checkpoint of ``dcdit.train``, and see that its weights are those of the network it describes.
+    """Read a checkpoint of ``dcdit.train``, and check that its weights are those of the network it describes.
 
     Nothing in the file is executed, and no network is built before its size is known to be that of the weights.
 
     Raises:
-        UserError: if the file is missing or damaged, was not written by ``dcdit.train``, a value is out of range, or
-            its step is not the one in its name.
+        UserError: if the file is missing, was not written by ``dcdit.train``, or a value is out of range.
+        DamagedError: if the file is damaged, or its step is not the one in its name.
     """
     try:
-        return trained(read_checkpoint(path), Path(path))
+        return _check_trained(read_checkpoint(path), Path(path))
     except UserError as error:
-        text = str(error)
-        raise type(error)(text if str(path) in text else f"checkpoint={path}: {text}") from error
+        raise _named(error, Path(path), f"checkpoint={path}") from error
 
 
-def trained(values: dict[str, Any], path: Path) -> Trained:
-    """What the values of a checkpoint of ``dcdit.train`` at ``path`` say; UserError if they are not such."""
+def _named(error: UserError, path: Path, argument: str) -> UserError:
+    """The same error, whose message begins with ``argument`` unless it names the file."""
+    text = str(error)
+    return type(error)(text if str(path) in text else f"{argument}: {text}")
+
+
+def _check_trained(values: dict[str, Any], path: Path) -> Trained:
+    """Check the values of the checkpoint of ``dcdit.train`` at ``path``; UserError if it was not written so."""
     try:
         settings = conform("hyper_parameters", values["hyper_parameters"], dict[str, Any])
         step = conform("global_step", values["global_step"], Step)
         model = conform("model", settings["model"], dict[str, Any])
         check_weights(model)
         latents = LatentSpec.from_plain(settings["latents"], "latents")
-        ema = _of_module("state_dict", values["state_dict"])
-        raw = _of_module("current_model_state", values.get("current_model_state", values["state_dict"]))
+        ema = _network_state("state_dict", values["state_dict"])
+        raw = _network_state("current_model_state", values.get("current_model_state", values["state_dict"]))
         check_weights(model, ema, raw)
         build_process(conform("diffusion", settings.get("diffusion"), dict[str, Any]))
         averages = PowerAverages.of_checkpoint(values, step, path.resolve().parent.parent / FOLDER)
         if averages:
-            wanted = shapes_of(dict(build_without_memory(model).named_parameters()))
+            parameters = shapes_of(dict(build_without_memory(model).named_parameters()))
             for state in averages.tracked.values():
-                check_shapes(shapes_of(state), wanted)
+                check_shapes(shapes_of(state), parameters)
     except KeyError as error:
         raise UserError(f"it was not written by dcdit.train: it lacks {error}") from None
     except UserError as error:
         raise UserError(f"it was not written by this release of dcdit.train: {error}") from None
-    named = STEP_NAME.fullmatch(path.name)
-    if named and int(named[1]) != step:
+    match = STEP_NAME.fullmatch(path.name)
+    if match and int(match[1]) != step:
         raise DamagedError(f"checkpoint {path} holds step {step}: it is not the one that its name says")
     training = {key: value for key, value in settings.items() if key != "latents"}
     return Trained(
@@ -279,20 +287,20 @@ def trained(values: dict[str, Any], path: Path) -> Trained:
 
 
 def check_weights(model: Mapping[str, Any], *states: Mapping[str, Tensor]) -> None:
-    """Raise :class:`UserError`, naming the first difference, unless states are those of the network described."""
-    wanted = shapes_of_spec(model)
+    """Raise :class:`UserError` with the first difference unless ``states`` fit the network of the mapping ``model``."""
+    expected = shapes_of_spec(model)
     for state in states:
-        check_shapes(shapes_of(state), wanted)
+        check_shapes(shapes_of(state), expected)
 
 
-def _of_module(key: str, state: Any) -> dict[str, Tensor]:
-    """The network's parameters among those of the LightningModule."""
-    found = conform(key, state, dict[str, Tensor])
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in found.items() if name.startswith(_PREFIX)}
+def _network_state(key: str, values: object) -> dict[str, Tensor]:
+    """The network's parameters in the state of the LightningModule, which a checkpoint holds as ``key``."""
+    state = conform(key, values, dict[str, Tensor])
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
 
 
 def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
-    """What ``dcdit export`` wrote, or a network of diffusers."""
+    """Read a folder that ``dcdit export`` or diffusers wrote."""
     config = read_json(folder / "config.json", dict[str, Any], "download or export it again")
     if "_class_name" in config:
         state: dict[str, Tensor] = {}
@@ -302,8 +310,8 @@ def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
                 if file.suffix == ".safetensors"
                 else conform(file.name, read_checkpoint(file, legacy=True), dict[str, Tensor])
             )
-        kind, model, weights = diffusers_network(config, state, assume)
-        return _foreign(kind.title, model, {"ema": weights}, None, assume)
+        network = describe_diffusers(config, state, assume)
+        return _foreign_weights(network, {"ema": network.weights}, None, assume)
     config = read_config(folder)
     model = conform("network", config["network"], dict[str, Any])
     state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
@@ -313,39 +321,41 @@ def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
         latents: LatentSpec | None = LatentSpec.from_plain(config["latents"], "latents")
     else:
         latents = published_latents(model, assume) if assume.autoencoder else None
-    kind_of = conform("weights", config.get("weights", "ema"), WeightsKind)
+    kind = conform("weights", config.get("weights", "ema"), WeightsKind)
     return Weights(
         "exported network",
         model,
         latents,
         conform("step", config.get("step"), Step | None),
-        state if kind_of != "raw" else None,
-        state if kind_of == "raw" else None,
+        state if kind != "raw" else None,
+        state if kind == "raw" else None,
         {"model": model, **conform("training", config.get("training", {}), dict[str, Any])},
     )
 
 
-def _of_names(states: Mapping[str, Mapping[str, Tensor]], optimizer: Any, assume: AssumeSettings) -> Weights:
-    """Weights that are told by their names alone; the first of ``states`` describes the network."""
-    described = {kind: described_by_shapes(state, assume) for kind, state in states.items()}
-    title, model = next((kind.title, model) for kind, model, _ in described.values())
-    weights = {kind: weights for kind, (_, _, weights) in described.items()}
-    for guess in describe_guesses(model, assume):
+def _infer_weights(states: Mapping[str, Mapping[str, Tensor]], optimizer: Any, assume: AssumeSettings) -> Weights:
+    """Weights of which the file holds names and shapes alone; the first of ``states`` describes the network."""
+    networks = {kind: infer_network(state, assume) for kind, state in states.items()}
+    first = next(iter(networks.values()))
+    for guess in describe_guesses(first.spec, assume):
         say(guess)
-    return _foreign(title, model, weights, _steps(optimizer), assume)
+    return _foreign_weights(
+        first, {kind: network.weights for kind, network in networks.items()}, _adam_step(optimizer), assume
+    )
 
 
-def _foreign(
-    title: str, model: Mapping[str, Any], weights: Mapping[str, Any], step: int | None, assume: AssumeSettings
+def _foreign_weights(
+    network: ForeignNetwork, states: Mapping[str, Mapping[str, Tensor]], step: int | None, assume: AssumeSettings
 ) -> Weights:
-    """Weights of another program by our names, and what is known of them or assumed."""
+    """Weights of another program, with what the user or the publication says about them."""
+    model = network.spec
     training = {"model": model, **({"diffusion": process_of(assume)} if assume.diffusion is not None else {})}
     latents = published_latents(model, assume)
-    return Weights(title, model, latents, step, weights.get("ema"), weights.get("raw"), training, False)
+    return Weights(network.names.title, model, latents, step, states.get("ema"), states.get("raw"), training, False)
 
 
-def _steps(optimizer: Any) -> int | None:
-    """Steps that the state of an Adam has counted; None if there is none."""
+def _adam_step(optimizer: Any) -> int | None:
+    """Number of steps in the state of an Adam optimiser; None if there is none."""
     try:
         return int(conform("step", float(next(iter(optimizer["state"].values()))["step"]), Step))
     except (KeyError, TypeError, AttributeError, StopIteration, ValueError, UserError):

@@ -1,4 +1,4 @@
-"""From what a user names to the file or folder that holds the weights: here, or on the Hugging Face hub."""
+"""Resolve the name of a checkpoint to the file or folder that holds its weights, here or on the Hugging Face hub."""
 
 import hashlib
 import os
@@ -8,35 +8,31 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dcdit.checks import HUB_ID, visible
 from dcdit.errors import UserError
 from dcdit.runs.resume import LAST, STEP_NAME
 from dcdit.runtime.hub import check_hub_answers, reason
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
 SHIPPED = {"digits": Path(__file__).parent / "digits"}
-"""Networks that come with this package, by the name that stands for their folder."""
+"""Folders of the networks that come with this package, by their names."""
 
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
 _CONFIG = "config.json"
-_MOST_FILES = 100_000  # of a repository on the hub
+_MAX_FILES = 100_000  # of a repository on the hub
 _HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<early>[^/@]+))?(?P<path>/[^@]*)?(?:@(?P<late>.+))?")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint is.
+    """A checkpoint that exists, and where results of it go.
 
     Attributes:
-        name: as the user gave it.
-        key: that named it.
+        name: its name, as the user gave it.
         path: the file or folder that holds the weights.
-        run: what results call it; with that of its sweep, if it is of one.
-        home: the folder for what is made of it: the run's, or one of its own among the runs.
+        run: name of its run in results, after the name of the sweep if the run is part of one.
+        home: folder that its results are written to: its run's, or a folder of its own among the runs.
+        key: the configuration key that named it.
     """
 
     name: str
@@ -47,27 +43,27 @@ class Place:
 
     @property
     def words(self) -> str:
-        """Key and name, as messages begin."""
+        """The argument that named it, such as ``checkpoint=runs/b_n4``: messages begin with it."""
         return f"{self.key}={self.name}"
 
 
 def locate(name: str, runs: str, key: str = "checkpoint") -> Place:
-    """Where the checkpoint ``name`` is; one on the hub is fetched, unless it is there already.
+    """Resolve the name of a checkpoint; one on the hub is downloaded unless it is in the cache already.
 
     Args:
         name: a checkpoint file, a run's directory, an exported folder, a folder of diffusers, a name in
             :data:`SHIPPED`, or ``hf://<owner>/<repository>[/<file or folder>][@<revision>]``.
         runs: folder of all runs.
-        key: that names it, for messages.
+        key: the configuration key that named it, for messages.
 
     Raises:
-        UserError: if there is no such checkpoint, naming what was found instead.
+        UserError: if there is no such checkpoint, naming what is there instead.
     """
     if name in SHIPPED:
-        return _elsewhere(name, SHIPPED[name], f"pretrained_{name}", runs, key)
+        return Place(name, SHIPPED[name], f"pretrained_{name}", Path(runs, f"pretrained_{name}"), key)
     if name.startswith("hf:"):
-        slug = re.sub(r"\W+", "_", name.removeprefix("hf:")).strip("_")
-        return _elsewhere(name, _fetch(name, visible(f"{key}={name}")), slug, runs, key)
+        run = re.sub(r"\W+", "_", name.removeprefix("hf:")).strip("_")
+        return Place(name, _download(name, visible(f"{key}={name}")), run, Path(runs, run), key)
     path = Path(name)
     if not path.exists():
         hub = "hf://<owner>/<repository>/<folder>"
@@ -76,68 +72,60 @@ def locate(name: str, runs: str, key: str = "checkpoint") -> Place:
         kinds = "a file, a run's directory, an exported folder, one of diffusers"
         raise UserError(f"{key}={name} does not exist: give {kinds}, {', '.join(SHIPPED)}, or {hub}")
     if path.is_dir():
-        names = [each.relative_to(path).as_posix() for part in (".", *_PARTS) for each in (path / part).glob("*")]
+        parts = (".", "checkpoints", "transformer")
+        names = [file.relative_to(path).as_posix() for part in parts for file in (path / part).glob("*")]
         path = path / pick(names, f"{key}={name}")[0]
     folder = path.resolve().parent
     if folder.name == "checkpoints" and path.is_file():  # an exported folder there belongs to no run
-        run = folder.parent
-        sweep = run.parent.name
-        called = f"{sweep.removesuffix('_sweep')}/{run.name}" if sweep.endswith("_sweep") else run.name
-        return Place(name, path, called, run, key)
-    whole = path.resolve()
-    digest = hashlib.sha256(str(whole).encode()).hexdigest()[:6]  # two folders may have one name
-    return _elsewhere(name, path, f"{whole.name if path.is_dir() else whole.stem}-{digest}", runs, key)
+        run_folder, sweep = folder.parent, folder.parent.parent.name
+        run = f"{sweep.removesuffix('_sweep')}/{run_folder.name}" if sweep.endswith("_sweep") else run_folder.name
+        return Place(name, path, run, run_folder, key)
+    absolute = path.resolve()
+    digest = hashlib.sha256(str(absolute).encode()).hexdigest()[:6]  # two folders may have one name
+    run = f"{absolute.name if path.is_dir() else absolute.stem}-{digest}"
+    return Place(name, path, run, Path(runs, run), key)
 
 
-def _elsewhere(name: str, path: Path, run: str, runs: str, key: str) -> Place:
-    return Place(name, path, run, Path(runs) / run, key)
-
-
-_PARTS = ("checkpoints", "transformer")
-
-
-def pick(names: Collection[str], place: str) -> tuple[str, list[str]]:
-    """Which of the files in a folder are the checkpoint.
+def pick(names: Collection[str], argument: str) -> tuple[str, list[str]]:
+    """Choose the checkpoint among the files of a folder.
 
     Args:
-        names: of the files, relative to the folder.
-        place: key and name of the folder, for messages.
+        names: paths of the files, relative to the folder.
+        argument: key and name of the folder; messages begin with it.
 
     Returns:
-        The file or folder that holds the weights, and all files that belong to it; relative.
+        The file or folder that holds the weights, and all files that belong to it, relative to the folder.
 
     Raises:
-        UserError: if there is none, or more than one.
+        UserError: if there is no checkpoint, or more than one.
     """
     for part in ("", "transformer/"):
         if part + _CONFIG in names:
-            return part or ".", [part + _CONFIG, *_weights_of_folder(names, part)]
+            return part or ".", [part + _CONFIG, *_weights_beside_config(names, part)]
     for part in ("checkpoints/", ""):
         steps = sorted(name for name in names if name.startswith(part) and STEP_NAME.fullmatch(name[len(part) :]))
         if part + LAST in names or steps:
-            found = part + LAST if part + LAST in names else steps[-1]
-            return found, [found]
+            newest = part + LAST if part + LAST in names else steps[-1]
+            return newest, [newest]
     files = [name for name in names if name.endswith(_SUFFIXES) and "/" not in name]
-    if len(files) != 1:
-        if files:
-            raise UserError(
-                f"{place} holds several checkpoint files: {', '.join(map(visible, sorted(files)[:8]))}; name one of"
-                " them"
-            )
+    if not files:
         raise UserError(
-            f"{place} holds no checkpoint (it holds {_tops(names)}): give a run's directory, an exported folder, or a"
-            " file"
+            f"{argument} holds no checkpoint (it holds {_top_names(names)}): give a run's directory, an exported"
+            " folder, or a file"
         )
+    if len(files) > 1:
+        several = ", ".join(map(visible, sorted(files)[:8]))
+        raise UserError(f"{argument} holds several checkpoint files: {several}; name one of them")
     return files[0], files
 
 
-def _tops(names: Collection[str]) -> str:
-    """What lies at the top of a folder with files of these names, for messages."""
+def _top_names(names: Collection[str]) -> str:
+    """The first names at the top of a folder with files of these ``names``, for messages."""
     return ", ".join(sorted({visible(name.split("/")[0]) for name in names})[:8]) or "nothing"
 
 
-def _weights_of_folder(names: Collection[str], part: str) -> list[str]:
-    """Files of weights beside a ``config.json``: one, or all pieces of one; no variants of lower precision."""
+def _weights_beside_config(names: Collection[str], part: str) -> list[str]:
+    """Files of weights in the folder ``part``: a whole one, or all pieces of one; no variants of lower precision."""
     files = sorted(name for name in names if name.startswith(part) and "/" not in name[len(part) :])
     for suffix in (".safetensors", ".bin"):
         whole = [name for name in files if re.fullmatch(rf"\w+{re.escape(suffix)}", name[len(part) :])]
@@ -149,98 +137,86 @@ def _weights_of_folder(names: Collection[str], part: str) -> list[str]:
 
 def weights_of_folder(folder: Path) -> list[Path]:
     """The files of weights in a folder with a ``config.json``; UserError if there are none."""
-    return [folder / name for name in _weights_of_folder(os.listdir(folder), "")]
+    return [folder / name for name in _weights_beside_config(os.listdir(folder), "")]
 
 
-# ---- the hub -------------------------------------------------------------------------------------------------------
+def _download(address: str, argument: str) -> Path:
+    """Download the file or folder at an address of the hub; returns its path in the cache of huggingface_hub.
 
-
-def _fetch(address: str, said: str) -> Path:
-    """The file or folder at an address of the hub, in the cache of huggingface_hub; ``said`` begins messages."""
-    found = _HUB.fullmatch(address)
-    twice = found and found["early"] and found["late"]
-    if not found or twice or {".", ".."} & set(re.split("[/@]", address)) or not address.isprintable():
+    Raises:
+        UserError: beginning with ``argument``, if there is no such checkpoint, or neither hub nor cache can be read.
+    """
+    match = _HUB.fullmatch(address)
+    two_revisions = match and match["early"] and match["late"]
+    if not match or two_revisions or {".", ".."} & set(re.split("[/@]", address)) or not address.isprintable():
         raise UserError(
-            f"{said} is no address: write hf://<owner>/<repository>[/<file or folder>][@<revision>], such"
+            f"{argument} is no address: write hf://<owner>/<repository>[/<file or folder>][@<revision>], such"
             " as hf://amd/DynamicChunkingDiT/S-256"
         )
-    repository, revision = found["repository"], found["early"] or found["late"]
-    path = (found["path"] or "").strip("/")
+    repository, revision = match["repository"], match["early"] or match["late"]
+    path = (match["path"] or "").strip("/")
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
+    from huggingface_hub.hf_api import RepoFile
 
     check_hub_answers()
     api = HfApi()
-    unreachable: list[Exception] = []
-    try:
-        names = _names_on_hub(api, repository, revision, unreachable)
-        cached = names is None
-        if names is None:
-            folder = Path(api.snapshot_download(repository, revision=revision, local_files_only=True))
-            names = [each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()]
-        target, files = _pick_below(path, names, f"{said}: {repository}", said)
+
+    def download(names: list[str], cached: bool) -> Path:
+        target, files = _pick_below(path, names, f"{argument}: {repository}", argument)
         local = [
             Path(api.hf_hub_download(repository, name, revision=revision, local_files_only=cached)) for name in files
         ]
         return local[0] if target == files[0] else local[0].parent
+
+    try:
+        try:
+            tree = list(islice(api.list_repo_tree(repository, recursive=True, revision=revision), _MAX_FILES + 1))
+        except (hub.RevisionNotFoundError, hub.RepositoryNotFoundError):
+            raise
+        except (hub.HTTPError, hub.OfflineModeIsEnabled, OSError):  # what fails from here on has this as its context
+            folder = Path(api.snapshot_download(repository, revision=revision, local_files_only=True))
+            return download([file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()], True)
+        if len(tree) > _MAX_FILES:
+            raise UserError(f"{repository} has more than {_MAX_FILES} files")
+        return download([file.path for file in tree if isinstance(file, RepoFile)], False)
     except hub.RevisionNotFoundError as error:
-        raise UserError(f"{said}: {repository} has no revision {revision}") from error
+        raise UserError(f"{argument}: {repository} has no revision {revision}") from error
     except hub.GatedRepoError as error:
         raise UserError(
-            f"{said}: its owners ask you to accept their terms: do so on the page of {repository}, then `hf auth login`"
+            f"{argument}: its owners ask you to accept their terms: do so on the page of {repository}, then `hf auth"
+            " login`"
         ) from error
     except hub.RepositoryNotFoundError as error:
         raise UserError(
-            f"{said}: the hub has no {repository}, or you may not see it: log in with `hf auth login`"
+            f"{argument}: the hub has no {repository}, or you may not see it: log in with `hf auth login`"
         ) from error
     except hub.HFValidationError as error:
-        raise UserError(f"{said}: {repository} is no name of a repository: {reason(error)}") from error
+        raise UserError(f"{argument}: {repository} is no name of a repository: {reason(error)}") from error
     except (hub.HTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
         pattern = path if not path or path.endswith(_SUFFIXES) else f"{path}/*"
         where = f" {shlex.quote(pattern)}" if pattern else ""
         raise UserError(
-            f"{said}: the hub cannot be reached ({reason((*unreachable, error)[0])}), and the files are not in its"
-            f" cache here. Where it can be reached, `hf download {repository}{where} --local-dir weights`; then copy"
-            f" the folder and give {said.partition('=')[0]}=weights{f'/{path}' if path else ''}"
+            f"{argument}: the hub cannot be reached ({reason(error)}), and the files are not in its cache here. Where"
+            f" it can be reached, `hf download {repository}{where} --local-dir weights`; then copy the folder and give"
+            f" {argument.partition('=')[0]}=weights{f'/{path}' if path else ''}"
         ) from error
     except UserError as error:
-        raise error if str(error).startswith(said) else UserError(f"{said}: {error}") from error
+        raise error if str(error).startswith(argument) else UserError(f"{argument}: {error}") from error
     except Exception as error:  # huggingface_hub raises whatever a malformed answer provokes
         raise UserError(
-            f"{said}: the hub's answer cannot be understood ({type(error).__name__}: {reason(error)}): is HF_ENDPOINT"
-            " the address of a hub?"
+            f"{argument}: the hub's answer cannot be understood ({type(error).__name__}: {reason(error)}): is"
+            " HF_ENDPOINT the address of a hub?"
         ) from error
 
 
-def _names_on_hub(
-    api: "HfApi", repository: str, revision: str | None, unreachable: list[Exception]
-) -> list[str] | None:
-    """Names of all files; None, and why, if the hub cannot be asked, but the cache perhaps can."""
-    from huggingface_hub import errors as hub
-    from huggingface_hub.hf_api import RepoFile
-
-    try:
-        listed = list(islice(api.list_repo_tree(repository, recursive=True, revision=revision), _MOST_FILES + 1))
-    except (hub.RevisionNotFoundError, hub.RepositoryNotFoundError):
-        raise
-    except (hub.HTTPError, hub.OfflineModeIsEnabled, OSError) as error:
-        unreachable.append(error)
-        return None
-    if len(listed) > _MOST_FILES:
-        raise UserError(f"{repository} has more than {_MOST_FILES} files")
-    return [file.path for file in listed if isinstance(file, RepoFile)]
-
-
-def _pick_below(path: str, names: list[str], repository: str, said: str) -> tuple[str, list[str]]:
-    """What :func:`pick` says of the files at and below ``path`` of a repository."""
+def _pick_below(path: str, names: list[str], repository: str, argument: str) -> tuple[str, list[str]]:
+    """Choose the checkpoint at and below ``path`` of a repository, as :func:`pick` does in a folder."""
     if path in names:
         return path, [path]
-    inside = [name.removeprefix(f"{path}/") for name in names if not path or name.startswith(f"{path}/")]
+    prefix = f"{path}/" if path else ""
+    inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     if not inside:
-        raise UserError(f"{repository} holds no {path}; it holds {_tops(names)}")
-    target, files = pick(inside, said)
-    return _below(path, target), [_below(path, name) for name in files]
-
-
-def _below(folder: str, name: str) -> str:
-    return "/".join(part for part in (folder, name) if part and part != ".") or "."
+        raise UserError(f"{repository} holds no {path}; it holds {_top_names(names)}")
+    target, files = pick(inside, argument)
+    return (f"{prefix}{target}".removesuffix("/.") or "."), [f"{prefix}{name}" for name in files]

@@ -11,7 +11,7 @@ class NameMap:
     """One program's names of the parameters of a network.
 
     Attributes:
-        title: of the program's checkpoints, for people.
+        title: what messages call the program's checkpoints.
         network: name in :data:`dcdit.network.NETWORKS`.
         modules: their names by ours, without ``weight`` and ``bias``; ``#`` stands for a number.
         optional: theirs that a network may do without.
@@ -30,16 +30,16 @@ class NameMap:
         """What the parameter ``name`` of the other program is called here; None if it is unknown."""
         module, _, last = name.rpartition(".")
         for pattern, _, _, ours in self._patterns:
-            if found := pattern.fullmatch(module):
-                return f"{_numbered(ours, found)}.{last}"
+            if match := pattern.fullmatch(module):
+                return f"{_numbered(ours, match)}.{last}"
         return None
 
     def theirs(self, name: str) -> str | None:
         """What our parameter ``name`` is called there; None if it has no counterpart."""
         module, _, last = name.rpartition(".")
         for _, theirs, pattern, _ in self._patterns:
-            if found := pattern.fullmatch(module):
-                return f"{_numbered(theirs, found)}.{last}"
+            if match := pattern.fullmatch(module):
+                return f"{_numbered(theirs, match)}.{last}"
         return None
 
     def differences(self, names: Collection[str]) -> list[str]:
@@ -55,8 +55,8 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(r"\#", r"(\d+)"))
 
 
-def _numbered(template: str, found: re.Match[str]) -> str:
-    return template.replace("#", found[1]) if "#" in template else template
+def _numbered(template: str, match: re.Match[str]) -> str:
+    return template.replace("#", match[1]) if "#" in template else template
 
 
 _EMBEDDERS_AND_OUTPUT = {
@@ -131,6 +131,6 @@ DIFFUSERS = NameMap(
         "output.linear": "proj_out_2",
     },
 )
-"""After :func:`dcdit.checkpoints.foreign.joined`: q, k and v in one, and one copy of the embedders."""
+"""With q, k and v in one tensor, and one copy of the embedders: ``foreign.py`` joins them before it looks here."""
 
 NAME_MAPS = (REFERENCE, DIT, DIFFUSERS)

@@ -1,4 +1,4 @@
-"""Pickles of torch as plain values: nothing that they name is imported, made or called."""
+"""Read pickles of torch as plain values: nothing that they name is imported, built or called."""
 
 import math
 import pickle
@@ -11,9 +11,9 @@ import torch
 
 from dcdit.runtime import limits
 
-_LONGEST = 16  # dimensions of a tensor
-_LONGEST_NAME = 500  # of a class
-_ODD_KEYS = 1000  # large numbers as keys; with more of them, equal hashes would make a mapping slow
+_MAX_AXES = 16  # dimensions of a tensor
+_MAX_NAME = 500  # letters in the name of a class
+_MAX_ODD_KEYS = 1000  # large numbers as keys; more of them could have equal hashes and make a mapping slow
 
 DTYPES = {
     f"{module}.{name}Storage": dtype
@@ -31,15 +31,15 @@ DTYPES = {
         ("Bool", torch.bool),
     )
 }
-"""Types of tensors that are read, by the name of their storage."""
+"""Types of tensors that are read, by the name of their storage's class."""
 
 
 @dataclass(frozen=True, eq=False)
 class Foreign:
-    """Stands for a class that a pickle names, and for its objects: holds nothing, does nothing.
+    """Stands for a class that a pickle names, and for its objects; it holds and does nothing.
 
     Attributes:
-        name: of the class.
+        name: name of the class.
     """
 
     name: str
@@ -50,9 +50,9 @@ class Storage:
     """The numbers of one tensor or several.
 
     Attributes:
-        record: what the file calls them.
-        dtype: their type.
-        elements: how many there are.
+        record: the file's name for the storage.
+        dtype: type of the numbers.
+        elements: number of elements.
     """
 
     record: str
@@ -61,13 +61,13 @@ class Storage:
 
     @property
     def bytes(self) -> int:
-        """Bytes in the file."""
+        """Number of bytes in the file."""
         return self.elements * self.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor that lies in a file, within its storage."""
+    """A tensor in a file: its storage, and the offset, size and stride within it, in elements."""
 
     storage: Storage
     offset: int
@@ -76,12 +76,12 @@ class StoredTensor:
 
     @property
     def bytes(self) -> int:
-        """Bytes of its elements."""
+        """Number of bytes of its elements."""
         return math.prod(self.size) * self.storage.dtype.itemsize
 
     def __post_init__(self) -> None:
-        axes = len(self.size)
-        if axes != len(self.stride) or axes > _LONGEST or not all(map(_small, (self.offset, *self.size, *self.stride))):
+        axes, numbers = len(self.size), (self.offset, *self.size, *self.stride)
+        if axes != len(self.stride) or axes > _MAX_AXES or not all(map(_small, numbers)):
             raise ValueError("a tensor has a shape that is none")
         elements = math.prod(self.size)
         end = self.offset + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True)) + 1
@@ -89,14 +89,14 @@ class StoredTensor:
             raise ValueError(f"a tensor says to have {elements} elements, which are not there")
 
 
-def _small(number: Any) -> bool:
+def _small(number: object) -> bool:
     return isinstance(number, int) and 0 <= number < 1 << 48
 
 
 def unpickle(file: BytesIO) -> tuple[Any, dict[str, Storage]]:
-    """The next pickle in ``file``, and the storages that it names by their records.
+    """Read the next pickle in ``file``; returns its values, and the storages that it names by their records.
 
-    Its values are plain, :class:`StoredTensor` for tensors, and :class:`Foreign` for all else.
+    Tensors are :class:`StoredTensor`, objects of other classes :class:`Foreign`, and all else plain values.
 
     Raises:
         Exception: of any type, if it is no pickle of torch, or exceeds :mod:`dcdit.runtime.limits`.
@@ -108,7 +108,7 @@ def unpickle(file: BytesIO) -> tuple[Any, dict[str, Storage]]:
 
 
 class _Counted(dict[int, Any]):
-    """What to do for each code of a pickle; counts them."""
+    """The handlers of a pickle's opcodes, which counts the opcodes that are run."""
 
     count = 0
 
@@ -135,7 +135,7 @@ _CODES = (
 
 
 class _Unpickler(pickle._Unpickler):
-    """The standard library's in Python, but for every code that would import, make or call something."""
+    """The standard library's unpickler in Python, without the opcodes that would import, build or call something."""
 
     stack: list[Any]
     _odd_keys = 0
@@ -149,15 +149,15 @@ class _Unpickler(pickle._Unpickler):
         self.dispatch = self.codes  # type: ignore[misc]  # of this object, which counts for itself
 
     def find_class(self, module: str, name: str) -> Foreign:
-        """What the pickle names, as a name."""
-        if len(module) + len(name) > _LONGEST_NAME:
+        """Return the class that the pickle names as a :class:`Foreign`, which imports nothing."""
+        if len(module) + len(name) > _MAX_NAME:
             raise ValueError("it names a class with too many letters")
         if module in _HARMFUL or f"{module}.{name}" in _HARMFUL:
             raise ValueError(f"it asks to run {module}.{name}, do not trust it")
         return Foreign(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Storage:
-        """A tensor's storage: (``storage``, type, record, device, number of elements); old files add a view of it."""
+        """Return a storage; ``pid`` is (``storage``, type, record, device, elements), and a view in old files."""
         kind, record, elements = pid[1], pid[2], pid[4]
         name = kind.name if isinstance(kind, Foreign) else type(kind).__name__
         if name not in DTYPES:
@@ -168,7 +168,7 @@ class _Unpickler(pickle._Unpickler):
         return self.storages[record]
 
     def make(self) -> None:
-        """Replace a class and its arguments on the stack by an object: a tensor, a mapping, or nothing of use."""
+        """Replace a class and its arguments on the stack by a tensor, a mapping, or a :class:`Foreign`."""
         arguments, kind = self.stack.pop(), self.stack.pop()
         if not isinstance(kind, Foreign) or not isinstance(arguments, tuple):
             raise ValueError("it calls what is no class")
@@ -182,7 +182,7 @@ class _Unpickler(pickle._Unpickler):
             self.stack.append(make(*arguments) if make else Foreign(kind.name))
 
     def set_state(self) -> None:
-        """Leave out what an object is told after it was made."""
+        """Drop the state that an object would receive."""
         self.stack.pop()
 
     def append_value(self) -> None:
@@ -203,7 +203,7 @@ class _Unpickler(pickle._Unpickler):
         items = self.pop_mark()  # type: ignore[attr-defined]
         self._set(zip(items[::2], items[1::2], strict=True))
 
-    def _extend(self, values: list[Any]) -> None:
+    def _extend(self, values: list[object]) -> None:
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(values)
@@ -217,7 +217,7 @@ class _Unpickler(pickle._Unpickler):
         for key, value in items:
             if isinstance(key, float) or (isinstance(key, int) and not -(1 << 31) < key < 1 << 31):
                 self._odd_keys += 1
-            if not isinstance(key, str | int | float | Foreign | None) or self._odd_keys > _ODD_KEYS:
+            if not isinstance(key, str | int | float | Foreign | None) or self._odd_keys > _MAX_ODD_KEYS:
                 raise ValueError("a mapping in it has keys that are neither names nor small numbers")
             if isinstance(target, dict):
                 target[key] = value
@@ -234,11 +234,10 @@ _OWN = {
 }
 
 _HARMFUL = {"os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "builtins.eval", "builtins.exec"}
-"""Modules and functions that no checkpoint needs: not called either, but whoever wrote the file is not to be trusted.
-"""
+"""Modules and functions that no checkpoint needs: they are not called either, but their author is not to be trusted."""
 
 
-def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *ignored: Any) -> StoredTensor:
+def _tensor(storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> StoredTensor:
     if not isinstance(storage, Storage):
         raise ValueError("a tensor does not say where its numbers are")
     return StoredTensor(storage, offset, size, stride)

@@ -26,13 +26,15 @@ from dcdit.runtime.files import file_digest, replacing
 from dcdit.runtime.tensors import check_shapes, read_tensors, shapes_of
 
 FOLDER, STATE = "averages", "PowerEMA"
-"""Of the snapshots in a run's directory, and of the averages among the callbacks in a checkpoint."""
+"""Names of the folder of snapshots in a run's directory, and of the averages' state among a checkpoint's callbacks."""
+
+Floats = NDArray[np.float64]
 
 _NAME = re.compile(r"step_(\d{8})\.safetensors")
 
 
 def exponent(length: float) -> float:
-    """gamma of the power function of relative length sigma (EDM2, section 3).
+    """Exponent gamma of the power function whose relative length is sigma (EDM2, section 3).
 
     sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
     """
@@ -42,55 +44,55 @@ def exponent(length: float) -> float:
 
 
 def decay(step: int, gamma: float) -> float:
-    """Weight of the average before, at optimiser step ``step`` from 1 on (EDM2, section 3)."""
+    """Weight of the previous average at optimiser step ``step``, which counts from 1 (EDM2, section 3)."""
     return float((1 - 1 / step) ** (gamma + 1))
 
 
-def _overlap(steps: NDArray[Any], gammas: NDArray[Any], step: NDArray[Any], gamma: NDArray[Any]) -> NDArray[Any]:
+def _overlap(steps: Floats, gammas: Floats, step: Floats, gamma: Floats) -> Floats:
     """Inner products of the profiles of two sets of averages: the integral of p p' from 0 to the earlier step."""
     ratio = np.minimum(steps, step)
     own, other = (ratio / steps) ** (gammas + 1), (ratio / step) ** (gamma + 1)
     return (gammas + 1) * (gamma + 1) / (gammas + gamma + 1) * own * other / ratio
 
 
-def coefficients(averages: Sequence[tuple[int, float]], step: int, length: float) -> tuple[NDArray[Any], float]:
-    """How to combine averages for another one: the least squares of the difference of profiles.
+def coefficients(averages: Sequence[tuple[int, float]], step: int, length: float) -> tuple[Floats, float]:
+    """Coefficients that combine averages into another one, by least squares of the difference of profiles.
 
-    Coefficients add to 1, which EDM2 does not ask for: else what all weights have in common would be scaled a little.
+    They add to 1, which EDM2 does not ask for: otherwise what all weights have in common would be scaled a little.
 
     Args:
-        averages: step and relative length of each that there is.
-        step, length: of the one that is wanted.
+        averages: step and relative length of each average that exists.
+        step, length: step and relative length of the average that is wanted.
 
     Returns:
-        A coefficient for each, and the relative error of the profile: 0 is exact, 1 as good as nothing.
+        A coefficient for each average, and the relative error of the profile: 0 is exact, 1 is useless.
     """
-    steps = np.array([each[0] for each in averages], float)
-    gammas = np.array([exponent(each[1]) for each in averages])
+    steps = np.array([known_step for known_step, _ in averages], float)
+    gammas = np.array([exponent(known_length) for _, known_length in averages])
     wanted = np.array([float(step)]), np.array([exponent(length)])
     among = _overlap(steps[:, None], gammas[:, None], steps[None], gammas[None])
     towards = _overlap(steps, gammas, *wanted)
     one, scale = np.ones((len(steps), 1)), among.max()  # of the multiplier that holds the sum
     system = np.block([[among, scale * one], [scale * one.T, np.zeros((1, 1))]])
-    found = np.linalg.lstsq(system, np.append(towards, scale), rcond=1e-14)[0][:-1]
+    solution = np.linalg.lstsq(system, np.append(towards, scale), rcond=1e-14)[0][:-1]
     whole = float(_overlap(*wanted, *wanted)[0])
-    left = whole - 2 * found @ towards + found @ among @ found
-    return found, float(np.sqrt(max(0.0, left) / whole))
+    left = whole - 2 * solution @ towards + solution @ among @ solution
+    return solution, float(np.sqrt(max(0.0, left) / whole))
 
 
 def snapshot_name(step: int) -> str:
-    """File name of the averages at an optimiser step."""
+    """File name of the snapshot at an optimiser step."""
     return f"step_{step:08d}.safetensors"
 
 
 def snapshots_in(folder: Path) -> dict[int, Path]:
     """The snapshots in a folder by optimiser step."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {int(found[1]): path for path in files if (found := _NAME.fullmatch(path.name)) and path.is_file()}
+    return {int(match[1]): path for path in files if (match := _NAME.fullmatch(path.name)) and path.is_file()}
 
 
 def write_snapshot(path: Path, averages: Mapping[float, Mapping[str, Tensor]]) -> str:
-    """Write averages by length; returns the digest of the file. UserError if the disk does not take them."""
+    """Write averages by length; returns the digest of the file. UserError if it cannot be written."""
     tensors = {
         f"{length:g}/{name}": tensor.cpu().contiguous()
         for length, state in averages.items()
@@ -105,13 +107,13 @@ def write_snapshot(path: Path, averages: Mapping[float, Mapping[str, Tensor]]) -
 
 @dataclass(frozen=True)
 class PowerAverages:
-    """The averages of a run up to a checkpoint.
+    """The averages that a run kept up to one of its checkpoints.
 
     Attributes:
         step: optimiser steps of the checkpoint.
         tracked: averages at that step, by relative length: parameters by name.
-        folder: of the snapshots before it.
-        digests: of the files of these snapshots, by step. A file that the checkpoint does not know is not used.
+        folder: folder of the snapshots before that step.
+        digests: digests of the snapshots' files, by step. A file that the checkpoint does not name is not used.
     """
 
     step: int
@@ -121,10 +123,10 @@ class PowerAverages:
 
     @classmethod
     def of_checkpoint(cls, values: Mapping[str, Any], step: int, folder: Path) -> "PowerAverages | None":
-        """Those that a checkpoint of ``dcdit.train`` holds; None if it holds none.
+        """Read the averages in a checkpoint of ``dcdit.train``; None if it holds none.
 
         Raises:
-            UserError: if what is there is not what was written.
+            UserError: if they are not as training writes them.
         """
         state = conform("callbacks", values.get("callbacks", {}), dict[str, Any]).get(STATE)
         if state is None:
@@ -136,29 +138,29 @@ class PowerAverages:
         digests = conform("snapshots", kept.get("snapshots"), dict[str, Digest])
         return cls(
             step,
-            {conform("averages", length, Length): each for length, each in averages.items()},
+            {conform("averages", length, Length): average for length, average in averages.items()},
             folder,
             {conform("snapshots", number, Natural): digest for number, digest in digests.items()},
         )
 
     def _snapshots(self) -> dict[int, Path]:
-        """Those before the checkpoint that it knows; later ones are of steps that it does not know."""
+        """The snapshots before the checkpoint that it names, by step."""
         files = snapshots_in(self.folder).items()
         return {step: path for step, path in files if step in self.digests and 0 < step < self.step}
 
     def _known(self) -> list[tuple[int, float]]:
-        """Step and length of each average that there is."""
+        """Step and relative length of each average that exists."""
         return [(step, length) for step in (self.step, *self._snapshots()) for length in self.tracked]
 
-    def words(self, length: float) -> str:
-        """How good the average of this length is, for people."""
+    def describe_match(self, length: float) -> str:
+        """Say how many averages are combined for this relative length, and how far the profile is off."""
         known = self._known()
         error = coefficients(known, self.step, length)[1]
         rough = ": a rough match, lengths nearer to those that were kept are better" if error > 0.05 else ""
         return f"of {len(known)} averages, {error:.1%} off in profile{rough}"
 
     def at(self, length: float) -> dict[str, Tensor]:
-        """The average of another relative length at the same step: parameters by name, float32.
+        """Combine the average of another relative length at the same step: parameters by name, float32.
 
         Raises:
             UserError: if a snapshot is damaged, of another step or of another network.
@@ -169,25 +171,27 @@ class PowerAverages:
         total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
         for step in (self.step, *snapshots):
             averages = self.tracked if step == self.step else self._read(snapshots[step], step, shapes)
-            for each, state in averages.items():
+            for known_length, state in averages.items():
                 for name, tensor in state.items():
-                    total[name].add_(tensor.double(), alpha=float(weights[step, each]))
+                    total[name].add_(tensor.double(), alpha=float(weights[step, known_length]))
         return {name: tensor.float() for name, tensor in total.items()}
 
     def _read(self, path: Path, step: int, shapes: Mapping[str, torch.Size]) -> dict[float, dict[str, Tensor]]:
-        """A snapshot, as it was written at ``step``, of this network and these lengths."""
+        """Read the snapshot of ``step`` and check that it is unchanged, of this network and these lengths."""
         if file_digest(path) != self.digests[step]:
             raise UserError(
                 f"{path} is damaged, or not the snapshot that this run wrote at step {step}: its digest is not the one"
                 " in the checkpoint. Restore it, or remove it: others may be enough"
             )
         content = read_tensors(path)
-        found: dict[float, dict[str, Tensor]] = {}
+        averages: dict[float, dict[str, Tensor]] = {}
         for length in self.tracked:
             prefix = f"{length:g}/"
-            found[length] = {key.removeprefix(prefix): each for key, each in content.items() if key.startswith(prefix)}
+            averages[length] = {
+                key.removeprefix(prefix): tensor for key, tensor in content.items() if key.startswith(prefix)
+            }
             try:
-                check_shapes(shapes_of(found[length]), shapes)
+                check_shapes(shapes_of(averages[length]), shapes)
             except UserError as error:
                 raise UserError(f"{path}, length {length:g}: {error}: remove it, others may be enough") from error
-        return found
+        return averages

@@ -1,4 +1,4 @@
-"""The one reader of checkpoint files: tensors and plain values, whole and finite, never anyone's pickle."""
+"""The only reader of torch checkpoints: complete files of finite tensors and plain values; no pickle is executed."""
 
 import io
 import zipfile
@@ -11,36 +11,38 @@ import torch
 from torch import Tensor
 
 from dcdit.checkpoints.pickles import StoredTensor, unpickle
-from dcdit.checks import visible
+from dcdit.checks import reason_of, visible
 from dcdit.errors import UserError
 from dcdit.runtime import limits
 from dcdit.runtime.files import open_archive, open_regular
 
 _LEGACY = 0x1950A86A20F9469CFC6C
-"""The first value in a file of torch before 1.6."""
+"""First value in a file of torch before 1.6."""
 
-_MOST_SHARED = 4
-"""Times that tensors may share the numbers of a file; those of ours share none."""
+_MAX_SHARING = 4
+"""Tensors may hold this many times the numbers of their file, by sharing them; those of our files share none."""
 
 
 class DamagedError(UserError):
-    """A checkpoint that is no longer what was written, or never was one: another may be whole."""
+    """A file is damaged, or not a checkpoint at all: another checkpoint of the run may be readable."""
 
 
 def read_checkpoint(path: str | PathLike[str], legacy: bool = False) -> dict[str, Any]:
-    """Read a torch checkpoint's tensors and plain values; foreign classes in it become objects that hold nothing.
+    """Read the tensors and plain values of a torch checkpoint; objects of other classes become empty objects.
 
-    Nothing that the file names is imported or called. Checksums are verified, and nothing is allocated that the file
-    does not hold, see :mod:`dcdit.runtime.limits`.
+    Nothing that the file names is imported or called. Checksums are verified, and memory is allocated only for what
+    the file holds, within :mod:`dcdit.runtime.limits`.
 
     Args:
         path: the file.
-        legacy: take files of torch before 1.6 too, which have no checksums: published weights of old networks.
+        legacy: accept files of torch before 1.6 too, which have no checksums: old published weights are such files.
+
+    Returns:
+        The values by name.
 
     Raises:
-        UserError: if there is no such file, it is no regular one, or may not be read.
-        DamagedError: if it is no torch checkpoint, damaged, asks for more than it holds, or has a number that is not
-            finite.
+        UserError: if the file does not exist, is not a regular file, may not be read, or does not fit into memory.
+        DamagedError: if it is damaged or no torch checkpoint, claims more than it holds, or has a non-finite number.
     """
     name = visible(str(path))
     if Path(path).is_dir():
@@ -58,13 +60,12 @@ def read_checkpoint(path: str | PathLike[str], legacy: bool = False) -> dict[str
     except MemoryError as error:
         raise UserError(f"checkpoint {name} does not fit into the memory of this machine") from error
     except Exception as error:  # whatever a damaged or hostile file provokes
-        reason = visible((str(error).splitlines() or [type(error).__name__])[0][:240])
-        raise DamagedError(f"checkpoint {name} cannot be read safely: {reason}") from error
+        raise DamagedError(f"checkpoint {name} cannot be read safely: {reason_of(error)}") from error
     return values
 
 
-def _read_zip(file: BinaryIO) -> Any:
-    """The values in an archive of torch since 1.6."""
+def _read_zip(file: BinaryIO) -> object:
+    """Read the values in an archive of torch since 1.6."""
     if not zipfile.is_zipfile(file):
         raise ValueError("it is no whole file of torch.save (a zip archive, since torch 1.6)")
     with open_archive(file) as archive:
@@ -83,8 +84,8 @@ def _read_zip(file: BinaryIO) -> Any:
         return _with_tensors(values, lambda record: archive.read(f"{folder}data/{record}"), sum(sizes.values()))
 
 
-def _read_legacy(file: BinaryIO) -> Any:
-    """The values in a file of torch before 1.6: five pickles, then the numbers of one storage after the other."""
+def _read_legacy(file: BinaryIO) -> object:
+    """Read a file of torch before 1.6: five pickles, then the numbers of one storage after the other."""
     file.seek(0)
     head = io.BytesIO(file.read(limits.TEXT_BYTES))
     magic, version, system = (unpickle(head)[0] for _ in range(3))
@@ -92,40 +93,40 @@ def _read_legacy(file: BinaryIO) -> Any:
         raise ValueError("it is no file of torch.save")
     (values, storages), (records, _) = unpickle(head), unpickle(head)
     position, end = head.tell(), file.seek(0, io.SEEK_END)
-    places: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     for record in records:
         file.seek(position)
         if int.from_bytes(file.read(8), "little") != storages[record].elements:
             raise ValueError("a tensor asks for other numbers than the file holds")
-        places[record] = position + 8
-        position = places[record] + storages[record].bytes
+        offsets[record] = position + 8
+        position = offsets[record] + storages[record].bytes
         if position > end:
             raise ValueError("it ends before its numbers do")
 
     def content(record: str) -> bytes:
-        file.seek(places[record])
+        file.seek(offsets[record])
         return file.read(storages[record].bytes)
 
     return _with_tensors(values, content, end)
 
 
-def _with_tensors(values: Any, read: Callable[[str], bytes], held: int) -> Any:
-    """``values`` with tensors in place of where these are stored.
+def _with_tensors(values: object, read: Callable[[str], bytes], held: int) -> object:
+    """Replace each :class:`StoredTensor` within ``values`` by its tensor.
 
     Args:
-        values: of a pickle.
-        read: the bytes of a storage, by its record.
-        held: bytes of all storages.
+        values: the values of a pickle.
+        read: returns the bytes of a storage, given its record.
+        held: number of bytes in the file.
 
     Raises:
-        ValueError: if tensors say to be more than the file holds.
+        ValueError: if the tensors claim more than the file holds.
     """
     stored = [leaf for _, leaf in _leaves(values) if isinstance(leaf, StoredTensor)]
-    if sum(tensor.bytes for tensor in stored) > _MOST_SHARED * held:
+    if sum(tensor.bytes for tensor in stored) > _MAX_SHARING * held:
         raise ValueError("its tensors say to hold more than its size")
     storages: dict[str, Tensor] = {}
 
-    def tensor(stored: StoredTensor) -> Tensor:
+    def load(stored: StoredTensor) -> Tensor:
         record, dtype, elements = stored.storage.record, stored.storage.dtype, stored.storage.elements
         if record not in storages:
             content = read(record)
@@ -136,30 +137,30 @@ def _with_tensors(values: Any, read: Callable[[str], bytes], held: int) -> Any:
         numbers = storages[record][: stored.storage.bytes].view(dtype)
         return numbers.as_strided(stored.size, stored.stride, stored.offset)
 
-    def filled(value: Any) -> Any:
+    def replace(value: object) -> object:
         if isinstance(value, StoredTensor):
-            return tensor(value)
+            return load(value)
         if isinstance(value, dict):
-            return {key: filled(part) for key, part in value.items()}
-        return type(value)(map(filled, value)) if isinstance(value, list | tuple) else value
+            return {key: replace(part) for key, part in value.items()}
+        return type(value)(map(replace, value)) if isinstance(value, list | tuple) else value
 
-    return filled(values)
+    return replace(values)
 
 
-def _check_finite(values: Any) -> None:
-    """Raise if a tensor within nested values is not finite."""
+def _check_finite(values: object) -> None:
+    """Raise ValueError if a tensor within nested values is not finite."""
     for path, tensor in _leaves(values):
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not _finite(tensor):
             raise ValueError(f"{'.'.join(str(key)[:80] for key in path)} is not finite")
 
 
 def _finite(tensor: Tensor) -> bool:
-    # A sum is finite unless a part of it is not, or it overflows: only then is looked at each element.
+    # The sum is not finite if an element is not, or if it overflows: only then is every element looked at.
     return bool(tensor.sum(dtype=torch.float64).isfinite()) or bool(tensor.isfinite().all())
 
 
-def _leaves(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """All single values within nested ones, by the keys that lead to them."""
+def _leaves(values: object, path: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], object]]:
+    """Yield each single value within nested ones, after the keys that lead to it."""
     if isinstance(values, dict | list | tuple):
         for key, value in values.items() if isinstance(values, dict) else enumerate(values):
             yield from _leaves(value, (*path, key))

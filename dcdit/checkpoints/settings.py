@@ -1,4 +1,4 @@
-"""What a user may say about a checkpoint: which of its weights, and what it cannot say itself. No torch here."""
+"""What a user may say about a checkpoint: which of its weights to take, and what its file does not hold. No torch."""
 
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
@@ -14,10 +14,10 @@ Length = Annotated[
 
 
 class _OfWeights:
-    """EMA weights, raw ones, or an average of a length that is chosen after training."""
+    """An annotation: the text names EMA weights, raw ones, or an average of a length that is chosen after training."""
 
     def check(self, name: str, value: str) -> None:
-        """Raise :class:`UserError` unless ``value`` names one of them."""
+        """Raise :class:`UserError` unless ``value`` is ``ema``, ``raw`` or ``ema@<length>``."""
         kind, at, length = value.partition("@")
         if value not in ("ema", "raw") and not (at and kind == "ema"):
             raise UserError(f"{name}={shown(value)} is not one of ema, raw, ema@<length> such as ema@0.05")
@@ -30,7 +30,7 @@ WeightsKind = Annotated[str, _OfWeights()]
 
 
 def length_of(kind: str) -> float | None:
-    """The length that a :data:`WeightsKind` asks for; None for EMA weights as they were trained, and for raw ones."""
+    """Relative length of the average that a :data:`WeightsKind` names; None for ``ema`` and ``raw``."""
     _, at, length = kind.partition("@")
     return float(length) if at else None
 
@@ -38,18 +38,18 @@ def length_of(kind: str) -> float | None:
 @checked
 @dataclass(frozen=True)
 class AssumeSettings:
-    """What no shape tells; None takes what is published.
+    """What the file of another program does not say; None takes the published value.
 
     Attributes:
-        heads: attention heads; published for widths 384, 768, 1024 and 1152.
+        heads: number of attention heads; published for widths 384, 768, 1024 and 1152.
         smoothing_sigma: de-chunk smoothing in grid positions, 0 for none; published: 1, or 2 on a 64 x 64 grid.
-        freq_shift: of the timestep embedding: 0 as published; 1 is what diffusers' DiT computes, whatever its weights
-            were trained with.
-        diffusion: name of the process that it was trained by, with this package's direction and scale of time;
+        freq_shift: frequency shift of the timestep embedding: 0 as published; 1 is what diffusers' DiT computes,
+            whatever its weights were trained with.
+        diffusion: name of the process that it was trained for, with this package's direction and scale of time;
             published: ``ddpm``.
         num_classes: number of classes: as many as the label table has rows, if it was trained without a null class, or
             one fewer. None takes one fewer, but of 1,000 rows all.
-        autoencoder: of the latents; published: ``stabilityai/sd-vae-ft-ema``.
+        autoencoder: the autoencoder of its latents; published: ``stabilityai/sd-vae-ft-ema``.
         scale, shift: the network sees (latent - shift) * scale, with a number or one for each channel; published:
             0.18215 and 0.
     """
@@ -64,7 +64,7 @@ class AssumeSettings:
     shift: LatentShift | None = None
 
     def check_unused(self, kind: str) -> None:
-        """Raise :class:`UserError` if something is given that a ``kind`` of checkpoint says itself."""
+        """Raise :class:`UserError` if anything is given, for a ``kind`` of checkpoint that says everything itself."""
         given = {key: value for key, value in asdict(self).items() if value is not None}
         if given:
             key, value = next(iter(given.items()))

@@ -18,25 +18,25 @@ def _zero_bias(layer: Layer) -> Layer:
 
 
 def xavier_init(layer: Layer) -> Layer:
-    """Xavier-uniform weight (a convolution kernel counts as its flattened matrix), zero bias."""
+    """Draw a Xavier-uniform weight (a convolution kernel counts as its flattened matrix), and set the bias to zero."""
     nn.init.xavier_uniform_(layer.weight.data.flatten(1))
     return _zero_bias(layer)
 
 
 def zero_init(layer: Layer) -> Layer:
-    """Zero weight and bias."""
+    """Set weight and bias to zero."""
     nn.init.zeros_(layer.weight)
     return _zero_bias(layer)
 
 
 def normal_init(layer: Layer, std: float = 0.02) -> Layer:
-    """Normal weight, zero bias."""
+    """Draw a normal weight and set the bias to zero."""
     nn.init.normal_(layer.weight, std=std)
     return _zero_bias(layer)
 
 
 def constant_init(layer: nn.Conv2d, bias: float) -> nn.Conv2d:
-    """The given bias; the weight stays at PyTorch's default."""
+    """Set the bias to a constant; the weight stays at PyTorch's default."""
     assert layer.bias is not None
     nn.init.constant_(layer.bias, bias)
     return layer

@@ -1,4 +1,4 @@
-"""Networks as folders that others load with one line: ``config.json`` and ``model.safetensors``."""
+"""Networks in folders of ``config.json`` and ``model.safetensors``, which one line loads from the disk or the hub."""
 
 import hashlib
 import json
@@ -25,14 +25,14 @@ Self = TypeVar("Self", bound="Pretrained")
 
 
 class Pretrained(ModelHubMixin):
-    """``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` of huggingface_hub, with nothing pickled.
+    """A network with huggingface_hub's ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``, without pickles.
 
-    A constructor's arguments are remembered and saved; they are plain values.
+    huggingface_hub keeps the constructor's arguments, which are plain values, and the folder holds them.
     """
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What :func:`dcdit.network.build_network` makes this network of: its name and the constructor's arguments."""
+        """Its name and the constructor's arguments: what :func:`dcdit.network.build_network` takes."""
         name = next((name for name, kind in NETWORKS.items() if kind is type(self)), None)
         if name is None:
             raise UserError(f"{type(self).__name__} is no network of dcdit.network.NETWORKS: register it there")
@@ -40,18 +40,20 @@ class Pretrained(ModelHubMixin):
 
     @classmethod
     def from_pretrained(cls: type[Self], pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
-        """The network in an exported folder, or in a repository of the Hugging Face hub; see huggingface_hub's mixin.
+        """Load a network from an exported folder or a repository of the Hugging Face hub, in evaluation mode.
+
+        ``options`` are those of huggingface_hub's mixin, such as ``revision`` and ``local_files_only``.
 
         Raises:
-            UserError: if it is neither, or the folder is not whole.
+            UserError: if there is no such folder or repository, it is incomplete, or holds another network.
         """
-        place = str(pretrained_model_name_or_path)
-        if not Path(place).is_dir() and (Path(place).exists() or not re.fullmatch(HUB_ID, place)):
+        name = str(pretrained_model_name_or_path)
+        if not Path(name).is_dir() and (Path(name).exists() or not re.fullmatch(HUB_ID, name)):
             raise UserError(
-                f"{place} is no folder and no <owner>/<repository> of the hub: give one of them; for everything else"
+                f"{name} is no folder and no <owner>/<repository> of the hub: give one of them; for everything else"
                 " there is dcdit.checkpoints.load.load_model"
             )
-        network: Self = super().from_pretrained(place, **options)
+        network: Self = super().from_pretrained(name, **options)
         return network
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -68,7 +70,7 @@ class Pretrained(ModelHubMixin):
         force_download: bool,
         local_files_only: bool,
         token: str | bool | None,
-        **unknown: Any,  # of the mixin's interface: arguments of the constructor, which the folder says itself
+        **unknown: Any,  # the mixin passes arguments of the constructor, which the folder holds already
     ) -> Self:
         if unknown:
             raise UserError(f"from_pretrained: {', '.join(unknown)}: the folder says what the network is, leave it out")
@@ -104,16 +106,16 @@ def write_folder(
     dtype: torch.dtype = torch.float32,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``config.json``, ``model.safetensors`` and texts, each whole or not at all.
+    """Write ``config.json``, ``model.safetensors`` and texts, each file completely or not at all.
 
-    The first holds digests of all others, and one of itself.
+    ``config.json`` holds the digests of all files, its own among them.
 
     Args:
-        folder: where; made if needed.
+        folder: the folder; it is made if needed.
         config: plain values; ``network`` is what :func:`dcdit.network.build_network` takes.
         state: parameters by name.
-        dtype: of the floating-point numbers in the file.
-        texts: content of other files, by name.
+        dtype: type of the floating-point numbers in the file.
+        texts: contents of further files, by name.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -135,26 +137,26 @@ def write_folder(
 
 
 def written_files(folder: Path) -> set[str]:
-    """The files in a folder that :func:`write_folder` wrote, and that nobody changed since; none if in doubt."""
+    """Names of the files in a folder that :func:`write_folder` wrote and nobody changed; empty if in doubt."""
     try:
         config = read_config(folder)
         digests = {WEIGHTS_FILE: config["sha256"], **conform("files", config.get("files", {}), dict[str, Digest])}
-        found = {name for name, digest in digests.items() if file_digest(folder / Path(name).name) == digest}
+        unchanged = {name for name, digest in digests.items() if file_digest(folder / Path(name).name) == digest}
     except (UserError, OSError):
         return set()
-    return {CONFIG_FILE, *found}
+    return {CONFIG_FILE, *unchanged}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The values of a ``config.json`` that describes one of our networks in ``network``.
+    """Read the ``config.json`` of an exported folder; ``network`` in it describes the network.
 
     Raises:
-        UserError: if there is none, it describes something else, or was changed since it was written.
+        UserError: if there is none, it describes no network of dcdit, or was changed after it was written.
     """
     path = folder / CONFIG_FILE
     remedy = "export the network again (dcdit export), or download the folder again"
     try:
-        config = conform("config", read_json(path, dict[str, Any], remedy), dict[str, Any])
+        config: dict[str, Any] = read_json(path, dict[str, Any], remedy)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {CONFIG_FILE}: it is no folder that dcdit export wrote") from None
     if "network" not in config:

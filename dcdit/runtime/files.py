@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read with a limit and a schema."""
+"""Files: written completely or not at all, and read with a limit and a schema."""
 
 import csv
 import ctypes
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar, overload
 
 from dcdit.checks import call_checked, conform, shown, visible
 from dcdit.errors import UserError
@@ -28,7 +28,10 @@ from dcdit.runtime.limits import BudgetError, check_budget
 
 if TYPE_CHECKING:
     import numpy as np
+    from _typeshed import ReadableBuffer
     from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 _DRAFT = re.compile(r"\..+\.(?P<host>.+)-(?P<process>\d+)-\d+\.part")
 _numbers = count()
@@ -36,15 +39,15 @@ _swept: set[Path] = set()
 
 
 class UnwritableError(UserError):
-    """A file cannot be written; nothing that was there is lost."""
+    """A file cannot be written; its earlier content is still there."""
 
 
 class _Raw(io.FileIO):
-    """Remembers why it could not be written: what calls it may raise something else, or nothing."""
+    """A file that keeps the error of a failed write: a library that writes to it may raise another, or none."""
 
     failure: OSError | None = None
 
-    def write(self, content: Any) -> int:
+    def write(self, content: "ReadableBuffer") -> int:
         try:
             return super().write(content)
         except OSError as error:
@@ -53,7 +56,7 @@ class _Raw(io.FileIO):
 
 
 class _Draft(io.BufferedWriter):
-    """Without a descriptor for others, which would write past it."""
+    """A buffer without a descriptor, so that no library writes past it."""
 
     def fileno(self) -> int:
         raise io.UnsupportedOperation("fileno")
@@ -61,9 +64,9 @@ class _Draft(io.BufferedWriter):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` when the block ends: at once, and after its content is on the disk.
+    """Open a file that replaces ``path`` when the block ends: in one step, after its content is on the disk.
 
-    If the block raises, or the process dies, ``path`` stays what it was. Several processes may write the same path; the
+    If the block raises, or the process dies, ``path`` stays as it was. Several processes may write the same path; the
     last one wins. Drafts of dead processes are removed.
 
     Raises:
@@ -98,12 +101,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of ``folder`` when the block ends: at once, with all that is in it.
+    """Make an empty folder that replaces ``folder`` when the block ends: in one step, with all that is in it.
 
-    If the block raises, or the process dies, ``folder`` stays what it was. What was there before is deleted afterwards.
+    If the block raises, or the process dies, ``folder`` stays as it was. Its earlier content is deleted afterwards.
 
     Raises:
-        UnwritableError: if it cannot be put there, naming the folder and the remedy.
+        UnwritableError: if it cannot be written, naming the folder and the remedy.
     """
     folder = folder.resolve()
     _sweep(folder.parent)
@@ -127,7 +130,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Exchange two folders; in one step where the system can (Linux), else in three."""
+    """Exchange two folders, in one step on Linux, in three elsewhere."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if rename is None or rename(here, os.fsencode(one), here, os.fsencode(other), exchange):
@@ -142,7 +145,7 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> str:
-    """Why ``path`` cannot be written, and what to do about it."""
+    """Say why ``path`` cannot be written, and what to do about it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{path} cannot be written, the disk is full: make room there, or choose another place"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -153,14 +156,14 @@ def unwritable(path: Path, error: OSError) -> str:
 
 
 def writable_folder(folder: Path, key: str) -> None:
-    """Make ``folder`` and see that files can be written there, before any work is done for it.
+    """Make ``folder`` and check that files can be written there, before any work is done for it.
 
     Args:
         folder: the folder.
-        key: that named it, for the message.
+        key: the configuration key that named it, for messages.
 
     Raises:
-        UserError: if not.
+        UnwritableError: if it cannot be made or written, naming key, folder and remedy.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,20 +175,20 @@ def writable_folder(folder: Path, key: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text, all at once or not at all, lone surrogates as escapes; UserError if that cannot be done."""
+    """Write a text, completely or not at all, with lone surrogates as escapes; UnwritableError if that fails."""
     with replacing(path) as file:
         file.write(text.encode(errors="backslashreplace"))
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write plain values, all at once or not at all; UserError if that cannot be done."""
+def write_json(path: Path, values: object) -> None:
+    """Write plain values as JSON, completely or not at all; UnwritableError if that fails."""
     write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table, all at once or not at all; missing values stay empty.
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Write a table, completely or not at all; UnwritableError if that fails.
 
-    Text that a spreadsheet would take for a formula begins with an apostrophe.
+    Missing values stay empty. Text that a spreadsheet would take for a formula gets an apostrophe in front.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, [_no_formula(column) for column in columns])
@@ -194,20 +197,20 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     write_text(path, text.getvalue())
 
 
-def _no_formula(value: Any) -> Any:
+def _no_formula(value: T) -> T | str:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def open_regular(path: Path, most: int | None = None) -> BinaryIO:
-    """Open a file for reading bytes, if it is one: a FIFO would wait for ever, a device never ends.
+def open_regular(path: Path, max_bytes: int | None = None) -> BinaryIO:
+    """Open a regular file for reading bytes; reading a FIFO would wait for ever, and a device never ends.
 
     Args:
         path: the file.
-        most: bytes that it may have at most; None for any number.
+        max_bytes: largest size that is accepted; None accepts any.
 
     Raises:
-        FileNotFoundError: if there is none.
-        UserError: if it is no regular file, is larger than ``most``, or may not be read.
+        FileNotFoundError: if there is no such file.
+        UserError: if it is no regular file, is larger than ``max_bytes``, or may not be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -219,27 +222,27 @@ def open_regular(path: Path, most: int | None = None) -> BinaryIO:
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise UserError(f"{path} is no regular file")
-    if most is not None and status.st_size > most:
+    if max_bytes is not None and status.st_size > max_bytes:
         os.close(descriptor)
-        raise UserError(f"{path} has {status.st_size} bytes: at most {most} are read there")
+        raise UserError(f"{path} has {status.st_size} bytes: at most {max_bytes} are read there")
     return os.fdopen(descriptor, "rb")
 
 
 def open_archive(file: BinaryIO) -> zipfile.ZipFile:
-    """A zip archive, if the list of what it holds is no longer than ours are; raises BadZipFile for what is none."""
-    ending = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # None where there is none
-    if ending and ending[zipfile._ECD_SIZE] > limits.HEADER_BYTES:  # type: ignore[attr-defined]
+    """Open a zip archive; BadZipFile if it is none, or its table of contents exceeds the limit."""
+    end_record = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # None where there is none
+    if end_record and end_record[zipfile._ECD_SIZE] > limits.HEADER_BYTES:  # type: ignore[attr-defined]
         raise zipfile.BadZipFile(f"the list of its members has more than {limits.HEADER_BYTES} bytes")
     return zipfile.ZipFile(file)
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise unless a file is a regular one whose list of tensors is no longer than those of networks are.
+    """Check that a safetensors file is a regular file whose header is within the limit.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is no such file.
         UserError: if it is no regular file, or may not be read.
-        ValueError: if the list is too long.
+        ValueError: if its header is too long.
     """
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
@@ -248,7 +251,7 @@ def check_safetensors(path: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a regular file, in hexadecimal digits."""
+    """SHA-256 of a regular file in hexadecimal digits; raises as :func:`open_regular` does."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while chunk := file.read(1 << 22):
@@ -256,17 +259,17 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def content_digest(content: Mapping[str, Any]) -> str:
-    """Of plain values; the same for equal values. What files say of themselves, against damage and careless hands."""
+def content_digest(content: Mapping[str, object]) -> str:
+    """SHA-256 of plain values, the same for equal values: files of dcdit hold it, so that a change is noticed."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_text(path: Path) -> str:
-    """A text file of ours.
+    """Read a text file that dcdit wrote.
 
     Raises:
-        FileNotFoundError: if there is none.
-        UserError: if it cannot be read, is no file, or is larger than any that we write.
+        FileNotFoundError: if there is no such file.
+        UserError: if it cannot be read, is no regular file or no text, or is larger than ``limits.TEXT_BYTES``.
     """
     try:
         with open_regular(path, limits.TEXT_BYTES) as file:
@@ -275,17 +278,25 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is no text: {error.reason} at byte {error.start}") from error
 
 
+@overload
+def read_json(path: Path, kind: type[T], remedy: str) -> T: ...
+
+
+@overload
+def read_json(path: Path, kind: object, remedy: str) -> Any: ...
+
+
 def read_json(path: Path, kind: Any, remedy: str) -> Any:
-    """The plain values in a file of ours, as an instance of ``kind``.
+    """Read a JSON file that dcdit wrote, as an instance of ``kind``.
 
     Args:
         path: the file.
-        kind: an annotation that says what must be in it, see :func:`dcdit.checks.conform`.
-        remedy: what a person can do if the file is not so.
+        kind: an annotation of the values that it must hold, see :func:`dcdit.checks.conform`.
+        remedy: what the user can do if it holds others.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        UserError: naming file, key and remedy.
+        UserError: if it holds other values, naming file, key and remedy.
     """
     with open_regular(path, limits.TEXT_BYTES) as file:
         content = file.read()
@@ -298,13 +309,13 @@ def read_json(path: Path, kind: Any, remedy: str) -> Any:
             return call_checked(kind, values, "")
         return conform("content", values, kind)
     except (ValueError, RecursionError) as error:
-        words = str(error) if isinstance(error, UserError | BudgetError) else f"it is no JSON, {error}"
-        where = "" if words.startswith(str(path)) else f"{path}: "
-        raise UserError(f"{where}{words}: {remedy}") from error
+        message = str(error) if isinstance(error, UserError | BudgetError) else f"it is no JSON, {error}"
+        prefix = "" if message.startswith(str(path)) else f"{path}: "
+        raise UserError(f"{prefix}{message}: {remedy}") from error
 
 
 def read_array_header(file: IO[bytes]) -> "tuple[tuple[int, ...], np.dtype[Any]]":
-    """Shape and type of the array that an ``.npy`` holds, row by row; ValueError if it holds none."""
+    """Read shape and type of the array in an ``.npy`` file, stored row by row; ValueError if it holds none."""
     import numpy as np
 
     try:
@@ -321,12 +332,12 @@ def read_array_header(file: IO[bytes]) -> "tuple[tuple[int, ...], np.dtype[Any]]
 
 
 def read_arrays(path: Path, names: Sequence[str], remedy: str) -> "dict[str, NDArray[Any]]":
-    """Arrays of numbers in an ``.npz`` of ours: uncompressed, checksums verified, nothing allocated beyond its size.
+    """Read arrays of numbers from an uncompressed ``.npz`` file that dcdit wrote; checksums are verified.
 
     Args:
         path: the file.
-        names: of the arrays.
-        remedy: what a person can do if the file is not so.
+        names: names of the arrays.
+        remedy: what the user can do if the file is damaged.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -334,7 +345,7 @@ def read_arrays(path: Path, names: Sequence[str], remedy: str) -> "dict[str, NDA
     """
     import numpy as np
 
-    found: dict[str, Any] = {}
+    arrays: dict[str, NDArray[Any]] = {}
     try:
         with open_regular(path) as raw, open_archive(raw) as archive:
             for name in names:
@@ -345,14 +356,14 @@ def read_arrays(path: Path, names: Sequence[str], remedy: str) -> "dict[str, NDA
                     shape, dtype = read_array_header(file)
                     if dtype.kind not in "fiu":
                         raise ValueError(f"{name} is no array of ours")
-                    found[name] = np.frombuffer(bytearray(file.read()), dtype).reshape(shape)
-                if not np.isfinite(found[name]).all():
+                    arrays[name] = np.frombuffer(bytearray(file.read()), dtype).reshape(shape)
+                if not np.isfinite(arrays[name]).all():
                     raise ValueError(f"{name} is not finite everywhere")
     except (FileNotFoundError, UserError):
         raise
     except Exception as error:  # numpy and zipfile raise whatever a damaged file provokes
         raise UserError(f"{path} is damaged ({error}): {remedy}") from error
-    return found
+    return arrays
 
 
 def _finite(text: str) -> float:
@@ -365,7 +376,7 @@ def _not_finite(text: str) -> NoReturn:
 
 
 def _sync(folder: Path) -> None:
-    """Have the disk keep a rename; not every file system lets a folder be opened."""
+    """Wait until a rename in ``folder`` is on the disk, on file systems that let a folder be opened."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -375,18 +386,18 @@ def _sync(folder: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove drafts of processes of this machine that are gone; looked for once by each process."""
+    """Remove drafts of processes of this machine that have ended; each process looks once into each folder."""
     if folder in _swept:
         return
     _swept.add(folder)
     with suppress(OSError):
         for name in os.listdir(folder):
-            found = _DRAFT.fullmatch(name)
-            if found and found["host"] == socket.gethostname() and not _alive(int(found["process"])):
+            match = _DRAFT.fullmatch(name)
+            if match and match["host"] == socket.gethostname() and not _is_running(int(match["process"])):
                 shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
 
 
-def _alive(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

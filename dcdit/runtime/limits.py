@@ -1,36 +1,36 @@
-"""The budget of every file that another person made, whatever its format: counted before anything is made of it.
+"""Limits on files that another person made: what a file asks for is counted before it is used.
 
-With these limits a file of any content is read, or refused, within seconds and some hundred megabytes beside the
-tensors and arrays that it holds.
+Within these limits a file of any format is read or refused within seconds, and with some hundred megabytes of memory
+beside the tensors and arrays that it holds.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from itertools import chain
 
 TEXT_BYTES = 64 << 20
-"""Bytes of a text file, and of all values of a file beside its tensors; ours have some hundred thousand."""
+"""Bytes of a text file, and of all values of a file beside its tensors. Files of dcdit have some hundred thousand."""
 
 HEADER_BYTES = 4 << 20
-"""Bytes of a list of what a file holds: the header of safetensors, the directory of a zip archive."""
+"""Bytes of a file's table of contents: the header of safetensors, the directory of a zip archive."""
 
 VALUES = 2_000_000
-"""Values in a file: names, numbers, lists and mappings. Scale and shift of each element are the most that we write."""
+"""Names, numbers, lists and mappings in a file. dcdit writes at most scale and shift of every latent element."""
 
 DEPTH = 64
-"""Lists and mappings within one another; ours have five."""
+"""Depth of nested lists and mappings. Files of dcdit have five."""
 
 
 class BudgetError(ValueError):
-    """A file asks for more than files may."""
+    """A file asks for more than the limits allow."""
 
 
-def check_budget(values: Any) -> None:
+def check_budget(values: object) -> None:
     """Raise :class:`BudgetError` if nested plain values are too many, too deep, or too long.
 
-    What is shared counts as often as it is reached, for whoever prints or copies values meets it as often.
+    A value that several lists share counts once for each, for printing and copying meet it as often.
     """
     count, size = 0, 0
-    stack: list[Iterator[Any]] = [iter([values])]
+    stack: list[Iterator[object]] = [iter([values])]
     while stack:
         for value in stack[-1]:
             count += 1
@@ -43,12 +43,7 @@ def check_budget(values: Any) -> None:
             if isinstance(value, dict | list | tuple):
                 if len(stack) > DEPTH:
                     raise BudgetError(f"its values are nested more than {DEPTH} deep")
-                stack.append(_parts(value))
+                stack.append(iter(chain.from_iterable(value.items()) if isinstance(value, dict) else value))
                 break
         else:
             stack.pop()
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    parts: Iterable[Any] = (part for item in value.items() for part in item) if isinstance(value, dict) else value
-    return iter(parts)

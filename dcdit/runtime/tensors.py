@@ -77,8 +77,12 @@ def differing_shapes(
     shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]
 ) -> list[tuple[str, str, str]]:
     """Name, shape and expected shape of each tensor whose two shapes differ; a missing shape is ``none``."""
+
+    def describe(shape: torch.Size | None) -> str:
+        return "none" if shape is None else str(list(shape))
+
     return [
-        (name, *(str(list(table[name])) if name in table else "none" for table in (shapes, expected)))
+        (name, describe(shapes.get(name)), describe(expected.get(name)))
         for name in {**expected, **shapes}
         if shapes.get(name) != expected.get(name)
     ]

@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from dcdit.checkpoints.foreign import described_by_shapes
+from dcdit.checkpoints.foreign import infer_network
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.network import DCDiT, build_network
 from dcdit.settings.entry import CONFIG_DIR, plain
@@ -60,9 +60,9 @@ def golden_folders() -> dict[str, Path]:
 
 def golden_network(state: dict[str, torch.Tensor], heads: int) -> DCDiT:
     """The network of a state dict with the reference's names."""
-    _, spec, weights = described_by_shapes(state, AssumeSettings(heads=heads))
-    network = build_network(spec)
-    network.load_state_dict(weights)
+    inferred = infer_network(state, AssumeSettings(heads=heads))
+    network = build_network(inferred.spec)
+    network.load_state_dict(inferred.weights)
     return network.eval()
 
 
