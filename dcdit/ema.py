@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 
 from dcdit.checkpoints.settings import AS_PUBLISHED, Length
 from dcdit.checks import NotEmpty, call_checked, checked
-from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+from dcdit.settings.entry import entry_point, hold, plain
+from dcdit.settings.published import CONFIG_DIR
 
 
 @checked
@@ -50,9 +51,9 @@ def check(config: DictConfig) -> EMASettings:
 def run(config: DictConfig) -> list[Path]:
     """Combine averages as ``config`` says and export each; returns the folders."""
     settings = check(config)
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = locate(settings.checkpoint, config.paths.runs)
+    place = resolve_checkpoint(settings.checkpoint, config.paths.runs)
     from dcdit.checkpoints.export import Card, write_exported
     from dcdit.checkpoints.load import read_weights
     from dcdit.evaluation.results import figures_of

@@ -16,7 +16,8 @@ from omegaconf import DictConfig
 from dcdit.evaluation.grid import Grid, grid_of
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
-from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+from dcdit.settings.entry import entry_point, hold, plain
+from dcdit.settings.published import CONFIG_DIR
 
 
 def check(config: DictConfig) -> Grid:
@@ -28,9 +29,9 @@ def run(config: DictConfig) -> list[Path]:
     """Measure what ``config`` asks for; returns the files of the finished measurements."""
     grid = check(config)
     plan, settings = grid.points[0], grid.settings
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = locate(plan.settings.checkpoint, plan.runs)
+    place = resolve_checkpoint(plan.settings.checkpoint, plan.runs)
     from dcdit.evaluation.images import check_place
     from dcdit.evaluation.measure import Deadline, OutOfTimeError
     from dcdit.evaluation.points import Evaluation, remarks, table, take_times

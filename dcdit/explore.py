@@ -20,7 +20,8 @@ from dcdit.checks import Bounds, Matches, call_checked, checked
 from dcdit.diffusion.settings import Steps
 from dcdit.errors import UserError
 from dcdit.sampling.settings import SamplingPlan
-from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+from dcdit.settings.entry import entry_point, hold, plain
+from dcdit.settings.published import CONFIG_DIR
 
 
 @checked
@@ -73,10 +74,10 @@ _HELD = (
 def run(config: DictConfig) -> None:
     """Serve the page until interrupted."""
     plan, settings, base = check(config)
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
     names = {"checkpoint": plan.settings.checkpoint, "compare": settings.compare}
-    places = [locate(name, plan.runs, key) for key, name in names.items() if name is not None]
+    places = [resolve_checkpoint(name, plan.runs, key) for key, name in names.items() if name is not None]
     try:
         from dcdit.explorer.page import Page, serving
     except ImportError as error:

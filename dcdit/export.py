@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from dcdit.checkpoints.settings import AssumeSettings, WeightsKind
 from dcdit.checks import Matches, call_checked, checked
 from dcdit.errors import UserError
-from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+from dcdit.settings.entry import entry_point, hold, plain
+from dcdit.settings.published import CONFIG_DIR
 
 
 @checked
@@ -24,7 +25,7 @@ class ExportSettings:
     """Configuration of an export: the keys of ``configs/export.yaml``.
 
     Attributes:
-        checkpoint: name of the weights, see :func:`dcdit.checkpoints.locate.locate`.
+        checkpoint: name of the weights, see ``resolve_checkpoint``.
         assume: what the user says about a file of another program.
         weights: EMA weights, raw ones, or an average of another length, see :data:`WeightsKind`.
         out: folder to write, or file with ``format=reference``.
@@ -62,9 +63,9 @@ def check(config: DictConfig) -> ExportSettings:
 def run(config: DictConfig) -> Path:
     """Export a network as ``config`` says; returns the folder or file."""
     settings = check(config)
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place, out = locate(settings.checkpoint, config.paths.runs), Path(settings.out)
+    place, out = resolve_checkpoint(settings.checkpoint, config.paths.runs), Path(settings.out)
     from dcdit.checkpoints.export import Card, check_new_file, check_replaceable, push, write_exported, write_reference
     from dcdit.checkpoints.load import read_weights
     from dcdit.evaluation.results import figures_of

@@ -14,7 +14,8 @@ from dcdit.checks import call_checked
 from dcdit.extraction.settings import ExtractionSettings, ExtractSettings
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import cores, local_processes, processes
-from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+from dcdit.settings.entry import entry_point, hold, plain
+from dcdit.settings.published import CONFIG_DIR
 
 if TYPE_CHECKING:
     from dcdit.data.manifest import Manifest

@@ -14,7 +14,8 @@ from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.checks import Compression, DropFraction, NotEmpty, call_checked, checked
 from dcdit.diffusion.settings import Steps
 from dcdit.errors import UserError
-from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+from dcdit.settings.entry import entry_point, hold, plain
+from dcdit.settings.published import CONFIG_DIR
 
 
 @checked
@@ -24,7 +25,7 @@ class FlopsSettings:
 
     Attributes:
         model: the network, see :func:`dcdit.network.build_network`.
-        checkpoint: count its network instead, see :func:`dcdit.checkpoints.locate.locate`.
+        checkpoint: count its network instead, see ``resolve_checkpoint``.
         assume: what it cannot say.
         compression: the router keeps 1 / N of the positions before any drop.
         drop_fractions: tail drops, one column each.
@@ -57,9 +58,9 @@ def check(config: DictConfig) -> FlopsSettings:
 def run(config: DictConfig) -> None:
     """Print the table."""
     settings = check(config)
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = locate(settings.checkpoint, config.paths.runs) if settings.checkpoint else None
+    place = resolve_checkpoint(settings.checkpoint, config.paths.runs) if settings.checkpoint else None
     from dcdit.compute.table import flops_table
     from dcdit.network import build_network
     from dcdit.runtime.devices import without_memory
@@ -67,14 +68,14 @@ def run(config: DictConfig) -> None:
 
     spec, name = settings.model, settings.checkpoint
     if place is not None:
-        from dcdit.checkpoints.load import read_weights, words
+        from dcdit.checkpoints.load import describe_weights, read_weights
 
         found = read_weights(place, settings.assume)
         spec = dict(found.model)
     with without_memory():
         network = build_network(spec)
     if place is not None:
-        print(f"{place.name}: {words(found, network, 'ema')}")
+        print(f"{place.name}: {describe_weights(found, network, 'ema')}")
     drops = {
         f"drop {drop:g}": (drop, drop if settings.uncond_drop_fraction is None else settings.uncond_drop_fraction)
         for drop in settings.drop_fractions

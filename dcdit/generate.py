@@ -15,7 +15,8 @@ from dcdit.checks import Images, call_checked, checked
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
 from dcdit.sampling.settings import Labels, SamplingPlan
-from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+from dcdit.settings.entry import entry_point, hold, plain
+from dcdit.settings.published import CONFIG_DIR
 
 
 @checked
@@ -47,9 +48,9 @@ def check(config: DictConfig) -> tuple[SamplingPlan, GenerateSettings]:
 def run(config: DictConfig) -> Path:
     """Generate what ``config`` asks for; returns the folder."""
     plan, settings = check(config)
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = locate(plan.settings.checkpoint, plan.runs)
+    place = resolve_checkpoint(plan.settings.checkpoint, plan.runs)
     from dcdit.sampling.archive import ImageArchive
     from dcdit.sampling.setup import set_up_sampling
 

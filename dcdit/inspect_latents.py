@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 
 from dcdit.checks import Natural, Positive, call_checked, checked
 from dcdit.errors import UserError
-from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+from dcdit.settings.entry import entry_point, hold, plain
+from dcdit.settings.published import CONFIG_DIR
 
 if TYPE_CHECKING:
     from dcdit.data.manifest import Manifest

@@ -12,7 +12,8 @@ import hydra
 from omegaconf import DictConfig
 
 from dcdit.checks import NotEmpty, call_checked, checked
-from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+from dcdit.settings.entry import entry_point, hold, plain
+from dcdit.settings.published import CONFIG_DIR
 
 
 @checked

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from dcdit.checks import Bounds, Columns, Natural, NotEmpty, call_checked, checked
 from dcdit.sampling.settings import SamplingPlan
-from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+from dcdit.settings.entry import entry_point, hold, plain
+from dcdit.settings.published import CONFIG_DIR
 
 
 @checked
@@ -44,9 +45,9 @@ def check(config: DictConfig) -> tuple[SamplingPlan, SampleSettings]:
 def run(config: DictConfig) -> Path:
     """Sample what ``config`` asks for, write latents and pictures, and return their folder."""
     plan, settings = check(config)
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = locate(plan.settings.checkpoint, plan.runs)
+    place = resolve_checkpoint(plan.settings.checkpoint, plan.runs)
     from dcdit.sampling.pictures import sample_to_folder
     from dcdit.sampling.setup import set_up_sampling
 

@@ -25,7 +25,8 @@ from dcdit.runs.progress import (
 from dcdit.runs.state import State
 from dcdit.runtime.display import Console
 from dcdit.runtime.terminal import lost
-from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
+from dcdit.settings.entry import entry_point, hold, plain
+from dcdit.settings.published import CONFIG_DIR
 
 FLAGS = {"--watch": "watch=true"}
 

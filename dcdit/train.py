@@ -21,7 +21,8 @@ from dcdit.runs.failure import note_failure, one_line
 from dcdit.runs.resume import resuming_command, task_overrides
 from dcdit.runs.state import Outcome, State
 from dcdit.runtime.processes import lost_process, rank, say
-from dcdit.settings.entry import CONFIG_DIR, entry_point, explain, hold, plain, show
+from dcdit.settings.entry import entry_point, explain, hold, plain, show
+from dcdit.settings.published import CONFIG_DIR
 from dcdit.training.settings import GROUPS, TrainPlan
 
 PATIENCE = 180.0

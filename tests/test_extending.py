@@ -16,7 +16,8 @@ from support.configs import TINY
 from dcdit import evaluate, flops, generate, report, sample
 from dcdit.cluster.settings import cluster_of, sbatch_parameters
 from dcdit.errors import UserError
-from dcdit.settings.entry import CONFIG_DIR, plain
+from dcdit.settings.entry import plain
+from dcdit.settings.published import CONFIG_DIR
 from dcdit.training.run import train
 from dcdit.training.settings import TrainPlan
 

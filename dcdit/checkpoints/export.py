@@ -11,7 +11,7 @@ import torch
 
 import dcdit
 from dcdit.checkpoints.foreign import reference_state
-from dcdit.checkpoints.load import Weights, describe_kind, network_title, words
+from dcdit.checkpoints.load import Weights, describe_kind, describe_weights, network_title
 from dcdit.checkpoints.settings import WeightsKind
 from dcdit.checks import visible
 from dcdit.data.autoencoder_folder import is_local
@@ -19,7 +19,7 @@ from dcdit.data.latents import IDENTITY, LatentSpec, format_numbers
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.pretrained import write_folder, written_files
-from dcdit.runtime.files import replacing, replacing_folder, writable_folder
+from dcdit.runtime.files import make_writable_folder, replacing, replacing_folder
 from dcdit.runtime.hub import check_hub_answers, reason
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,7 +64,7 @@ def check_replaceable(out: Path) -> None:
             raise UserError(f"out={out} is the current folder, or one around it: name a folder within")
     elif out.exists() or out.is_symlink():
         raise UserError(f"out={out} is no folder: choose another name")
-    writable_folder(out.resolve().parent, f"out={out}")
+    make_writable_folder(out.resolve().parent, f"out={out}")
 
 
 def write_exported(
@@ -111,7 +111,7 @@ def write_exported(
             f"\nIts latents name the autoencoder {weights.latents.autoencoder}, a folder of this machine: whoever gets"
             " the export needs that too, and autoencoder=... to say where it is"
         )
-    return f"{words(weights, network, kind)}: {out}{note}"
+    return f"{describe_weights(weights, network, kind)}: {out}{note}"
 
 
 def check_new_file(out: Path) -> None:
@@ -120,7 +120,7 @@ def check_new_file(out: Path) -> None:
         raise UserError(f"out={out} is a directory: name a file, such as {out / 'reference.pt'}")
     if out.exists() or out.is_symlink():
         raise UserError(f"out={out} exists: name another file, or delete it")
-    writable_folder(out.parent, f"out={out}")
+    make_writable_folder(out.parent, f"out={out}")
 
 
 def write_reference(out: Path, weights: Weights, kind: WeightsKind) -> None:

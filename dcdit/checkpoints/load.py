@@ -18,9 +18,9 @@ from dcdit.checkpoints.foreign import (
     process_of,
     published_latents,
 )
-from dcdit.checkpoints.locate import Place, locate, weights_of_folder
 from dcdit.checkpoints.power_ema import FOLDER, PowerAverages
 from dcdit.checkpoints.read import DamagedError, read_checkpoint
+from dcdit.checkpoints.resolve import CheckpointSource, resolve_checkpoint, weights_of_folder
 from dcdit.checkpoints.settings import AS_PUBLISHED, AssumeSettings, WeightsKind, length_of
 from dcdit.checks import Bounds, conform, shown
 from dcdit.data.latents import LatentSpec
@@ -34,7 +34,7 @@ from dcdit.runs.resume import STEP_NAME
 from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.files import read_json
 from dcdit.runtime.processes import say
-from dcdit.runtime.tensors import check_shapes, load_whole, read_tensors, shapes_of
+from dcdit.runtime.tensors import check_shapes, load_state_strict, read_tensors, shapes_of
 from dcdit.settings.published import published_scales
 
 _PREFIX = "network."  # before the names of the network's parameters within a checkpoint of ours
@@ -53,7 +53,7 @@ class Weights:
         step: optimiser steps trained; None if unknown.
         ema, raw: parameters by name; None where the file does not hold these weights.
         training: hyper-parameters of its training, as far as they are known.
-        told: whether the file names its classes.
+        has_class_names: whether the file names its classes.
         averages: averages from which EMA weights of any length are combined; None if there are none.
     """
 
@@ -64,7 +64,7 @@ class Weights:
     ema: Mapping[str, Tensor] | None
     raw: Mapping[str, Tensor] | None
     training: Mapping[str, Any] = field(default_factory=dict)
-    told: bool = True
+    has_class_names: bool = True
     averages: PowerAverages | None = None
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Trained(Weights):
+class TrainingCheckpoint(Weights):
     """A checkpoint of ``dcdit.train``, read completely and checked.
 
     Attributes:
@@ -146,7 +146,7 @@ class Model:
 
 
 def load_model(
-    checkpoint: str | PathLike[str] | Place,
+    checkpoint: str | PathLike[str] | CheckpointSource,
     weights: WeightsKind = "ema",
     device: torch.device | str = "cpu",
     assume: AssumeSettings = AS_PUBLISHED,
@@ -154,7 +154,7 @@ def load_model(
     """Build a trained network from its checkpoint alone; nothing in a file is executed.
 
     Args:
-        checkpoint: its name, see :func:`dcdit.checkpoints.locate.locate`, or its resolved source.
+        checkpoint: its name, see ``resolve_checkpoint``, or its resolved source.
         weights: ``ema``, ``raw``, or ``ema@0.05`` for an average of that relative length.
         device: device that will hold the network.
         assume: what the user says about a file of another program.
@@ -163,7 +163,7 @@ def load_model(
         UserError: if there is no such checkpoint, it is damaged, lacks these weights, or neither it nor the user says
             what its latents are.
     """
-    source = checkpoint if isinstance(checkpoint, Place) else locate(str(checkpoint), "runs")
+    source = checkpoint if isinstance(checkpoint, CheckpointSource) else resolve_checkpoint(str(checkpoint), "runs")
     return build_model(read_weights(source, assume), weights, device)
 
 
@@ -174,7 +174,7 @@ def build_model(weights: Weights, kind: WeightsKind, device: torch.device | str 
             f"this {weights.source} does not say what its latents are: give assume.autoencoder=... and assume.scale=..."
         )
     network = build_network(weights.model)
-    load_whole(network, weights.of_kind(kind))
+    load_state_strict(network, weights.of_kind(kind))
     network.to(device).eval()
     network.to(memory_format=torch.channels_last)  # convolutions on CPUs and on tensor cores are faster so
     return Model(network, weights.latents, weights.step, weights.process.to(torch.device(device)), weights.training)
@@ -194,18 +194,18 @@ def describe_kind(kind: WeightsKind) -> str:
     return "raw weights" if kind == "raw" else "EMA weights"
 
 
-def words(weights: Weights, network: Network, kind: WeightsKind) -> str:
+def describe_weights(weights: Weights, network: Network, kind: WeightsKind) -> str:
     """Say in one line what holds the weights, of which network, at which step, and which weights are taken."""
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     step = f"step {weights.step}" if weights.step is not None else "at an unknown step"
-    which = describe_kind(kind) if weights.told or weights.raw else "weights as they are"
+    which = describe_kind(kind) if weights.has_class_names or weights.raw else "weights as they are"
     length = length_of(kind)
     if length is not None and weights.averages is not None:
         which += f" ({weights.averages.describe_match(length)})"
     return f"{weights.source}, {network_title(network, weights)} with {millions:.1f}M parameters, {step}, {which}"
 
 
-def read_weights(source: Place, assume: AssumeSettings = AS_PUBLISHED) -> Weights:
+def read_weights(source: CheckpointSource, assume: AssumeSettings = AS_PUBLISHED) -> Weights:
     """Read and check the weights of a checkpoint, whichever program wrote it.
 
     Raises:
@@ -214,7 +214,7 @@ def read_weights(source: Place, assume: AssumeSettings = AS_PUBLISHED) -> Weight
     try:
         return _read_source(source.path, assume)
     except UserError as error:
-        raise _named(error, source.path, source.words) from error
+        raise _named(error, source.path, source.argument) from error
 
 
 def _read_source(path: Path, assume: AssumeSettings) -> Weights:
@@ -235,7 +235,7 @@ def _read_source(path: Path, assume: AssumeSettings) -> Weights:
     return _infer_weights(states or {"ema": conform("state", values, dict[str, Tensor])}, values.get("opt"), assume)
 
 
-def read_trained(path: str | PathLike[str]) -> Trained:
+def read_trained(path: str | PathLike[str]) -> TrainingCheckpoint:
     """Read a checkpoint of ``dcdit.train``, and check that its weights are those of the network it describes.
 
     Nothing in the file is executed, and no network is built before its size is known to be that of the weights.
@@ -256,7 +256,7 @@ def _named(error: UserError, path: Path, argument: str) -> UserError:
     return type(error)(text if str(path) in text else f"{argument}: {text}")
 
 
-def _check_trained(values: dict[str, Any], path: Path) -> Trained:
+def _check_trained(values: dict[str, Any], path: Path) -> TrainingCheckpoint:
     """Check the values of the checkpoint of ``dcdit.train`` at ``path``; UserError if it was not written so."""
     try:
         settings = conform("hyper_parameters", values["hyper_parameters"], dict[str, Any])
@@ -281,7 +281,7 @@ def _check_trained(values: dict[str, Any], path: Path) -> Trained:
     if match and int(match[1]) != step:
         raise DamagedError(f"checkpoint {path} holds step {step}: it is not the one that its name says")
     training = {key: value for key, value in settings.items() if key != "latents"}
-    return Trained(
+    return TrainingCheckpoint(
         "checkpoint of dcdit.train", model, latents, step, ema, raw, training, averages=averages, values=values
     )
 

@@ -15,7 +15,7 @@ from dcdit.network.pretrained import CONFIG_FILE
 from dcdit.runtime.devices import without_memory
 from dcdit.runtime.files import read_json
 from dcdit.runtime.hub import check_hub_answers
-from dcdit.runtime.tensors import load_whole, read_tensors
+from dcdit.runtime.tensors import load_state_strict, read_tensors
 
 _WEIGHTS = "diffusion_pytorch_model"
 

@@ -22,7 +22,7 @@ from dcdit.data.splits import Validation, match_validation
 from dcdit.data.storage import Location
 from dcdit.data.stream import Batch, LatentStream, StoredBatch
 from dcdit.errors import UserError
-from dcdit.runtime.files import writable_folder
+from dcdit.runtime.files import make_writable_folder
 from dcdit.runtime.processes import say
 from dcdit.runtime.signals import ignore_interrupts
 
@@ -113,7 +113,7 @@ class LatentDataModule(pl.LightningDataModule):
         manifest = directory / "train" / MANIFEST_NAME  # which a source writes last
         if manifest.is_file():
             return
-        writable_folder(directory, "data.directory")
+        make_writable_folder(directory, "data.directory")
         # Several processes may start at once; one writes, the others wait and then find the shards.
         with FileLock(directory / ".lock"):
             if not manifest.is_file():

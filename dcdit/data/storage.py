@@ -20,7 +20,7 @@ from dcdit.checks import Positive, check_credentials, checked
 from dcdit.data.download import AbsentError, download
 from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard
 from dcdit.errors import UserError
-from dcdit.runtime.files import file_digest, open_regular, replacing, unwritable
+from dcdit.runtime.files import describe_write_error, file_digest, open_regular, replacing
 from dcdit.runtime.limits import TEXT_BYTES
 from dcdit.runtime.processes import say
 
@@ -215,7 +215,7 @@ def _private_folder(folder: Path) -> None:
             folder.mkdir(0o700)
         link, target = folder.lstat(), folder.stat()
     except OSError as error:
-        raise UserError(f"data.cache: {unwritable(folder, error)}") from error
+        raise UserError(f"data.cache: {describe_write_error(folder, error)}") from error
     own = not hasattr(os, "getuid") or link.st_uid == target.st_uid == os.getuid()
     if not own or not stat.S_ISDIR(target.st_mode) or target.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UserError(

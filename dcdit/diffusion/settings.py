@@ -237,7 +237,7 @@ class GuidanceSettings:
         uncond_drop_fraction: tail drop of the weak half (Lite-CFG); None takes the same.
         weak: ``uncond``, the weak half knows no class; ``budget``, it knows the class and drops more tokens. None takes
             ``uncond``, and with ``weak_checkpoint`` the same class.
-        weak_checkpoint: the weak half is this checkpoint, see :func:`dcdit.checkpoints.locate.locate`; None for the
+        weak_checkpoint: the weak half is this checkpoint, see ``resolve_checkpoint``; None for the
             network itself.
         interval: lowest and highest timestep that is guided (arXiv 2404.07724); elsewhere the strong half runs
             alone. None guides all.

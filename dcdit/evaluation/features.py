@@ -18,7 +18,7 @@ from dcdit.checkpoints.read import read_checkpoint
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.hub import check_hub_answers, reason
-from dcdit.runtime.tensors import load_whole, read_tensors
+from dcdit.runtime.tensors import load_state_strict, read_tensors
 
 _DIGITS = Path(__file__).with_name("digits.safetensors")
 
@@ -94,7 +94,7 @@ class FeatureNetwork(nn.Module, ABC):
         return self.eval().requires_grad_(False)
 
 
-def read_weights(path: str) -> dict[str, Any]:
+def read_feature_weights(path: str) -> dict[str, Any]:
     """Parameters by name from a local ``.safetensors`` or torch file; nothing in it is run.
 
     Raises:
@@ -117,7 +117,7 @@ def read_weights(path: str) -> dict[str, Any]:
 def _load(module: nn.Module, path: str) -> None:
     counters = {name: own for name, own in module.state_dict().items() if name.endswith(".num_batches_tracked")}
     try:
-        load_whole(module, {**counters, **read_weights(path)})  # the counters change nothing; old files lack them
+        load_state_strict(module, {**counters, **read_feature_weights(path)})  # old files lack the counters
     except UserError as error:
         text = str(error)
         fault = text if path in text else f"features.weights={path} do not fit {type(module).__name__}: {text}"
@@ -159,7 +159,7 @@ class InceptionFeatures(FeatureNetwork):
                     " elsewhere and give the file as features.weights=..., or take features=timm"
                 ) from error
         else:
-            state = read_weights(weights)
+            state = read_feature_weights(weights)
         # The extractor unpickles whatever file it is given: give it one that was read safely and written anew.
         safe = io.BytesIO()
         torch.save(dict(state), safe)

@@ -17,7 +17,7 @@ from dcdit.evaluation.curves import Section, arrange, best_words, pareto
 from dcdit.evaluation.plots import course_plot, keep_ratio, over_scale, trade_off
 from dcdit.evaluation.results import Result
 from dcdit.evaluation.words import differences_from_published
-from dcdit.runtime.files import replacing, writable_folder, write_csv, write_json, write_text
+from dcdit.runtime.files import make_writable_folder, replacing, write_csv, write_json, write_text
 
 _PLOT = re.compile(r"(\d+_)?(guidance|tflops|milliseconds|keep_ratio)\.png|training_\w+\.png")
 
@@ -147,7 +147,7 @@ def write_report(
         title: of the page.
         left_out: what is wrong with files that are not in it.
     """
-    writable_folder(out, f"out={out}")
+    make_writable_folder(out, f"out={out}")
     for plot in out.glob("*.png"):  # of an earlier report, which may have had other sections
         if _PLOT.fullmatch(plot.name):
             plot.unlink()

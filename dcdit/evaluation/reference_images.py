@@ -16,7 +16,7 @@ from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.images import ImageSet
 from dcdit.evaluation.statistics import Moments, Statistics
 from dcdit.runtime.display import Display
-from dcdit.runtime.files import read_arrays, writable_folder
+from dcdit.runtime.files import make_writable_folder, read_arrays
 from dcdit.runtime.jobs import ImageJob, Record
 
 
@@ -44,7 +44,7 @@ class FeatureJob(ImageJob[Record]):
 
     def share(self, rank: int, world_size: int, work: Callable[[int], None], display: Display) -> None:
         """Do this process's share, unless the result is there; ``work`` ends with :meth:`keep`."""
-        writable_folder(self.directory, self.result.name)
+        make_writable_folder(self.directory, self.result.name)
         with self.lock():
             if self.result.is_file():
                 return

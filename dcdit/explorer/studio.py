@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dcdit.checkpoints.locate import Place
+from dcdit.checkpoints.resolve import CheckpointSource
 from dcdit.compute.flops import count
 from dcdit.compute.table import flops_words
 from dcdit.diffusion.samplers import Step
@@ -135,7 +135,12 @@ class Studio:
     """
 
     def __init__(
-        self, plan: SamplingPlan, base: Mapping[str, Any], places: Sequence[Place], most_steps: int, words: str = ""
+        self,
+        plan: SamplingPlan,
+        base: Mapping[str, Any],
+        places: Sequence[CheckpointSource],
+        most_steps: int,
+        words: str = "",
     ) -> None:
         keep_freed_memory()
         self.base, self.places, self.most_steps, self.words = base, places, most_steps, words

@@ -17,7 +17,7 @@ from dcdit.errors import UserError
 from dcdit.network.registry import NETWORKS, build_network, build_without_memory
 from dcdit.runtime.files import content_digest, file_digest, read_json, replacing, write_text
 from dcdit.runtime.hub import check_hub_answers
-from dcdit.runtime.tensors import check_shapes, load_whole, read_tensors, shapes_of
+from dcdit.runtime.tensors import check_shapes, load_state_strict, read_tensors, shapes_of
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -95,7 +95,7 @@ class Pretrained(ModelHubMixin):
         check_shapes(shapes_of(state), shapes_of(described.state_dict()))
         network = build_network(config["network"])
         assert isinstance(network, cls)
-        load_whole(network, state)
+        load_state_strict(network, state)
         return network.eval()
 
 

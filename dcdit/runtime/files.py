@@ -77,7 +77,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         raw = _Raw(draft, "x")
     except OSError as error:
-        raise UnwritableError(unwritable(path, error)) from error
+        raise UnwritableError(describe_write_error(path, error)) from error
     try:
         with _Draft(raw, 1 << 20) as file:
             yield file
@@ -91,7 +91,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 raise
     except Exception as error:
         if raw.failure is not None:
-            raise UnwritableError(unwritable(path, raw.failure)) from error
+            raise UnwritableError(describe_write_error(path, raw.failure)) from error
         raise
     finally:
         with suppress(OSError):
@@ -115,7 +115,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         try:
             draft.mkdir()
         except OSError as error:
-            raise UnwritableError(unwritable(folder, error)) from error
+            raise UnwritableError(describe_write_error(folder, error)) from error
         yield draft
         try:
             if folder.exists():
@@ -124,7 +124,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 draft.rename(folder)
             _sync(folder.parent)
         except OSError as error:
-            raise UnwritableError(f"{unwritable(folder, error)}: choose a folder within it") from error
+            raise UnwritableError(f"{describe_write_error(folder, error)}: choose a folder within it") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -144,7 +144,7 @@ def _exchange(one: Path, other: Path) -> None:
         aside.rename(one)
 
 
-def unwritable(path: Path, error: OSError) -> str:
+def describe_write_error(path: Path, error: OSError) -> str:
     """Say why ``path`` cannot be written, and what to do about it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{path} cannot be written, the disk is full: make room there, or choose another place"
@@ -155,7 +155,7 @@ def unwritable(path: Path, error: OSError) -> str:
     return f"{path} cannot be written ({error.strerror or error})"
 
 
-def writable_folder(folder: Path, key: str) -> None:
+def make_writable_folder(folder: Path, key: str) -> None:
     """Make ``folder`` and check that files can be written there, before any work is done for it.
 
     Args:
@@ -171,7 +171,7 @@ def writable_folder(folder: Path, key: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UnwritableError(f"{key}: {unwritable(folder, error)}") from error
+        raise UnwritableError(f"{key}: {describe_write_error(folder, error)}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -46,7 +46,7 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     return tensors
 
 
-def load_whole(module: nn.Module, state: Mapping[str, Tensor], assign: bool = False) -> None:
+def load_state_strict(module: nn.Module, state: Mapping[str, Tensor], assign: bool = False) -> None:
     """Load ``state`` into ``module``: names, shapes and kinds of numbers must agree, and all numbers be finite.
 
     Args:

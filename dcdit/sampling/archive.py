@@ -15,7 +15,7 @@ from torch import Tensor
 from dcdit.checks import Count
 from dcdit.errors import UserError
 from dcdit.runtime.display import Display
-from dcdit.runtime.files import read_json, replacing, writable_folder, write_json
+from dcdit.runtime.files import make_writable_folder, read_json, replacing, write_json
 from dcdit.runtime.jobs import ImageJob
 from dcdit.sampling.generate import labels_of
 from dcdit.sampling.settings import Labels
@@ -79,7 +79,7 @@ class ImageArchive:
         Raises:
             UserError: if the folder holds other images.
         """
-        writable_folder(self.out, f"out={self.out}")
+        make_writable_folder(self.out, f"out={self.out}")
         with self.job.lock():
             if self.npz.is_file():
                 self._check_finished()

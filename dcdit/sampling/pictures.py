@@ -16,7 +16,7 @@ from dcdit.compute.table import flops_words
 from dcdit.diffusion.samplers import Step
 from dcdit.errors import UserError
 from dcdit.runtime.display import Console
-from dcdit.runtime.files import replacing, writable_folder
+from dcdit.runtime.files import make_writable_folder, replacing
 from dcdit.sampling.figures import Moment, Recorder, decoded, panels, save_boundaries, save_grid
 from dcdit.sampling.overlays import Pixels, enlarged, save_animation, side_by_side
 from dcdit.sampling.setup import Sampling
@@ -103,7 +103,7 @@ def sample_to_folder(
             f"per_class={per_class}: {len(labels)} images of {width} x {height} pixels are too many for one picture:"
             " take fewer, or dcdit.generate"
         )
-    writable_folder(out, f"out={out}")
+    make_writable_folder(out, f"out={out}")
     recorder = Recorder(shown, frames, steps, model.process.clean)
     moving = Recorder(shown[:1] if animation else [], _MOST_FRAMES, steps, model.process.clean)
     with Progress(console=Console(stderr=True)) as progress:

@@ -23,7 +23,7 @@ class SamplingSettings:
     """Keys at the top of ``configs/sampling/default.yaml``.
 
     Attributes:
-        checkpoint: what names the weights, see :func:`dcdit.checkpoints.locate.locate`.
+        checkpoint: what names the weights, see ``resolve_checkpoint``.
         weights: EMA weights, raw ones, or an average of another length, see :data:`WeightsKind`.
         seed: with a sample's number, the only source of randomness.
         batch_size: samples per forward pass; changes the speed, and the images by no more than rounding.

@@ -40,7 +40,7 @@ class Sampling:
     """
 
     plan: SamplingPlan
-    place: Place
+    place: CheckpointSource
     model: Model
     guidance: Guidance
     sampler: Sampler
@@ -123,12 +123,12 @@ class Sampling:
         return found
 
 
-def set_up_sampling(plan: SamplingPlan, place: Place) -> Sampling:
+def set_up_sampling(plan: SamplingPlan, place: CheckpointSource) -> Sampling:
     """Load the checkpoint at ``place``, which ``plan`` names, and meet its budget; see :func:`set_up_all`."""
     return set_up_all([plan], place)[0]
 
 
-def set_up_all(plans: Sequence[SamplingPlan], place: Place) -> list[Sampling]:
+def set_up_all(plans: Sequence[SamplingPlan], place: CheckpointSource) -> list[Sampling]:
     """What samples as each of ``plans`` says, which may differ in guidance and weights; whatever they share is one.
 
     Raises:
@@ -154,25 +154,27 @@ class Loaded:
     weak: Model | None
 
 
-def load(plan: SamplingPlan, place: Place) -> Loaded:
+def load(plan: SamplingPlan, place: CheckpointSource) -> Loaded:
     """What the samplings of plans have in common that differ from ``plan`` in sampler, guidance, budget and seed."""
     return _load(read_weights(place, plan.assume), plan, place, pick_device(plan.settings.device))
 
 
-def _load(found: Weights, plan: SamplingPlan, place: Place, device: torch.device) -> Loaded:
+def _load(found: Weights, plan: SamplingPlan, place: CheckpointSource, device: torch.device) -> Loaded:
     settings, guidance = plan.settings, plan.guidance
     if settings.compile:
         check_compiler("compile", device.type)
     model = build_model(found, settings.weights, device)
-    print(f"{place.name}: {words(found, model.network, settings.weights)}")
+    print(f"{place.name}: {describe_weights(found, model.network, settings.weights)}")
     set_execution(model.network, compiled=settings.compile)
     weak = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
-        weak = _weak_model(locate(guidance.weak_checkpoint, plan.runs, "guidance.weak_checkpoint"), plan, model)
+        weak = _weak_model(
+            resolve_checkpoint(guidance.weak_checkpoint, plan.runs, "guidance.weak_checkpoint"), plan, model
+        )
     return Loaded(model, load_decoder(model.latents, device, settings.autoencoder, settings.rounding), weak)
 
 
-def sampling_of(plan: SamplingPlan, place: Place, loaded: Loaded) -> Sampling:
+def sampling_of(plan: SamplingPlan, place: CheckpointSource, loaded: Loaded) -> Sampling:
     """What samples as ``plan`` says, but for its budget; UserError if the networks cannot."""
     model = loaded.model
     weak = loaded.weak if plan.guidance.weak_checkpoint is not None and plan.guidance.scale != 1 else None
@@ -237,11 +239,11 @@ def at_budget(sampling: Sampling, found: Calibration) -> Sampling:
     return replace(at_drop, sampler=sampler, calibration=found)
 
 
-def _weak_model(place: Place, plan: SamplingPlan, model: Model) -> Model:
+def _weak_model(place: CheckpointSource, plan: SamplingPlan, model: Model) -> Model:
     """The model at ``place``, on the device of ``model``; UserError unless it can guide it."""
     found = read_weights(place)
     weak = build_model(found, plan.settings.weights, model.device)
-    print(f"Weak half, {place.name}: {words(found, weak.network, plan.settings.weights)}")
+    print(f"Weak half, {place.name}: {describe_weights(found, weak.network, plan.settings.weights)}")
     for what, its, ours in (
         ("latents of shape", weak.latents.shape, model.latents.shape),
         ("latents of scale and shift", *(_scale_and_shift(each.latents) for each in (weak, model))),
@@ -249,7 +251,7 @@ def _weak_model(place: Place, plan: SamplingPlan, model: Model) -> Model:
         ("a process of", weak.process.settings.name, model.process.settings.name),
     ):
         if its != ours:
-            raise UserError(f"{place.words} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind")
+            raise UserError(f"{place.argument} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind")
     set_execution(weak.network, compiled=plan.settings.compile)
     return weak
 

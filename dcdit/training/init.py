@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dcdit.checkpoints.load import Weights, read_weights, words
-from dcdit.checkpoints.locate import locate
+from dcdit.checkpoints.load import Weights, describe_weights, read_weights
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.checks import shown
 from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.process import Process
@@ -15,7 +15,7 @@ from dcdit.errors import UserError
 from dcdit.network import DiT, Network, build_network
 from dcdit.runtime.devices import fingerprint, without_memory
 from dcdit.runtime.processes import say
-from dcdit.runtime.tensors import load_whole
+from dcdit.runtime.tensors import load_state_strict
 from dcdit.training.distillation import Distillation
 from dcdit.training.settings import FromScratch, FromTeacher, FromWeights, InitSettings
 
@@ -117,21 +117,21 @@ def start_from(
     if isinstance(settings, FromWeights):
         if step:
             return Start()
-        place = locate(settings.checkpoint, runs, "init.checkpoint")
+        place = resolve_checkpoint(settings.checkpoint, runs, "init.checkpoint")
         found = read_weights(place, settings.assume)
-        start, fit = _from_weights(settings, found, place.words, network, latents)
+        start, fit = _from_weights(settings, found, place.argument, network, latents)
     else:
         if step >= max(1, settings.distil_steps):
             return Start()
-        place = locate(settings.teacher, runs, "init.teacher")
+        place = resolve_checkpoint(settings.teacher, runs, "init.teacher")
         found = read_weights(place, settings.assume)
-        start, fit = _from_teacher(settings, found, place.words, network, latents)
-    _check_process(place.words, found, process, start)
+        start, fit = _from_teacher(settings, found, place.argument, network, latents)
+    _check_process(place.argument, found, process, start)
     if not step:
         _load(network, fit.take)
     return replace(
         start,
-        place=place.words,
+        place=place.argument,
         loaded=tuple(fit.take),
         new=tuple(fit.new),
         left=tuple(fit.left),
@@ -147,10 +147,12 @@ def _from_weights(
     sizes = _check_network(key, found, network, settings.adapt)
     other = build_network(found.model)
     state = dict(found.of_kind(settings.weights))
-    load_whole(other, state)
+    load_state_strict(other, state)
     fit = _fit(key, network, state, settings.adapt, sizes)
-    remark = "" if found.told or "classes" in settings.adapt else _UNNAMED
-    return Start(source=words(found, other, settings.weights), fingerprint=fingerprint(other), remark=remark), fit
+    remark = "" if found.has_class_names or "classes" in settings.adapt else _UNNAMED
+    return Start(
+        source=describe_weights(found, other, settings.weights), fingerprint=fingerprint(other), remark=remark
+    ), fit
 
 
 def _from_teacher(
@@ -169,9 +171,9 @@ def _from_teacher(
     fit.left.extend(name for name in state if not name.startswith(("blocks.", "condition.")))
     steps, weight = settings.distil_steps, settings.distil_weight
     start = Start(
-        source=words(found, teacher, settings.weights),
+        source=describe_weights(found, teacher, settings.weights),
         fingerprint=fingerprint(teacher),
-        remark="" if found.told or "classes" in settings.adapt else _UNNAMED,
+        remark="" if found.has_class_names or "classes" in settings.adapt else _UNNAMED,
         distillation=Distillation(teacher, steps, weight, settings.distil_decay) if steps and weight else None,
     )
     return start, fit
@@ -215,7 +217,7 @@ def _check_latents(key: str, found: Weights, latents: LatentSpec, adapt: Sequenc
         raise UserError(f"{key} does not say what its latents are: give init.assume.autoencoder and .scale")
     own, theirs = latents, found.latents
     same_number = len(theirs.classes) == len(own.classes)
-    classes = theirs.classes != own.classes if found.told else not same_number
+    classes = theirs.classes != own.classes if found.has_class_names else not same_number
     differing = [
         ("classes", classes, f"{len(theirs.classes)} classes there", f"{len(own.classes)} here"),
         ("grid", theirs.shape[1:] != own.shape[1:], f"a grid of {theirs.shape[1]} there", f"{own.shape[1]} here"),
@@ -230,7 +232,11 @@ def _check_latents(key: str, found: Weights, latents: LatentSpec, adapt: Sequenc
     else:
         difference = replace(theirs, shape=own.shape, classes=own.classes).difference(own)
     if difference and "latents" not in adapt:
-        told = "" if found.told else ", say what they are with init.assume.autoencoder=... and init.assume.scale=..."
+        told = (
+            ""
+            if found.has_class_names
+            else ", say what they are with init.assume.autoencoder=... and init.assume.scale=..."
+        )
         raise UserError(
             f"{key} was trained on other latents than the shards hold: {difference}. Point data.directory at such"
             f" latents{told}, or start from it nevertheless with init.adapt=[latents]"
@@ -354,5 +360,5 @@ def _teacher(key: str, found: Weights, network: Network, state: Mapping[str, Ten
                 f"init.distil_steps={settings.distil_steps}: {key} has {name} {theirs[name]} and the data {own[name]},"
                 " so it cannot see the same batches; take init.distil_steps=0 and init.adapt, or other data"
             )
-    load_whole(teacher, state)
+    load_state_strict(teacher, state)
     return teacher.eval().requires_grad_(False)

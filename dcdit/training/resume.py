@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import callbacks
 from torch import Tensor
 
-from dcdit.checkpoints.load import Trained, read_trained
+from dcdit.checkpoints.load import TrainingCheckpoint, read_trained
 from dcdit.checkpoints.read import DamagedError
 from dcdit.checks import conform, shown
 from dcdit.data.datamodule import StreamState
@@ -39,7 +39,7 @@ class Resumed:
     """
 
     path: Path
-    trained: Trained
+    trained: TrainingCheckpoint
     settings: Mapping[str, Any]
     position: StreamState
 

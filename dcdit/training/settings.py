@@ -132,7 +132,7 @@ class FromWeights:
     """Training that starts from weights that exist: step 0, a new optimiser, a new average.
 
     Attributes:
-        checkpoint: what names them, see :func:`dcdit.checkpoints.locate.locate`.
+        checkpoint: what names them, see ``resolve_checkpoint``.
         weights: EMA weights, raw ones, or an average of another length, see :data:`WeightsKind`.
         adapt: what may differ between them and what is trained; the parts that it touches start anew.
         freeze: parts that are not trained, see :meth:`dcdit.network.Network.parts`.
@@ -152,7 +152,7 @@ class FromTeacher:
     """A DC-DiT that takes the blocks and embedders of a plain DiT over, and matches its hidden states for a while.
 
     Attributes:
-        teacher: what names the plain DiT, see :func:`dcdit.checkpoints.locate.locate`.
+        teacher: what names the plain DiT, see ``resolve_checkpoint``.
         weights, adapt, freeze, assume: as of :class:`FromWeights`.
         distil_steps: optimiser steps in which hidden states are matched.
         distil_weight: weight of that loss beside the diffusion loss.

@@ -16,8 +16,8 @@ from dcdit import DCDiT
 from dcdit.checkpoints.export import Card, write_exported
 from dcdit.checkpoints.foreign import imagenet_classes, reference_state
 from dcdit.checkpoints.load import load_model, read_weights
-from dcdit.checkpoints.locate import locate
 from dcdit.checkpoints.names import NAME_MAPS
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.diffusion.settings import DDPM, GuidanceSettings
 from dcdit.errors import UserError
@@ -102,7 +102,7 @@ def test_what_the_file_does_not_say_can_be_said(tmp_path):
     model = load_model(path, assume=said)
     assert model.network.smoothing_sigma is None
     assert (model.latents.autoencoder, model.latents.scale) == ("identity", 1.0)
-    assert read_weights(locate(str(path), "runs"), AssumeSettings(heads=4, scale=0.5)).latents.scale == 0.5
+    assert read_weights(resolve_checkpoint(str(path), "runs"), AssumeSettings(heads=4, scale=0.5)).latents.scale == 0.5
 
 
 def test_a_checkpoint_of_ours_says_everything_itself(trained_run):
@@ -284,7 +284,7 @@ def test_the_process_that_no_shape_tells_can_be_said(tmp_path, caplog, variance)
     assert "diffusion" not in caplog.text
     with pytest.raises(UserError, match=r"sampler=ddpm does not fit"):
         model.process.sampler(DDPM(steps=2))
-    found = read_weights(locate(str(path), "runs"), said)
+    found = read_weights(resolve_checkpoint(str(path), "runs"), said)
     write_exported(tmp_path / "out", found, "ema", "fp32", Card("none", "", [], ""))
     assert load_model(tmp_path / "out").process.settings.name == "flow"
     with pytest.raises(UserError, match="diffusion='sit' is not one of ddpm, flow"):

@@ -14,7 +14,7 @@ from support.hub import offline
 from support.processes import Command, end, ranks
 
 from dcdit import evaluate, generate
-from dcdit.checkpoints.locate import SHIPPED
+from dcdit.checkpoints.resolve import SHIPPED
 from dcdit.errors import UserError
 from dcdit.evaluation.features import DigitsClassifier, FeatureNetwork
 from dcdit.evaluation.measure import Deadline, Measurement

@@ -18,7 +18,7 @@ from support.hub import hub_of
 from dcdit.checkpoints import export
 from dcdit.checkpoints.export import Card, write_exported
 from dcdit.checkpoints.load import Weights, load_model, read_weights
-from dcdit.checkpoints.locate import locate
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.data.latents import LatentSpec
 from dcdit.errors import UserError
 from dcdit.network import build_network
@@ -190,7 +190,7 @@ def test_the_card_says_what_was_trained_and_its_commands_work(
 
 
 def test_the_card_of_the_network_that_comes_along_is_as_it_would_be_written(tmp_path, capsys):
-    from dcdit.checkpoints.locate import SHIPPED
+    from dcdit.checkpoints.resolve import SHIPPED
 
     card = (SHIPPED["digits"] / "README.md").read_text()
     result = typed(capsys, tmp_path, "export", "checkpoint=digits", "out=digits", "license=apache-2.0")
@@ -239,4 +239,4 @@ def test_as_many_class_names_as_classes(tmp_path, classes):
     config = json.loads((tmp_path / "x" / "config.json").read_text())
     sign(tmp_path / "x" / "config.json", latents={**config["latents"], "classes": list(classes)})
     with pytest.raises(UserError, match=rf"checkpoint=.*names {len(classes)} classes, its network has 2"):
-        read_weights(locate(str(tmp_path / "x"), "runs"))
+        read_weights(resolve_checkpoint(str(tmp_path / "x"), "runs"))

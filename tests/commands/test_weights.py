@@ -15,7 +15,7 @@ from support.hub import Hub, hub_of
 
 from dcdit import DCDiT, DiT
 from dcdit.checkpoints.load import load_model
-from dcdit.checkpoints.locate import locate
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.data.shards import write_shards
 from dcdit.network.interface import Network
 
@@ -40,7 +40,7 @@ def ended(result: Result) -> Result:
 def test_weights_of_the_reference_in_every_command(reference, tiny_vae, tmp_path, capsys, named_by):
     name = {"file": f"{reference}/S-256/0700000.pt", "folder": f"{reference}/S-256", "hub": "hf://amd/small/S-256"}
     about = (f"checkpoint={name[named_by]}", HEADS, f"autoencoder={tiny_vae}")
-    own = locate(name["file"], "runs").run
+    own = resolve_checkpoint(name["file"], "runs").run
     home = tmp_path / "runs" / {"file": own, "folder": own, "hub": "amd_small_S_256"}[named_by]
 
     def run(command: str, *words: str) -> Result:

@@ -8,7 +8,7 @@ import pytest
 from support.configs import compose_config
 
 from dcdit import explore
-from dcdit.checkpoints.locate import locate
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.errors import UserError
 
 pytest.importorskip("gradio", reason="the extra `explore` is not installed")
@@ -25,7 +25,7 @@ JOIN, RUN = "/gradio_api/queue/join", "/gradio_api/run/predict"
 @pytest.fixture(scope="module")
 def blocks():
     plan, settings, base = explore.check(compose_config("sampler.steps=4", name="explore"))
-    studio = Studio(plan, base, [locate("digits", plan.runs)], settings.most_steps)
+    studio = Studio(plan, base, [resolve_checkpoint("digits", plan.runs)], settings.most_steps)
     return Page(studio, "dcdit: digits").blocks(base)
 
 

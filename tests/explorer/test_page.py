@@ -14,7 +14,7 @@ from PIL import Image
 from support.configs import compose_config
 
 from dcdit import explore, sample
-from dcdit.checkpoints.locate import locate
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.evaluation.features import DigitsClassifier
 
 pytest.importorskip("gradio", reason="the extra `explore` is not installed")
@@ -31,7 +31,7 @@ PATIENCE = 60_000  # milliseconds; of a machine that does other things beside
 @pytest.fixture(scope="module")
 def address():
     plan, settings, base = explore.check(compose_config("sampler.steps=8", "seed=3", name="explore"))
-    studio = Studio(plan, base, [locate("digits", plan.runs)], settings.most_steps)
+    studio = Studio(plan, base, [resolve_checkpoint("digits", plan.runs)], settings.most_steps)
     blocks = Page(studio, "dcdit: digits").blocks(base)
     with serving(blocks, "127.0.0.1", None, share=False) as found:
         yield found

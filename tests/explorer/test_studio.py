@@ -7,7 +7,7 @@ import pytest
 from support.configs import PLAIN_DIT, compose_config
 
 from dcdit import explore
-from dcdit.checkpoints.locate import locate
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.errors import UserError
 from dcdit.explorer.choice import Choice
 from dcdit.explorer.studio import STRIP, StoppedError, Studio, difference
@@ -17,7 +17,7 @@ CHOICE = Choice(label=3, seed=5, sampler="ddim", steps=6, scale=2.0)
 
 def studio_of(*checkpoints, most_steps=50):
     plan, _, base = explore.check(compose_config(f"checkpoint={checkpoints[0]}", name="explore"))
-    return Studio(plan, base, [locate(str(each), "runs") for each in checkpoints], most_steps)
+    return Studio(plan, base, [resolve_checkpoint(str(each), "runs") for each in checkpoints], most_steps)
 
 
 def quiet(done, steps, what):

@@ -20,10 +20,10 @@ from support.damage import damaged, damages
 from support.runs import differences
 
 from dcdit.checkpoints.load import read_weights
-from dcdit.checkpoints.locate import locate
 from dcdit.checkpoints.read import read_checkpoint
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.errors import UserError
-from dcdit.evaluation.features import read_weights as read_feature_weights
+from dcdit.evaluation.features import read_feature_weights
 from dcdit.evaluation.images import NpzArchive
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime import limits
@@ -159,7 +159,7 @@ def test_what_a_pickle_would_make_is_not_made(tmp_path):
 def test_sparse_tensors_are_not_read(tmp_path):
     torch.save({"x": torch.sparse_coo_tensor([[0]], [1.0], (10**12,))}, tmp_path / "x.pt")
     with bounded(megabytes=100), pytest.raises(UserError, match="is no Tensor"):
-        read_weights(locate(str(tmp_path / "x.pt"), "runs"))
+        read_weights(resolve_checkpoint(str(tmp_path / "x.pt"), "runs"))
 
 
 DTYPES = [
@@ -217,7 +217,7 @@ def test_damage_of_an_old_file_is_an_error_or_stays_within_it(tmp_path_factory, 
 
 READERS = {
     "checkpoint": (read_checkpoint, "x.ckpt"),
-    "weights": (lambda path: read_weights(locate(str(path), "runs")), "x.pt"),
+    "weights": (lambda path: read_weights(resolve_checkpoint(str(path), "runs")), "x.pt"),
     "safetensors": (read_tensors, "x.safetensors"),
     "features": (lambda path: read_feature_weights(str(path)), "x.pt"),
     "safe features": (lambda path: read_feature_weights(str(path)), "x.safetensors"),

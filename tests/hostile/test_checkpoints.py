@@ -19,8 +19,8 @@ from support.runs import differences, load
 from dcdit import evaluate
 from dcdit.checkpoints.export import Card, write_exported
 from dcdit.checkpoints.load import load_model, read_trained, read_weights
-from dcdit.checkpoints.locate import locate
 from dcdit.checkpoints.read import read_checkpoint
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.errors import UserError
 from dcdit.runs.state import RunState
 from dcdit.training.run import train
@@ -156,7 +156,7 @@ def test_any_damage_is_an_error_or_no_difference(three_steps, tmp_path, damage):
 def exported(three_steps, tmp_path_factory):
     """The folder that ``dcdit export`` writes of a small network."""
     out = tmp_path_factory.mktemp("exported") / "network"
-    found = read_weights(locate(str(three_steps), "runs"))
+    found = read_weights(resolve_checkpoint(str(three_steps), "runs"))
     write_exported(out, found, "ema", "fp32", Card(None, None, "", []))
     return out
 
@@ -164,13 +164,13 @@ def exported(three_steps, tmp_path_factory):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damages, st.sampled_from(["config.json", "model.safetensors"]))
 def test_any_damage_of_an_exported_folder_is_an_error_or_no_difference(exported, tmp_path, damage, name):
-    whole = read_weights(locate(str(exported), "runs"))
+    whole = read_weights(resolve_checkpoint(str(exported), "runs"))
     folder = tmp_path / "network"
     shutil.copytree(exported, folder, dirs_exist_ok=True)
     (folder / name).write_bytes(damaged((exported / name).read_bytes(), damage))
     with nothing_outside(tmp_path):
         try:
-            found = read_weights(locate(str(folder), "runs"))
+            found = read_weights(resolve_checkpoint(str(folder), "runs"))
         except UserError as error:
             assert str(folder) in str(error)  # noqa: PT017 - whether it raises depends on the place
         else:

@@ -11,7 +11,7 @@ from support.foreign import write_reference
 from support.hub import Hub, hub_of
 
 from dcdit import DCDiT
-from dcdit.checkpoints.locate import locate
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.data.autoencoder import load_autoencoder
 from dcdit.errors import UserError
 from dcdit.evaluation.features import TimmFeatures
@@ -37,7 +37,7 @@ def listing(**changes) -> bytes:
 
 
 FETCHERS: dict[str, Callable[[], object]] = {
-    "checkpoint": lambda: locate("hf://a/b/S-256", "runs"),
+    "checkpoint": lambda: resolve_checkpoint("hf://a/b/S-256", "runs"),
     "network": lambda: DCDiT.from_pretrained("a/b"),
     "autoencoder": lambda: load_autoencoder("a/b", torch.device("cpu")),
     "features": lambda: TimmFeatures("test_resnet.r160_in1k"),
@@ -81,7 +81,7 @@ def test_no_head_of_an_answer_leads_out_of_the_cache(hub, tmp_path, fetcher):
 def test_a_list_of_files_is_one_or_is_refused(hub, tmp_path, content, message):
     hub.listing = content
     with pytest.raises(UserError, match=rf"^checkpoint=hf://a/b/S-256: .*{message}"):
-        locate("hf://a/b/S-256", "runs")
+        resolve_checkpoint("hf://a/b/S-256", "runs")
     assert written(tmp_path / "around") == []
 
 
@@ -97,7 +97,7 @@ def test_what_an_owner_writes_is_no_path():
 )
 def test_odd_addresses_end_in_one_message(hub, tmp_path, address):
     with pytest.raises(UserError, match=r"^checkpoint=hf://") as refused:
-        locate(f"hf://{address}", "runs")
+        resolve_checkpoint(f"hf://{address}", "runs")
     assert str(refused.value).isprintable()
     assert written(tmp_path / "around") == []
 
@@ -107,4 +107,4 @@ def test_a_server_that_is_silent_is_left(hub, monkeypatch):
     monkeypatch.setattr(Hub, "answer", lambda self, request, body: threading.Event().wait(0.5))
     monkeypatch.setattr("dcdit.runtime.hub.TIMEOUT", 0.1)
     with pytest.raises(UserError, match=r"the hub cannot be reached .*time"):
-        locate("hf://a/b/S-256", "runs")
+        resolve_checkpoint("hf://a/b/S-256", "runs")

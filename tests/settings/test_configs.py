@@ -12,9 +12,9 @@ from dcdit.diffusion.settings import DDPM
 from dcdit.errors import UserError
 from dcdit.evaluation.grid import grid_of
 from dcdit.settings import entry
-from dcdit.settings.entry import CONFIG_DIR, cpu_precision, plain
+from dcdit.settings.entry import cpu_precision, plain
 from dcdit.settings.overrides import quoted
-from dcdit.settings.published import AUTOENCODER
+from dcdit.settings.published import AUTOENCODER, CONFIG_DIR
 from dcdit.training.build import build_module, match_compute
 from dcdit.training.settings import TrainPlan
 

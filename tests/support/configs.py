@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from dcdit.checkpoints.foreign import infer_network
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.network import DCDiT, build_network
-from dcdit.settings.entry import CONFIG_DIR, plain
+from dcdit.settings.entry import plain
+from dcdit.settings.published import CONFIG_DIR
 from dcdit.training.settings import TrainPlan
 
 TINY = (

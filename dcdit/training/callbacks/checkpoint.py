@@ -13,7 +13,7 @@ from lightning.pytorch import callbacks
 from dcdit.checks import Count, checked
 from dcdit.errors import UserError
 from dcdit.runs.resume import LAST, checkpoint_name, checkpoints_in
-from dcdit.runtime.files import UnwritableError, replacing, unwritable
+from dcdit.runtime.files import UnwritableError, describe_write_error, replacing
 from dcdit.runtime.processes import say
 from dcdit.runtime.signals import shielded
 
@@ -37,7 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with replacing(target) as file:
                 torch.save(checkpoint, file)
         except (UnwritableError, OSError) as error:
-            words = unwritable(target, error) if isinstance(error, OSError) else str(error)
+            words = describe_write_error(target, error) if isinstance(error, OSError) else str(error)
             raise UserError(f"{words}; earlier checkpoints are whole: resume with ckpt_path=last") from error
 
     def load_checkpoint(

@@ -8,7 +8,7 @@ from support.foreign import diffusers_dit, write_reference
 from support.hub import COMMIT, hub_of, offline
 
 from dcdit.checkpoints.load import load_model
-from dcdit.checkpoints.locate import locate, pick
+from dcdit.checkpoints.resolve import choose_files, resolve_checkpoint
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.errors import UserError
 
@@ -18,31 +18,31 @@ NAME = "hf://amd/DynamicChunkingDiT"
 def test_a_run_is_named_by_its_directory_or_by_any_of_its_checkpoints(trained_run):
     last = trained_run / "checkpoints" / "last.ckpt"
     for name in (trained_run, trained_run / "checkpoints", last):
-        place = locate(str(name), "runs")
+        place = resolve_checkpoint(str(name), "runs")
         assert (place.path.resolve(), place.run, place.home.resolve()) == (last, "trained", trained_run)
     step = next((trained_run / "checkpoints").glob("step_*.ckpt"))
     last.unlink()
-    assert locate(str(trained_run), "runs").path == step
+    assert resolve_checkpoint(str(trained_run), "runs").path == step
     of_sweep = trained_run.parent / "b_n4_sweep" / "compression_2"
     shutil.copytree(trained_run, of_sweep)
-    assert locate(str(of_sweep), "runs").run == "b_n4/compression_2"
+    assert resolve_checkpoint(str(of_sweep), "runs").run == "b_n4/compression_2"
 
 
 def test_what_is_made_of_other_weights_goes_to_a_directory_of_their_own_among_the_runs(tmp_path):
     path = write_reference(tmp_path / "Downloads" / "S-256.pt")
-    home = locate(str(path), "runs").home
+    home = resolve_checkpoint(str(path), "runs").home
     assert home.parent == Path("runs")
     assert home.name.startswith("S-256-")
     other = write_reference(tmp_path / "Elsewhere" / "S-256.pt")
-    assert locate(str(other), "runs").home != home  # of one name, not of one place
-    assert locate(str(path.parent), "runs").path == path
-    assert locate("digits", "runs").home == Path("runs/pretrained_digits")
+    assert resolve_checkpoint(str(other), "runs").home != home  # of one name, not of one place
+    assert resolve_checkpoint(str(path.parent), "runs").path == path
+    assert resolve_checkpoint("digits", "runs").home == Path("runs/pretrained_digits")
 
 
 def test_a_folder_with_no_checkpoint_or_several_is_refused(tmp_path):
     def refuses(words: str, name: str = "") -> None:
         with pytest.raises(UserError, match=words):
-            locate(name or str(tmp_path), "runs")
+            resolve_checkpoint(name or str(tmp_path), "runs")
 
     refuses(r"holds no checkpoint \(it holds nothing\)")
     (tmp_path / "notes.txt").touch()
@@ -55,9 +55,11 @@ def test_a_folder_with_no_checkpoint_or_several_is_refused(tmp_path):
     refuses("is no address", "hf://amd/x@v1/y@v2")
     refuses("is no address", "hf://amd/x/../../etc")
     (tmp_path / "config.json").touch()
-    assert pick(["config.json", "model.safetensors", "model.fp16.safetensors"], "x")[1][1:] == ["model.safetensors"]
+    assert choose_files(["config.json", "model.safetensors", "model.fp16.safetensors"], "x")[1][1:] == [
+        "model.safetensors"
+    ]
     with pytest.raises(UserError, match="there are no weights"):
-        pick(["config.json", "notes.txt"], "x")
+        choose_files(["config.json", "notes.txt"], "x")
 
 
 def test_a_hub_that_answers(tmp_path):
@@ -68,7 +70,7 @@ def test_a_hub_that_answers(tmp_path):
     heads = AssumeSettings(heads=4)
     with hub_of({"amd/DynamicChunkingDiT": repository, "amd/gated": repository}, cache) as hub:
         for address in ("/S-256", "/S-256/0700000.pt", f"/S-256@{COMMIT}", "@v1/S-256"):
-            place = locate(NAME + address, "runs")
+            place = resolve_checkpoint(NAME + address, "runs")
             assert place.path.read_bytes() == (repository / "S-256" / "0700000.pt").read_bytes()
             assert cache in place.path.parents
             assert load_model(place, assume=heads).step == 700
@@ -83,14 +85,14 @@ def test_a_hub_that_answers(tmp_path):
         }
         for address, words in refused.items():
             with pytest.raises(UserError, match=words):
-                locate(address, "runs")
+                resolve_checkpoint(address, "runs")
         hub.gated.add("amd/gated")
         with pytest.raises(UserError, match="accept their terms"):
-            locate("hf://amd/gated/S-256", "runs")
+            resolve_checkpoint("hf://amd/gated/S-256", "runs")
     with hub_of({}, cache), offline():
         assert load_model(f"{NAME}/S-256", assume=heads).step == 700  # from the cache
         with pytest.raises(UserError, match=r"cannot be reached .*hf download amd/x 'S-256/\*' --local-dir weights`"):
-            locate("hf://amd/x/S-256", "runs")
+            resolve_checkpoint("hf://amd/x/S-256", "runs")
 
 
 def test_a_hub_that_is_not_there(tmp_path, monkeypatch):
@@ -98,12 +100,12 @@ def test_a_hub_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its attempts
     with pytest.raises(UserError, match=r"the hub cannot be reached .* copy the folder and give checkpoint=weights/S"):
-        locate(f"{NAME}/S-256", "runs")
+        resolve_checkpoint(f"{NAME}/S-256", "runs")
 
 
 def test_an_exported_folder_is_no_run_whatever_it_lies_in(tmp_path):
     """Results about the network that comes along must not be written into this package."""
-    from dcdit.checkpoints.locate import SHIPPED
+    from dcdit.checkpoints.resolve import SHIPPED
 
     assert SHIPPED["digits"].parent.name == "checkpoints"
-    assert locate(str(SHIPPED["digits"]), str(tmp_path)).home.parent == tmp_path
+    assert resolve_checkpoint(str(SHIPPED["digits"]), str(tmp_path)).home.parent == tmp_path

@@ -24,7 +24,7 @@ _HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<early>[^/@]+))?(
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointSource:
     """A checkpoint that exists, and where results of it go.
 
     Attributes:
@@ -42,12 +42,12 @@ class Place:
     key: str = "checkpoint"
 
     @property
-    def words(self) -> str:
+    def argument(self) -> str:
         """The argument that named it, such as ``checkpoint=runs/b_n4``: messages begin with it."""
         return f"{self.key}={self.name}"
 
 
-def locate(name: str, runs: str, key: str = "checkpoint") -> Place:
+def resolve_checkpoint(name: str, runs: str, key: str = "checkpoint") -> CheckpointSource:
     """Resolve the name of a checkpoint; one on the hub is downloaded unless it is in the cache already.
 
     Args:
@@ -60,10 +60,10 @@ def locate(name: str, runs: str, key: str = "checkpoint") -> Place:
         UserError: if there is no such checkpoint, naming what is there instead.
     """
     if name in SHIPPED:
-        return Place(name, SHIPPED[name], f"pretrained_{name}", Path(runs, f"pretrained_{name}"), key)
+        return CheckpointSource(name, SHIPPED[name], f"pretrained_{name}", Path(runs, f"pretrained_{name}"), key)
     if name.startswith("hf:"):
         run = re.sub(r"\W+", "_", name.removeprefix("hf:")).strip("_")
-        return Place(name, _download(name, visible(f"{key}={name}")), run, Path(runs, run), key)
+        return CheckpointSource(name, _download(name, visible(f"{key}={name}")), run, Path(runs, run), key)
     path = Path(name)
     if not path.exists():
         hub = "hf://<owner>/<repository>/<folder>"
@@ -74,19 +74,19 @@ def locate(name: str, runs: str, key: str = "checkpoint") -> Place:
     if path.is_dir():
         parts = (".", "checkpoints", "transformer")
         names = [file.relative_to(path).as_posix() for part in parts for file in (path / part).glob("*")]
-        path = path / pick(names, f"{key}={name}")[0]
+        path = path / choose_files(names, f"{key}={name}")[0]
     folder = path.resolve().parent
     if folder.name == "checkpoints" and path.is_file():  # an exported folder there belongs to no run
         run_folder, sweep = folder.parent, folder.parent.parent.name
         run = f"{sweep.removesuffix('_sweep')}/{run_folder.name}" if sweep.endswith("_sweep") else run_folder.name
-        return Place(name, path, run, run_folder, key)
+        return CheckpointSource(name, path, run, run_folder, key)
     absolute = path.resolve()
     digest = hashlib.sha256(str(absolute).encode()).hexdigest()[:6]  # two folders may have one name
     run = f"{absolute.name if path.is_dir() else absolute.stem}-{digest}"
-    return Place(name, path, run, Path(runs, run), key)
+    return CheckpointSource(name, path, run, Path(runs, run), key)
 
 
-def pick(names: Collection[str], argument: str) -> tuple[str, list[str]]:
+def choose_files(names: Collection[str], argument: str) -> tuple[str, list[str]]:
     """Choose the checkpoint among the files of a folder.
 
     Args:
@@ -211,12 +211,12 @@ def _download(address: str, argument: str) -> Path:
 
 
 def _pick_below(path: str, names: list[str], repository: str, argument: str) -> tuple[str, list[str]]:
-    """Choose the checkpoint at and below ``path`` of a repository, as :func:`pick` does in a folder."""
+    """Choose the checkpoint at and below ``path`` of a repository, as :func:`choose_files` does in a folder."""
     if path in names:
         return path, [path]
     prefix = f"{path}/" if path else ""
     inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     if not inside:
         raise UserError(f"{repository} holds no {path}; it holds {_top_names(names)}")
-    target, files = pick(inside, argument)
+    target, files = choose_files(inside, argument)
     return (f"{prefix}{target}".removesuffix("/.") or "."), [f"{prefix}{name}" for name in files]
