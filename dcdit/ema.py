@@ -53,18 +53,18 @@ def run(config: DictConfig) -> list[Path]:
     settings = check(config)
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = resolve_checkpoint(settings.checkpoint, config.paths.runs)
+    source = resolve_checkpoint(settings.checkpoint, config.paths.runs)
     from dcdit.checkpoints.export import Card, write_exported
     from dcdit.checkpoints.load import read_weights
     from dcdit.evaluation.results import figures_of
     from dcdit.runs.state import command_of
 
-    found, folders = read_weights(place, AS_PUBLISHED), []
+    weights, folders = read_weights(source, AS_PUBLISHED), []
     for length in settings.lengths:
         kind = f"ema@{length:g}"
-        folder = (Path(settings.out) if settings.out else place.home / "ema") / f"{length:g}"
-        card = Card(None, None, command_of(place.home), figures_of(place.home, found.step, kind))
-        print(write_exported(folder, found, kind, settings.dtype, card))
+        folder = (Path(settings.out) if settings.out else source.home / "ema") / f"{length:g}"
+        card = Card(None, None, command_of(source.home), figures_of(source.home, weights.step, kind))
+        print(write_exported(folder, weights, kind, settings.dtype, card))
         folders.append(folder)
     return folders
 

@@ -65,21 +65,21 @@ def run(config: DictConfig) -> Path:
     settings = check(config)
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place, out = resolve_checkpoint(settings.checkpoint, config.paths.runs), Path(settings.out)
+    source, out = resolve_checkpoint(settings.checkpoint, config.paths.runs), Path(settings.out)
     from dcdit.checkpoints.export import Card, check_new_file, check_replaceable, push, write_exported, write_reference
     from dcdit.checkpoints.load import read_weights
     from dcdit.evaluation.results import figures_of
     from dcdit.runs.state import command_of
 
     (check_new_file if settings.format == "reference" else check_replaceable)(out)
-    found = read_weights(place, settings.assume)
+    weights = read_weights(source, settings.assume)
     if settings.format == "reference":
-        write_reference(out, found, settings.weights)
+        write_reference(out, weights, settings.weights)
         print(f"{out}: for the reference implementation")
         return out
-    figures = figures_of(place.home, found.step, settings.weights)
-    card = Card(settings.license, settings.note, command_of(place.home), figures, settings.push)
-    print(write_exported(out, found, settings.weights, settings.dtype, card))
+    figures = figures_of(source.home, weights.step, settings.weights)
+    card = Card(settings.license, settings.note, command_of(source.home), figures, settings.push)
+    print(write_exported(out, weights, settings.weights, settings.dtype, card))
     if settings.push:
         print(f"{settings.push}: {push(out, settings.push, settings.private)}")
     return out

@@ -1,1 +1,1 @@
-"""Weights in and out: found by name, read safely, told by other programs' names, and handed on."""
+"""Weights of networks: resolved by name, read safely, whichever program wrote them, and exported."""

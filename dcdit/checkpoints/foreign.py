@@ -109,19 +109,10 @@ def _rename(state: Mapping[str, Tensor], candidates: tuple[NameMap, ...]) -> tup
 def _describe(
     names: NameMap, weights: dict[str, Tensor], grid: int, assume: AssumeSettings, known: Mapping[str, Any]
 ) -> ForeignNetwork:
-    """Read off the shapes of weights what network they are of.
+    """Read off the shapes of ``weights``, by our names, what network they are of; UserError if that cannot be done.
 
     A label table without a null class gets a row of zeros for it; ``label_dropout=0`` says that it means nothing.
-
-    Args:
-        names: the program's names of parameters.
-        weights: parameters by our names.
-        grid: side of the latent grid.
-        assume: what the user says that no shape tells.
-        known: arguments of the network that the file says beside its weights.
-
-    Raises:
-        UserError: if an argument cannot be inferred, or the shapes do not fit each other.
+    ``known`` are arguments of the network that the file says beside its weights.
     """
     block = "backbone.blocks" if names.network == "dcdit" else "blocks"
     ranks = {"condition.label.table.weight": 2, "embed.weight": 4, f"{block}.0.mlp.fc1.weight": 2}
@@ -212,13 +203,7 @@ def describe_guesses(model: Mapping[str, Any], assume: AssumeSettings) -> list[s
 
 
 def _number_of_classes(rows: int, assumed: int | None, known: int | None) -> int:
-    """Number of classes of a label table; UserError if it does not fit its number of ``rows``.
-
-    Args:
-        rows: number of rows of the table.
-        assumed: the user's number of classes; None if the user gave none.
-        known: the file's own number of classes; None if it says none.
-    """
+    """Number of classes of a label table, of what user and file say; UserError if it does not fit the ``rows``."""
     source = f"config.json: num_embeds_ada_norm={known}" if assumed is None else f"assume.num_classes={assumed}"
     number = assumed if assumed is not None else known
     if number is not None and number not in (rows - 1, rows):

@@ -167,7 +167,7 @@ class _Unpickler(pickle._Unpickler):
         self.storages[record] = Storage(record, DTYPES[name], elements)
         return self.storages[record]
 
-    def make(self) -> None:
+    def _build(self) -> None:
         """Replace a class and its arguments on the stack by a tensor, a mapping, or a :class:`Foreign`."""
         arguments, kind = self.stack.pop(), self.stack.pop()
         if not isinstance(kind, Foreign) or not isinstance(arguments, tuple):
@@ -181,25 +181,20 @@ class _Unpickler(pickle._Unpickler):
         else:
             self.stack.append(make(*arguments) if make else Foreign(kind.name))
 
-    def set_state(self) -> None:
-        """Drop the state that an object would receive."""
+    def _drop_state(self) -> None:
         self.stack.pop()
 
-    def append_value(self) -> None:
-        """Append one value to a list."""
+    def _append(self) -> None:
         self._extend([self.stack.pop()])
 
-    def append_values(self) -> None:
-        """Append all values since the mark to a list."""
+    def _append_all(self) -> None:
         self._extend(self.pop_mark())  # type: ignore[attr-defined]
 
-    def set_item(self) -> None:
-        """Put one value into a mapping."""
+    def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self._set([(key, value)])
 
-    def set_items(self) -> None:
-        """Put all values since the mark into a mapping."""
+    def _set_items(self) -> None:
         items = self.pop_mark()  # type: ignore[attr-defined]
         self._set(zip(items[::2], items[1::2], strict=True))
 
@@ -224,13 +219,13 @@ class _Unpickler(pickle._Unpickler):
 
 
 _OWN = {
-    pickle.REDUCE: "make",
-    pickle.NEWOBJ: "make",
-    pickle.BUILD: "set_state",
-    pickle.APPEND: "append_value",
-    pickle.APPENDS: "append_values",
-    pickle.SETITEM: "set_item",
-    pickle.SETITEMS: "set_items",
+    pickle.REDUCE: "_build",
+    pickle.NEWOBJ: "_build",
+    pickle.BUILD: "_drop_state",
+    pickle.APPEND: "_append",
+    pickle.APPENDS: "_append_all",
+    pickle.SETITEM: "_set_item",
+    pickle.SETITEMS: "_set_items",
 }
 
 _HARMFUL = {"os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "builtins.eval", "builtins.exec"}

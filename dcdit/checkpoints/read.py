@@ -111,15 +111,10 @@ def _read_legacy(file: BinaryIO) -> object:
 
 
 def _with_tensors(values: object, read: Callable[[str], bytes], held: int) -> object:
-    """Replace each :class:`StoredTensor` within ``values`` by its tensor.
-
-    Args:
-        values: the values of a pickle.
-        read: returns the bytes of a storage, given its record.
-        held: number of bytes in the file.
+    """Replace each :class:`StoredTensor` within ``values`` by its tensor; ``read`` returns the bytes of a record.
 
     Raises:
-        ValueError: if the tensors claim more than the file holds.
+        ValueError: if the tensors claim more than the file holds, which has ``held`` bytes.
     """
     stored = [leaf for _, leaf in _leaves(values) if isinstance(leaf, StoredTensor)]
     if sum(tensor.bytes for tensor in stored) > _MAX_SHARING * held:

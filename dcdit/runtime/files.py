@@ -236,20 +236,6 @@ def open_archive(file: BinaryIO) -> zipfile.ZipFile:
     return zipfile.ZipFile(file)
 
 
-def check_safetensors(path: Path) -> None:
-    """Check that a safetensors file is a regular file whose header is within the limit.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        UserError: if it is no regular file, or may not be read.
-        ValueError: if its header is too long.
-    """
-    with open_regular(path) as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > limits.HEADER_BYTES:
-        raise ValueError(f"its header says to have {length} bytes, at most {limits.HEADER_BYTES} are read")
-
-
 def file_digest(path: Path) -> str:
     """SHA-256 of a regular file in hexadecimal digits; raises as :func:`open_regular` does."""
     digest = hashlib.sha256()
