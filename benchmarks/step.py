@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 from dcdit.compute.flops import count
 from dcdit.network import DCDiT, DiT, dcdit
 from dcdit.network.blocks import set_execution
+from dcdit.network.dechunk import dechunk
+from dcdit.network.packing import make_packing
 from dcdit.network.routing import PredictabilityRouter
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.settings.published import SCALES, published_scales
@@ -65,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
     """The most bytes that tensors made within it held at one time, on any device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live, self.peak = 0, 0
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
@@ -191,13 +193,13 @@ class Bench:
         features = torch.randn(sum(self.lengths), self.network.residual.in_features, device=self.device)
         with torch.no_grad(), self.precision():
             routing = self.network(self.x, self.t, self.y).routing
-        packing = dcdit.make_packing(routing.mask)
+        packing = make_packing(routing.mask)
         arguments = (routing, packing, self.network.grid, self.network.smoothing_sigma)
         found = []
         for backward in (False, True):
             tokens = features.clone().requires_grad_(backward)
             with LiveBytes() as mode:
-                spread = dcdit.dechunk(tokens, *arguments)
+                spread = dechunk(tokens, *arguments)
                 if backward:
                     spread.sum().backward()
             found.append(float(mode.peak))

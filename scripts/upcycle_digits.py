@@ -11,6 +11,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -52,7 +53,7 @@ def measure(run: Path, real: Statistics) -> list[dict[str, float]]:
     return found
 
 
-def draw(rows: list[dict], out: Path) -> None:
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
     """FID and digits read right over training compute, at each drop fraction."""
     figure, axes = plt.subplots(2, len(DROPS), figsize=(11, 6), sharex=True, sharey="row", layout="constrained")
     colours = {"scratch": "#666666", "copied": "#E69F00", "upcycled": "#0072B2"}

@@ -156,7 +156,7 @@ def draft(folder: Path, parameters: Mapping[str, Any], jobs: int) -> str:
 
 def submit(
     job: Callable[..., JobReturn],
-    arguments: Sequence[tuple],
+    arguments: Sequence[tuple[Any, ...]],
     folder: Path,
     parameters: Mapping[str, Any],
     runs: Sequence[Path],

@@ -24,7 +24,7 @@ except ImportError:
             raise NotImplementedError
 else:
 
-    class SlurmLauncher(SubmititLauncher):  # type: ignore[no-redef]
+    class SlurmLauncher(SubmititLauncher):  # type: ignore[misc, no-redef]  # its base has no annotations
         """Submits by submitit what :mod:`dcdit.cluster` makes of the configuration."""
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
