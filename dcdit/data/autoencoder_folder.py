@@ -172,7 +172,7 @@ def read_folder(folder: Path) -> tuple[AutoencoderKind, dict[str, Any], Any]:
         raise UserError(f"{folder} holds no weights ({_WEIGHTS}.safetensors): {remedy}")
     state = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
     try:
-        load_whole(model, {_current_name(name): tensor for name, tensor in state.items()}, assign=True)
+        load_state_strict(model, {_current_name(name): tensor for name, tensor in state.items()}, assign=True)
     except UserError as error:
         raise UserError(f"{files[0]}: {error}") from None
     return kind, {**model.config, **values}, model.eval().requires_grad_(False)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcdit.checkpoints.load import Model, Weights, build_model, read_weights, words
-from dcdit.checkpoints.locate import Place, locate
+from dcdit.checkpoints.load import Model, Weights, build_model, describe_weights, read_weights
+from dcdit.checkpoints.resolve import CheckpointSource, resolve_checkpoint
 from dcdit.data.decoder import LatentDecoder, load_decoder
 from dcdit.data.latents import LatentSpec, format_numbers
 from dcdit.diffusion.guidance import Guidance

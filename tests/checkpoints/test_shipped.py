@@ -6,7 +6,7 @@ import torch
 from support.commands import typed
 
 from dcdit.checkpoints.load import load_model
-from dcdit.checkpoints.locate import SHIPPED
+from dcdit.checkpoints.resolve import SHIPPED
 from dcdit.data.decoder import load_decoder
 from dcdit.evaluation.features import DigitsClassifier
 
