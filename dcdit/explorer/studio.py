@@ -163,7 +163,7 @@ class Studio:
     def sampler(self, side: int) -> str:
         """The one that the command asked for."""
         model = self.loaded[side].model
-        return model.process.sampler(SamplingPlan.of(self.base)[0].sampler).name
+        return SamplingPlan.of(self.base)[0].sampler.for_process(model.process.settings).name
 
     def routes(self, side: int) -> bool:
         """Whether a checkpoint has budgets."""

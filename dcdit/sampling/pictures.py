@@ -140,5 +140,5 @@ def sample_to_folder(
             words += f", {ran:.0%} of the steps computed and the others reused, which keep none"
         drops = sampling.guidance.settings.drops_of_strong
         words += f", ρ {' to '.join(f'{drop:.3g}' for drop in sorted({min(drops), max(drops)}))}"
-    words += f", {sampling.sampler.settings.words}"
+    words += f", {sampling.sampler.settings.description}"
     return f"{len(labels)} samples{words}: {out}"

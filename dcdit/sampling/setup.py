@@ -22,7 +22,7 @@ from dcdit.runtime.files import content_digest
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.sampling.budget import Calibration, calibrate, remembered
 from dcdit.sampling.generate import OnStep, SampleBatch, generate
-from dcdit.sampling.settings import SamplingPlan, described
+from dcdit.sampling.settings import SamplingPlan
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Sampling:
         """What samples, and at what budget, for people."""
         model, guidance = self.model, self.guidance.settings
         parts = [f"{model.network.title} {self.place.run}"] + ([f"step {model.step:,}"] if model.step else [])
-        parts.append(self.sampler.settings.words)
+        parts.append(self.sampler.settings.description)
         if model.network.routes and guidance.drop_schedule is None:
             parts.append(f"ρ {guidance.drop_fraction:.3g}")
         elif guidance.drop_schedule is not None:
@@ -107,7 +107,7 @@ class Sampling:
             "weights": self.plan.settings.weights,
             "seed": self.plan.settings.seed,
             "precision": self.precision,
-            "sampler": described(self.sampler.settings),
+            "sampler": self.sampler.settings.spec,
             "guidance": self._guidance(),
             "autoencoder": self.decode.identity,
             "rounding": self.decode.rounding,
@@ -186,7 +186,7 @@ def sampling_of(plan: SamplingPlan, place: CheckpointSource, loaded: Loaded) -> 
             f"guidance.weak_checkpoint={asked.weak_checkpoint} holds the weights that it should guide, at the same"
             " budget: it would guide nowhere; name another checkpoint, or give guidance.uncond_drop_fraction"
         )
-    sampler = Sampler(model.process.sampler(plan.sampler))
+    sampler = Sampler(plan.sampler.for_process(model.process.settings))
     for network in (model.network, *([weak.network] if weak else [])):
         if sampler.settings.cache and not network.caches:
             raise UserError(
@@ -204,7 +204,7 @@ def meet_budget(sampling: Sampling) -> Sampling:
     plan, model = sampling.plan, sampling.model
     question = {
         "budget": asdict(plan.budget),
-        "sampler": described(sampling.sampler.settings),
+        "sampler": sampling.sampler.settings.spec,
         "guidance": asdict(plan.guidance),
         "network": model.digest,
         "weak": sampling.weak.digest if sampling.weak else None,

@@ -134,7 +134,7 @@ class FID(Callback):
                 " one beside `train`, or leave the callback out"
             )
         model = self._model(pl_module, trainer)
-        self.sampler = Sampler(model.process.sampler(self.asked))
+        self.sampler = Sampler(self.asked.for_process(model.process.settings))
         for drop in self.drop_fractions:
             check_guidance(model.network, self._guidance(drop))
         decode = load_decoder(model.latents, pl_module.device, self.autoencoder)
@@ -253,7 +253,7 @@ class FID(Callback):
         if rows:
             pictures["boundaries"] = self.folder / f"step_{step:08d}_boundaries.png"
             words = [f"sample {number}" for number in range(len(rows))]
-            title = f"step {step:,}, ρ {self.drop_fractions[0]:g}, {self.sampler.settings.words}"
+            title = f"step {step:,}, ρ {self.drop_fractions[0]:g}, {self.sampler.settings.description}"
             save_boundaries(rows, words, decode, pictures["boundaries"], title)
         for logger in trainer.loggers:
             for name, path in pictures.items():
