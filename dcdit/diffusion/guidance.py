@@ -11,7 +11,7 @@ from dcdit.diffusion.settings import GuidanceSettings
 
 
 class RoutingLike(Protocol):
-    """A router's decision: probabilities, and what was kept before and after the tail drop, each (B, L)."""
+    """A router's decision for a batch: probabilities, and what was kept before and after the tail drop, each (B, L)."""
 
     @property
     def prob(self) -> Tensor: ...  # noqa: D102
@@ -19,6 +19,7 @@ class RoutingLike(Protocol):
     def natural_mask(self) -> Tensor: ...  # noqa: D102
     @property
     def mask(self) -> Tensor: ...  # noqa: D102
+    def of(self, samples: slice) -> "RoutingLike": ...  # noqa: D102
 
 
 class Prediction(Protocol):
@@ -60,15 +61,6 @@ def guide(strong: Tensor, weak: Tensor, scale: float, channels: int) -> Tensor:
     """
     noise = weak[:, :channels] + scale * (strong[:, :channels] - weak[:, :channels])
     return torch.cat([noise, strong[:, channels:]], dim=1)
-
-
-@dataclass(frozen=True)
-class HalfRouting:
-    """A router's decision for the samples of one half, see :class:`RoutingLike`."""
-
-    prob: Tensor
-    natural_mask: Tensor
-    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -138,15 +130,7 @@ class Guidance:
             both_y, cached = torch.cat([y, weak_y]), self._cached(timestep, 0, 1)
             output = self.denoiser(x.repeat(2, 1, 1, 1), t.repeat(2), both_y, fractions, *cached)
             strong, weak = output.prediction.chunk(2)
-            halves = _halves(output.routing)
+            halves = tuple(output.routing and output.routing.of(part) for part in (slice(len(y)), slice(len(y), None)))
             changes = tuple(part for change in self._changes(output) for part in change.chunk(2))
         channels = self.settings.guided_channels(x.shape[1])
         return GuidedOutput(guide(strong, weak, self.settings.scale, channels), halves, changes)
-
-
-def _halves(routing: RoutingLike | None) -> tuple[RoutingLike | None, ...]:
-    """The routing of each half of a batch of both."""
-    if routing is None:
-        return None, None
-    parts = zip(routing.prob.chunk(2), routing.natural_mask.chunk(2), routing.mask.chunk(2), strict=True)
-    return tuple(HalfRouting(*each) for each in parts)

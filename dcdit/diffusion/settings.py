@@ -30,7 +30,7 @@ Weighting = Literal["none", "min_snr"]
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedSettings:
     """Settings that stand in a table.
 
     Attributes:
@@ -45,7 +45,7 @@ class Named:
         return {"name": self.name, **asdict(self)}
 
 
-class ProcessSettings(Named):
+class ProcessSettings(NamedSettings):
     """The settings of a diffusion process.
 
     Attributes:
@@ -119,7 +119,7 @@ CacheThreshold = Annotated[
 
 @checked
 @dataclass(frozen=True)
-class SamplerOptions(Named, ABC):
+class SamplerOptions(NamedSettings, ABC):
     """The settings that every ``sampler.name`` has, ``auto`` included.
 
     Attributes:

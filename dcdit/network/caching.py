@@ -25,8 +25,8 @@ def reuse(added_up: Tensor, change: Tensor, threshold: float, last: bool) -> tup
         (B,) bool, and (B,).
     """
     added_up = added_up + change
-    found = added_up < (0.0 if last else threshold)
-    return found, added_up.masked_fill(~found, 0.0)
+    reused = added_up < (0.0 if last else threshold)
+    return reused, added_up.masked_fill(~reused, 0.0)
 
 
 class FeatureCache:
@@ -38,36 +38,39 @@ class FeatureCache:
 
     Attributes:
         spread: (B, L, D) what the backbone gave last; empty before the first step.
-        change: (B,) relative change of the input at the last step; infinite at the first.
     """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self.spread = self.change = torch.empty(0)
+        self.spread = torch.empty(0)
         self._before: Tensor | None = None
         self._added_up = torch.zeros(())
 
-    def reuse(self, modulated: Tensor, last: bool) -> Tensor:
-        """Which samples reuse: (B,) bool, none at the first step and at the ``last``.
+    def reuse(self, modulated: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """Decide which samples reuse at this step, and keep its input for the next one.
 
         Args:
             modulated: (B, L, D), the modulated input of this step.
             last: whether this is the last step.
+
+        Returns:
+            Which samples reuse, (B,) bool, none at the first step and at the last; and the relative change of the input
+            since the step before, (B,), infinite at the first.
         """
         if self._before is None:
             self.spread = torch.zeros_like(modulated)
-            self.change = modulated.new_full((len(modulated),), float("inf"))
+            change = modulated.new_full((len(modulated),), float("inf"))
         else:
             difference = (modulated - self._before).abs().mean(dim=(1, 2))
-            self.change = difference / self._before.abs().mean(dim=(1, 2))
+            change = difference / self._before.abs().mean(dim=(1, 2))
         self._before = modulated
-        found, self._added_up = reuse(self._added_up, self.change, self.threshold, last)
-        return found
+        reused, self._added_up = reuse(self._added_up, change, self.threshold, last)
+        return reused, change
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class CachedStep:
-    """One step of a batch whose equal parts, the halves of guidance, have a cache each.
+    """One step of a batch whose equal parts, the halves of guidance, have a cache each, which the step updates.
 
     Attributes:
         halves: the caches, in the order of the batch.
@@ -77,15 +80,13 @@ class CachedStep:
     halves: tuple[FeatureCache, ...]
     last: bool
 
-    def reuse(self, modulated: Tensor) -> Tensor:
-        """Which samples reuse, (B,) bool, from their modulated input (B, L, D)."""
+    def reuse(self, modulated: Tensor) -> tuple[Tensor, Tensor]:
+        """Which samples reuse, (B,) bool, and the relative change of their modulated input (B, L, D), (B,)."""
         parts = modulated.float().chunk(len(self.halves))
-        return torch.cat([half.reuse(part, self.last) for half, part in zip(self.halves, parts, strict=True)])
-
-    @property
-    def change(self) -> Tensor:
-        """Relative change of the input of each sample, (B,)."""
-        return torch.cat([half.change for half in self.halves])
+        reused, change = zip(
+            *(half.reuse(part, self.last) for half, part in zip(self.halves, parts, strict=True)), strict=True
+        )
+        return torch.cat(reused), torch.cat(change)
 
     def complete(self, fresh: Tensor, computed: Tensor | None) -> Tensor:
         """What the backbone gave, now or before, (B, L, D), which is kept.

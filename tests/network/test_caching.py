@@ -50,11 +50,11 @@ def test_changes_add_up_until_the_backbone_runs_again():
     features = torch.ones(3, 4, 2)
     cache = FeatureCache(0.25)
     growth = torch.tensor([0.0, 0.1, 0.3])[:, None, None]
-    seen = [cache.reuse(features * (1 + growth) ** step, last=step == 5) for step in range(6)]
+    seen = [cache.reuse(features * (1 + growth) ** step, last=step == 5)[0] for step in range(6)]
     assert torch.stack(seen).int().tolist() == [[0, 0, 0], [1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]]
     broken = FeatureCache(10.0)
     broken.reuse(torch.zeros(1, 4, 2), last=False)
-    assert not broken.reuse(torch.zeros(1, 4, 2), last=False).any()  # no change can be told: computed
+    assert not broken.reuse(torch.zeros(1, 4, 2), last=False)[0].any()  # no change can be told: computed
 
 
 @torch.no_grad()
