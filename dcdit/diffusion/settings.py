@@ -304,18 +304,19 @@ def samplers_of(process: str) -> list[str]:
 @checked
 @dataclass(frozen=True)
 class GuidanceSettings:
-    """Guidance by a weaker half: without class (classifier-free), at a smaller budget, or of another checkpoint.
+    """Guidance of a main branch by a weaker, guiding one: without class (classifier-free), at a smaller budget, or of
+    another checkpoint.
 
     Attributes:
-        scale: guidance scale; 1 runs the strong half alone.
+        scale: guidance scale; 1 runs the main branch alone.
         channels: guided noise channels, at most all; None takes 3 of 4, as all published figures, and else all.
-        drop_fraction: tail drop of the strong half.
-        uncond_drop_fraction: tail drop of the weak half (Lite-CFG); None takes the same.
-        weak: ``uncond``, the weak half knows no class; ``budget``, it knows the class and drops more tokens. None takes
-            ``uncond``, and with ``weak_checkpoint`` the same class.
-        weak_checkpoint: the weak half is this checkpoint, see ``resolve_checkpoint``; None for the
+        drop_fraction: tail drop of the main branch.
+        uncond_drop_fraction: tail drop of the guiding branch (Lite-CFG); None takes the same.
+        weak: ``uncond``, the guiding branch knows no class; ``budget``, it knows the class and drops more tokens. None
+            takes ``uncond``, and with ``weak_checkpoint`` the same class.
+        weak_checkpoint: the checkpoint of the guiding branch, see :func:`dcdit.checkpoints.locate.locate`; None for the
             network itself.
-        interval: lowest and highest timestep that is guided (arXiv 2404.07724); elsewhere the strong half runs
+        interval: lowest and highest timestep that is guided (arXiv 2404.07724); elsewhere the main branch runs
             alone. None guides all.
         drop_schedule: pairs of timestep and drop fraction, linear in between, constant beyond; in place of
             ``drop_fraction``.
@@ -341,15 +342,15 @@ class GuidanceSettings:
                 raise UserError(f"drop_schedule={self.drop_schedule}: {point} is no pair of timestep and drop fraction")
             conform("drop_schedule", point[0], Timestep)
             conform("drop_schedule", point[1], DropFraction)
-        if self.scale != 1 and self.weak == "budget" and self.weak_is_strong:
+        if self.scale != 1 and self.weak == "budget" and self.guiding_equals_main:
             raise UserError(
-                f"weak=budget: the weak half would drop {self.uncond_drop_fraction or 0:g} of the tokens, no more than"
-                " the strong one, and guide nowhere: give guidance.uncond_drop_fraction, such as 0.9"
+                f"weak=budget: the guiding branch would drop {self.uncond_drop_fraction or 0:g} of the tokens, no"
+                " more than the main branch, and guide nowhere: give guidance.uncond_drop_fraction, such as 0.9"
             )
 
     @property
     def canonical(self) -> "GuidanceSettings":
-        """The same said in one way: without a weak half where none runs, with its drop fraction where one does."""
+        """Equivalent settings in one form: no guiding branch where none runs, and its drop fraction where one does."""
         if self.scale == 1:
             return replace(self, uncond_drop_fraction=None, weak=None, weak_checkpoint=None)
         if self.uncond_drop_fraction is None and self.drop_schedule is None:
@@ -357,28 +358,28 @@ class GuidanceSettings:
         return self
 
     @property
-    def weak_keeps_class(self) -> bool:
-        """Whether the weak half is told the class."""
+    def guiding_keeps_class(self) -> bool:
+        """Whether the guiding branch knows the class."""
         return self.weak == "budget" or (self.weak is None and self.weak_checkpoint is not None)
 
     @property
-    def weak_is_strong(self) -> bool:
-        """Whether nothing makes the weak half weaker than the strong one."""
-        least = min(self.drops_of_strong)
+    def guiding_equals_main(self) -> bool:
+        """Whether nothing makes the guiding branch weaker than the main one."""
+        least = min(self.main_drop_fractions)
         same_budget = self.uncond_drop_fraction is None or self.uncond_drop_fraction <= least
-        return self.weak_keeps_class and self.weak_checkpoint is None and same_budget
+        return self.guiding_keeps_class and self.weak_checkpoint is None and same_budget
 
     def guided_channels(self, channels: int) -> int:
         """How many of the ``channels`` of the latents are guided."""
         return min(self.channels or (3 if channels == 4 else channels), channels)
 
     def is_guided(self, timestep: float) -> bool:
-        """Whether the weak half runs too at ``timestep``."""
+        """Whether the guiding branch runs too at ``timestep``."""
         inside = self.interval is None or self.interval[0] <= timestep <= self.interval[1]
         return self.scale != 1 and inside
 
     def drop_at(self, timestep: float) -> tuple[float, float]:
-        """Tail drop of the strong and of the weak half at ``timestep``."""
+        """Tail drop of the main and of the guiding branch at ``timestep``."""
         drop = self.drop_fraction
         if self.drop_schedule is not None:
             import numpy as np
@@ -388,8 +389,8 @@ class GuidanceSettings:
         return drop, drop if self.uncond_drop_fraction is None else self.uncond_drop_fraction
 
     @property
-    def drops_of_strong(self) -> list[float]:
-        """Drop fractions of the strong half, between which all others lie."""
+    def main_drop_fractions(self) -> list[float]:
+        """Drop fractions of the main branch, between which all others lie."""
         return [self.drop_fraction] if self.drop_schedule is None else [point[1] for point in self.drop_schedule]
 
 
@@ -399,7 +400,7 @@ class BudgetSettings:
     """A budget as a person thinks of it; at most one of the two.
 
     Attributes:
-        tflops: TFLOPs per image, all steps and halves, residual projection included.
+        tflops: TFLOPs per image, all steps and branches, residual projection included.
         fraction: share of what an image costs without any drop or reuse.
         by: what meets it: the drop fraction, the threshold of feature caching, or both; None takes both where the
             network caches and no threshold is given.

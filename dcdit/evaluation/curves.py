@@ -77,7 +77,7 @@ class Section:
     """Curves that may stand in one plot: same sampler, number of images, features and reference.
 
     Attributes:
-        axis: what the series run over: the drop fraction, or that of the weak half where the other is always the same.
+        axis: what the series run over: the drop fraction, or that of the guiding branch where the other is constant.
         series: one for each guidance.
         scales: over the guidance scale, one for each budget; none where there is but one scale.
     """
@@ -142,7 +142,7 @@ def best_words(results: Sequence[Result]) -> list[str]:
 
 
 def by_budget(results: Sequence[Result]) -> list[list[Result]]:
-    """Results that differ in the guidance scale alone, where there are several; scale 1 stands for any weak half."""
+    """Results that differ in the guidance scale alone, where there are several; scale 1 fits any guiding branch."""
     alone = [result for result in results if result.scale == 1]
     found = []
     for group in _together([result for result in results if result.scale != 1], "budget"):
@@ -268,5 +268,5 @@ def _aspects(result: Result, axis: Axis) -> dict[str, str]:
         "drop": "" if axis is DROP else f"ρ {result.drop:g}",
         "cache": f"cache {plan['sampler']['cache']:g}",
         "scale": "" if axis is SCALE else f"guidance {result.scale:g}" if result.scale != 1 else "no guidance",
-        "weak": f"weak half: {weak}" if weak else "",
+        "weak": f"guiding branch: {weak}" if weak else "",
     }

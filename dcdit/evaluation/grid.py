@@ -57,9 +57,10 @@ def grid_of(values: Mapping[str, Any]) -> Grid:
         chosen |= {} if weak_drop is None else {"guidance.uncond_drop_fraction": weak_drop}
         unguided, _ = SamplingPlan.of(_with(values, {**chosen, "guidance.scale": 1.0}))
         guidance = unguided.guidance
-        if scale != 1 and guidance.weak_is_strong:
-            words = f"drop fraction {guidance.drop_fraction:g}, of the weak half {guidance.uncond_drop_fraction or 0:g}"
-            left_out.append(f"guidance.weak=budget, {words}: the weak half would be no weaker, and guide nowhere")
+        if scale != 1 and guidance.guiding_equals_main:
+            drops = guidance.drop_fraction, guidance.uncond_drop_fraction or 0
+            words = "drop fraction {:g}, of the guiding branch {:g}".format(*drops)
+            left_out.append(f"guidance.weak=budget, {words}: the guiding branch would be no weaker, and guide nowhere")
             continue
         plan, _ = SamplingPlan.of(_with(values, chosen))
         plan = replace(plan, guidance=plan.guidance.canonical)

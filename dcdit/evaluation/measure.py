@@ -64,7 +64,7 @@ class Sampled:
     Attributes:
         seconds: that sampling took, decoding apart.
         flops: that the networks' tokens cost.
-        kept: tokens kept at each step by the strong and by the weak half: (2, steps).
+        kept: tokens kept at each step by the main and by the guiding branch: (2, steps).
     """
 
     seconds: float
@@ -239,7 +239,7 @@ class Measurement:
             self._job.count * sampling.model.latents.positions
         )
         timesteps = sampling.sampler.timesteps
-        routes = sampling.weak is None or sampling.weak.network.routes
+        routes = sampling.guiding is None or sampling.guiding.network.routes
         guided = torch.tensor([routes and sampling.guidance.settings.is_guided(timestep) for timestep in timesteps])
         both = torch.cat([ratios[0], ratios[1][guided]])
         return {

@@ -46,7 +46,7 @@ def plots(section: Section) -> Iterable[tuple[str, str, PlotFigure | None]]:
         title = f"{figure.heading} against the time of sampling an image, decoding apart ({where})"
         title += ". Times of different commands do not compare well"
         yield "milliseconds", title, trade_off(section, figure, "milliseconds_per_image", "ms per image")
-    title = "Keep ratio of the strong half on the way from noise to image, least (solid) and greatest (dotted) drop"
+    title = "Keep ratio of the main branch on the way from noise to image, least (solid) and greatest (dotted) drop"
     yield "keep_ratio", title, keep_ratio(section)
 
 

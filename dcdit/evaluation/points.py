@@ -138,7 +138,7 @@ def take_times(measurements: list[Measurement], rounds: int, again: bool, deadli
 _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "weights": lambda plan: str(plan["weights"]),
     "guidance": lambda plan: f"{plan['guidance']['scale']:g}",
-    "weak half": lambda plan: weak_words(plan["guidance"]) or "-",
+    "guiding branch": lambda plan: weak_words(plan["guidance"]) or "-",
     "drop": lambda plan: f"{plan['guidance']['drop_fraction']:g}",
     "cache": lambda plan: f"{plan['sampler']['cache']:g}",
 }
@@ -155,7 +155,7 @@ def table(results: list[Result]) -> Table:
     decay = "" if results[0].ema_decay is None else f" of decay {results[0].ema_decay:g}"
     weights = "" if "weights" in varying else f", {plan['weights']} weights{decay}"
     cache = "" if "cache" in varying or not sampler["cache"] else f", cache {sampler['cache']:g}"
-    weak = "" if "weak half" in varying or guidance["scale"] == 1 else f", weak half: {weak_words(guidance)}"
+    weak = "" if "guiding branch" in varying or guidance["scale"] == 1 else f", guiding branch: {weak_words(guidance)}"
     title = (
         f"{first['run']}, {step_words(plan['step'])}{weights}, {plan['precision']}:"
         f" {plan['count']} images, {plan['labels']} labels, {rounding_words(plan)},"

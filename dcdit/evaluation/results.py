@@ -60,7 +60,7 @@ class Result:
 
     @property
     def drop(self) -> float:
-        """Drop fraction of the strong half."""
+        """Drop fraction of the main branch."""
         return float(self.plan["guidance"]["drop_fraction"])
 
     @property

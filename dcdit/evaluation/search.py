@@ -134,7 +134,7 @@ class _Search:
 
 
 def _at_scale(sampling: Sampling, scale: float) -> Sampling:
-    """The same at another guidance scale; 1 runs no weak half."""
+    """The same at another guidance scale; 1 runs no guiding branch."""
     return sampling.guided(replace(sampling.guidance.settings, scale=scale).canonical)
 
 

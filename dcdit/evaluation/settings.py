@@ -55,7 +55,7 @@ class EvaluateSettings:
         reference: a folder of images, a directory of latent shards, or an ``.npz`` with images.
         metrics: some of :data:`METRICS`; None takes all that network and reference allow.
         drop_fractions: budgets to measure; None takes the one that ``guidance`` or ``budget`` says.
-        uncond_drop_fractions: of the weak half; None takes the one that ``guidance`` says.
+        uncond_drop_fractions: of the guiding branch; None takes the one that ``guidance`` says.
         search: look for the best guidance scale at each budget, with few images first.
         max_images: as many images in all as are sampled at the most; what would exceed them is not begun.
         max_hours: no chunk is begun after these.

@@ -50,7 +50,7 @@ def differences_from_published(values: dict[str, Any]) -> list[str]:
 
 
 def weak_words(guidance: dict[str, Any]) -> str:
-    """What the weak half is, for people; empty if none runs."""
+    """What the guiding branch is, for people; empty if none runs."""
     if guidance["scale"] == 1:
         return ""
     words = {"uncond": "no class", "budget": "same class"}[guidance["weak"]]
@@ -71,7 +71,7 @@ def budget_words(plan: dict[str, Any]) -> str:
     words = "ρ by timestep" if guidance["drop_schedule"] is not None else f"ρ {guidance['drop_fraction']:g}"
     words += f", cache {plan['sampler']['cache']:g}" if plan["sampler"]["cache"] else ""
     weak = weak_words(guidance)
-    return f"{plan['weights']} weights, {words}" + (f", weak half: {weak}" if weak else "")
+    return f"{plan['weights']} weights, {words}" + (f", guiding branch: {weak}" if weak else "")
 
 
 def point_words(plan: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ class Choice:
         drop_last: of ``schedule`` the one at the image.
         fraction, tflops: the budgets of those names.
         by: what meets these: drops, reuse of features, or both.
-        weak_drop: drop fraction of the weak half; None for that of the strong one.
+        guiding_drop: drop fraction of the guiding branch; None for that of the main one.
         cache: threshold of feature caching; 0 for none.
     """
 
@@ -45,7 +45,7 @@ class Choice:
     fraction: Annotated[float, Bounds(0, 1, open_low=True, hint="0.6 asks for 60% of the full cost")] = 1.0
     tflops: Positive = 1.0
     by: Literal["drop", "cache", "both"] = "both"
-    weak_drop: DropFraction | None = None
+    guiding_drop: DropFraction | None = None
     cache: NonNegative = 0.0
 
     @property
@@ -63,8 +63,8 @@ class Choice:
             guidance["drop_schedule"] = [[_NOISE, self.drop], [0, self.drop_last]]
         else:
             budget = {self.meet: getattr(self, self.meet), "by": self.by}
-        if self.scale != 1 and self.weak_drop is not None:
-            guidance["uncond_drop_fraction"] = self.weak_drop
+        if self.scale != 1 and self.guiding_drop is not None:
+            guidance["uncond_drop_fraction"] = self.guiding_drop
         return {"sampler": {"steps": self.steps, "cache": self.cache}, "guidance": guidance, "budget": budget}
 
     def plan(self, base: Mapping[str, Any]) -> SamplingPlan:

@@ -26,7 +26,7 @@ from dcdit.errors import UserError
 from dcdit.explorer import view
 from dcdit.explorer.choice import Choice, Meet
 from dcdit.explorer.gate import Gate, gate
-from dcdit.explorer.studio import OnStep, Painting, StoppedError, Studio
+from dcdit.explorer.session import GeneratedImage, OnStep, Session, StoppedError
 from dcdit.sampling.overlays import save_animation
 
 _ABOUT = (
@@ -60,8 +60,8 @@ class Side:
     fraction: Any
     tflops: Any
     by: Any
-    own_weak: Any
-    weak_drop: Any
+    own_guiding_drop: Any
+    guiding_drop: Any
     cache: Any
     sampler: Any
     steps: Any
@@ -94,7 +94,7 @@ def asked(name: str, checkpoints: int, label: Any, seed: Any, values: Sequence[A
     """
     given = Side(*values)
     conform(f"{name}: what sets the budget", given.meet, Meet)
-    conform(f"{name}: own ρ of the half without class", given.own_weak, bool)
+    conform(f"{name}: own ρ of the guiding branch", given.own_guiding_drop, bool)
     checkpoint = conform(f"{name}: checkpoint", given.checkpoint, Annotated[int, Bounds(0, checkpoints - 1)])
     meant = {"class": label, "seed": seed, f"{name}: guidance scale": given.scale, f"{name}: steps": given.steps}
     meant |= {f"{name}: threshold of feature caching": given.cache}
@@ -104,8 +104,8 @@ def asked(name: str, checkpoints: int, label: Any, seed: Any, values: Sequence[A
         meant[f"{name}: ρ at the image"] = given.drop_last
     elif given.meet != "drop":
         meant[f"{name}: {next(words for words, what in _MEET if what == given.meet)}"] = getattr(given, given.meet)
-    if given.own_weak:
-        meant[f"{name}: ρ of the half without class"] = given.weak_drop
+    if given.own_guiding_drop:
+        meant[f"{name}: ρ of the guiding branch"] = given.guiding_drop
     empty = [words for words, value in meant.items() if value is None]
     if empty:
         raise UserError(f"{', '.join(empty)}: there is nothing, give a value")
@@ -121,7 +121,7 @@ def asked(name: str, checkpoints: int, label: Any, seed: Any, values: Sequence[A
         fraction=given.fraction if given.meet == "fraction" else 1.0,
         tflops=given.tflops if given.meet == "tflops" else 1.0,
         by=given.by if given.meet in ("fraction", "tflops") else "both",
-        weak_drop=given.weak_drop if given.own_weak and given.scale != 1 else None,
+        guiding_drop=given.guiding_drop if given.own_guiding_drop and given.scale != 1 else None,
         cache=given.cache,
     )
     return Asked(checkpoint, choice)
@@ -154,7 +154,7 @@ class Page:
         title: of the page.
     """
 
-    def __init__(self, studio: Studio, title: str) -> None:
+    def __init__(self, studio: Session, title: str) -> None:
         self.studio, self.title = studio, visible(title)
         self._jobs: dict[str, Event] = {}  # of each browser, and whether it is to stop
 
@@ -185,7 +185,7 @@ class Page:
     def update(
         self,
         request: gr.Request,
-        known: tuple[tuple[Asked, Painting], ...],
+        known: tuple[tuple[Asked, GeneratedImage], ...],
         label: Any,
         seed: Any,
         *values: Any,
@@ -193,7 +193,7 @@ class Page:
         """Sample whichever side asks for something else than it shows."""
         names = view.NAMES
         half = len(values) // 2
-        found: list[tuple[Asked, Painting]] = []
+        found: list[tuple[Asked, GeneratedImage]] = []
         try:
             with self._job(request) as on_step:
                 for name, some in zip(names, (values[:half], values[half:]), strict=True):
@@ -221,11 +221,11 @@ class Page:
             view.message("Done.", problem=False),
         ]
 
-    def course(self, known: tuple[tuple[Asked, Painting], ...], place: float) -> list[str]:
+    def course(self, known: tuple[tuple[Asked, GeneratedImage], ...], place: float) -> list[str]:
         """How both images came about: one evaluation of each, and the curves."""
         return [*self.moments(known, place), view.curves([painting for _, painting in known]) if known else ""]
 
-    def moments(self, known: tuple[tuple[Asked, Painting], ...], place: float) -> list[str]:
+    def moments(self, known: tuple[tuple[Asked, GeneratedImage], ...], place: float) -> list[str]:
         """One evaluation of each side, at a place between 0, noise, and 100, the image."""
         try:
             place = conform("time", place, Annotated[float, Bounds(0, 100)])
@@ -245,7 +245,7 @@ class Page:
         except UserError as error:
             return view.message(str(error))
 
-    def animate(self, known: tuple[tuple[Asked, Painting], ...], form: str) -> list[str]:
+    def animate(self, known: tuple[tuple[Asked, GeneratedImage], ...], form: str) -> list[str]:
         """Both sides as animations."""
         if form not in _FORMS:
             return [view.message(f"animation={shown(form)} is not one of {', '.join(_FORMS)}"), ""]
@@ -278,8 +278,10 @@ class Page:
             tflops = gr.Number(usual, label=words, visible=False, elem_id=f"tflops_{name}")
             by = gr.Radio(_BY, value="both", label="what meets that budget", visible=False)
             scale = _slider(1, 10, base["guidance"]["scale"], 0.25, "guidance scale, 1 for none")
-            own_weak = gr.Checkbox(False, label="with guidance: the half without class has a ρ of its own (Lite-CFG)")
-            weak = _slider(0, 0.95, 0.9, 0.05, "its ρ", visible=False)
+            own_guiding_drop = gr.Checkbox(
+                False, label="with guidance: the branch without class has a ρ of its own (Lite-CFG)"
+            )
+            guiding_drop = _slider(0, 0.95, 0.9, 0.05, "its ρ", visible=False)
             cache = _slider(0, 2, sampler_keys["cache"], 0.05, "feature caching: threshold, 0 for none")
             samplers = sorted({each for index in range(len(studio.places)) for each in studio.samplers(index)})
             sampler = gr.Dropdown(samplers, value=studio.sampler(number), label="sampler")
@@ -295,8 +297,22 @@ class Page:
             ]
 
         meet.input(controls, meet, [first, last, fraction, tflops, by], **_SILENT)
-        own_weak.input(lambda own: gr.update(visible=own is True), own_weak, weak, **_SILENT)
-        return Side(checkpoint, meet, first, last, fraction, tflops, by, own_weak, weak, cache, sampler, steps, scale)
+        own_guiding_drop.input(lambda own: gr.update(visible=own is True), own_guiding_drop, guiding_drop, **_SILENT)
+        return Side(
+            checkpoint,
+            meet,
+            first,
+            last,
+            fraction,
+            tflops,
+            by,
+            own_guiding_drop,
+            guiding_drop,
+            cache,
+            sampler,
+            steps,
+            scale,
+        )
 
     def blocks(self, base: dict[str, Any]) -> gr.Blocks:
         """The page.

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dcdit.checks import visible
 from dcdit.compute.table import flops_words
-from dcdit.explorer.studio import Painting, difference
+from dcdit.explorer.session import GeneratedImage, difference
 from dcdit.sampling.overlays import Pixels, enlarged, side_by_side
 
 NAMES = ("A", "B")
@@ -22,9 +22,9 @@ _INK = "#010203"
 """A colour that nobody takes; in the page it becomes that of the text."""
 
 _NOTE = (
-    "Tokens kept: the mean of all evaluations and both halves of guidance; reused ones keep none. This is one image at"
-    " a time: a small network then takes about as long whatever is dropped, for it takes longer to begin each operation"
-    " than to do it."
+    "Tokens kept: the mean of all evaluations and both branches of guidance; reused ones keep none. This is one image"
+    " at a time: a small network then takes about as long whatever is dropped, for it takes longer to begin each"
+    " operation than to do it."
 )
 _environment = Environment(
     loader=PackageLoader("dcdit", "explorer"),
@@ -61,13 +61,13 @@ def png(pixels: Pixels) -> str:
     return _source(file.getvalue(), "image/png")
 
 
-def image(name: str, painting: Painting, words: str) -> str:
+def image(name: str, painting: GeneratedImage, words: str) -> str:
     """The finished image of one side."""
     alt = f"{name}: class {words}, seed {painting.choice.seed}, {painting.title}"
     return str(_fragments.picture(png(enlarged(painting.image, 256)), f"{name}: {short(painting)}", alt))
 
 
-def short(painting: Painting) -> str:
+def short(painting: GeneratedImage) -> str:
     """Budget and cost in few words."""
     drops = sorted({round(drop, 2) for drop in painting.drops})
     found = [f"ρ {' to '.join(f'{drop:g}' for drop in (drops[0], drops[-1])[: len(drops)])}"]
@@ -76,7 +76,7 @@ def short(painting: Painting) -> str:
     return ", ".join([*found, flops_words(painting.flops)])
 
 
-def difference_of(one: Painting, two: Painting) -> str:
+def difference_of(one: GeneratedImage, two: GeneratedImage) -> str:
     """Where two images differ, white where most."""
     try:
         found = difference(one.image, two.image)
@@ -87,7 +87,7 @@ def difference_of(one: Painting, two: Painting) -> str:
     return str(_fragments.picture(png(enlarged(found, 256)), words, f"difference of A and B, {words}"))
 
 
-def moment(name: str, painting: Painting, place: float) -> str:
+def moment(name: str, painting: GeneratedImage, place: float) -> str:
     """One evaluation of the network, at a ``place`` between 0, noise, and 1, the image."""
     index = round(place * (len(painting.moments) - 1))
     at = painting.moments[index]
@@ -106,7 +106,7 @@ def _share(value: float, full: float) -> str:
     return f"{value / full:.0%} of the full budget's"
 
 
-def numbers(paintings: Sequence[Painting]) -> str:
+def numbers(paintings: Sequence[GeneratedImage]) -> str:
     """What they cost and lost, beside the same image at the full budget."""
     rows: dict[str, list[str]] = {}
 
@@ -126,7 +126,7 @@ def numbers(paintings: Sequence[Painting]) -> str:
     return str(_fragments.numbers(NAMES, rows.items(), _NOTE))
 
 
-def curves(paintings: Sequence[Painting]) -> str:
+def curves(paintings: Sequence[GeneratedImage]) -> str:
     """Tokens kept, drop fraction and FLOPs over the timesteps, as SVG in the page's own colours."""
     import matplotlib
 
@@ -162,7 +162,7 @@ def curves(paintings: Sequence[Painting]) -> str:
     )
 
 
-def downloads(paintings: Sequence[Painting]) -> str:
+def downloads(paintings: Sequence[GeneratedImage]) -> str:
     """Links that save the finished images as PNG, pixel by pixel."""
     links = []
     for name, painting in zip(NAMES, paintings, strict=False):
@@ -170,7 +170,7 @@ def downloads(paintings: Sequence[Painting]) -> str:
     return str(_fragments.downloads(links))
 
 
-def animated(name: str, painting: Painting, file: Path) -> str:
+def animated(name: str, painting: GeneratedImage, file: Path) -> str:
     """An animation that was saved as ``file``, and a link that saves it."""
     kind = {".gif": "image/gif", ".webp": "image/webp"}[file.suffix]
     words = f"save {name} as {file.suffix[1:].upper()}"
@@ -195,5 +195,5 @@ def message(words: str, problem: bool = True) -> str:
     return str(_fragments.message("problem" if problem else "", words))
 
 
-def _file(painting: Painting, ending: str) -> str:
+def _file(painting: GeneratedImage, ending: str) -> str:
     return f"class_{painting.choice.label}_seed_{painting.choice.seed}_{ending}"

@@ -30,7 +30,7 @@ def reuse(added_up: Tensor, change: Tensor, threshold: float, last: bool) -> tup
 
 
 class FeatureCache:
-    """What the samples of one half of a trajectory keep from step to step.
+    """What the samples of one branch of guidance keep from step to step.
 
     Args:
         threshold: a sample reuses while the relative changes of its input, added up since its backbone last ran, stay
@@ -70,21 +70,21 @@ class FeatureCache:
 
 @dataclass(eq=False)
 class CachedStep:
-    """One step of a batch whose equal parts, the halves of guidance, have a cache each, which the step updates.
+    """One step of a batch whose equal parts, the branches of guidance, have a cache each, which the step updates.
 
     Attributes:
-        halves: the caches, in the order of the batch.
+        branches: the caches, in the order of the batch.
         last: whether this is the last step.
     """
 
-    halves: tuple[FeatureCache, ...]
+    branches: tuple[FeatureCache, ...]
     last: bool
 
     def reuse(self, modulated: Tensor) -> tuple[Tensor, Tensor]:
         """Which samples reuse, (B,) bool, and the relative change of their modulated input (B, L, D), (B,)."""
-        parts = modulated.float().chunk(len(self.halves))
+        parts = modulated.float().chunk(len(self.branches))
         reused, change = zip(
-            *(half.reuse(part, self.last) for half, part in zip(self.halves, parts, strict=True)), strict=True
+            *(branch.reuse(part, self.last) for branch, part in zip(self.branches, parts, strict=True)), strict=True
         )
         return torch.cat(reused), torch.cat(change)
 
@@ -98,14 +98,14 @@ class CachedStep:
         if computed is None:
             spread = fresh
         else:
-            spread = torch.cat([half.spread for half in self.halves]).index_copy(0, computed, fresh)
-        for half, part in zip(self.halves, spread.chunk(len(self.halves)), strict=True):
-            half.spread = part
+            spread = torch.cat([branch.spread for branch in self.branches]).index_copy(0, computed, fresh)
+        for branch, part in zip(self.branches, spread.chunk(len(self.branches)), strict=True):
+            branch.spread = part
         return spread
 
 
 class TrajectoryCache:
-    """What the samples of one trajectory keep, in both halves of guidance.
+    """What the samples of one trajectory keep, in both branches of guidance.
 
     Args:
         threshold: see :class:`FeatureCache`.
@@ -113,8 +113,8 @@ class TrajectoryCache:
     """
 
     def __init__(self, threshold: float, last: float) -> None:
-        self.halves, self.last = (FeatureCache(threshold), FeatureCache(threshold)), last
+        self.branches, self.last = (FeatureCache(threshold), FeatureCache(threshold)), last
 
-    def step(self, timestep: float, halves: tuple[int, ...]) -> CachedStep:
-        """That of a batch of these ``halves``, 0 strong and 1 weak, at ``timestep``."""
-        return CachedStep(tuple(self.halves[half] for half in halves), timestep == self.last)
+    def step(self, timestep: float, branches: tuple[int, ...]) -> CachedStep:
+        """The cache of a batch of these ``branches`` at ``timestep``: 0 is the main one, 1 the guiding one."""
+        return CachedStep(tuple(self.branches[branch] for branch in branches), timestep == self.last)

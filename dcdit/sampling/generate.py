@@ -25,10 +25,10 @@ class SampleBatch:
     Attributes:
         indices: their numbers.
         latents: (n, C, H, W) float32 on the CPU, network-side scale.
-        lengths: for each step the tokens that were kept of each sample by the strong half and, where it ran, by the
-            weak one: (n,) int64 each, on the CPU; 0 where what the backbone gave before was reused; None where no
+        lengths: for each step the tokens that were kept of each sample by the main branch and, where it ran, by the
+            guiding one: (n,) int64 each, on the CPU; 0 where what the backbone gave before was reused; None where no
             router is.
-        step_flops: of each sample at each step, both halves, (steps, n) float64.
+        step_flops: of each sample at each step, both branches, (steps, n) float64.
     """
 
     indices: list[int]
@@ -38,27 +38,27 @@ class SampleBatch:
 
     @property
     def flops(self) -> Tensor:
-        """Of each sample over all steps and halves, (n,) float64."""
+        """Of each sample over all steps and branches, (n,) float64."""
         return self.step_flops.sum(dim=0)
 
     @property
     def kept(self) -> Tensor:
-        """Tokens kept of each sample in the mean of all steps and halves with a router, (n,) float64."""
-        routed = [lengths for halves in self.lengths for lengths in halves if lengths is not None]
+        """Tokens kept of each sample in the mean of all steps and branches with a router, (n,) float64."""
+        routed = [lengths for branches in self.lengths for lengths in branches if lengths is not None]
         return torch.stack(routed).double().mean(dim=0) if routed else torch.zeros(len(self.indices)).double()
 
     @property
     def computed(self) -> Tensor:
-        """Share of the evaluations of a half, by a network with a router, that reused nothing, (n,) float64."""
-        routed = [lengths for halves in self.lengths for lengths in halves if lengths is not None]
+        """Share of the evaluations of a branch, by a network with a router, that reused nothing, (n,) float64."""
+        routed = [lengths for branches in self.lengths for lengths in branches if lengths is not None]
         return (torch.stack(routed) > 0).double().mean(dim=0) if routed else torch.ones(len(self.indices)).double()
 
     def tokens(self) -> Tensor:
-        """Tokens kept by half and step, summed over the samples, (2, steps) int64; 0 where a half did not route."""
+        """Tokens kept by branch and step, summed over the samples, (2, steps) int64; 0 where a branch did not route."""
         sums = torch.zeros(2, len(self.lengths), dtype=torch.int64)
-        for step, halves in enumerate(self.lengths):
-            for half, lengths in enumerate(halves):
-                sums[half, step] = 0 if lengths is None else lengths.sum()
+        for step, branches in enumerate(self.lengths):
+            for branch, lengths in enumerate(branches):
+                sums[branch, step] = 0 if lengths is None else lengths.sum()
         return sums
 
 
@@ -82,6 +82,11 @@ _LABELS = 2**32 - 2
 
 OnStep = Callable[[list[int], Step], None]
 """Told the samples' numbers and the step, after every step."""
+
+
+def branch_networks(model: Model, guidance: Guidance) -> tuple[Network, Network]:
+    """The networks of the main and of the guiding branch."""
+    return model.network, guidance.guiding if isinstance(guidance.guiding, Network) else model.network
 
 
 @torch.no_grad()
@@ -111,8 +116,7 @@ def generate(
     Raises:
         UserError: naming sample and step, if a latent is not finite.
     """
-    weak = guidance.weak if isinstance(guidance.weak, Network) else model.network
-    costs = [Cost.of_network(network) for network in (model.network, weak)]
+    costs = [Cost.of_network(network) for network in branch_networks(model, guidance)]
     for start in range(0, len(indices), batch_size):
         numbers = [int(number) for number in indices[start : start + batch_size]]
         streams = [sample_generator(seed, number) for number in numbers]
@@ -127,15 +131,19 @@ def generate(
             for step in sampler.trajectory(guidance, model.latents.shape, wanted, streams):
                 x = step.next
                 broke = torch.where(x.flatten(1).isfinite().all(dim=1), broke, broke.clamp(max=step.index))
-                kept.append(tuple(None if half is None else half.mask.sum(dim=1) for half in step.output.halves))
+                kept.append(
+                    tuple(None if routing is None else routing.mask.sum(dim=1) for routing in step.output.routings)
+                )
                 if on_step:
                     on_step(numbers, step)
         _check_finite(numbers, broke.tolist(), sampler, f"guidance.scale={guidance.settings.scale:g}, {precision}")
-        lengths = [tuple(None if half is None else half.cpu() for half in halves) for halves in kept]
+        lengths = [tuple(None if branch is None else branch.cpu() for branch in branches) for branches in kept]
         none = torch.zeros(len(numbers))  # of a network without router, whose cost is what it is
         flops = [
-            torch.stack([cost.of(none if half is None else half) for cost, half in zip(costs, halves, strict=False)])
-            for halves in lengths
+            torch.stack(
+                [cost.of(none if branch is None else branch) for cost, branch in zip(costs, branches, strict=False)]
+            )
+            for branches in lengths
         ]
         yield SampleBatch(numbers, x.float().cpu(), lengths, torch.stack([each.sum(dim=0) for each in flops]))
 

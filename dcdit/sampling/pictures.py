@@ -138,7 +138,7 @@ def sample_to_folder(
         if sampling.sampler.settings.cache:
             ran = torch.cat([batch.computed for batch in batches]).mean()
             words += f", {ran:.0%} of the steps computed and the others reused, which keep none"
-        drops = sampling.guidance.settings.drops_of_strong
+        drops = sampling.guidance.settings.main_drop_fractions
         words += f", ρ {' to '.join(f'{drop:.3g}' for drop in sorted({min(drops), max(drops)}))}"
     words += f", {sampling.sampler.settings.description}"
     return f"{len(labels)} samples{words}: {out}"

@@ -308,7 +308,10 @@ def test_a_grid_is_what_its_points_are_alone(measured, capsys):
     expected |= {("ema", 2.0, "budget", drop, 0.5) for drop in (0.0, 0.2)}
     assert set(found) == expected
     shown = capsys.readouterr().out
-    assert "Left out: guidance.weak=budget, drop fraction 0.2, of the weak half 0: the weak half would be" in shown
+    assert (
+        "Left out: guidance.weak=budget, drop fraction 0.2, of the guiding branch 0: the guiding branch would be"
+        in shown
+    )
     assert shown.count("Best at its budget: FID") == 6
     assert shown.count("Best of all: FID") == 1
     some = (("ema", 1.0, None, 0.2, None), ("ema", 2.0, "budget", 0.2, 0.5), ("ema", 2.0, "uncond", 0.0, 0.5))
@@ -459,7 +462,7 @@ def test_a_search_takes_few_images_first_and_more_near_the_best(measured, archiv
     words = ("search=true", "guidance.scale=[1,2,3,4]", "uncond_drop_fractions=[0.5]", "metrics=[fid]", "count=120")
     measured(*words, "chunk_size=60", out="searched")
     log = (archive.parent / "searched" / "search.log").read_text().splitlines()
-    budget = "ema weights, ρ 0, weak half: no class at ρ 0.5: "
+    budget = "ema weights, ρ 0, guiding branch: no class at ρ 0.5: "
     assert log == [
         budget + "round 1, 12 images, FID at scale 1 -> 2.44, 2 -> 1.04, 3 -> 1.64, 4 -> 4.24; best 2",
         budget + "round 2, 40 images, FID at scale 1.5 -> 1.49, 2 -> 1.04, 2.5 -> 1.09; best 2",

@@ -161,14 +161,18 @@ def test_a_grid_of_guidance(runs, tmp_path):
     assert len(section.results) == 10
     assert [[point.at for point in series.points] for series in section.scales] == [[1.0, 1.5, 2.0, 3.0]] * 3
     names = {series.name.partition(", ")[2]: series for series in section.scales}
-    assert set(names) == {"weak half: no class", "weak half: no class at ρ 0.9", "weak half: same class at ρ 0.9"}
-    assert [point.figures("metrics", "fid") for point in names["weak half: same class at ρ 0.9"].points] == [
+    assert set(names) == {
+        "guiding branch: no class",
+        "guiding branch: no class at ρ 0.9",
+        "guiding branch: same class at ρ 0.9",
+    }
+    assert [point.figures("metrics", "fid") for point in names["guiding branch: same class at ρ 0.9"].points] == [
         *([40.0], [18.0], [23.0], [28.0])
     ]
     assert sorted(best_words(results)) == [
-        "FID 10 at guidance 2 (ema weights, ρ 0, weak half: no class)",
-        "FID 18 at guidance 1.5 (ema weights, ρ 0, weak half: same class at ρ 0.9)",
-        "FID 8 at guidance 2 (ema weights, ρ 0, weak half: no class at ρ 0.9)",
+        "FID 10 at guidance 2 (ema weights, ρ 0, guiding branch: no class)",
+        "FID 18 at guidance 1.5 (ema weights, ρ 0, guiding branch: same class at ρ 0.9)",
+        "FID 8 at guidance 2 (ema weights, ρ 0, guiding branch: no class at ρ 0.9)",
     ]
     front = [(each.values["tflops_per_image"], each.figure("fid")) for each in pareto(results, section.figures[0])]
     assert front == [(1.0, 40.0), (1.5, 8.0)]

@@ -17,7 +17,7 @@ import httpx
 
 from dcdit.explorer.gate import LARGEST_BODY, gate
 from dcdit.explorer.page import Page, serving
-from dcdit.explorer.studio import Studio
+from dcdit.explorer.session import Session
 
 JOIN, RUN = "/gradio_api/queue/join", "/gradio_api/run/predict"
 
@@ -25,7 +25,7 @@ JOIN, RUN = "/gradio_api/queue/join", "/gradio_api/run/predict"
 @pytest.fixture(scope="module")
 def blocks():
     plan, settings, base = explore.check(compose_config("sampler.steps=4", name="explore"))
-    studio = Studio(plan, base, [resolve_checkpoint("digits", plan.runs)], settings.most_steps)
+    studio = Session(plan, base, [locate("digits", plan.runs)], settings.most_steps)
     return Page(studio, "dcdit: digits").blocks(base)
 
 

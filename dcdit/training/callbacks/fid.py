@@ -114,7 +114,7 @@ class FID(Callback):
         self.asked = build_named(SAMPLERS, sampler, "sampler")
         self.guidance = call_checked(GuidanceSettings, guidance, "guidance")
         if self.guidance.weak_checkpoint is not None:
-            raise UserError("guidance.weak_checkpoint: during training the network itself is the weak half")
+            raise UserError("guidance.weak_checkpoint: during training the network itself is the guiding branch")
         self.drop_fractions = drop_fractions
         self.count, self.batch_size, self.every, self.max_time_fraction = count, batch_size, every, max_time_fraction
         self.shown, self.frames, self.seed = shown, frames, seed

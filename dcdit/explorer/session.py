@@ -40,7 +40,7 @@ class StoppedError(Exception):
 
 
 @dataclass(frozen=True)
-class Painting:
+class GeneratedImage:
     """An image and how it came about.
 
     Attributes:
@@ -49,11 +49,11 @@ class Painting:
         title: model, sampler, budget and cost in words.
         image: (height, width, 1 or 3) uint8.
         moments: at every evaluation of the network.
-        tokens: share of the positions that ran at each of them, of the strong half; empty without router.
-        drops: drop fraction of the strong half at each.
-        step_flops: FLOPs of each, both halves.
+        tokens: share of the positions that ran at each of them, of the main branch; empty without router.
+        drops: drop fraction of the main branch at each.
+        step_flops: FLOPs of each, both branches of guidance.
         flops: of all.
-        kept: tokens, as a share of the positions, in the mean of all evaluations of both halves; of reused ones none.
+        kept: mean share of the positions that were kept in all evaluations of both branches; reused ones keep none.
         times: milliseconds of sampling in the last runs with these settings on this machine; it grows with them.
         full: the same image at the full budget; None if this is it.
     """
@@ -69,7 +69,7 @@ class Painting:
     flops: float
     kept: float
     times: Sequence[float]
-    full: "Painting | None"
+    full: "GeneratedImage | None"
 
     @property
     def milliseconds(self) -> float:
@@ -123,7 +123,7 @@ class _Newest(Generic[T]):
         return found
 
 
-class Studio:
+class Session:
     """One or two checkpoints, and what was sampled with them lately.
 
     Args:
@@ -146,7 +146,7 @@ class Studio:
         self.base, self.places, self.most_steps, self.words = base, places, most_steps, words
         self.loaded = [load(plan, place) for place in places]
         self._times: _Newest[deque[float]] = _Newest(_KEPT)
-        self._full: _Newest[Painting] = _Newest(8)
+        self._full: _Newest[GeneratedImage] = _Newest(8)
         self._budgets: _Newest[Calibration] = _Newest(_KEPT)
         for side in range(len(places)):  # the first run is a slow one, and no measure of anything
             self._sample(side, Choice(0, 0, self.sampler(side), 2, 1.0), lambda *_: None, "")
@@ -175,7 +175,7 @@ class Studio:
         name = str(Path(place.name).resolve()) if Path(place.name).exists() else place.name
         return " ".join(filter(None, [choice.command(self.base, name, out), self.words]))
 
-    def paint(self, side: int, choice: Choice, on_step: OnStep) -> Painting:
+    def paint(self, side: int, choice: Choice, on_step: OnStep) -> GeneratedImage:
         """Sample what was chosen, and first, unless that is known, the same at the full budget.
 
         Raises:
@@ -197,8 +197,8 @@ class Studio:
         plan, model = SamplingPlan.of(self.base)[0], self.loaded[side].model
         compression = float(model.training.get("compression") or 4)
         evaluation = count(model.network, [model.network.positions / compression] if model.network.routes else []).total
-        halves = 1 if plan.guidance.scale == 1 else 2
-        return float(f"{0.7 * evaluation * plan.sampler.steps * halves / 1e12:.2g}")
+        branches = 1 if plan.guidance.scale == 1 else 2
+        return float(f"{0.7 * evaluation * plan.sampler.steps * branches / 1e12:.2g}")
 
     def strip(self, side: int, choice: Choice, on_step: OnStep) -> list[tuple[str, Pixels]]:
         """The same seed at seven budgets, with words for each."""
@@ -231,7 +231,7 @@ class Studio:
 
     def _sample(
         self, side: int, choice: Choice, on_step: OnStep, what: str, sampling: Sampling | None = None
-    ) -> Painting:
+    ) -> GeneratedImage:
         """Sample one image, without looking at what is known."""
         sampling = sampling or self._sampling(side, choice)
         model, timesteps = sampling.model, sampling.sampler.timesteps
@@ -249,7 +249,7 @@ class Studio:
         moments = recorder.rows[0]
         routed = [each.boundaries.mask.mean() for each in moments if each.boundaries is not None]
         flops = batch.flops.item()
-        return Painting(
+        return GeneratedImage(
             choice,
             sampling,
             f"{sampling.words}, {flops_words(flops)}",

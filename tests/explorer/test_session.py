@@ -10,14 +10,14 @@ from dcdit import explore
 from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.errors import UserError
 from dcdit.explorer.choice import Choice
-from dcdit.explorer.studio import STRIP, StoppedError, Studio, difference
+from dcdit.explorer.session import STRIP, Session, StoppedError, difference
 
 CHOICE = Choice(label=3, seed=5, sampler="ddim", steps=6, scale=2.0)
 
 
 def studio_of(*checkpoints, most_steps=50):
     plan, _, base = explore.check(compose_config(f"checkpoint={checkpoints[0]}", name="explore"))
-    return Studio(plan, base, [resolve_checkpoint(str(each), "runs") for each in checkpoints], most_steps)
+    return Session(plan, base, [locate(str(each), "runs") for each in checkpoints], most_steps)
 
 
 def quiet(done, steps, what):
@@ -43,7 +43,7 @@ def test_costs_stand_beside_the_full_budget(studio):
     again = studio.paint(0, replace(CHOICE, drop=0.5, seed=6), quiet)
     assert len(again.times) == len(half.times) == 2  # the median is that of all images with these settings
     assert half.full.times is again.full.times
-    assert half.kept == pytest.approx(sum(half.tokens) / 6, rel=0.2)  # both halves of guidance
+    assert half.kept == pytest.approx(sum(half.tokens) / 6, rel=0.2)  # both branches of guidance
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_costs_stand_beside_the_full_budget(studio):
         {"meet": "schedule", "drop": 0.6, "drop_last": 0.1},
         {"meet": "fraction", "fraction": 0.8},
         {"cache": 0.3},
-        {"weak_drop": 0.9},
+        {"guiding_drop": 0.9},
         {"sampler": "dpm++"},
         {"scale": 1.0},
     ],
