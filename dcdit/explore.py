@@ -87,9 +87,9 @@ def run(config: DictConfig) -> None:
     from dcdit.explorer.session import Session
 
     words = " ".join(word for word in HydraConfig.get().overrides.task if word.startswith(_HELD))
-    studio = Session(plan, base, places, settings.most_steps, words)
+    session = Session(plan, base, places, settings.most_steps, words)
     title = f"dcdit: {' and '.join(place.name for place in places)}"
-    page = Page(studio, title).blocks(base)
+    page = Page(session, title).blocks(base)
     with suppress(KeyboardInterrupt), serving(page, settings.host, settings.port, settings.share) as address:
         print(f"The explorer is at {address}   (Ctrl-C ends it)", flush=True)
         if _opens(settings.browser):

@@ -58,8 +58,8 @@ def grid_of(values: Mapping[str, Any]) -> Grid:
         unguided, _ = SamplingPlan.of(_with(values, {**chosen, "guidance.scale": 1.0}))
         guidance = unguided.guidance
         if scale != 1 and guidance.guiding_equals_main:
-            drops = guidance.drop_fraction, guidance.uncond_drop_fraction or 0
-            words = "drop fraction {:g}, of the guiding branch {:g}".format(*drops)
+            fractions = guidance.drop_fraction, guidance.uncond_drop_fraction or 0
+            words = "drop fraction {:g}, of the guiding branch {:g}".format(*fractions)
             left_out.append(f"guidance.weak=budget, {words}: the guiding branch would be no weaker, and guide nowhere")
             continue
         plan, _ = SamplingPlan.of(_with(values, chosen))

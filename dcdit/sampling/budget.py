@@ -20,6 +20,7 @@ from dcdit.diffusion.settings import BudgetSettings
 from dcdit.errors import UserError
 from dcdit.network.caching import reuse
 from dcdit.runtime.files import read_json, write_json
+from dcdit.runtime.processes import print_once
 from dcdit.sampling.generate import branch_networks, generate
 
 _WORDS = {"drop": "drops alone", "cache": "reuse alone", "both": "drops and reuse together"}
@@ -235,7 +236,7 @@ def remembered(store: Path, settings: Mapping[str, Any], find: Callable[[], Cali
         try:
             write_json(store, [asdict(entry) for entry in (*known, _Answer(dict(settings), found))])
         except UserError as error:
-            print(f"The drop fraction is not kept for the next time: {error}")
+            print_once(f"The drop fraction is not kept for the next time: {error}")
         return found
     finally:
         lock.release()

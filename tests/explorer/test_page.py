@@ -31,8 +31,8 @@ PATIENCE = 60_000  # milliseconds; of a machine that does other things beside
 @pytest.fixture(scope="module")
 def address():
     plan, settings, base = explore.check(compose_config("sampler.steps=8", "seed=3", name="explore"))
-    studio = Session(plan, base, [locate("digits", plan.runs)], settings.most_steps)
-    blocks = Page(studio, "dcdit: digits").blocks(base)
+    session = Session(plan, base, [locate("digits", plan.runs)], settings.most_steps)
+    blocks = Page(session, "dcdit: digits").blocks(base)
     with serving(blocks, "127.0.0.1", None, share=False) as found:
         yield found
 
