@@ -314,7 +314,7 @@ class GuidanceSettings:
         uncond_drop_fraction: tail drop of the guiding branch (Lite-CFG); None takes the same.
         weak: ``uncond``, the guiding branch knows no class; ``budget``, it knows the class and drops more tokens. None
             takes ``uncond``, and with ``weak_checkpoint`` the same class.
-        weak_checkpoint: the checkpoint of the guiding branch, see :func:`dcdit.checkpoints.locate.locate`; None for the
+        weak_checkpoint: the checkpoint of the guiding branch, see ``resolve_checkpoint``; None for the
             network itself.
         interval: lowest and highest timestep that is guided (arXiv 2404.07724); elsewhere the main branch runs
             alone. None guides all.

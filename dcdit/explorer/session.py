@@ -135,7 +135,12 @@ class Session:
     """
 
     def __init__(
-        self, plan: SamplingPlan, base: Mapping[str, Any], places: Sequence[Place], most_steps: int, overrides: str = ""
+        self,
+        plan: SamplingPlan,
+        base: Mapping[str, Any],
+        places: Sequence[CheckpointSource],
+        most_steps: int,
+        overrides: str = "",
     ) -> None:
         keep_freed_memory()
         self.base, self.places, self.most_steps, self.overrides = base, places, most_steps, overrides

@@ -164,11 +164,13 @@ def _load(found: Weights, plan: SamplingPlan, place: CheckpointSource, device: t
     if settings.compile:
         check_compiler("compile", device.type)
     model = build_model(found, settings.weights, device)
-    print_once(f"{place.name}: {words(found, model.network, settings.weights)}")
+    print_once(f"{place.name}: {describe_weights(found, model.network, settings.weights)}")
     set_execution(model.network, compiled=settings.compile)
     guiding = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
-        guiding = _guiding_model(locate(guidance.weak_checkpoint, plan.runs, "guidance.weak_checkpoint"), plan, model)
+        guiding = _guiding_model(
+            resolve_checkpoint(guidance.weak_checkpoint, plan.runs, "guidance.weak_checkpoint"), plan, model
+        )
     return Loaded(model, load_decoder(model.latents, device, settings.autoencoder, settings.rounding), guiding)
 
 
@@ -236,11 +238,11 @@ def at_budget(sampling: Sampling, found: Calibration) -> Sampling:
     return replace(at_drop, sampler=sampler, calibration=found)
 
 
-def _guiding_model(place: Place, plan: SamplingPlan, model: Model) -> Model:
+def _guiding_model(place: CheckpointSource, plan: SamplingPlan, model: Model) -> Model:
     """The model at ``place``, on the device of ``model``; UserError unless it can guide it."""
     found = read_weights(place)
     guiding = build_model(found, plan.settings.weights, model.device)
-    print_once(f"Guiding branch, {place.name}: {words(found, guiding.network, plan.settings.weights)}")
+    print_once(f"Guiding branch, {place.name}: {describe_weights(found, guiding.network, plan.settings.weights)}")
     for what, its, ours in (
         ("latents of shape", guiding.latents.shape, model.latents.shape),
         ("latents of scale and shift", *(_scale_and_shift(each.latents) for each in (guiding, model))),
@@ -248,7 +250,7 @@ def _guiding_model(place: Place, plan: SamplingPlan, model: Model) -> Model:
         ("a process of", guiding.process.settings.name, model.process.settings.name),
     ):
         if its != ours:
-            raise UserError(f"{place.words} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind")
+            raise UserError(f"{place.argument} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind")
     set_execution(guiding.network, compiled=plan.settings.compile)
     return guiding
 

@@ -25,7 +25,7 @@ JOIN, RUN = "/gradio_api/queue/join", "/gradio_api/run/predict"
 @pytest.fixture(scope="module")
 def blocks():
     plan, settings, base = explore.check(compose_config("sampler.steps=4", name="explore"))
-    session = Session(plan, base, [locate("digits", plan.runs)], settings.most_steps)
+    session = Session(plan, base, [resolve_checkpoint("digits", plan.runs)], settings.most_steps)
     return Page(session, "dcdit: digits").blocks(base)
 
 

@@ -31,7 +31,7 @@ PATIENCE = 60_000  # milliseconds; of a machine that does other things beside
 @pytest.fixture(scope="module")
 def address():
     plan, settings, base = explore.check(compose_config("sampler.steps=8", "seed=3", name="explore"))
-    session = Session(plan, base, [locate("digits", plan.runs)], settings.most_steps)
+    session = Session(plan, base, [resolve_checkpoint("digits", plan.runs)], settings.most_steps)
     blocks = Page(session, "dcdit: digits").blocks(base)
     with serving(blocks, "127.0.0.1", None, share=False) as found:
         yield found

@@ -17,7 +17,7 @@ CHOICE = Choice(label=3, seed=5, sampler="ddim", steps=6, scale=2.0)
 
 def session_of(*checkpoints, most_steps=50):
     plan, _, base = explore.check(compose_config(f"checkpoint={checkpoints[0]}", name="explore"))
-    return Session(plan, base, [locate(str(each), "runs") for each in checkpoints], most_steps)
+    return Session(plan, base, [resolve_checkpoint(str(each), "runs") for each in checkpoints], most_steps)
 
 
 def quiet(done, steps, what):
