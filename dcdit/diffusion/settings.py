@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from dcdit.checks import Bounds, DropFraction, NotEmpty, Number, Positive, checked, conform
+from dcdit.checks import Bounds, DropFraction, NotEmpty, Number, Positive, call_checked, checked, conform
 from dcdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -286,7 +286,8 @@ class Auto(SamplerOptions):
     def for_process(self, process: ProcessSettings) -> SamplerSettings:
         """The usual sampler of ``process``, with these steps, clipping and caching."""
         name = process.noisy_sampler if self.noise else process.deterministic_sampler
-        sampler = SAMPLERS[name](steps=self.steps, clip=self.clip, cache=self.cache)
+        values = {"steps": self.steps, "clip": self.clip, "cache": self.cache}
+        sampler = call_checked(SAMPLERS[name], values, "sampler")  # whose bounds are its own
         return sampler.for_process(process)
 
 

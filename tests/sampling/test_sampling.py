@@ -195,7 +195,7 @@ def test_guidance_needs_a_null_class():
         grid=8, channels=1, num_classes=5, width=32, depth=1, heads=2, encoder_width=16, groups=4, label_dropout=0
     )
     check_guidance(net, GuidanceSettings())
-    with pytest.raises(UserError, match=r"guidance.scale=2.0: .* \(model.label_dropout=0\)"):
+    with pytest.raises(UserError, match=r"guidance.scale=2.0: .* model.label_dropout=0"):
         check_guidance(net, GuidanceSettings(scale=2.0))
 
 
