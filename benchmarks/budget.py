@@ -29,7 +29,7 @@ from dcdit.network.routing import PredictabilityRouter
 from dcdit.runtime.devices import device_words, pick_device
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.sampling.generate import SampleBatch, generate
-from dcdit.settings.entry import model_config
+from dcdit.settings.compose import model_config
 
 KEPT = 0.25
 

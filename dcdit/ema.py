@@ -5,35 +5,31 @@ of other lengths are put together (EDM2, arXiv 2312.02696). Each becomes a folde
 ``weights=ema@0.05`` of every command that samples does the same without one.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import hydra
-from omegaconf import DictConfig
-
-from dcdit.checkpoints.settings import AS_PUBLISHED, Length
-from dcdit.checks import NotEmpty, call_checked, checked
-from dcdit.settings.entry import entry_point, hold, plain
-from dcdit.settings.published import CONFIG_DIR
+from dcdit.checkpoints.settings import AS_PUBLISHED, Length, Paths
+from dcdit.checks import NotEmpty, config
+from dcdit.settings.command import command
 
 
-@checked
-@dataclass(frozen=True)
-class EMASettings:
-    """Configuration of averages: the keys of ``configs/ema.yaml``.
+@config
+class EMAConfig:
+    """What to put together: the keys of ``configs/ema.yaml``.
 
     Attributes:
         checkpoint: a run, or one of its checkpoints.
-        length: length of each average, relative to the length of training.
-        out: folder that gets a folder for each average; None takes ``ema`` in the run's directory.
-        dtype: type of the numbers in the files.
+        length: of the averages, relative to the length of training.
+        out: folder that gets a folder for each; None takes ``ema`` in the run's directory.
+        dtype: of the numbers in the files.
+        paths: where runs are.
     """
 
     checkpoint: str
     length: Annotated[list[Length], NotEmpty("name at least one, such as 0.05")] | Length
     out: str | None
     dtype: Literal["fp32", "bf16", "fp16"]
+    paths: Paths
 
     @property
     def lengths(self) -> list[float]:
@@ -41,39 +37,26 @@ class EMASettings:
         return self.length if isinstance(self.length, list) else [self.length]
 
 
-def check(config: DictConfig) -> EMASettings:
-    """Check ``config`` before anything is loaded; UserError if a value is wrong."""
-    values = plain(config)
-    del values["paths"]
-    return call_checked(EMASettings, values, "")
+@command("ema")
+def ema(config: EMAConfig) -> list[Path]:
+    """Put together what ``config`` asks for; returns the folders."""
+    from dcdit.checkpoints.locate import locate
 
-
-def run(config: DictConfig) -> list[Path]:
-    """Combine averages as ``config`` says and export each; returns the folders."""
-    settings = check(config)
-    from dcdit.checkpoints.resolve import resolve_checkpoint
-
-    source = resolve_checkpoint(settings.checkpoint, config.paths.runs)
+    place = locate(config.checkpoint, config.paths.runs)
     from dcdit.checkpoints.export import Card, write_exported
     from dcdit.checkpoints.load import read_weights
     from dcdit.evaluation.results import figures_of
     from dcdit.runs.state import command_of
 
-    weights, folders = read_weights(source, AS_PUBLISHED), []
-    for length in settings.lengths:
+    found, folders = read_weights(place, AS_PUBLISHED), []
+    for length in config.lengths:
         kind = f"ema@{length:g}"
-        folder = (Path(settings.out) if settings.out else source.home / "ema") / f"{length:g}"
-        card = Card(None, None, command_of(source.home), figures_of(source.home, weights.step, kind))
-        print(write_exported(folder, weights, kind, settings.dtype, card))
+        folder = (Path(config.out) if config.out else place.home / "ema") / f"{length:g}"
+        card = Card(None, None, command_of(place.home), figures_of(place.home, found.step, kind))
+        print(write_exported(folder, found, kind, config.dtype, card))
         folders.append(folder)
     return folders
 
 
-@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="ema")
-def main(config: DictConfig) -> None:
-    """Run the command on the configuration that Hydra composed."""
-    hold(run, config)
-
-
 if __name__ == "__main__":
-    entry_point(main)
+    ema.main()

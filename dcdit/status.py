@@ -4,15 +4,12 @@ import shutil
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import hydra
-from omegaconf import DictConfig
 from rich.live import Live
 
-from dcdit.checks import Bounds, NotEmpty, call_checked, checked
+from dcdit.checks import Bounds, NotEmpty, config
 from dcdit.errors import UserError
 from dcdit.runs.progress import (
     RunProgress,
@@ -25,15 +22,11 @@ from dcdit.runs.progress import (
 from dcdit.runs.state import State
 from dcdit.runtime.display import Console
 from dcdit.runtime.terminal import lost
-from dcdit.settings.entry import entry_point, hold, plain
-from dcdit.settings.published import CONFIG_DIR
-
-FLAGS = {"--watch": "watch=true"}
+from dcdit.settings.command import command
 
 
-@checked
-@dataclass(frozen=True)
-class StatusSettings:
+@config
+class StatusConfig:
     """What to look at: the keys of ``configs/status.yaml``.
 
     Attributes:
@@ -47,29 +40,25 @@ class StatusSettings:
     every: Annotated[float, Bounds(0.2, 3600, hint="seconds between two looks")]
 
 
-def check(config: DictConfig) -> StatusSettings:
-    """What ``config`` asks for; UserError if a value is wrong, before anything is read."""
-    return call_checked(StatusSettings, plain(config), "")
-
-
-def look(settings: StatusSettings) -> dict[Path, RunProgress]:
+def look(config: StatusConfig) -> dict[Path, RunProgress]:
     """How far the runs are, by their directories; UserError if there are none."""
-    for place in settings.runs:
+    for place in config.runs:
         if not Path(place).is_dir():
             raise UserError(f"runs={place} is no directory")
-    found = {path: progress_of(path, name) for path, name in named_runs(settings.runs).items()}
+    found = {path: progress_of(path, name) for path, name in named_runs(config.runs).items()}
     if not found:
-        raise UserError(f"runs={', '.join(settings.runs)}: no runs there, python -m dcdit.train makes them")
+        raise UserError(f"runs={', '.join(config.runs)}: no runs there, python -m dcdit.train makes them")
     return found
 
 
-def run(config: DictConfig) -> list[RunProgress]:
+@command("status", paths=True, flags={"--watch": "watch=true"})
+def status(config: StatusConfig) -> list[RunProgress]:
     """Print the table, or keep it up to date; returns what is in it."""
-    settings, console = check(config), Console()
-    if settings.watch:
-        found = watch(settings, console)
+    console = Console()
+    if config.watch:
+        found = watch(config, console)
     else:
-        found = look(settings)
+        found = look(config)
         console.print(progress_table(list(found.values())))
     for each in found.values():
         if each.reason:
@@ -77,7 +66,7 @@ def run(config: DictConfig) -> list[RunProgress]:
     return list(found.values())
 
 
-def watch(settings: StatusSettings, console: Console) -> dict[Path, RunProgress]:
+def watch(config: StatusConfig, console: Console) -> dict[Path, RunProgress]:
     """Keep a view up to date until runs that went on or waited have ended, or Ctrl-C; returns what was seen last.
 
     Where none goes on yet, one may be starting: it waits.
@@ -87,7 +76,7 @@ def watch(settings: StatusSettings, console: Console) -> dict[Path, RunProgress]
     with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
             with suppress(UserError):  # no folder yet, or no run
-                found = look(settings)
+                found = look(config)
             goes_on = bool({State.RUNNING, State.QUEUED, State.WAITING} & {each.state for each in found.values()})
             sizes = [size_on_disk(path) for path in found]
             free = shutil.disk_usage(next(iter(found), Path())).free
@@ -96,15 +85,9 @@ def watch(settings: StatusSettings, console: Console) -> dict[Path, RunProgress]
             if (went_on and not goes_on) or lost(sys.stdout):
                 break
             went_on = goes_on
-            time.sleep(settings.every)
+            time.sleep(config.every)
     return found
 
 
-@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="status")
-def main(config: DictConfig) -> None:
-    """Hydra entry point."""
-    hold(run, config)
-
-
 if __name__ == "__main__":
-    entry_point(main, paths=True, flags=FLAGS)
+    status.main()

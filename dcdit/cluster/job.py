@@ -14,7 +14,7 @@ from types import FrameType
 from dcdit.runs.state import State
 from dcdit.runtime.processes import processes
 from dcdit.runtime.signals import STOP_SIGNALS
-from dcdit.settings.entry import prepare
+from dcdit.settings.command import set_up_process
 
 MARK = ".unfinished"
 QUEUED_AGAIN, FAILED_FOR_GOOD = 75, 1
@@ -27,7 +27,7 @@ def enter() -> None:
     """Say that this process belongs to a job, and take its signals over from submitit, which would queue it again."""
     global _inside
     _inside = True
-    prepare()
+    set_up_process()
     logging.getLogger("submitit").propagate = False  # it prints by itself
     # Until training takes them over there is nothing to save.
     for each in set(STOP_SIGNALS) - {signal.SIGINT}:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
+from dcdit.checks import call_checked
 from dcdit.cluster.settings import ClusterSettings, cluster_of, read_cluster, sbatch_parameters
 from dcdit.errors import UserError
 from dcdit.runs.changes import changes
@@ -25,9 +26,9 @@ from dcdit.runs.progress import progress_of
 from dcdit.runs.resume import checkpoints_in, is_finished
 from dcdit.runs.state import QUEUED_NAME, RunState, State
 from dcdit.runtime.processes import say
-from dcdit.settings.entry import plain
+from dcdit.settings.compose import plain_values
 from dcdit.training.build import check_network, match_compute
-from dcdit.training.settings import GROUPS, TrainPlan
+from dcdit.training.settings import TrainConfig
 
 FOLDER = ".submitit"
 GONE = 3
@@ -72,7 +73,11 @@ def launch(
     """
     place = Path(configs[0].hydra.sweep.dir)
     try:
-        clusters = [cluster_of(plan) for plan in plans_of(configs)]
+        asked = [read_config(config) for config in configs]
+        typed = [config for config in asked if isinstance(config, TrainConfig)]
+        if not typed:
+            raise next(error for error in asked if isinstance(error, UserError))
+        clusters = [cluster_of(config) for config in typed]
         if any(each != clusters[0] for each in clusters):
             raise UserError("cluster.*: all runs of a sweep are one job array and need the same; submit them apart")
     except UserError:
@@ -86,7 +91,7 @@ def launch(
         leave_nothing(place)
         raise SystemExit(0)
     state = Singleton.get_state()
-    due = [number for number, run in enumerate(runs) if is_due(run, configs[number], overrides[number])]
+    due = [number for number, run in enumerate(runs) if is_due(run, asked[number], overrides[number])]
     arguments = [(list(overrides[n]), "hydra.sweep.dir", first + n, f"job_id_for_{first + n}", state) for n in due]
     if due:
         names = submit(job, arguments, folder, parameters, [runs[n] for n in due])
@@ -99,39 +104,42 @@ def launch(
     return [returned(run, words, config) for run, words, config in zip(runs, overrides, configs, strict=True)]
 
 
-def plans_of(configs: Sequence[DictConfig]) -> list[TrainPlan]:
-    """The plans of all configurations that have one; UserError if none has. :func:`is_due` tells of the others."""
-    found, failures = [], []
-    for config in configs:
-        values = plain(config, without="hydra", sections=GROUPS)
-        read_cluster(values)  # before what follows from it
-        try:
-            found.append(TrainPlan.of(values))
-        except UserError as error:
-            failures.append(error)
-    if not found:
-        raise failures[0]
-    return found
+def read_config(values: DictConfig) -> TrainConfig | UserError:
+    """A configuration, or what is wrong with it, which :func:`is_due` tells; UserError if it is the cluster."""
+    plain = plain_values(TrainConfig, values)
+    read_cluster(plain["cluster"])  # before what follows from it
+    try:
+        return call_checked(TrainConfig, plain, "")
+    except UserError as error:
+        return error
 
 
-def is_due(run: Path, config: DictConfig, overrides: Sequence[str]) -> bool:
-    """Whether a run needs a job; says why where it does not, and writes down what is wrong with it."""
+def is_due(run: Path, asked: TrainConfig | UserError, overrides: Sequence[str]) -> bool:
+    """Whether a run needs a job; says why where it does not, and writes down what is wrong with it.
+
+    Args:
+        run: its directory.
+        asked: its configuration, or what is wrong with it.
+        overrides: what it was composed from.
+    """
     name = os.path.relpath(run)
     if is_held(run):
         say(f"{name} is being trained right now: left alone")
         return False
     try:
-        plan = match_compute(TrainPlan.of(plain(config, without="hydra", sections=GROUPS)))
-        check_network(plan)
+        if isinstance(asked, UserError):
+            raise asked
+        config = match_compute(asked)
+        check_network(config)
         before = RunState.read(run)
         if before is not None and before.settings and checkpoints_in(run / "checkpoints"):
-            changes(before.settings, plan.recorded, before.step, by_itself=True)
+            changes(before.settings, config.recorded, before.step, by_itself=True)
     except UserError as error:
         run.mkdir(parents=True, exist_ok=True)
         note_failure(error, run, tuple(overrides), sweeping=True)
         say(f"{name}: {error}")
         return False
-    if is_finished(before, plan.trainer.max_steps):
+    if is_finished(before, config.trainer.max_steps):
         say(f"{name} is finished: left alone")
         return False
     if (run / QUEUED_NAME).exists():

@@ -1,16 +1,11 @@
 """All points of an evaluation: what they share, measured by any number of processes, timed in turns, and shown."""
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig
-from omegaconf.errors import MissingMandatoryValue
 from rich import box
 from rich.progress import track
 from rich.table import Table
@@ -35,31 +30,15 @@ from dcdit.evaluation.words import (
 )
 from dcdit.runtime.display import Console, Display
 from dcdit.sampling.setup import Sampling
+from dcdit.settings.instantiate import instantiated
 
 _REFERENCE_CHUNK = 500
 """Images of a task on the reference at least: reading is quick."""
 
 
-def build_features(spec: DictConfig, device: torch.device) -> FeatureNetwork:
+def build_features(spec: Mapping[str, Any], device: torch.device) -> FeatureNetwork:
     """The feature network that the user's configuration names; UserError if it cannot be had."""
-    try:
-        network = hydra.utils.instantiate(spec)
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from None
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        root: BaseException = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        target = re.search(r"Error locating target '([^']+)'", str(error))
-        if target:
-            raise UserError(
-                f"features.module._target_={target[1]} cannot be imported ({root}): name it as module.Class, and have"
-                " Python find the module, in the current folder or in one that PYTHONPATH names"
-            ) from error
-        words = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith("full_key"))
-        raise UserError(f"features: {words}" + (f" ({root})" if root is not error else "")) from error
+    network = instantiated(spec, "features")
     if not isinstance(network, FeatureNetwork):
         raise UserError(
             f"features: {type(network).__name__} is no FeatureNetwork: give your module as features=own"
@@ -74,20 +53,19 @@ class Evaluation:
     Args:
         sampling: of one of the points.
         settings: what to measure.
-        features: the feature network, for Hydra to build.
 
     Raises:
         UserError: naming key, value and remedy, if something cannot be had.
     """
 
-    def __init__(self, sampling: Sampling, settings: EvaluateSettings, features: DictConfig) -> None:
+    def __init__(self, sampling: Sampling, settings: EvaluateSettings) -> None:
         self.settings = settings
         device = sampling.model.device
         size = sampling.decode.size(device)
-        asked = sampling.plan.settings
+        asked = sampling.plan
         latents = sampling.model.latents
         images = open_images(settings.reference, size, device, asked.autoencoder, asked.rounding, network=latents)
-        self.network = build_features(features, device)  # which may be a download: after what was given is checked
+        self.network = build_features(settings.features, device)  # perhaps a download: after the checks
         there = list(images.moments(self.network))
         self.metrics = choose_metrics(settings.metrics, self.network, bool(images.count), there)
         needed = {COMPUTE[name].reference for name in self.metrics} - {None}

@@ -24,7 +24,7 @@ from dcdit.sampling.budget import Calibration
 from dcdit.sampling.figures import Moment, Recorder, decoded, panels
 from dcdit.sampling.overlays import Pixels, enlarged
 from dcdit.sampling.pictures import animation_frames
-from dcdit.sampling.settings import SamplingPlan
+from dcdit.sampling.settings import SamplingConfig
 from dcdit.sampling.setup import Sampling, at_budget, calibration_of, load, sampling_of
 
 STRIP = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -135,12 +135,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        plan: SamplingPlan,
-        base: Mapping[str, Any],
-        places: Sequence[CheckpointSource],
-        most_steps: int,
-        overrides: str = "",
+        self, plan: SamplingConfig, base: Mapping[str, Any], places: Sequence[Place], most_steps: int, words: str = ""
     ) -> None:
         keep_freed_memory()
         self.base, self.places, self.most_steps, self.overrides = base, places, most_steps, overrides
@@ -163,7 +158,7 @@ class Session:
     def sampler(self, side: int) -> str:
         """Name of the sampler that the command asked for."""
         model = self.loaded[side].model
-        return SamplingPlan.of(self.base)[0].sampler.for_process(model.process.settings).name
+        return model.process.sampler(SamplingConfig.of(self.base).sampler).name
 
     def routes(self, side: int) -> bool:
         """Whether the network of a checkpoint drops tokens, and so has budgets."""
@@ -194,7 +189,7 @@ class Session:
 
     def usual_tflops(self, side: int) -> float:
         """What an image costs about, at seven tenths of the full budget and with what the command said of sampling."""
-        plan, model = SamplingPlan.of(self.base)[0], self.loaded[side].model
+        plan, model = SamplingConfig.of(self.base), self.loaded[side].model
         compression = float(model.training.get("compression") or 4)
         evaluation = count(model.network, [model.network.positions / compression] if model.network.routes else []).total
         branches = 1 if plan.guidance.scale == 1 else 2
