@@ -24,6 +24,7 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
+    overload,
 )
 
 from dcdit.errors import UserError
@@ -398,12 +399,13 @@ def checked(cls: Class) -> Class:
     return cls
 
 
-def _construct(target: Any, arguments: Mapping[str, Any]) -> Any:
+def _construct(target: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """Call ``target`` with arguments that conform to its signature; a dataclass checks them no second time."""
-    if not is_dataclass(target) or not getattr(target.__init__, "_checks", False):
+    kind: Any = target
+    if not is_dataclass(target) or not getattr(kind.__init__, "_checks", False):
         return target(**arguments)
-    instance = target.__new__(target)
-    target.__init__.__wrapped__(instance, **arguments)
+    instance = kind.__new__(kind)
+    kind.__init__.__wrapped__(instance, **arguments)
     return instance
 
 

@@ -40,9 +40,9 @@ class EMAConfig:
 @command("ema")
 def ema(config: EMAConfig) -> list[Path]:
     """Put together what ``config`` asks for; returns the folders."""
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = locate(config.checkpoint, config.paths.runs)
+    place = resolve_checkpoint(config.checkpoint, config.paths.runs)
     from dcdit.checkpoints.export import Card, write_exported
     from dcdit.checkpoints.load import read_weights
     from dcdit.evaluation.results import figures_of

@@ -21,9 +21,9 @@ from dcdit.settings.command import command
 def evaluate(config: EvaluateConfig) -> list[Path]:
     """Measure what ``config`` asks for; returns the files of the finished measurements."""
     grid = grid_of(config)
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = locate(config.checkpoint, config.paths.runs)
+    place = resolve_checkpoint(config.checkpoint, config.paths.runs)
     from dcdit.evaluation.images import check_place
     from dcdit.evaluation.measure import Deadline, OutOfTimeError
     from dcdit.evaluation.points import Evaluation, remarks, table, take_times

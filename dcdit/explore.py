@@ -62,23 +62,24 @@ _HELD = (
 @command("explore")
 def explore(config: ExploreConfig) -> None:
     """Serve the page until interrupted."""
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
     names = {"checkpoint": config.checkpoint, "compare": config.compare}
-    places = [locate(name, config.paths.runs, key) for key, name in names.items() if name is not None]
+    places = [resolve_checkpoint(name, config.paths.runs, key) for key, name in names.items() if name is not None]
     try:
         from dcdit.explorer.page import Page, serving
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "gradio":
             raise
         raise UserError("the explorer needs Gradio: pip install 'dcdit[explore]'") from None
+
     from dcdit.explorer.session import Session
 
     base = to_plain(config)
     words = " ".join(word for word in given_overrides() if word.startswith(_HELD))
-    studio = Studio(config, base, places, config.most_steps, words)
+    session = Session(config, base, places, config.most_steps, words)
     title = f"dcdit: {' and '.join(place.name for place in places)}"
-    page = Page(studio, title).blocks(base)
+    page = Page(session, title).blocks(base)
     with suppress(KeyboardInterrupt), serving(page, config.host, config.port, config.share) as address:
         print(f"The explorer is at {address}   (Ctrl-C ends it)", flush=True)
         if _opens(config.browser):

@@ -52,9 +52,9 @@ class ExportConfig:
 @command("export")
 def export(config: ExportConfig) -> Path:
     """Export what ``config`` asks for; returns the folder or file."""
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place, out = locate(config.checkpoint, config.paths.runs), Path(config.out)
+    place, out = resolve_checkpoint(config.checkpoint, config.paths.runs), Path(config.out)
     from dcdit.checkpoints.export import Card, check_new_file, check_replaceable, push, write_exported, write_reference
     from dcdit.checkpoints.load import read_weights
     from dcdit.evaluation.results import figures_of

@@ -24,7 +24,7 @@ class FlopsConfig:
         compression: the router keeps 1 / N of the positions before any drop.
         drop_fractions: tail drops, one column each.
         steps: sampling steps of an image.
-        guided: count the unconditional half too.
+        guided: count the unconditional branch too.
         uncond_drop_fraction: tail drop of that half; None takes the same.
         paths: where runs are.
         resolution: of the images; ``model`` says what it makes of it.
@@ -47,9 +47,9 @@ def flops(config: FlopsConfig) -> None:
     """Print the table; UserError if the network is given twice, or its values are wrong."""
     if config.checkpoint and any(word.split("=")[0].split(".")[0] == "model" for word in given_overrides()):
         raise UserError(f"checkpoint={config.checkpoint}: it says itself what its network is, leave model out")
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = locate(config.checkpoint, config.paths.runs) if config.checkpoint else None
+    place = resolve_checkpoint(config.checkpoint, config.paths.runs) if config.checkpoint else None
     from dcdit.compute.table import flops_table
     from dcdit.network import build_network
     from dcdit.runtime.devices import without_memory

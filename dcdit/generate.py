@@ -36,9 +36,9 @@ class GenerateConfig(SamplingConfig):
 @command("generate")
 def generate(config: GenerateConfig) -> Path:
     """Generate what ``config`` asks for; returns the folder."""
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = locate(config.checkpoint, config.paths.runs)
+    place = resolve_checkpoint(config.checkpoint, config.paths.runs)
     from dcdit.sampling.archive import ImageArchive
     from dcdit.sampling.setup import set_up_sampling
 

@@ -47,8 +47,8 @@ class InspectConfig:
 @command("inspect_latents")
 def inspect_latents(config: InspectConfig) -> None:
     """Print a summary, check, and decode; :class:`UserError` if anything is corrupt."""
-    from dcdit.data.autoencoder import load_decoder, network_latents
-    from dcdit.data.inspection import channels_table, first_samples, latents_table, seen_statistics, verify
+    from dcdit.data.decoder import load_decoder, network_latents
+    from dcdit.data.inspection import channels_table, first_samples, latents_table, network_statistics, verify
     from dcdit.data.storage import Location
     from dcdit.runtime.devices import pick_device
     from dcdit.runtime.display import Console
@@ -59,8 +59,8 @@ def inspect_latents(config: InspectConfig) -> None:
     manifest = location.manifest()
     findings = verify(location, manifest, Console(stderr=True)) if config.verify else None
     stored = first_samples(location, manifest, max(_FOR_STATISTICS, config.images))
-    seen = seen_statistics(manifest, stored)
-    Console().print(latents_table(location, manifest, seen, findings), channels_table(manifest, seen))
+    network = network_statistics(manifest, stored)
+    Console().print(latents_table(location, manifest, network, findings), channels_table(manifest, network))
     if manifest.latent_shape[1] == manifest.latent_shape[2]:
         print(f"To train on them: {training_command(config, manifest)}")
     if config.images:
@@ -87,7 +87,7 @@ def training_command(config: InspectConfig, manifest: "Manifest") -> str:
         words["data.cache"] = config.cache
     if config.allow_pipe:
         words["data.allow_pipe"] = "true"
-    return " ".join(["python -m dcdit.train experiment=b_n4", *(_word(*each) for each in words.items())])
+    return " ".join(["python -m dcdit.train experiment=b_n4", *(_format_override(*item) for item in words.items())])
 
 
 def _format_override(key: str, value: object) -> str:

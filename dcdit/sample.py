@@ -33,9 +33,9 @@ class SampleConfig(SamplingConfig):
 @command("sample")
 def sample(config: SampleConfig) -> Path:
     """Sample what ``config`` asks for, write latents and pictures, and return their folder."""
-    from dcdit.checkpoints.locate import locate
+    from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = locate(config.checkpoint, config.paths.runs)
+    place = resolve_checkpoint(config.checkpoint, config.paths.runs)
     from dcdit.sampling.pictures import sample_to_folder
     from dcdit.sampling.setup import set_up_sampling
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 from dcdit.checks import Bounds, Count, OneOf, Size, checked, config, conform, shown
-from dcdit.data.latents import Scale, Shift
+from dcdit.data.latents import LatentScale, LatentShift
 from dcdit.diffusion.settings import PROCESSES
 from dcdit.errors import UserError
 

@@ -166,18 +166,10 @@ class FlowProcess(Process):
         }
 
 
-_KINDS: dict[type, Callable[[Any], Process]] = {NoiseDiffusion: NoiseProcess, FlowMatching: FlowProcess}
-
-
-AS_PUBLISHED: Mapping[str, Any] = {"name": "ddpm"}
-"""What trained weights of others, which do not say it."""
-
-
-def build_process(spec: Mapping[str, Any] | ProcessSettings) -> Process:
-    """The process that ``spec`` describes: checked settings; or plain, ``name``, one of :data:`PROCESSES`, and they.
+def build_process(spec: Mapping[str, Any]) -> Process:
+    """The process that ``spec`` describes: ``name``, one of :data:`PROCESSES`, and its settings.
 
     Raises:
         UserError: if the name is not on the list, or a value is unknown, of the wrong type or out of range.
     """
-    settings = build_named(PROCESSES, spec, "diffusion") if isinstance(spec, Mapping) else spec
-    return _KINDS[type(settings)](settings)
+    return build_named(PROCESSES, spec, "diffusion").build()

@@ -135,7 +135,12 @@ class Session:
     """
 
     def __init__(
-        self, plan: SamplingConfig, base: Mapping[str, Any], places: Sequence[Place], most_steps: int, words: str = ""
+        self,
+        plan: SamplingConfig,
+        base: Mapping[str, Any],
+        places: Sequence[CheckpointSource],
+        most_steps: int,
+        overrides: str = "",
     ) -> None:
         keep_freed_memory()
         self.base, self.places, self.most_steps, self.overrides = base, places, most_steps, overrides
@@ -158,7 +163,7 @@ class Session:
     def sampler(self, side: int) -> str:
         """Name of the sampler that the command asked for."""
         model = self.loaded[side].model
-        return model.process.sampler(SamplingConfig.of(self.base).sampler).name
+        return SamplingConfig.of(self.base).sampler.for_process(model.process.settings).name
 
     def routes(self, side: int) -> bool:
         """Whether the network of a checkpoint drops tokens, and so has budgets."""

@@ -1,7 +1,6 @@
 """What a user may say to every command that samples from a checkpoint. No torch here, so that mistakes show at once."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from dcdit.checkpoints.settings import AssumeSettings, Paths, WeightsKind
@@ -20,7 +19,7 @@ class SamplingKeys:
     """The keys of ``configs/sampling/default.yaml`` that have one value, whatever a command makes of the others.
 
     Attributes:
-        checkpoint: what names the weights, see :func:`dcdit.checkpoints.locate.locate`.
+        checkpoint: what names the weights, see ``resolve_checkpoint``.
         seed: with a sample's number, the only source of randomness.
         batch_size: samples per forward pass; changes the speed, and the images by no more than rounding.
         device: ``auto`` or a torch device.
@@ -60,7 +59,7 @@ class SamplingConfig(SamplingKeys):
     """
 
     weights: WeightsKind
-    sampler: Annotated[Auto | SamplerSettings, Named(SAMPLERS)]
+    sampler: Annotated[SamplerOptions, Named(SAMPLERS)]
     guidance: GuidanceSettings
 
     def __post_init__(self) -> None:
@@ -77,8 +76,3 @@ class SamplingConfig(SamplingKeys):
         """The configuration in plain values, among which may be others; UserError naming key, value and remedy."""
         names = annotations(SamplingConfig)
         return call_checked(SamplingConfig, {key: value for key, value in values.items() if key in names}, "")
-
-
-def described(sampler: SamplerSettings) -> dict[str, Any]:
-    """A sampler as plain values."""
-    return {"name": sampler.name, **asdict(sampler)}

@@ -23,7 +23,7 @@ from dcdit.runtime.memory import keep_freed_memory
 from dcdit.runtime.processes import print_once
 from dcdit.sampling.budget import Calibration, calibrate, remembered
 from dcdit.sampling.generate import OnStep, SampleBatch, generate
-from dcdit.sampling.settings import SamplingConfig, described
+from dcdit.sampling.settings import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sampling:
     """
 
     plan: SamplingConfig
-    place: Place
+    place: CheckpointSource
     model: Model
     guidance: Guidance
     sampler: Sampler
@@ -123,12 +123,12 @@ class Sampling:
         return values
 
 
-def set_up_sampling(plan: SamplingConfig, place: Place) -> Sampling:
+def set_up_sampling(plan: SamplingConfig, place: CheckpointSource) -> Sampling:
     """Load the checkpoint at ``place``, which ``plan`` names, and meet its budget; see :func:`set_up_all`."""
     return set_up_all([plan], place)[0]
 
 
-def set_up_all(plans: Sequence[SamplingConfig], place: Place) -> list[Sampling]:
+def set_up_all(plans: Sequence[SamplingConfig], place: CheckpointSource) -> list[Sampling]:
     """What samples as each of ``plans`` says, which may differ in guidance and weights; whatever they share is one.
 
     Raises:
@@ -138,7 +138,7 @@ def set_up_all(plans: Sequence[SamplingConfig], place: Place) -> list[Sampling]:
     device = pick_device(plans[0].device)
     found = read_weights(place, plans[0].assume)
     loaded: dict[str, Loaded] = {}
-    for plan in sorted(plans, key=lambda each: each.guidance.scale == 1):  # those that need a weak half come first
+    for plan in sorted(plans, key=lambda each: each.guidance.scale == 1):  # those that need a guiding branch come first
         if plan.weights not in loaded:
             loaded[plan.weights] = _load(found, plan, place, device)
     samplings = [sampling_of(plan, place, loaded[plan.weights]) for plan in plans]
@@ -154,25 +154,27 @@ class Loaded:
     guiding: Model | None
 
 
-def load(plan: SamplingConfig, place: Place) -> Loaded:
+def load(plan: SamplingConfig, place: CheckpointSource) -> Loaded:
     """What the samplings of plans have in common that differ from ``plan`` in sampler, guidance, budget and seed."""
     return _load(read_weights(place, plan.assume), plan, place, pick_device(plan.device))
 
 
-def _load(found: Weights, plan: SamplingConfig, place: Place, device: torch.device) -> Loaded:
+def _load(found: Weights, plan: SamplingConfig, place: CheckpointSource, device: torch.device) -> Loaded:
     guidance = plan.guidance
     if plan.compile:
         check_compiler("compile", device.type)
     model = build_model(found, plan.weights, device)
-    print(f"{place.name}: {words(found, model.network, plan.weights)}")
+    print_once(f"{place.name}: {describe_weights(found, model.network, plan.weights)}")
     set_execution(model.network, compiled=plan.compile)
-    weak = None
+    guiding = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
-        weak = _weak_model(locate(guidance.weak_checkpoint, plan.paths.runs, "guidance.weak_checkpoint"), plan, model)
-    return Loaded(model, load_decoder(model.latents, device, plan.autoencoder, plan.rounding), weak)
+        guiding = _guiding_model(
+            resolve_checkpoint(guidance.weak_checkpoint, plan.paths.runs, "guidance.weak_checkpoint"), plan, model
+        )
+    return Loaded(model, load_decoder(model.latents, device, plan.autoencoder, plan.rounding), guiding)
 
 
-def sampling_of(plan: SamplingConfig, place: Place, loaded: Loaded) -> Sampling:
+def sampling_of(plan: SamplingConfig, place: CheckpointSource, loaded: Loaded) -> Sampling:
     """What samples as ``plan`` says, but for its budget; UserError if the networks cannot."""
     model = loaded.model
     guiding = loaded.guiding if plan.guidance.weak_checkpoint is not None and plan.guidance.scale != 1 else None
@@ -236,11 +238,11 @@ def at_budget(sampling: Sampling, found: Calibration) -> Sampling:
     return replace(at_drop, sampler=sampler, calibration=found)
 
 
-def _weak_model(place: Place, plan: SamplingConfig, model: Model) -> Model:
+def _guiding_model(place: CheckpointSource, plan: SamplingConfig, model: Model) -> Model:
     """The model at ``place``, on the device of ``model``; UserError unless it can guide it."""
     found = read_weights(place)
-    weak = build_model(found, plan.weights, model.device)
-    print(f"Weak half, {place.name}: {words(found, weak.network, plan.weights)}")
+    guiding = build_model(found, plan.weights, model.device)
+    print_once(f"Guiding branch, {place.name}: {describe_weights(found, guiding.network, plan.weights)}")
     for what, its, ours in (
         ("latents of shape", guiding.latents.shape, model.latents.shape),
         ("latents of scale and shift", *(_scale_and_shift(each.latents) for each in (guiding, model))),
@@ -248,9 +250,9 @@ def _weak_model(place: Place, plan: SamplingConfig, model: Model) -> Model:
         ("a process of", guiding.process.settings.name, model.process.settings.name),
     ):
         if its != ours:
-            raise UserError(f"{place.words} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind")
-    set_execution(weak.network, compiled=plan.compile)
-    return weak
+            raise UserError(f"{place.argument} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind")
+    set_execution(guiding.network, compiled=plan.compile)
+    return guiding
 
 
 def _scale_and_shift(latents: LatentSpec) -> str:

@@ -17,7 +17,6 @@ from dcdit.checks import annotations, call_checked, conform, shown, suggestion, 
 from dcdit.compute.matching import steps_matching
 from dcdit.data.datamodule import LatentDataModule
 from dcdit.data.latents import LatentSpec
-from dcdit.diffusion.process import build_process
 from dcdit.errors import UserError
 from dcdit.network import build_network
 from dcdit.runtime.devices import without_memory
@@ -64,13 +63,13 @@ def build_module(config: TrainConfig, latents: LatentSpec | None) -> DCDiTModule
         config: what is trained.
         latents: what it is trained on; None while that is not known yet.
     """
-    return DCDiTModule(build_network(config.model), build_process(config.diffusion), config, latents)
+    return DCDiTModule(build_network(config.model), config.diffusion.build(), config, latents)
 
 
 def check_network(config: TrainConfig) -> None:
     """Raise :class:`UserError` unless network, process and training fit together. Takes no memory at any scale."""
     with without_memory():
-        check_fit(build_network(config.model), build_process(config.diffusion), config)
+        check_fit(build_network(config.model), config.diffusion.build(), config)
 
 
 def build_data(config: TrainConfig) -> LatentDataModule:

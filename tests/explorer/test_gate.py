@@ -8,7 +8,7 @@ import pytest
 from support.configs import check, compose_config
 
 from dcdit import explore
-from dcdit.checkpoints.locate import locate
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.checks import to_plain
 from dcdit.errors import UserError
 
@@ -27,8 +27,8 @@ JOIN, RUN = "/gradio_api/queue/join", "/gradio_api/run/predict"
 def blocks():
     settings = plan = check(explore, compose_config("sampler.steps=4", name="explore"))
     base = to_plain(plan)
-    studio = Studio(plan, base, [locate("digits", plan.runs)], settings.most_steps)
-    return Page(studio, "dcdit: digits").blocks(base)
+    session = Session(plan, base, [resolve_checkpoint("digits", plan.paths.runs)], settings.most_steps)
+    return Page(session, "dcdit: digits").blocks(base)
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +208,8 @@ def test_names_of_strangers(blocks, monkeypatch):
     """Of classes and of runs: the page is there, shows them, and does not obey them."""
     page = blocks.fns[number_of(blocks, "update")].fn.__self__
     hostile = "\ud800\x1b[2J\u202e<img src=x onerror=alert(1)>![a](http://192.0.2.1/)"
-    monkeypatch.setattr(page.studio, "classes", lambda side: [hostile] * 10)
-    other = Page(page.studio, hostile).blocks(
+    monkeypatch.setattr(page.session, "classes", lambda side: [hostile] * 10)
+    other = Page(page.session, hostile).blocks(
         to_plain(check(explore, compose_config("sampler.steps=2", name="explore")))
     )
     with serving(other, "127.0.0.1", None, share=False) as address, httpx.Client(trust_env=False) as client:

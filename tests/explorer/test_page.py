@@ -14,7 +14,7 @@ from PIL import Image
 from support.configs import call, check, compose_config
 
 from dcdit import explore, sample
-from dcdit.checkpoints.locate import locate
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.checks import to_plain
 from dcdit.evaluation.features import DigitsClassifier
 
@@ -33,8 +33,8 @@ PATIENCE = 60_000  # milliseconds; of a machine that does other things beside
 def address():
     settings = plan = check(explore, compose_config("sampler.steps=8", "seed=3", name="explore"))
     base = to_plain(plan)
-    studio = Studio(plan, base, [locate("digits", plan.runs)], settings.most_steps)
-    blocks = Page(studio, "dcdit: digits").blocks(base)
+    session = Session(plan, base, [resolve_checkpoint("digits", plan.paths.runs)], settings.most_steps)
+    blocks = Page(session, "dcdit: digits").blocks(base)
     with serving(blocks, "127.0.0.1", None, share=False) as found:
         yield found
 

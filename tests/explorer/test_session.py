@@ -7,7 +7,7 @@ import pytest
 from support.configs import PLAIN_DIT, check, compose_config
 
 from dcdit import explore
-from dcdit.checkpoints.locate import locate
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.checks import to_plain
 from dcdit.errors import UserError
 from dcdit.explorer.choice import Choice
@@ -16,10 +16,10 @@ from dcdit.explorer.session import STRIP, Session, StoppedError, difference
 CHOICE = Choice(label=3, seed=5, sampler="ddim", steps=6, scale=2.0)
 
 
-def studio_of(*checkpoints, most_steps=50):
+def session_of(*checkpoints, most_steps=50):
     plan = check(explore, compose_config(f"checkpoint={checkpoints[0]}", name="explore"))
     base = to_plain(plan)
-    return Studio(plan, base, [locate(str(each), "runs") for each in checkpoints], most_steps)
+    return Session(plan, base, [resolve_checkpoint(str(each), "runs") for each in checkpoints], most_steps)
 
 
 def quiet(done, steps, what):

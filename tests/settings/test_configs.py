@@ -8,12 +8,12 @@ from support.commands import typed
 from support.configs import TINY, check, compose_config, config_of
 from support.processes import run
 
-from dcdit.diffusion.settings import DDPM, NoiseDiffusion
+from dcdit.diffusion.settings import DDPM
 from dcdit.errors import UserError
 from dcdit.evaluation.grid import grid_of
 from dcdit.evaluation.settings import EvaluateConfig
 from dcdit.settings import compose
-from dcdit.settings.compose import CONFIG_DIR, configuration_of, cpu_precision
+from dcdit.settings.compose import configuration_of, cpu_precision
 from dcdit.settings.overrides import quoted
 from dcdit.settings.published import AUTOENCODER, CONFIG_DIR
 from dcdit.training.build import build_module, match_compute
