@@ -15,13 +15,13 @@ from dcdit.settings.command import command
 
 @config
 class EMAConfig:
-    """What to put together: the keys of ``configs/ema.yaml``.
+    """Configuration of averages: the keys of ``configs/ema.yaml``.
 
     Attributes:
         checkpoint: a run, or one of its checkpoints.
-        length: of the averages, relative to the length of training.
-        out: folder that gets a folder for each; None takes ``ema`` in the run's directory.
-        dtype: of the numbers in the files.
+        length: length of each average, relative to the length of training.
+        out: folder that gets a folder for each average; None takes ``ema`` in the run's directory.
+        dtype: type of the numbers in the files.
         paths: where runs are.
     """
 
@@ -39,21 +39,21 @@ class EMAConfig:
 
 @command("ema")
 def ema(config: EMAConfig) -> list[Path]:
-    """Put together what ``config`` asks for; returns the folders."""
+    """Combine averages as ``config`` says and export each; returns the folders."""
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = resolve_checkpoint(config.checkpoint, config.paths.runs)
+    source = resolve_checkpoint(config.checkpoint, config.paths.runs)
     from dcdit.checkpoints.export import Card, write_exported
     from dcdit.checkpoints.load import read_weights
     from dcdit.evaluation.results import figures_of
     from dcdit.runs.state import command_of
 
-    found, folders = read_weights(place, AS_PUBLISHED), []
+    weights, folders = read_weights(source, AS_PUBLISHED), []
     for length in config.lengths:
         kind = f"ema@{length:g}"
-        folder = (Path(config.out) if config.out else place.home / "ema") / f"{length:g}"
-        card = Card(None, None, command_of(place.home), figures_of(place.home, found.step, kind))
-        print(write_exported(folder, found, kind, config.dtype, card))
+        folder = (Path(config.out) if config.out else source.home / "ema") / f"{length:g}"
+        card = Card(None, None, command_of(source.home), figures_of(source.home, weights.step, kind))
+        print(write_exported(folder, weights, kind, config.dtype, card))
         folders.append(folder)
     return folders
 

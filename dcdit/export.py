@@ -16,7 +16,7 @@ from dcdit.settings.command import command
 
 @config
 class ExportConfig:
-    """What to export: the keys of ``configs/export.yaml``.
+    """Configuration of an export: the keys of ``configs/export.yaml``.
 
     Attributes:
         checkpoint: name of the weights, see ``resolve_checkpoint``.
@@ -51,24 +51,24 @@ class ExportConfig:
 
 @command("export")
 def export(config: ExportConfig) -> Path:
-    """Export what ``config`` asks for; returns the folder or file."""
+    """Export a network as ``config`` says; returns the folder or file."""
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place, out = resolve_checkpoint(config.checkpoint, config.paths.runs), Path(config.out)
+    source, out = resolve_checkpoint(config.checkpoint, config.paths.runs), Path(config.out)
     from dcdit.checkpoints.export import Card, check_new_file, check_replaceable, push, write_exported, write_reference
     from dcdit.checkpoints.load import read_weights
     from dcdit.evaluation.results import figures_of
     from dcdit.runs.state import command_of
 
     (check_new_file if config.format == "reference" else check_replaceable)(out)
-    found = read_weights(place, config.assume)
+    weights = read_weights(source, config.assume)
     if config.format == "reference":
-        write_reference(out, found, config.weights)
+        write_reference(out, weights, config.weights)
         print(f"{out}: for the reference implementation")
         return out
-    figures = figures_of(place.home, found.step, config.weights)
-    card = Card(config.license, config.note, command_of(place.home), figures, config.push)
-    print(write_exported(out, found, config.weights, config.dtype, card))
+    figures = figures_of(source.home, weights.step, config.weights)
+    card = Card(config.license, config.note, command_of(source.home), figures, config.push)
+    print(write_exported(out, weights, config.weights, config.dtype, card))
     if config.push:
         print(f"{config.push}: {push(out, config.push, config.private)}")
     return out

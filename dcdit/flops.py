@@ -25,7 +25,7 @@ class FlopsConfig:
         drop_fractions: tail drops, one column each.
         steps: sampling steps of an image.
         guided: count the unconditional branch too.
-        uncond_drop_fraction: tail drop of that half; None takes the same.
+        uncond_drop_fraction: tail drop of that branch; None takes the same.
         paths: where runs are.
         resolution: of the images; ``model`` says what it makes of it.
     """
