@@ -1,5 +1,8 @@
 """What a training step logs, and how the processes put it together."""
 
+from dataclasses import dataclass
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -8,18 +11,18 @@ from dcdit.network import Routing
 
 
 def step_metrics(diffusion: DiffusionLoss, drop_fraction: float) -> dict[str, Tensor]:
-    """Of the diffusion loss: scalars by name."""
+    """Return the metrics of the diffusion loss: scalars by name."""
     loss = diffusion.total.mean()
-    found = {"train/diffusion_loss": loss, "train/mse": diffusion.mse.mean()}
+    metrics = {"train/diffusion_loss": loss, "train/mse": diffusion.mse.mean()}
     if diffusion.vlb is not None:
-        found["train/vlb"] = diffusion.vlb.mean()
-    return {**found, "train/drop_fraction": loss.new_tensor(drop_fraction)}
+        metrics["train/vlb"] = diffusion.vlb.mean()
+    return {**metrics, "train/drop_fraction": loss.new_tensor(drop_fraction)}
 
 
 def routing_metrics(routing: Routing, world_size: int) -> dict[str, Tensor]:
-    """Of the router: keep ratios and, of several processes, the tokens that fall on each; scalars by name."""
+    """Return the metrics of the router, scalars by name: keep ratios and, of several processes, the tokens of each."""
     kept = routing.natural_mask.float().mean(dim=1)
-    found = {
+    metrics = {
         "train/keep_ratio": kept.mean(),
         "train/keep_ratio_min": kept.min(),
         "train/keep_ratio_max": kept.max(),
@@ -27,42 +30,68 @@ def routing_metrics(routing: Routing, world_size: int) -> dict[str, Tensor]:
     }
     if world_size > 1:
         tokens = routing.mask.sum().float()
-        found |= {f"train/tokens_per_rank{word}": tokens for word in ("", "_min", "_max")}
-    return found
+        metrics |= {f"train/tokens_per_rank{word}": tokens for word in ("", "_min", "_max")}
+    return metrics
+
+
+Operation = Literal["mean", "sum", "min", "max"]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the values of a metric become one.
+
+    Attributes:
+        over_batches: of the micro-batches of an optimiser step.
+        over_ranks: of the processes.
+    """
+
+    over_batches: Operation = "mean"
+    over_ranks: Operation = "mean"
+
+
+REDUCTIONS = {
+    "train/keep_ratio_min": Reduction("min", "min"),
+    "train/keep_ratio_max": Reduction("max", "max"),
+    "train/tokens_per_rank": Reduction("sum", "mean"),
+    "train/tokens_per_rank_min": Reduction("sum", "min"),
+    "train/tokens_per_rank_max": Reduction("sum", "max"),
+}
+"""Of the metrics that are no plain means."""
+
+
+def _reduce(values: Tensor, operation: Operation) -> Tensor:
+    """(n, ...) to (...)."""
+    if operation in ("min", "max"):
+        return values.amin(dim=0) if operation == "min" else values.amax(dim=0)
+    return values.mean(dim=0) if operation == "mean" else values.sum(dim=0)
 
 
 class BatchMetrics:
-    """What the micro-batches of an optimiser step found, put together: the metrics of the whole batch."""
+    """The metrics of the micro-batches of an optimiser step, put together to those of the whole batch."""
 
     def __init__(self) -> None:
         self._parts: list[dict[str, Tensor]] = []
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Those of another micro-batch, all of one size."""
+        """Add the metrics of another micro-batch; all micro-batches have one size."""
         self._parts.append({name: value.detach().float() for name, value in metrics.items()})
 
     def take(self) -> dict[str, Tensor]:
-        """Those of the batch: means, sums of tokens, and least and greatest values where the name says so."""
+        """Return the metrics of the whole batch, reduced as :data:`REDUCTIONS` says, and begin the next one."""
         parts, self._parts = self._parts, []
-        found = {}
+        reduced = {}
         for name in parts[0]:
             values = torch.stack([part[name] for part in parts])
-            ending = name.rpartition("_")[2]
-            if "tokens" in name:
-                found[name] = values.sum()
-            elif ending in ("min", "max"):
-                found[name] = values.amin() if ending == "min" else values.amax()
-            else:
-                found[name] = values.mean()
-        return found
+            reduced[name] = _reduce(values, REDUCTIONS.get(name, Reduction()).over_batches)
+        return reduced
 
 
 def over_ranks(metrics: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
-    """What all ranks found, in one exchange: means, and least and greatest values where the name says so."""
+    """Reduce the metrics of all ranks as :data:`REDUCTIONS` says, in one exchange."""
     own = torch.stack([value.float() for value in metrics.values()])
-    found = own.new_empty(world_size * len(own))
-    torch.distributed.all_gather_into_tensor(found, own)
-    found = found.view(world_size, len(own))
-    ends = {"min": found.amin(dim=0), "max": found.amax(dim=0)}
-    mean = found.mean(dim=0)
-    return {name: ends.get(name.rpartition("_")[2], mean)[i] for i, name in enumerate(metrics)}
+    gathered = own.new_empty(world_size * len(own))
+    torch.distributed.all_gather_into_tensor(gathered, own)
+    operations: tuple[Operation, ...] = get_args(Operation)
+    reduced = {operation: _reduce(gathered.view(world_size, len(own)), operation) for operation in operations}
+    return {name: reduced[REDUCTIONS.get(name, Reduction()).over_ranks][i] for i, name in enumerate(metrics)}
