@@ -28,6 +28,7 @@ from dcdit.network.blocks import set_execution
 from dcdit.network.routing import PredictabilityRouter
 from dcdit.runtime.devices import device_words, pick_device
 from dcdit.runtime.memory import keep_freed_memory
+from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import SampleBatch, generate
 from dcdit.settings.entry import model_config
 
@@ -92,7 +93,7 @@ def rows(network: DCDiT, options: argparse.Namespace) -> Iterator[tuple[str, ...
         for budget in (*BUDGETS, *GUIDED):
             spent, batch = sample(network, budget, options)
             flops[budget.name] = batch.flops.mean().item()
-            kept[budget.name] = batch.kept.mean().item() / network.positions
+            kept[budget.name] = SamplingCost.of(batch).mean_keep_ratio(network.positions) or 0.0
             if turn:  # the first round warms up
                 seconds.setdefault(budget.name, []).append(spent)
     for group in (BUDGETS, GUIDED):

@@ -68,7 +68,7 @@ def run(config: DictConfig) -> Path:
     source, out = resolve_checkpoint(settings.checkpoint, config.paths.runs), Path(settings.out)
     from dcdit.checkpoints.export import Card, check_new_file, check_replaceable, push, write_exported, write_reference
     from dcdit.checkpoints.load import read_weights
-    from dcdit.evaluation.results import figures_of
+    from dcdit.reporting.collect import figures_of_checkpoint
     from dcdit.runs.state import command_of
 
     (check_new_file if settings.format == "reference" else check_replaceable)(out)
@@ -77,7 +77,7 @@ def run(config: DictConfig) -> Path:
         write_reference(out, weights, settings.weights)
         print(f"{out}: for the reference implementation")
         return out
-    figures = figures_of(source.home, weights.step, settings.weights)
+    figures = figures_of_checkpoint(source.home, weights.step, settings.weights)
     card = Card(settings.license, settings.note, command_of(source.home), figures, settings.push)
     print(write_exported(out, weights, settings.weights, settings.dtype, card))
     if settings.push:

@@ -24,6 +24,7 @@ from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.schedule import Posterior
 from dcdit.diffusion.settings import DDIM, DDPM, DPMSolver, Euler, EulerMaruyama, GuidanceSettings, Heun
 from dcdit.evaluation.statistics import Statistics
+from dcdit.sampling.cost import SamplingCost
 
 SEEDS, SIDE, IMAGES, GUIDED = (0, 1, 2), 12, 1000, 2.0
 MANY, FEW = (5, 10, 15, 25, 50), (25, 50, 100)
@@ -82,9 +83,9 @@ def measure(run: Path, process: str, real: Statistics) -> dict[str, Any]:
                 figures = trained.figures(real, sampler, GuidanceSettings(scale=scale), IMAGES)
                 found[key] = {"fid": figures.fid, "read": figures.read, "evaluations": len(sampler.timesteps)}
                 if name == SMOOTH[process] and evaluations == MANY[-1]:
-                    tokens = sum(batch.tokens()[0] for batch in figures.batches)
-                    share = torch.as_tensor(tokens) / (IMAGES * trained.model.latents.positions)
-                    found["kept"] = [noise_share(process, sampler.timesteps), share.tolist()]
+                    cost = SamplingCost.total(map(SamplingCost.of, figures.batches))
+                    shares, _ = cost.keep_ratios(trained.model.latents.positions)
+                    found["kept"] = [noise_share(process, sampler.timesteps), shares]
                 path.write_text(json.dumps(found, indent=1) + "\n")
                 print(f"{run.name}: {key}: FID {figures.fid:.2f}, {figures.read:.1%} read", flush=True)
     return found

@@ -25,6 +25,7 @@ from dcdit.evaluation.images import open_images
 from dcdit.evaluation.metrics import compare
 from dcdit.evaluation.statistics import Statistics
 from dcdit.network import DiT
+from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import SampleBatch, generate
 
 ROOT = Path(__file__).parents[1]
@@ -125,11 +126,11 @@ class Trained:
         seconds = time.perf_counter() - begin
         seen = self._features(self._decode(torch.cat([batch.latents for batch in batches])))
         assert seen.logits is not None
-        kept = torch.cat([batch.kept for batch in batches])
+        cost = SamplingCost.total(map(SamplingCost.of, batches))
         return Figures(
             compare(real, partial(iter, [seen]), ["fid"])["fid"],
             float((seen.logits.argmax(1) == labels).double().mean()),
-            float(kept.mean() / self.model.latents.positions),
+            cost.mean_keep_ratio(self.model.latents.positions) or 0.0,
             seconds,
             batches,
         )

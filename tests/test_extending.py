@@ -27,7 +27,6 @@ SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), fla
 TABLES = (
     *("dcdit.network:NETWORKS", "dcdit.network.routing:ROUTERS", "dcdit.diffusion.settings:SAMPLERS"),
     *("dcdit.diffusion.samplers:STEPPERS", "dcdit.data.builtin:SOURCES", "dcdit.evaluation.settings:METRICS"),
-    "dcdit.evaluation.metrics:COMPUTE",
 )
 SMALL = tuple(word for word in TINY if not word.startswith("model."))
 FEW = ("sampler.steps=2", "precision=fp32")

@@ -58,8 +58,10 @@ def grid_of(values: Mapping[str, Any]) -> Grid:
         unguided, _ = SamplingPlan.of(_with(values, {**chosen, "guidance.scale": 1.0}))
         guidance = unguided.guidance
         if scale != 1 and guidance.weak_is_strong:
-            words = f"drop fraction {guidance.drop_fraction:g}, of the weak half {guidance.uncond_drop_fraction or 0:g}"
-            left_out.append(f"guidance.weak=budget, {words}: the weak half would be no weaker, and guide nowhere")
+            left_out.append(
+                f"guidance.weak=budget, drop fraction {guidance.drop_fraction:g}, of the guiding branch"
+                f" {guidance.uncond_drop_fraction or 0:g}: the guiding branch would be no weaker, and guide nowhere"
+            )
             continue
         plan, _ = SamplingPlan.of(_with(values, chosen))
         plan = replace(plan, guidance=plan.guidance.canonical)

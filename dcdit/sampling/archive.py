@@ -17,6 +17,7 @@ from dcdit.errors import UserError
 from dcdit.runtime.display import Display
 from dcdit.runtime.files import make_writable_folder, read_json, replacing, write_json
 from dcdit.runtime.jobs import ImageJob
+from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import labels_of
 from dcdit.sampling.settings import Labels
 from dcdit.sampling.setup import Sampling
@@ -29,14 +30,12 @@ class Sampled:
     """What is recorded of a chunk of images.
 
     Attributes:
-        flops: that their tokens cost.
-        kept: tokens kept by all of them, averaged over the steps.
+        cost: FLOPs and kept tokens.
         seconds: that sampling and decoding took.
         shape: (n, height, width, 3).
     """
 
-    flops: float
-    kept: float
+    cost: SamplingCost
     seconds: float
     shape: tuple[Count, Count, Count, Count]
 
@@ -109,16 +108,15 @@ class ImageArchive:
 
     def _sample(self, task: int, display: Display) -> None:
         begin = time.perf_counter()
-        images, flops, kept = [], 0.0, 0.0
+        images, cost = [], SamplingCost()
         for batch in self.sampling.generate(self.labels, self.job.numbers(task)):
             images.append(pixels(self.sampling.images(batch)))
-            flops += batch.flops.sum().item()
-            kept += batch.kept.sum().item()
+            cost += SamplingCost.of(batch)
             display.advance(len(batch.indices))
         chunk = np.concatenate(images)
         if self.png:
             self._save_png(task, chunk)
-        record = Sampled(flops, kept, time.perf_counter() - begin, chunk.shape)
+        record = Sampled(cost, time.perf_counter() - begin, chunk.shape)
         self.job.finish(task, record, lambda file: np.save(file, chunk, allow_pickle=False))
 
     def _save_png(self, task: int, images: NDArray[np.uint8]) -> None:
@@ -132,12 +130,12 @@ class ImageArchive:
         shape = (self.count, *records[0].shape[1:])
         chunks = (np.load(self.job.part_path(task), allow_pickle=False) for task in range(self.job.tasks))
         model, calibration = self.sampling.model, self.sampling.calibration
-        kept = sum(record.kept for record in records) / self.count / model.latents.positions
+        cost = SamplingCost.total(record.cost for record in records)
         figures = {
             "plan": self.plan,
             "shape": list(shape),
-            "tflops_per_image": sum(record.flops for record in records) / self.count / 1e12,
-            "keep_ratio": kept if model.network.routes else None,
+            "tflops_per_image": cost.tflops_per_image,
+            "keep_ratio": cost.mean_keep_ratio(model.latents.positions) if model.network.routes else None,
             "seconds_per_image": sum(record.seconds for record in records) / self.count,
             "calibration": asdict(calibration) if calibration else None,
             "training": dict(model.training),

@@ -21,6 +21,7 @@ from dcdit.errors import UserError
 from dcdit.network import Network
 from dcdit.network.caching import reuse
 from dcdit.runtime.files import read_json, write_json
+from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import generate
 
 _WORDS = {"drop": "drops alone", "cache": "reuse alone", "both": "drops and reuse together"}
@@ -107,7 +108,7 @@ class _Meter:
             precision=self.precision,
             on_step=note,
         )
-        spent = torch.cat([batch.flops for batch in batches]).mean().item() / 1e12
+        spent = SamplingCost.total(map(SamplingCost.of, batches)).tflops_per_image
         self.steps = [[half.on_host() for half in halves] for halves in self.steps]
         return spent
 

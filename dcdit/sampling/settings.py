@@ -7,7 +7,7 @@ from typing import Any, Literal
 from dcdit.checkpoints.settings import AssumeSettings, WeightsKind
 from dcdit.checks import Images, Seed, build_named, call_checked, checked
 from dcdit.data.latents import Rounding
-from dcdit.diffusion.settings import SAMPLERS, Auto, BudgetSettings, GuidanceSettings, SamplerSettings
+from dcdit.diffusion.settings import SAMPLERS, Auto, BudgetSettings, GuidanceSettings, SamplerOptions, SamplerSettings
 from dcdit.errors import UserError
 
 Labels = Literal["random", "balanced"]
@@ -90,6 +90,6 @@ class SamplingPlan:
         return plan, own
 
 
-def described(sampler: SamplerSettings) -> dict[str, Any]:
+def described(sampler: SamplerOptions) -> dict[str, Any]:
     """A sampler as plain values."""
     return {"name": sampler.name, **asdict(sampler)}

@@ -16,11 +16,12 @@ from support.processes import Command, end, ranks
 from dcdit import evaluate, generate
 from dcdit.checkpoints.resolve import SHIPPED
 from dcdit.errors import UserError
+from dcdit.evaluation.descriptions import differences_from_published
 from dcdit.evaluation.features import DigitsClassifier, FeatureNetwork
 from dcdit.evaluation.measure import Deadline, Measurement
 from dcdit.evaluation.metrics import compare
+from dcdit.evaluation.results import read_result
 from dcdit.evaluation.statistics import Statistics
-from dcdit.evaluation.words import differences_from_published
 
 SETTINGS = ("features=digits", "count=44", "chunk_size=15", "sampler.steps=3", "sampler.clip=true", "batch_size=5")
 
@@ -63,8 +64,8 @@ def test_figures_stand_beside_what_they_depend_on(run, capsys, tmp_path):
     assert result["milliseconds_per_image"] == sorted(timing["rounds"])[1] > 0
     kept = result["keep_ratio"]
     assert kept["timesteps"] == [999, 500, 0]
-    assert len(kept["strong"]) == len(kept["weak"]) == 3
-    assert all(0 < share <= 1 for share in kept["strong"])
+    assert len(kept["main"]) == len(kept["guiding"]) == 3
+    assert all(0 < share <= 1 for share in kept["main"])
     shown = capsys.readouterr().out
     for word in ("FID", "KID", "IS", "TFLOPs", "ms/image", "digits classifier", "guidance 2"):
         assert word in shown
@@ -137,7 +138,7 @@ def test_any_number_of_processes_and_any_break_give_the_same_figures(run, monkey
     again = run("drop_fractions=[0,0.4]", out="broken")
     assert "Continuing: 1 of 3 chunks" in capsys.readouterr().err
     assert again[0.4]["metrics"] == pytest.approx(whole[0.4]["metrics"], rel=1e-5)
-    assert again[0.4]["keep_ratio"]["strong"] == pytest.approx(whole[0.4]["keep_ratio"]["strong"], rel=1e-5)
+    assert again[0.4]["keep_ratio"]["main"] == pytest.approx(whole[0.4]["keep_ratio"]["main"], rel=1e-5)
 
 
 def test_two_processes_at_once(run, tmp_path, digits):
@@ -308,7 +309,10 @@ def test_a_grid_is_what_its_points_are_alone(measured, capsys):
     expected |= {("ema", 2.0, "budget", drop, 0.5) for drop in (0.0, 0.2)}
     assert set(found) == expected
     shown = capsys.readouterr().out
-    assert "Left out: guidance.weak=budget, drop fraction 0.2, of the weak half 0: the weak half would be" in shown
+    assert (
+        "Left out: guidance.weak=budget, drop fraction 0.2, of the guiding branch 0: the guiding branch would be"
+        in shown
+    )
     assert shown.count("Best at its budget: FID") == 6
     assert shown.count("Best of all: FID") == 1
     some = (("ema", 1.0, None, 0.2, None), ("ema", 2.0, "budget", 0.2, 0.5), ("ema", 2.0, "uncond", 0.0, 0.5))
@@ -361,7 +365,7 @@ def test_the_published_way_as_the_documentation_types_it(run, archive, monkeypat
     result = json.loads(file.read_text())
     assert result["plan"]["reference"]["published"] == ["features", "spatial"]
     assert result["plan"]["labels"] == "random"
-    assert differences_from_published(result) == [
+    assert differences_from_published(read_result(file).plan) == [
         *("24 images instead of 50,000", "features of Corners instead of inception-v3-compat"),
         "precision and recall against 40 images instead of 10,000",
     ]
@@ -459,7 +463,7 @@ def test_a_search_takes_few_images_first_and_more_near_the_best(measured, archiv
     words = ("search=true", "guidance.scale=[1,2,3,4]", "uncond_drop_fractions=[0.5]", "metrics=[fid]", "count=120")
     measured(*words, "chunk_size=60", out="searched")
     log = (archive.parent / "searched" / "search.log").read_text().splitlines()
-    budget = "ema weights, ρ 0, weak half: no class at ρ 0.5: "
+    budget = "ema weights, ρ 0, guiding branch: no class at ρ 0.5: "
     assert log == [
         budget + "round 1, 12 images, FID at scale 1 -> 2.44, 2 -> 1.04, 3 -> 1.64, 4 -> 4.24; best 2",
         budget + "round 2, 40 images, FID at scale 1.5 -> 1.49, 2 -> 1.04, 2.5 -> 1.09; best 2",

@@ -17,8 +17,8 @@ from support.configs import compose_config
 
 from dcdit import status
 from dcdit.errors import UserError
-from dcdit.evaluation.courses import courses_below
-from dcdit.evaluation.results import find_results
+from dcdit.reporting.collect import find_results
+from dcdit.reporting.histories import histories_below
 from dcdit.runs.history import history_of, means, sparkline
 from dcdit.runs.lock import LOCK, is_held, sole_writer
 from dcdit.runs.progress import bytes_words, size_on_disk
@@ -153,7 +153,7 @@ def test_what_is_no_file_hides_no_other_run(tmp_path, kind):
     signal.alarm(30)
     try:
         seen = status.look(status.check(compose_config(f"runs=[{tmp_path}/runs]", name="status")))
-        courses = {course.path.name for course in courses_below([f"{tmp_path}/runs"])}
+        courses = {course.path.name for course in histories_below([f"{tmp_path}/runs"])}
         find_results([f"{tmp_path}/runs"])
         for path in seen:
             size_on_disk(path)

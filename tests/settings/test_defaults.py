@@ -28,7 +28,7 @@ from dcdit.network import DCDiT, DiT
 from dcdit.sampling.settings import SamplingSettings
 from dcdit.training import settings
 from dcdit.training.callbacks import EMA, Checkpoint, PowerEMA, ProgressBar
-from dcdit.training.callbacks.fid import FID
+from dcdit.training.callbacks.fid import FIDSettings
 
 ONE_HOME = (
     *(sample.SampleSettings, generate.GenerateSettings, EvaluateSettings, report.ReportSettings, status.StatusSettings),
@@ -41,7 +41,7 @@ ONE_HOME = (
         PowerEMA,
         Checkpoint,
         ProgressBar,
-        FID,
+        FIDSettings,
         ema.EMASettings,
     ),
     *(settings.RunSettings, settings.TrainerSettings, *settings.SECTIONS.values()),

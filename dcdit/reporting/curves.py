@@ -1,13 +1,21 @@
 """Measurements put in order: which may stand in one plot, which are one curve, and which are the best."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dcdit.evaluation.descriptions import (
+    describe_budget,
+    describe_clipping,
+    describe_guiding_branch,
+    describe_reference,
+    describe_rounding,
+    describe_step,
+)
 from dcdit.evaluation.results import Result
 from dcdit.evaluation.settings import Figure, figures_of_metrics
-from dcdit.evaluation.words import budget_words, clip_words, reference_words, rounding_words, step_words, weak_words
+from dcdit.reporting.collect import budget_key, comparison_key
 
 
 @dataclass(frozen=True)
@@ -15,39 +23,37 @@ class Axis:
     """What a curve runs over.
 
     Attributes:
-        key: of the guidance in a result's plan.
+        key: a field of :class:`dcdit.diffusion.settings.GuidanceSettings`.
         symbol: in tables and plots.
     """
 
     key: str
     symbol: str
 
-    def at(self, result: Result) -> float:
-        """Where a result stands."""
-        value = result.plan["guidance"][self.key]
+    def position(self, result: Result) -> float:
+        """Return where a result stands on the axis."""
+        value = getattr(result.plan.guidance, self.key)
         return float(result.drop if value is None else value)
 
 
-DROP, WEAK_DROP = Axis("drop_fraction", "ρ"), Axis("uncond_drop_fraction", "ρ weak")
+DROP, GUIDING_DROP = Axis("drop_fraction", "ρ"), Axis("uncond_drop_fraction", "ρ guiding")
 SCALE = Axis("scale", "guidance")
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Results at one place of an axis, one for each training seed."""
+    """Results at one position of an axis, one for each training seed."""
 
     at: float
     results: tuple[Result, ...]
 
-    def figures(self, *keys: str) -> list[float]:
-        """One figure of each result, found by ``keys`` from the outside in."""
-        found = []
-        for result in self.results:
-            value: Any = result.values
-            for key in keys:
-                value = value[key]
-            found.append(float(value))
-        return found
+    def values(self, of: Callable[[Result], float]) -> list[float]:
+        """Return a number ``of`` each result."""
+        return [of(result) for result in self.results]
+
+    def figures(self, figure: Figure) -> list[float]:
+        """Return a figure of each result."""
+        return [result.figure(figure.key) for result in self.results]
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class Section:
     """Curves that may stand in one plot: same sampler, number of images, features and reference.
 
     Attributes:
-        axis: what the series run over: the drop fraction, or that of the weak half where the other is always the same.
+        axis: what the series run over: the drop fraction of the main branch or, where that is always the same, of the
+            guiding branch.
         series: one for each guidance.
         scales: over the guidance scale, one for each budget; none where there is but one scale.
     """
@@ -94,30 +101,30 @@ class Section:
     @property
     def figures(self) -> list[Figure]:
         """What was measured."""
-        return figures_of_metrics(self.series[0].first.plan["metrics"])
+        return figures_of_metrics(self.series[0].first.plan.metrics)
 
-    def described(self) -> str:
-        """The shared setting in words."""
-        values = self.series[0].first.values
-        plan = values["plan"]
-        sampler, scales = plan["sampler"], sorted({result.scale for result in self.results})
-        guided = f"guidance {scales[0]:g}" if scales[0] != 1 else "no guidance"
+    def describe(self) -> str:
+        """Describe the shared setting."""
+        first = self.series[0].first
+        plan, sampler, interval = first.plan, first.plan.sampler, first.plan.guidance.interval
+        scales = sorted({result.scale for result in self.results})
+        guidance = f"guidance {scales[0]:g}" if scales[0] != 1 else "no guidance"
         if len(scales) > 1:
-            guided = f"guidance {scales[0]:g} to {scales[-1]:g}"
-        if scales[-1] != 1 and plan["guidance"]["interval"]:
-            guided += f" at timesteps {plan['guidance']['interval'][0]} to {plan['guidance']['interval'][1]}"
+            guidance = f"guidance {scales[0]:g} to {scales[-1]:g}"
+        if scales[-1] != 1 and interval:
+            guidance += f" at timesteps {interval[0]} to {interval[1]}"
         return (
-            f"{plan['count']:,} images, {plan['labels']} labels, {rounding_words(plan)},"
-            f" {sampler['name']} with {sampler['steps']} steps{clip_words(sampler)}, {guided}, {plan['precision']},"
-            f" seed {plan['seed']}; features of {plan['features']['name']} (weights {plan['features']['weights']},"
-            f" resize: {plan['features']['resize']}), {reference_words(values)}"
+            f"{plan.count:,} images, {plan.labels} labels, {describe_rounding(plan)},"
+            f" {sampler.name} with {sampler.steps} steps{describe_clipping(sampler)}, {guidance}, {plan.precision},"
+            f" seed {plan.seed}; features of {plan.features.name} (weights {plan.features.weights},"
+            f" resize: {plan.features.resize}), {describe_reference(first)}"
         )
 
 
 def pareto(results: Sequence[Result], figure: Figure) -> list[Result]:
     """Results that no other one beats in both the figure and the TFLOPs, from cheap to dear."""
     sign = -1 if figure.higher_is_better else 1
-    ordered = sorted(results, key=lambda each: (each.values["tflops_per_image"], sign * each.figure(figure.key)))
+    ordered = sorted(results, key=lambda each: (each.tflops_per_image, sign * each.figure(figure.key)))
     front: list[Result] = []
     for result in ordered:
         if not front or sign * result.figure(figure.key) < sign * front[-1].figure(figure.key):
@@ -130,37 +137,37 @@ def best_of(results: Sequence[Result], figure: Figure) -> Result:
     return (max if figure.higher_is_better else min)(results, key=lambda each: each.figure(figure.key))
 
 
-def best_words(results: Sequence[Result]) -> list[str]:
-    """The best guidance scale at each budget of which several were measured, in words."""
-    found = []
+def describe_best(results: Sequence[Result]) -> list[str]:
+    """Describe the best guidance scale at each budget of which several were measured."""
+    descriptions = []
     for group in by_budget(results):
-        figure = figures_of_metrics(group[0].plan["metrics"])[0]
+        figure = figures_of_metrics(group[0].plan.metrics)[0]
         best = best_of(group, figure)
-        words = budget_words(next(each.plan for each in group if each.scale != 1))
-        found.append(f"{figure.heading} {best.figure(figure.key):.4g} at guidance {best.scale:g} ({words})")
-    return found
+        budget = describe_budget(next(result.plan for result in group if result.scale != 1))
+        descriptions.append(f"{figure.heading} {best.figure(figure.key):.4g} at guidance {best.scale:g} ({budget})")
+    return descriptions
 
 
 def by_budget(results: Sequence[Result]) -> list[list[Result]]:
-    """Results that differ in the guidance scale alone, where there are several; scale 1 stands for any weak half."""
+    """Group results that differ in the guidance scale alone; scale 1 stands for any guiding branch."""
     alone = [result for result in results if result.scale == 1]
     found = []
-    for group in _together([result for result in results if result.scale != 1], "budget"):
-        without = {**group[0].budget, **_NO_WEAK}
-        group += [result for result in alone if {**result.budget, **_NO_WEAK} == without]
+    for group in _together([result for result in results if result.scale != 1], budget_key):
+        without = {**budget_key(group[0]), **_NO_GUIDING_BRANCH}
+        group += [result for result in alone if {**budget_key(result), **_NO_GUIDING_BRANCH} == without]
         if len({result.scale for result in group}) > 1:
             found.append(group)
     return found
 
 
-_NO_WEAK = {"weak": None, "weak_checkpoint": None, "uncond_drop_fraction": None}
+_NO_GUIDING_BRANCH = {"weak": None, "weak_checkpoint": None, "uncond_drop_fraction": None}
 
 
-def _together(results: Iterable[Result], key: str) -> list[list[Result]]:
-    """Results whose property ``key`` is equal, in the order of their first."""
+def _together(results: Iterable[Result], key: Callable[[Result], dict[str, Any]]) -> list[list[Result]]:
+    """Group results whose ``key`` is equal, in the order of their first."""
     groups: dict[str, list[Result]] = {}
     for result in results:
-        groups.setdefault(json.dumps(getattr(result, key), sort_keys=True), []).append(result)
+        groups.setdefault(json.dumps(key(result), sort_keys=True), []).append(result)
     return list(groups.values())
 
 
@@ -168,29 +175,29 @@ def arrange(results: Sequence[Result]) -> list[Section]:
     """Sections of curves; names of curves are unique within each."""
     found = []
     for group in _sections(results):
-        weak = {WEAK_DROP.at(result) for result in group if result.scale != 1}
-        axis = WEAK_DROP if len({result.drop for result in group}) == 1 and len(weak) > 1 else DROP
+        weak = {GUIDING_DROP.position(result) for result in group if result.scale != 1}
+        axis = GUIDING_DROP if len({result.drop for result in group}) == 1 and len(weak) > 1 else DROP
         found.append(Section(axis, _series(_over(axis, group), axis), _series(by_budget(group), SCALE)))
     return found
 
 
 def _over(axis: Axis, results: Sequence[Result]) -> list[list[Result]]:
-    """Results that are one curve over an axis: they differ in nothing else but the seed of training."""
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        rest = {key: value for key, value in {**result.budget, "scale": result.scale}.items() if key != axis.key}
-        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(result)
-    return list(groups.values())
+    """Group results that are one curve over an axis: they differ in nothing else but the seed of training."""
+
+    def rest(result: Result) -> dict[str, Any]:
+        return {key: value for key, value in {**budget_key(result), "scale": result.scale}.items() if key != axis.key}
+
+    return _together(results, rest)
 
 
 def _sections(results: Sequence[Result]) -> list[list[Result]]:
     """Results that may stand in one plot. Without guidance its channels and interval say nothing: such results stand
     beside guided ones of the same setting."""
-    groups = _together(results, "setting")
+    groups = _together(results, comparison_key)
     guided = [group for group in groups if group[0].scale != 1]
     for group in [group for group in groups if group[0].scale == 1]:
-        setting = {**group[0].setting, "guidance": None}
-        same = [other for other in guided if {**other[0].setting, "guidance": None} == setting]
+        setting = {**comparison_key(group[0]), "guidance": None}
+        same = [other for other in guided if {**comparison_key(other[0]), "guidance": None} == setting]
         if same:
             for other in same:
                 other += group
@@ -198,7 +205,7 @@ def _sections(results: Sequence[Result]) -> list[list[Result]]:
             guided.append(group)
     place = {id(result): number for number, result in enumerate(results)}
     # The most images first: fewer are a search's way there.
-    return sorted(guided, key=lambda group: (-group[0].plan["count"], min(place[id(result)] for result in group)))
+    return sorted(guided, key=lambda group: (-group[0].plan.count, min(place[id(result)] for result in group)))
 
 
 def _name(runs: Sequence[str]) -> str:
@@ -217,7 +224,7 @@ def _common_start(names: Sequence[str]) -> str:
 def _series(groups: Sequence[list[Result]], axis: Axis) -> tuple[Series, ...]:
     """A curve of each group over ``axis``; named by runs, and by what differs between groups."""
     found, taken = [], set[str]()
-    runs = {id(group): _name(sorted({str(result.values["run"]) for result in group})) for group in groups}
+    runs = {id(group): _name(sorted({result.run for result in group})) for group in groups}
     order = list(dict.fromkeys(runs.values()))
     example = {id(group): next((each for each in group if each.scale != 1), group[0]) for group in groups}
     groups = sorted(groups, key=lambda group: (order.index(runs[id(group)]), *_order(example[id(group)])))
@@ -234,39 +241,37 @@ def _series(groups: Sequence[list[Result]], axis: Axis) -> tuple[Series, ...]:
             name, number = f"{base} ({number})", number + 1
         taken.add(name)
         label = ", ".join(telling) if len(order) == 1 and telling and name == base else name
-        places = sorted({axis.at(result) for result in group})
-        points = tuple(CurvePoint(each, tuple(r for r in group if axis.at(r) == each)) for each in places)
-        found.append(Series(name, label, group[0].network, points))
+        places = sorted({axis.position(result) for result in group})
+        points = tuple(CurvePoint(each, tuple(r for r in group if axis.position(r) == each)) for each in places)
+        found.append(Series(name, label, group[0].network.title, points))
     return tuple(found)
 
 
 def _order(result: Result) -> tuple[Any, ...]:
-    """Where a curve stands among those of the same runs."""
-    guidance = result.plan["guidance"]
+    """Return where a curve stands among those of the same runs."""
+    plan, guidance = result.plan, result.plan.guidance
     return (
-        result.plan["step"] or 0,
-        result.plan["weights"],
-        result.plan["sampler"]["cache"],
+        plan.step or 0,
+        plan.weights,
+        plan.sampler.cache,
         result.scale != 1,
-        guidance["weak"] != "uncond",
-        guidance["weak_checkpoint"] or "",
-        WEAK_DROP.at(result),
+        guidance.weak != "uncond",
+        guidance.weak_checkpoint or "",
+        GUIDING_DROP.position(result),
         result.scale,
         result.drop,
     )
 
 
 def _aspects(result: Result, axis: Axis) -> dict[str, str]:
-    """What may tell a curve from others of the same run, in words; not its place on the axis."""
-    plan, guidance = result.plan, dict(result.plan["guidance"])
-    if axis is WEAK_DROP:
-        guidance["uncond_drop_fraction"] = None
-    weak = weak_words(guidance)
+    """Describe what may tell a curve from others of the same run; not its position on the axis."""
+    plan = result.plan
+    branch = describe_guiding_branch(plan.guidance, with_drop=axis is not GUIDING_DROP)
     return {
-        "step": step_words(plan["step"]),
-        "weights": f"{plan['weights']} weights",
+        "step": describe_step(plan.step),
+        "weights": f"{plan.weights} weights",
         "drop": "" if axis is DROP else f"ρ {result.drop:g}",
-        "cache": f"cache {plan['sampler']['cache']:g}",
+        "cache": f"cache {plan.sampler.cache:g}",
         "scale": "" if axis is SCALE else f"guidance {result.scale:g}" if result.scale != 1 else "no guidance",
-        "weak": f"weak half: {weak}" if weak else "",
+        "branch": f"guiding branch: {branch}" if branch else "",
     }
