@@ -13,14 +13,14 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from dcdit.evaluation.grid import Grid, grid_of
+from dcdit.evaluation.grid import EvaluationGrid, grid_of
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
 from dcdit.settings.entry import entry_point, hold, plain
 from dcdit.settings.published import CONFIG_DIR
 
 
-def check(config: DictConfig) -> Grid:
+def check(config: DictConfig) -> EvaluationGrid:
     """What ``config`` asks for; UserError if a value is wrong, before anything is loaded."""
     return grid_of(plain(config))
 

@@ -18,8 +18,8 @@ LISTS = ("weights", "sampler.cache", "guidance.weak", "guidance.scale")
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What is measured.
+class EvaluationGrid:
+    """The points that an evaluation measures.
 
     Attributes:
         settings: of the evaluation.
@@ -34,7 +34,7 @@ class Grid:
     beyond: int
 
 
-def grid_of(values: Mapping[str, Any]) -> Grid:
+def grid_of(values: Mapping[str, Any]) -> EvaluationGrid:
     """All combinations of the lists in the plain values of a composed configuration.
 
     Raises:
@@ -74,7 +74,7 @@ def grid_of(values: Mapping[str, Any]) -> Grid:
             " guidance.scale=[1,1.5,2]"
         )
     within = _within(list(points.values()), settings)
-    return Grid(settings, within, list(dict.fromkeys(left_out)), len(points) - len(within))
+    return EvaluationGrid(settings, within, list(dict.fromkeys(left_out)), len(points) - len(within))
 
 
 def _within(points: list[SamplingPlan], settings: EvaluateSettings) -> list[SamplingPlan]:
@@ -121,11 +121,11 @@ def _listed(values: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _with(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with others at dotted keys."""
-    found = deepcopy(dict(values))
+    """Return ``values`` with the ``chosen`` ones at their dotted keys."""
+    changed = deepcopy(dict(values))
     for key, value in chosen.items():
         section, _, name = key.rpartition(".")
-        place = found.get(section) if section else found
-        if isinstance(place, dict):
-            place[name] = value
-    return found
+        node = changed.get(section) if section else changed
+        if isinstance(node, dict):
+            node[name] = value
+    return changed

@@ -57,7 +57,7 @@ class Deadline:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledChunk:
     """What is recorded of a chunk of sampled images.
 
     Attributes:
@@ -81,7 +81,7 @@ class MeasuredSamples:
 
     features: list[Features]
     first: Tensor
-    sampled: Sampled
+    sampled: SampledChunk
 
 
 def measure_samples(
@@ -120,7 +120,7 @@ def measure_samples(
         cost += SamplingCost.of(batch)
         on_batch(len(batch.indices))
         begin = time.perf_counter()
-    return MeasuredSamples(seen, torch.cat(first)[:shown] if first else torch.empty(0), Sampled(seconds, cost))
+    return MeasuredSamples(seen, torch.cat(first)[:shown] if first else torch.empty(0), SampledChunk(seconds, cost))
 
 
 class Measurement:
@@ -170,7 +170,7 @@ class Measurement:
         self.name += f"_{digest_of({'schema': SCHEMA, **plan})}"  # what another release wrote is measured anew
         self.path = out / f"{self.name}.json"
         job_plan = {**plan, "chunk_size": chunk_size}
-        self._job = FeatureJob(Sampled, self.path, "evaluation", job_plan, count, chunk_size)
+        self._job = FeatureJob(SampledChunk, self.path, "evaluation", job_plan, count, chunk_size)
 
     @property
     def title(self) -> str:
@@ -241,7 +241,7 @@ class Measurement:
             self._job.finalize(self.path, lambda records: self._write(reference, records))
         return self.path.is_file()
 
-    def _write(self, reference: Statistics, records: list[Sampled]) -> None:
+    def _write(self, reference: Statistics, records: list[SampledChunk]) -> None:
         model, place = self.sampling.model, self.sampling.place
         cost = SamplingCost.total(record.cost for record in records)
         Result(

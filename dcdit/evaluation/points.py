@@ -65,9 +65,8 @@ class Evaluation:
         self.settings = settings
         device = sampling.model.device
         size = sampling.decode.size(device)
-        asked = sampling.plan.settings
-        latents = sampling.model.latents
-        images = open_images(settings.reference, size, device, asked.autoencoder, asked.rounding, network=latents)
+        decoding = (sampling.plan.settings.autoencoder, sampling.plan.settings.rounding)
+        images = open_images(settings.reference, size, device, *decoding, network=sampling.model.latents)
         self.network = build_features(features, device)  # which may be a download: after what was given is checked
         comparison = compare_with(
             images,

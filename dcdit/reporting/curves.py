@@ -20,7 +20,7 @@ from dcdit.reporting.collect import budget_key, comparison_key
 
 @dataclass(frozen=True)
 class Axis:
-    """What a curve runs over.
+    """A quantity that a curve runs over.
 
     Attributes:
         key: a field of :class:`dcdit.diffusion.settings.GuidanceSettings`.
@@ -63,8 +63,8 @@ class Series:
     Attributes:
         name: of the runs, without their seeds, and what else tells it from other curves.
         label: the same as short as it may be where all curves are of these runs.
-        network: for people.
-        points: by their place on the axis.
+        network: the network's name.
+        points: by their position on the axis.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Series:
 
     @property
     def first(self) -> Result:
-        """A result that stands for all where they agree."""
+        """A result that stands for all of the curve where they agree."""
         return self.points[0].results[0]
 
 
@@ -95,12 +95,12 @@ class Section:
 
     @property
     def results(self) -> list[Result]:
-        """All of them."""
+        """All results of the section."""
         return [result for series in self.series for point in series.points for result in point.results]
 
     @property
     def figures(self) -> list[Figure]:
-        """What was measured."""
+        """The figures that were measured."""
         return figures_of_metrics(self.series[0].first.plan.metrics)
 
     def describe(self) -> str:
@@ -122,9 +122,9 @@ class Section:
 
 
 def pareto(results: Sequence[Result], figure: Figure) -> list[Result]:
-    """Results that no other one beats in both the figure and the TFLOPs, from cheap to dear."""
+    """Return the results that no other one beats in both the figure and the TFLOPs, from cheap to dear."""
     sign = -1 if figure.higher_is_better else 1
-    ordered = sorted(results, key=lambda each: (each.tflops_per_image, sign * each.figure(figure.key)))
+    ordered = sorted(results, key=lambda result: (result.tflops_per_image, sign * result.figure(figure.key)))
     front: list[Result] = []
     for result in ordered:
         if not front or sign * result.figure(figure.key) < sign * front[-1].figure(figure.key):
@@ -133,8 +133,8 @@ def pareto(results: Sequence[Result], figure: Figure) -> list[Result]:
 
 
 def best_of(results: Sequence[Result], figure: Figure) -> Result:
-    """The best by a figure."""
-    return (max if figure.higher_is_better else min)(results, key=lambda each: each.figure(figure.key))
+    """Return the result with the best figure."""
+    return (max if figure.higher_is_better else min)(results, key=lambda result: result.figure(figure.key))
 
 
 def describe_best(results: Sequence[Result]) -> list[str]:
@@ -150,14 +150,14 @@ def describe_best(results: Sequence[Result]) -> list[str]:
 
 def by_budget(results: Sequence[Result]) -> list[list[Result]]:
     """Group results that differ in the guidance scale alone; scale 1 stands for any guiding branch."""
-    alone = [result for result in results if result.scale == 1]
-    found = []
+    unguided = [result for result in results if result.scale == 1]
+    groups = []
     for group in _together([result for result in results if result.scale != 1], budget_key):
         without = {**budget_key(group[0]), **_NO_GUIDING_BRANCH}
-        group += [result for result in alone if {**budget_key(result), **_NO_GUIDING_BRANCH} == without]
+        group += [result for result in unguided if {**budget_key(result), **_NO_GUIDING_BRANCH} == without]
         if len({result.scale for result in group}) > 1:
-            found.append(group)
-    return found
+            groups.append(group)
+    return groups
 
 
 _NO_GUIDING_BRANCH = {"weak": None, "weak_checkpoint": None, "uncond_drop_fraction": None}
@@ -172,13 +172,13 @@ def _together(results: Iterable[Result], key: Callable[[Result], dict[str, Any]]
 
 
 def arrange(results: Sequence[Result]) -> list[Section]:
-    """Sections of curves; names of curves are unique within each."""
-    found = []
+    """Arrange results in sections of curves; names of curves are unique within each section."""
+    sections = []
     for group in _sections(results):
-        weak = {GUIDING_DROP.position(result) for result in group if result.scale != 1}
-        axis = GUIDING_DROP if len({result.drop for result in group}) == 1 and len(weak) > 1 else DROP
-        found.append(Section(axis, _series(_over(axis, group), axis), _series(by_budget(group), SCALE)))
-    return found
+        drops = {GUIDING_DROP.position(result) for result in group if result.scale != 1}
+        axis = GUIDING_DROP if len({result.drop for result in group}) == 1 and len(drops) > 1 else DROP
+        sections.append(Section(axis, _series(_over(axis, group), axis), _series(by_budget(group), SCALE)))
+    return sections
 
 
 def _over(axis: Axis, results: Sequence[Result]) -> list[list[Result]]:
@@ -191,8 +191,11 @@ def _over(axis: Axis, results: Sequence[Result]) -> list[list[Result]]:
 
 
 def _sections(results: Sequence[Result]) -> list[list[Result]]:
-    """Results that may stand in one plot. Without guidance its channels and interval say nothing: such results stand
-    beside guided ones of the same setting."""
+    """Group results that may stand in one plot.
+
+    Channels and interval of guidance mean nothing where there is none: such results stand beside guided ones of the
+    same setting.
+    """
     groups = _together(results, comparison_key)
     guided = [group for group in groups if group[0].scale != 1]
     for group in [group for group in groups if group[0].scale == 1]:
@@ -203,48 +206,46 @@ def _sections(results: Sequence[Result]) -> list[list[Result]]:
                 other += group
         else:
             guided.append(group)
-    place = {id(result): number for number, result in enumerate(results)}
+    order = {id(result): number for number, result in enumerate(results)}
     # The most images first: fewer are a search's way there.
-    return sorted(guided, key=lambda group: (-group[0].plan.count, min(place[id(result)] for result in group)))
+    return sorted(guided, key=lambda group: (-group[0].plan.count, min(order[id(result)] for result in group)))
 
 
 def _name(runs: Sequence[str]) -> str:
-    """What runs are called together: what their names begin with, without the seeds."""
+    """Return a common name of runs: what their names begin with, without the seeds."""
     if len(runs) == 1:
         return runs[0]
     return _common_start(runs).rstrip("-_=. ").removesuffix("seed").rstrip("-_/. ") or runs[0]
 
 
 def _common_start(names: Sequence[str]) -> str:
-    """The characters with which all names begin."""
+    """Return the characters with which all names begin."""
     alike = [len(set(characters)) == 1 for characters in zip(*names, strict=False)]
     return names[0][: (*alike, False).index(False)]
 
 
 def _series(groups: Sequence[list[Result]], axis: Axis) -> tuple[Series, ...]:
-    """A curve of each group over ``axis``; named by runs, and by what differs between groups."""
-    found, taken = [], set[str]()
+    """Return a curve of each group over ``axis``; named by runs, and by what differs between groups."""
+    series, taken = [], set[str]()
     runs = {id(group): _name(sorted({result.run for result in group})) for group in groups}
     order = list(dict.fromkeys(runs.values()))
-    example = {id(group): next((each for each in group if each.scale != 1), group[0]) for group in groups}
+    example = {id(group): next((result for result in group if result.scale != 1), group[0]) for group in groups}
     groups = sorted(groups, key=lambda group: (order.index(runs[id(group)]), *_order(example[id(group)])))
     aspects = {id(group): _aspects(example[id(group)], axis) for group in groups}
     for group in groups:
         run = runs[id(group)]
         same = [aspects[other] for other, its in runs.items() if its == run]
-        telling = [
-            words for key, words in aspects[id(group)].items() if words and len({each[key] for each in same}) > 1
-        ]
+        telling = [text for key, text in aspects[id(group)].items() if text and len({other[key] for other in same}) > 1]
         name = base = ", ".join([run, *telling])
         number = 2
         while name in taken:
             name, number = f"{base} ({number})", number + 1
         taken.add(name)
         label = ", ".join(telling) if len(order) == 1 and telling and name == base else name
-        places = sorted({axis.position(result) for result in group})
-        points = tuple(CurvePoint(each, tuple(r for r in group if axis.position(r) == each)) for each in places)
-        found.append(Series(name, label, group[0].network.title, points))
-    return tuple(found)
+        positions = sorted({axis.position(result) for result in group})
+        points = tuple(CurvePoint(at, tuple(r for r in group if axis.position(r) == at)) for at in positions)
+        series.append(Series(name, label, group[0].network.title, points))
+    return tuple(series)
 
 
 def _order(result: Result) -> tuple[Any, ...]:

@@ -12,8 +12,8 @@ from dcdit.runs.state import RunState
 
 _FID = re.compile(r"val/fid@(.+)")
 _PICTURES, _POINTS = 4, 300
-LARGEST = 20
-"""Runs in one plot."""
+MOST_RUNS = 20
+"""Most runs that are drawn in one plot."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _target(path: Path) -> float | None:
 def curves_of(histories: Sequence[RunHistory]) -> dict[str, list[Curve]]:
     """Return the curves of each plot, by the title of its vertical axis; plots without any curve are left out."""
     plots: dict[str, list[Curve]] = {"diffusion loss": [], "keep ratio": [], "FID at validations": []}
-    for number, run in enumerate(histories[:LARGEST]):
+    for number, run in enumerate(histories[:MOST_RUNS]):
         for title, key in (("diffusion loss", "train/diffusion_loss"), ("keep ratio", "train/keep_ratio")):
             steps, values = run.history.courses.get(key, ((), ()))
             if steps:

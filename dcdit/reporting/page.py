@@ -16,7 +16,7 @@ from dcdit.evaluation.descriptions import differences_from_published
 from dcdit.evaluation.results import Result
 from dcdit.reporting.collect import is_png, row_of
 from dcdit.reporting.curves import Section, arrange, describe_best, pareto
-from dcdit.reporting.histories import LARGEST, RunHistory, curves_of
+from dcdit.reporting.histories import MOST_RUNS, RunHistory, curves_of
 from dcdit.reporting.plots import history_plot, keep_ratio, over_scale, trade_off
 from dcdit.runtime.files import replacing, make_writable_folder, write_csv, write_json, write_text
 
@@ -78,14 +78,14 @@ def training(histories: Sequence[RunHistory], out: Path) -> dict[str, Any]:
         plotted.append({"title": f"{title} over the steps of training".capitalize(), "source": source})
     return {
         "rows": [{"name": run.name, "cells": run.cells} for run in histories],
-        "left_out": max(0, len(histories) - LARGEST),
+        "left_out": max(0, len(histories) - MOST_RUNS),
         "figures": plotted,
         "runs": [
             {
                 "name": run.name,
                 "pictures": [{"at": path.stem, "source": _source(path.read_bytes())} for path in run.pictures],
             }
-            for run in histories[:LARGEST]
+            for run in histories[:MOST_RUNS]
             if run.pictures
         ],
     }

@@ -26,7 +26,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # of the files within the archive: equal images 
 
 
 @dataclass(frozen=True)
-class Sampled:
+class ArchivedChunk:
     """What is recorded of a chunk of images.
 
     Attributes:
@@ -40,7 +40,7 @@ class Sampled:
     shape: tuple[Count, Count, Count, Count]
 
 
-class _ArchiveJob(ImageJob[Sampled]):
+class _ArchiveJob(ImageJob[ArchivedChunk]):
     def part_path(self, task: int) -> Path:
         """The images of a task."""
         return self.work / f"chunk-{task:06d}.npy"
@@ -70,7 +70,7 @@ class ImageArchive:
             "batch_size": sampling.batch_size,
             "checkpoint": sampling.model.digest,
         }
-        self.job = _ArchiveJob(Sampled, self.npz, "generation", self.plan, count, chunk_size)
+        self.job = _ArchiveJob(ArchivedChunk, self.npz, "generation", self.plan, count, chunk_size)
 
     def run(self, rank: int, world_size: int, display: Display) -> bool:
         """Sample this process's share of the chunks; returns whether the file is complete.
@@ -116,7 +116,7 @@ class ImageArchive:
         chunk = np.concatenate(images)
         if self.png:
             self._save_png(task, chunk)
-        record = Sampled(cost, time.perf_counter() - begin, chunk.shape)
+        record = ArchivedChunk(cost, time.perf_counter() - begin, chunk.shape)
         self.job.finish(task, record, lambda file: np.save(file, chunk, allow_pickle=False))
 
     def _save_png(self, task: int, images: NDArray[np.uint8]) -> None:
@@ -125,7 +125,7 @@ class ImageArchive:
             with replacing(self.out / "png" / f"{number:06d}.png") as file:
                 Image.fromarray(image).save(file, "png")
 
-    def _join(self, records: list[Sampled]) -> None:
+    def _join(self, records: list[ArchivedChunk]) -> None:
         """Put the chunks into one file, one after the other, and say what they are."""
         shape = (self.count, *records[0].shape[1:])
         chunks = (np.load(self.job.part_path(task), allow_pickle=False) for task in range(self.job.tasks))
