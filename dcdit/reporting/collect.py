@@ -26,21 +26,11 @@ def is_png(path: Path) -> bool:
 
 def comparison_key(result: Result) -> dict[str, Any]:
     """Return what two results must share to be compared."""
-    plan = result.plan
+    plan, other = result.plan, ("step", "weights", "checkpoint", "autoencoder", "batch_size")
     sampler = {key: value for key, value in described(plan.sampler).items() if key != "cache"}
     guidance = {"channels": plan.guidance.channels, "interval": plan.guidance.interval} if result.scale != 1 else {}
-    return {
-        "sampler": sampler,
-        "precision": plan.precision,
-        "count": plan.count,
-        "labels": plan.labels,
-        "rounding": plan.rounding,
-        "features": asdict(plan.features),
-        "reference": asdict(plan.reference),
-        "metrics": plan.metrics,
-        "seed": plan.seed,
-        "guidance": guidance,
-    }
+    settings = {key: value for key, value in asdict(plan).items() if key not in other}
+    return {**settings, "sampler": sampler, "guidance": guidance}
 
 
 def budget_key(result: Result) -> dict[str, Any]:

@@ -4,7 +4,9 @@ import base64
 import io
 import re
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -20,6 +22,7 @@ from dcdit.reporting.histories import MOST_RUNS, RunHistory, curves_of
 from dcdit.reporting.plots import history_plot, keep_ratio, over_scale, trade_off
 from dcdit.runtime.files import replacing, make_writable_folder, write_csv, write_json, write_text
 
+_tflops, _milliseconds = attrgetter("tflops_per_image"), attrgetter("milliseconds_per_image")
 _PLOT = re.compile(r"(\d+_)?(guidance|tflops|milliseconds|keep_ratio)\.png|training_\w+\.png")
 
 
@@ -91,20 +94,8 @@ def training(histories: Sequence[RunHistory], out: Path) -> dict[str, Any]:
     }
 
 
-def _tflops(result: Result) -> float:
-    return result.tflops_per_image
-
-
-def _milliseconds(result: Result) -> float:
-    return result.milliseconds_per_image
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _range(values: Sequence[float]) -> str:
-    mean = f"{_mean(values):.4g}"
+    mean = f"{fmean(values):.4g}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.3g} to {max(values):.3g})"
 
 
@@ -116,8 +107,8 @@ def rows(section: Section) -> Iterable[dict[str, Any]]:
             cells = [f"{point.at:g}", str(len(point.results))]
             cells += [_range(point.figures(figure)) for figure in section.figures]
             ratios = [result.keep_ratio.mean for result in point.results if result.keep_ratio]
-            cells.append(f"{_mean(ratios):.1%}" if ratios else "-")
-            cells += [f"{_mean(point.values(cost)):.4g}" for cost in (_tflops, _milliseconds)]
+            cells.append(f"{fmean(ratios):.1%}" if ratios else "-")
+            cells += [f"{fmean(point.values(cost)):.4g}" for cost in (_tflops, _milliseconds)]
             name = f"{series.name} ({series.network}, {series.first.parameters / 1e6:.3g}M)"
             best = len(section.results) > 2 and any(id(result) in front for result in point.results)
             yield {"name": name if number == 0 else "", "first": number == 0, "front": best, "cells": cells}

@@ -1,6 +1,7 @@
 """Plots of quality against compute."""
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 import matplotlib
 import numpy as np
@@ -18,10 +19,6 @@ from matplotlib.figure import Figure as PlotFigure
 
 _SIZE = (8.2, 4.6)
 _LONGEST_LABEL = 80
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _colours(curves: Sequence[Series]) -> list[str]:
@@ -99,7 +96,7 @@ def trade_off(
     """
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
     for series, colour in zip(section.series, _colours(section.series), strict=True):
-        xs = [_mean(point.values(cost)) for point in series.points]
+        xs = [fmean(point.values(cost)) for point in series.points]
         ys = _draw(axes, series, xs, measured, colour)
         if len(xs) > 1:
             for x, y, point in zip(xs, ys, series.points, strict=True):
@@ -129,7 +126,7 @@ def over_scale(section: Section, measured: Figure) -> PlotFigure:
 def _draw(axes: Axes, series: Series, xs: list[float], measured: Figure, colour: str) -> list[float]:
     """Draw one curve of means, and bars where seeds differ; return the means."""
     spread = [point.figures(measured) for point in series.points]
-    ys = [_mean(values) for values in spread]
+    ys = [fmean(values) for values in spread]
     bars = np.array([[y - min(values), max(values) - y] for y, values in zip(ys, spread, strict=True)]).T
     single = len(series.points) == 1
     axes.errorbar(
