@@ -20,7 +20,7 @@ from dcdit.reporting.collect import is_png, row_of
 from dcdit.reporting.curves import Section, arrange, describe_best, pareto
 from dcdit.reporting.histories import MOST_RUNS, RunHistory, curves_of
 from dcdit.reporting.plots import history_plot, keep_ratio, over_scale, trade_off
-from dcdit.runtime.files import replacing, make_writable_folder, write_csv, write_json, write_text
+from dcdit.runtime.files import make_writable_folder, replacing, write_csv, write_json, write_text
 
 _tflops, _milliseconds = attrgetter("tflops_per_image"), attrgetter("milliseconds_per_image")
 _PLOT = re.compile(r"(\d+_)?(guidance|tflops|milliseconds|keep_ratio)\.png|training_\w+\.png")

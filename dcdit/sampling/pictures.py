@@ -16,7 +16,7 @@ from dcdit.compute.table import flops_words
 from dcdit.diffusion.samplers import Step
 from dcdit.errors import UserError
 from dcdit.runtime.display import Console
-from dcdit.runtime.files import replacing, make_writable_folder
+from dcdit.runtime.files import make_writable_folder, replacing
 from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.figures import Moment, Recorder, decoded, panels, save_boundaries, save_grid
 from dcdit.sampling.overlays import Pixels, enlarged, save_animation, side_by_side
