@@ -285,6 +285,11 @@ def _depth_of(value: object) -> int:
 
 
 def _sequence(name: str, value: object, origin: Any, hints: tuple[Any, ...]) -> Any:
+    if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":  # which Hydra could not read as a list
+        quoted = ",".join(f"'{part.strip()}'" for part in value[1:-1].split(","))
+        raise UserError(
+            f'{name}={shown(value)} is no list: texts with spaces or signs need quotes, "{name}=[{quoted}]"'
+        )
     if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
         raise UserError(f"{name}={shown(value)}: a list is needed, such as {name}=[{shown(value)}]")
     element = hints[0] if hints else Any

@@ -84,12 +84,12 @@ def run(config: DictConfig) -> None:
         if (error.name or "").partition(".")[0] != "gradio":
             raise
         raise UserError("the explorer needs Gradio: pip install 'dcdit[explore]'") from None
-    from dcdit.explorer.studio import Studio
+    from dcdit.explorer.session import Session
 
     words = " ".join(word for word in HydraConfig.get().overrides.task if word.startswith(_HELD))
-    studio = Studio(plan, base, places, settings.most_steps, words)
+    session = Session(plan, base, places, settings.most_steps, words)
     title = f"dcdit: {' and '.join(place.name for place in places)}"
-    page = Page(studio, title).blocks(base)
+    page = Page(session, title).blocks(base)
     with suppress(KeyboardInterrupt), serving(page, settings.host, settings.port, settings.share) as address:
         print(f"The explorer is at {address}   (Ctrl-C ends it)", flush=True)
         if _opens(settings.browser):

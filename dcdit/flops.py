@@ -30,8 +30,8 @@ class FlopsSettings:
         compression: the router keeps 1 / N of the positions before any drop.
         drop_fractions: tail drops, one column each.
         steps: sampling steps of an image.
-        guided: count the unconditional half too.
-        uncond_drop_fraction: tail drop of that half; None takes the same.
+        guided: count the unconditional branch too.
+        uncond_drop_fraction: tail drop of that branch; None takes the same.
     """
 
     model: dict[str, Any]

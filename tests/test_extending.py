@@ -26,7 +26,7 @@ BLOCK = re.compile(r"^`(\S+)` \((new|added)\)\n\n```\w+\n(.*?)^```", re.MULTILIN
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL))
 TABLES = (
     *("dcdit.network:NETWORKS", "dcdit.network.routing:ROUTERS", "dcdit.diffusion.settings:SAMPLERS"),
-    *("dcdit.diffusion.samplers:STEPPERS", "dcdit.data.builtin:SOURCES", "dcdit.evaluation.settings:METRICS"),
+    *("dcdit.data.builtin:SOURCES", "dcdit.evaluation.settings:METRICS"),
 )
 SMALL = tuple(word for word in TINY if not word.startswith("model."))
 FEW = ("sampler.steps=2", "precision=fp32")
@@ -79,7 +79,7 @@ def follow(tmp_path, monkeypatch):
     yield do
     for restore in monkeypatch.callbacks:
         restore()
-    for name in ("dcdit.network.unet", "my_features"):
+    for name in ("dcdit.network.unet", "dcdit.diffusion.naive", "my_features"):
         sys.modules.pop(name, None)
 
 

@@ -12,8 +12,8 @@ from dcdit.checkpoints.names import DIFFUSERS, NAME_MAPS, REFERENCE, NameMap
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.checks import Count, Size, conform
 from dcdit.data.latents import IDENTITY, LatentSpec
-from dcdit.diffusion.process import AS_PUBLISHED as AS_PUBLISHED_PROCESS
 from dcdit.diffusion.process import build_process
+from dcdit.diffusion.settings import PUBLISHED_PROCESS
 from dcdit.errors import UserError
 from dcdit.network import Network
 from dcdit.network.embeddings import position_table
@@ -174,7 +174,7 @@ def _describe(
 
 def process_of(assume: AssumeSettings) -> Mapping[str, Any]:
     """The process of weights whose file does not name it, as :func:`dcdit.diffusion.process.build_process` takes it."""
-    return AS_PUBLISHED_PROCESS if assume.diffusion is None else {"name": assume.diffusion}
+    return PUBLISHED_PROCESS if assume.diffusion is None else {"name": assume.diffusion}
 
 
 def describe_guesses(model: Mapping[str, Any], assume: AssumeSettings) -> list[str]:

@@ -24,8 +24,8 @@ from dcdit.checkpoints.resolve import CheckpointSource, resolve_checkpoint, weig
 from dcdit.checkpoints.settings import AS_PUBLISHED, AssumeSettings, WeightsKind, length_of
 from dcdit.checks import Bounds, conform, shown
 from dcdit.data.latents import LatentSpec
-from dcdit.diffusion.process import AS_PUBLISHED as AS_PUBLISHED_PROCESS
 from dcdit.diffusion.process import Process, build_process
+from dcdit.diffusion.settings import PUBLISHED_PROCESS
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.pretrained import WEIGHTS_FILE, read_config
@@ -94,7 +94,7 @@ class Weights:
     @property
     def process(self) -> Process:
         """The diffusion process that the network was trained for; the published one where the file names none."""
-        return build_process(self.training.get("diffusion", AS_PUBLISHED_PROCESS))
+        return build_process(self.training.get("diffusion", PUBLISHED_PROCESS))
 
     @property
     def scale(self) -> str:
@@ -131,7 +131,7 @@ class Model:
     network: Network
     latents: LatentSpec
     step: int | None
-    process: Process = field(default_factory=lambda: build_process(AS_PUBLISHED_PROCESS))
+    process: Process = field(default_factory=lambda: build_process(PUBLISHED_PROCESS))
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @property

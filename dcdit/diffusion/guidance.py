@@ -1,4 +1,4 @@
-"""Guidance by a weaker half as a denoiser that wraps denoisers."""
+"""Guidance: a denoiser that wraps the denoisers of a main branch and of a weaker, guiding branch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dcdit.diffusion.settings import GuidanceSettings
 
 
 class RoutingLike(Protocol):
-    """A router's decision: probabilities, and what was kept before and after the tail drop, each (B, L)."""
+    """A router's decision for a batch: probabilities, and what was kept before and after the tail drop, each (B, L)."""
 
     @property
     def prob(self) -> Tensor: ...  # noqa: D102
@@ -19,6 +19,7 @@ class RoutingLike(Protocol):
     def natural_mask(self) -> Tensor: ...  # noqa: D102
     @property
     def mask(self) -> Tensor: ...  # noqa: D102
+    def of(self, samples: slice) -> "RoutingLike": ...  # noqa: D102
 
 
 class Prediction(Protocol):
@@ -36,39 +37,30 @@ class Prediction(Protocol):
 class StepCache(Protocol):
     """Feature caching of one trajectory, such as :class:`dcdit.network.caching.TrajectoryCache`."""
 
-    def step(self, timestep: float, halves: tuple[int, ...]) -> Any:
-        """What a network is told beside, for a batch of these halves, 0 the strong one and 1 the weak."""
+    def step(self, timestep: float, branches: tuple[int, ...]) -> Any:
+        """The cache argument of a network for a batch of these branches: 0 is the main one, 1 the guiding one."""
 
 
 Denoiser = Callable[..., Prediction]
 """``denoiser(x, t, y, drop_fraction)``: a network; with feature caching ``denoiser(x, t, y, drop_fraction, cache)``."""
 
 
-def guide(strong: Tensor, weak: Tensor, scale: float, channels: int) -> Tensor:
-    """eps = eps_w + s (eps_s - eps_w) on the leading channels of the strong prediction; of velocities alike.
+def guide(main: Tensor, guiding: Tensor, scale: float, channels: int) -> Tensor:
+    """eps = eps_g + s (eps_m - eps_g) on the leading channels of the main prediction; of velocities alike.
 
-    Classifier-free guidance where the weak half knows no class (arXiv 2207.12598), autoguidance where it knows the
+    Classifier-free guidance where the guiding branch knows no class (arXiv 2207.12598), autoguidance where it knows the
     class and is weaker otherwise (arXiv 2406.02507).
 
     Args:
-        strong, weak: (B, C or 2C, H, W).
-        scale: guidance scale s; 1 is the strong prediction.
+        main, guiding: predictions of the branches, (B, C or 2C, H, W).
+        scale: guidance scale s; 1 is the main prediction.
         channels: how many channels to guide, at most C. The published numbers guided 3 of 4.
 
     Returns:
-        (B, C or 2C, H, W): the remaining channels and the variance are the strong ones.
+        (B, C or 2C, H, W): the remaining channels and the variance are those of the main prediction.
     """
-    noise = weak[:, :channels] + scale * (strong[:, :channels] - weak[:, :channels])
-    return torch.cat([noise, strong[:, channels:]], dim=1)
-
-
-@dataclass(frozen=True)
-class HalfRouting:
-    """A router's decision for the samples of one half, see :class:`RoutingLike`."""
-
-    prob: Tensor
-    natural_mask: Tensor
-    mask: Tensor
+    noise = guiding[:, :channels] + scale * (main[:, :channels] - guiding[:, :channels])
+    return torch.cat([noise, main[:, channels:]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -77,12 +69,12 @@ class GuidedOutput:
 
     Attributes:
         prediction: (B, C or 2C, H, W).
-        halves: routing of the strong half and, if it ran, of the weak one; None where no router is.
-        changes: with feature caching, how much the input of each half changed since its step before, (B,) each.
+        routings: of the main branch and, if it ran, of the guiding one; None of a network without router.
+        changes: with feature caching, how much the input of each branch changed since its step before, (B,) each.
     """
 
     prediction: Tensor
-    halves: tuple[RoutingLike | None, ...]
+    routings: tuple[RoutingLike | None, ...]
     changes: tuple[Tensor, ...] = ()
 
 
@@ -93,20 +85,20 @@ class Guidance:
     Attributes:
         denoiser: the network.
         null_class: label that stands for no class.
-        settings: how strong, where, at which budgets, and what makes the weak half weak.
-        weak: the network of the weak half; None for the same.
+        settings: scale, interval, drop fractions, and what makes the guiding branch weaker.
+        guiding: the network of the guiding branch; None for the same.
         cache: what the samples of one trajectory reuse; None where all is computed.
     """
 
     denoiser: Denoiser
     null_class: int
     settings: GuidanceSettings
-    weak: Denoiser | None = None
+    guiding: Denoiser | None = None
     cache: StepCache | None = None
 
-    def _cached(self, timestep: float, *halves: int) -> tuple[Any, ...]:
-        """What a network is told beside, for a batch of these halves; nothing where all is computed."""
-        return () if self.cache is None else (self.cache.step(timestep, halves),)
+    def _cached(self, timestep: float, *branches: int) -> tuple[Any, ...]:
+        """The cache argument of a network for a batch of these branches; empty where all is computed."""
+        return () if self.cache is None else (self.cache.step(timestep, branches),)
 
     def _changes(self, output: Prediction) -> tuple[Tensor, ...]:
         return () if self.cache is None or output.change is None else (output.change,)
@@ -114,39 +106,32 @@ class Guidance:
     def __call__(self, x: Tensor, timestep: float, y: Tensor) -> GuidedOutput:
         """Guided prediction for ``x`` (B, C, H, W), ``y`` (B,) at ``timestep``.
 
-        Both halves of one network run in one batch of 2B.
+        Both branches of one network run in one batch of 2B.
         """
-        drop, weak_drop = self.settings.drop_at(timestep)
+        drop, guiding_drop = self.settings.drop_at(timestep)
         t = torch.full(y.shape, timestep, device=y.device)  # whole numbers or not, as the process has it
         if not self.settings.is_guided(timestep):
             output = self.denoiser(x, t, y, drop, *self._cached(timestep, 0))
             return GuidedOutput(output.prediction, (output.routing,), self._changes(output))
-        weak_y = y if self.settings.weak_keeps_class else torch.full_like(y, self.null_class)
-        if self.weak is not None:
+        guiding_y = y if self.settings.guiding_keeps_class else torch.full_like(y, self.null_class)
+        if self.guiding is not None:
             outputs = (
                 self.denoiser(x, t, y, drop, *self._cached(timestep, 0)),
-                self.weak(x, t, weak_y, weak_drop, *self._cached(timestep, 1)),
+                self.guiding(x, t, guiding_y, guiding_drop, *self._cached(timestep, 1)),
             )
-            strong, weak = (output.prediction for output in outputs)
-            halves = tuple(output.routing for output in outputs)
+            main, guiding = (output.prediction for output in outputs)
+            routings = tuple(output.routing for output in outputs)
             changes = tuple(change for output in outputs for change in self._changes(output))
         else:
             fractions: float | Tensor = drop
-            if weak_drop != drop:
-                both = torch.tensor([drop, weak_drop], device=x.device)
+            if guiding_drop != drop:
+                both = torch.tensor([drop, guiding_drop], device=x.device)
                 fractions = both.repeat_interleave(len(y), output_size=2 * len(y))
-            both_y, cached = torch.cat([y, weak_y]), self._cached(timestep, 0, 1)
+            both_y, cached = torch.cat([y, guiding_y]), self._cached(timestep, 0, 1)
             output = self.denoiser(x.repeat(2, 1, 1, 1), t.repeat(2), both_y, fractions, *cached)
-            strong, weak = output.prediction.chunk(2)
-            halves = _halves(output.routing)
+            main, guiding = output.prediction.chunk(2)
+            parts = slice(len(y)), slice(len(y), None)
+            routings = tuple(None if output.routing is None else output.routing.of(part) for part in parts)
             changes = tuple(part for change in self._changes(output) for part in change.chunk(2))
         channels = self.settings.guided_channels(x.shape[1])
-        return GuidedOutput(guide(strong, weak, self.settings.scale, channels), halves, changes)
-
-
-def _halves(routing: RoutingLike | None) -> tuple[RoutingLike | None, ...]:
-    """The routing of each half of a batch of both."""
-    if routing is None:
-        return None, None
-    parts = zip(routing.prob.chunk(2), routing.natural_mask.chunk(2), routing.mask.chunk(2), strict=True)
-    return tuple(HalfRouting(*each) for each in parts)
+        return GuidedOutput(guide(main, guiding, self.settings.scale, channels), routings, changes)

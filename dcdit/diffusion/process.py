@@ -5,26 +5,17 @@ flow matching; 0 is the image, the upper end pure noise.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dcdit.checks import build_named
 from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss, min_snr_weight
 from dcdit.diffusion.schedule import BETA_END, BETA_START, Posterior, add_noise, per_sample
-from dcdit.diffusion.settings import (
-    PROCESSES,
-    TRAIN_STEPS,
-    Auto,
-    FlowMatching,
-    NoiseDiffusion,
-    ProcessSettings,
-    SamplerSettings,
-    samplers_of,
-)
+from dcdit.diffusion.settings import PROCESSES, TRAIN_STEPS, FlowMatching, NoiseDiffusion, ProcessSettings
 from dcdit.errors import UserError
 
 
@@ -66,18 +57,7 @@ class Process(ABC):
     @property
     def spec(self) -> dict[str, Any]:
         """What :func:`build_process` makes this process of."""
-        return {"name": self.settings.name, **asdict(self.settings)}
-
-    def sampler(self, sampler: Auto | SamplerSettings) -> SamplerSettings:
-        """The sampler that ``sampler`` asks for; :class:`UserError` unless it is one for this process."""
-        if isinstance(sampler, Auto):
-            return sampler.of(self.settings.name)
-        if sampler.process != self.settings.name:
-            raise UserError(
-                f"sampler={sampler.name} does not fit a network that was trained with diffusion={self.settings.name}:"
-                f" take sampler={', '.join(['auto', *samplers_of(self.settings.name)])}"
-            )
-        return sampler
+        return self.settings.spec
 
     def check_variance(self, variance: bool) -> None:
         """Raise :class:`UserError` if a network without predicted variance cannot be trained by this process."""
@@ -97,21 +77,22 @@ class NoiseProcess(Process):
         self.settings: NoiseDiffusion = settings
         self.tables = Posterior.linear()
 
+    @override
     def to(self, device: torch.device) -> Process:
-        """See :class:`Process`."""
         self.tables = self.tables.to(device)
         return self
 
+    @override
     def draw_times(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """See :class:`Process`: uniform over the timesteps, int64."""
+        """Uniform over the timesteps, (count,) int64."""
         return torch.randint(TRAIN_STEPS, (count,), generator=generator, device=device)
 
+    @override
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """See :class:`Process`."""
         return add_noise(self.tables, x0, noise, t)
 
+    @override
     def loss(self, prediction: Tensor, x0: Tensor, xt: Tensor, noise: Tensor, t: Tensor) -> DiffusionLoss:
-        """See :class:`Process` and :func:`dcdit.diffusion.loss.diffusion_loss`."""
         found = diffusion_loss(self.tables, prediction, x0, xt, noise, t)
         if self.settings.weighting == "min_snr":
             variance = per_sample(self.tables.sqrt_one_minus_alpha_bar, t).flatten().square()
@@ -120,13 +101,13 @@ class NoiseProcess(Process):
             return DiffusionLoss(found.mse, found.vlb, weight)
         return found
 
+    @override
     def clean(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
-        """See :class:`Process`."""
         noise = prediction[:, : x.shape[1]]
         return (x - self.tables.sqrt_one_minus_alpha_bar[int(t)] * noise) / self.tables.sqrt_alpha_bar[int(t)]
 
+    @override
     def facts(self) -> dict[str, Any]:
-        """See :class:`Process`."""
         return {
             "process": "ddpm",
             "train_steps": TRAIN_STEPS,
@@ -147,20 +128,22 @@ class FlowProcess(Process):
     def __init__(self, settings: FlowMatching) -> None:
         self.settings: FlowMatching = settings
 
+    @override
     def draw_times(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """See :class:`Process`: float32 in (0, 1000)."""
+        """(count,) float32 in (0, 1000)."""
         if self.settings.time == "uniform":
             return TRAIN_STEPS * torch.rand(count, generator=generator, device=device)
         normal = torch.randn(count, generator=generator, device=device)
         return TRAIN_STEPS * (self.settings.time_mean + self.settings.time_std * normal).sigmoid()
 
+    @override
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """See :class:`Process`."""
         share = (t / TRAIN_STEPS)[:, None, None, None]
         return (1 - share) * x0 + share * noise
 
+    @override
     def loss(self, prediction: Tensor, x0: Tensor, xt: Tensor, noise: Tensor, t: Tensor) -> DiffusionLoss:
-        """See :class:`Process`: mean squared error of the velocity."""
+        """The mean squared error of the velocity."""
         velocity = prediction.float()[:, : x0.shape[1]]
         mse = (noise - x0 - velocity).square().flatten(1).mean(dim=1)
         weight = None
@@ -169,12 +152,12 @@ class FlowProcess(Process):
             weight = min_snr_weight(((1 - share) / share).square(), share.square(), self.settings.snr_gamma)
         return DiffusionLoss(mse, None, weight)
 
+    @override
     def clean(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
-        """See :class:`Process`."""
         return x - t / TRAIN_STEPS * prediction[:, : x.shape[1]]
 
+    @override
     def facts(self) -> dict[str, Any]:
-        """See :class:`Process`."""
         return {
             "process": "flow",
             "path": "x_t = (1 - t) x_0 + t noise",
@@ -183,18 +166,10 @@ class FlowProcess(Process):
         }
 
 
-_KINDS: dict[type, Callable[[Any], Process]] = {NoiseDiffusion: NoiseProcess, FlowMatching: FlowProcess}
-
-
-AS_PUBLISHED: Mapping[str, Any] = {"name": "ddpm"}
-"""What trained weights of others, which do not say it."""
-
-
 def build_process(spec: Mapping[str, Any]) -> Process:
     """The process that ``spec`` describes: ``name``, one of :data:`PROCESSES`, and its settings.
 
     Raises:
         UserError: if the name is not on the list, or a value is unknown, of the wrong type or out of range.
     """
-    settings = build_named(PROCESSES, spec, "diffusion")
-    return _KINDS[type(settings)](settings)
+    return build_named(PROCESSES, spec, "diffusion").build()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dcdit.diffusion.guidance import GuidedOutput
 from dcdit.diffusion.process import build_process
@@ -92,31 +93,35 @@ class _Scheduled(Stepper):
 _BETAS = {"beta_start": BETA_START, "beta_end": BETA_END}
 
 
-class _AncestralStepper(_Scheduled):
+class AncestralStepper(_Scheduled):
+    """DDPM's ancestral sampling with the learned range variance."""
+
     def __init__(self, settings: DDPM) -> None:
         scheduler = DDPMScheduler(
             **_BETAS, clip_sample=settings.clip, variance_type="learned_range", timestep_spacing="linspace"
         )
         super().__init__(scheduler, settings.steps)
 
+    @override
     def step(self, prediction: Tensor, timestep: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
         return self.scheduler.step(prediction, timestep, x, generator=generators).prev_sample
 
 
-class _ImplicitStepper(_Scheduled):
-    """The learned variance has no part in it. Where x_0 is clipped, the noise is recomputed from it."""
+class ImplicitStepper(_Scheduled):
+    """DDIM; it does not use the learned variance. Where x_0 is clipped, the noise is recomputed from it."""
 
     def __init__(self, settings: DDIM) -> None:
         super().__init__(DDIMScheduler(**_BETAS, clip_sample=settings.clip, timestep_spacing="leading"), settings.steps)
         self.options = {"eta": settings.eta, "use_clipped_model_output": settings.clip}
 
+    @override
     def step(self, prediction: Tensor, timestep: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
         noise = prediction[:, : x.shape[1]]
         return self.scheduler.step(noise, timestep, x, **self.options, generator=generators).prev_sample
 
 
-class _MultistepStepper(_Scheduled):
-    """The learned variance has no part in it. Its scheduler knows no clipping: the noise is recomputed before it."""
+class MultistepStepper(_Scheduled):
+    """DPM-Solver++; it does not use the learned variance. Its scheduler cannot clip: the noise is recomputed before."""
 
     def __init__(self, settings: DPMSolver) -> None:
         # brings SciPy's statistics along, half a second
@@ -125,6 +130,7 @@ class _MultistepStepper(_Scheduled):
         super().__init__(DPMSolverMultistepScheduler(**_BETAS, timestep_spacing="linspace"), settings.steps)
         self.clip = settings.clip
 
+    @override
     def step(self, prediction: Tensor, timestep: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
         noise = prediction[:, : x.shape[1]]
         if self.clip:
@@ -144,14 +150,15 @@ class _FlowStepper(Stepper):
         self.clip = settings.clip
         self.times = (settings.shift * times / (1 + (settings.shift - 1) * times)).tolist()  # and 0 at the end
         self.timesteps = [TRAIN_STEPS * t for t in self.times[:-1]]
-        self.asked = 0
+        self.evaluations = 0
 
+    @override
     def step(self, prediction: Tensor, timestep: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
         t = timestep / TRAIN_STEPS
         velocity = prediction[:, : x.shape[1]]
         if self.clip:
             velocity = (x - _FLOW.clean(prediction, x, timestep).clamp(-1, 1)) / t
-        self.asked += 1
+        self.evaluations += 1
         return self.advance(velocity, t, x, generators)
 
     @abstractmethod
@@ -159,58 +166,53 @@ class _FlowStepper(Stepper):
         """The latents after a step from ``t`` with this velocity (B, C, H, W)."""
 
 
-class _EulerStepper(_FlowStepper):
+class EulerStepper(_FlowStepper):
+    """Euler's method: one evaluation of the network a step."""
+
     def __init__(self, settings: Euler) -> None:
         super().__init__(settings, torch.linspace(1, 0, settings.steps + 1, dtype=torch.float64))
 
+    @override
     def advance(self, velocity: Tensor, t: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
-        return x + (self.times[self.asked] - t) * velocity
+        return x + (self.times[self.evaluations] - t) * velocity
 
 
-class _HeunStepper(_FlowStepper):
-    """Asks at both ends of a step: first it goes to the end along one velocity, then from the start along the mean."""
+class HeunStepper(_FlowStepper):
+    """Heun's method: goes to the end of a step along the velocity at its start, then from the start along the mean of
+    the velocities at both ends."""
 
     def __init__(self, settings: Heun) -> None:
         super().__init__(settings, torch.linspace(1, 0, settings.steps + 1, dtype=torch.float64))
         # At the end of the last step, t = 0, nothing is asked.
         self.timesteps = [TRAIN_STEPS * t for t in self.times[:-1] for _ in range(2)][1:]
-        self.begun: tuple[Tensor, Tensor, float] | None = None
+        self.half_step: tuple[Tensor, Tensor, float] | None = None
 
+    @override
     def advance(self, velocity: Tensor, t: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
-        if self.begun is None:
-            following = self.times[(self.asked + 1) // 2]
-            self.begun = (x, velocity, t) if following else None
+        if self.half_step is None:
+            following = self.times[(self.evaluations + 1) // 2]
+            self.half_step = (x, velocity, t) if following else None
             return x + (following - t) * velocity
-        (start, first, before), self.begun = self.begun, None
+        (start, first, before), self.half_step = self.half_step, None
         return start + (t - before) * (first + velocity) / 2
 
 
-class _EulerMaruyamaStepper(_FlowStepper):
+class EulerMaruyamaStepper(_FlowStepper):
     """x - h (v - w s / 2) + sqrt(w h) noise, with w = t and the score s = -(x + (1 - t) v) / t."""
 
     def __init__(self, settings: EulerMaruyama) -> None:
         even = torch.linspace(1, settings.last, settings.steps, dtype=torch.float64)
         super().__init__(settings, torch.cat([even, even.new_zeros(1)]))
 
+    @override
     def advance(self, velocity: Tensor, t: float, x: Tensor, generators: list[torch.Generator]) -> Tensor:
-        following = self.times[self.asked]
+        following = self.times[self.evaluations]
         step = t - following
         mean = x - step * (velocity + (x + (1 - t) * velocity) / 2)  # w s = -(x + (1 - t) v)
         if not following:
             return mean
-        noise = torch.cat([torch.randn(1, *x.shape[1:], generator=each) for each in generators]).to(x.device)
+        noise = torch.cat([torch.randn(1, *x.shape[1:], generator=generator) for generator in generators]).to(x.device)
         return mean + (t * step) ** 0.5 * noise
-
-
-STEPPERS: dict[type, Callable[[Any], Stepper]] = {
-    DDPM: _AncestralStepper,
-    DDIM: _ImplicitStepper,
-    DPMSolver: _MultistepStepper,
-    Euler: _EulerStepper,
-    Heun: _HeunStepper,
-    EulerMaruyama: _EulerMaruyamaStepper,
-}
-"""What runs for the settings of each sampler in :data:`dcdit.diffusion.settings.SAMPLERS`."""
 
 
 @dataclass(frozen=True)
@@ -223,14 +225,10 @@ class Sampler:
 
     settings: SamplerSettings
 
-    def stepper(self) -> Stepper:
-        """What does the steps of one trajectory."""
-        return STEPPERS[type(self.settings)](self.settings)
-
     @property
     def timesteps(self) -> list[float]:
         """The times at which the network is asked, from noise to image."""
-        return list(self.stepper().timesteps)
+        return list(self.settings.stepper().timesteps)
 
     def trajectory(
         self,
@@ -247,7 +245,7 @@ class Sampler:
             labels: (B,) class labels; their device is where sampling runs.
             generators: one CPU generator per sample, the only source of randomness of that sample.
         """
-        stepper, streams = self.stepper(), list(generators)
+        stepper, streams = self.settings.stepper(), list(generators)
         x = torch.cat([torch.randn(1, *shape, generator=stream) for stream in streams]).to(labels.device)
         for index, timestep in enumerate(stepper.timesteps):
             output = denoiser(x, timestep, labels)

@@ -1,11 +1,20 @@
-"""What a user may say about sampling. No torch here, so that mistakes show at once."""
+"""The keys of diffusion processes, samplers, guidance and budgets, and the tables of processes and samplers.
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+An entry of a table is a class of settings that names its implementation, which is imported when it is built: torch
+takes seconds to import, and a mistake is to be reported at once.
+"""
 
-from dcdit.checks import Bounds, DropFraction, NotEmpty, Number, Positive, checked, conform
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, replace
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from dcdit.checks import Bounds, DropFraction, NotEmpty, Number, Positive, call_checked, checked, conform
 from dcdit.errors import UserError
+
+if TYPE_CHECKING:
+    from dcdit.diffusion.process import Process
+    from dcdit.diffusion.samplers import Stepper
 
 TRAIN_STEPS = 1000
 """Steps of the trained process."""
@@ -16,14 +25,48 @@ Timestep = Annotated[
     int, Bounds(0, TRAIN_STEPS, hint="timesteps run from 999, of flow matching 1000, which is pure noise, to 0")
 ]
 
-
 Weighting = Literal["none", "min_snr"]
 """Of the loss over times: ``none`` as published; ``min_snr``, min(SNR, gamma) / SNR of the noise (arXiv 2303.09556)."""
 
 
+@dataclass(frozen=True)
+class NamedSettings:
+    """Settings that stand in a table.
+
+    Attributes:
+        name: their name in the table.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The name and all settings as plain values, as a configuration states them."""
+        return {"name": self.name, **asdict(self)}
+
+
+class ProcessSettings(NamedSettings):
+    """The settings of a diffusion process.
+
+    Attributes:
+        name: its name in :data:`PROCESSES`.
+        implementation: module and class of the :class:`dcdit.diffusion.process.Process` that is built of them.
+        noisy_sampler, deterministic_sampler: names of the samplers that ``sampler=auto`` takes for it.
+    """
+
+    implementation: ClassVar[str]
+    noisy_sampler: ClassVar[str]
+    deterministic_sampler: ClassVar[str]
+
+    def build(self) -> "Process":
+        """The process with these settings."""
+        process: Process = resolve_name(self.implementation)(self)
+        return process
+
+
 @checked
 @dataclass(frozen=True)
-class NoiseDiffusion:
+class NoiseDiffusion(ProcessSettings):
     """The process of DiT and ADM, as published: 1,000 linear betas, noise prediction, learned variance.
 
     Attributes:
@@ -32,13 +75,16 @@ class NoiseDiffusion:
     """
 
     name: ClassVar[str] = "ddpm"
+    implementation: ClassVar[str] = "dcdit.diffusion.process:NoiseProcess"
+    noisy_sampler: ClassVar[str] = "ddpm"
+    deterministic_sampler: ClassVar[str] = "ddim"
     weighting: Weighting = "none"
     snr_gamma: Positive = 5.0
 
 
 @checked
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(ProcessSettings):
     """Flow matching on the straight line from image to noise (SiT, arXiv 2401.08740).
 
     Attributes:
@@ -49,6 +95,9 @@ class FlowMatching:
     """
 
     name: ClassVar[str] = "flow"
+    implementation: ClassVar[str] = "dcdit.diffusion.process:FlowProcess"
+    noisy_sampler: ClassVar[str] = "sde"
+    deterministic_sampler: ClassVar[str] = "euler"
     time: Literal["uniform", "logit_normal"] = "uniform"
     time_mean: Number = 0.0
     time_std: Positive = 1.0
@@ -56,10 +105,11 @@ class FlowMatching:
     snr_gamma: Positive = 5.0
 
 
-ProcessSettings = NoiseDiffusion | FlowMatching
+PROCESSES: dict[str, type[ProcessSettings]] = {kind.name: kind for kind in (NoiseDiffusion, FlowMatching)}
+"""The processes by ``diffusion.name``."""
 
-PROCESSES: dict[str, Callable[..., ProcessSettings]] = {"ddpm": NoiseDiffusion, "flow": FlowMatching}
-"""What ``diffusion.name`` may say; :mod:`dcdit.diffusion.process` has what computes."""
+PUBLISHED_PROCESS = {"name": NoiseDiffusion.name}
+"""The process of published weights of DC-DiT and DiT, whose files do not say it."""
 
 
 CacheThreshold = Annotated[
@@ -69,30 +119,61 @@ CacheThreshold = Annotated[
 
 @checked
 @dataclass(frozen=True)
-class SamplerOptions:
-    """What all samplers know.
+class SamplerOptions(NamedSettings, ABC):
+    """The settings that every ``sampler.name`` has, ``auto`` included.
 
     Attributes:
+        name: its name in :data:`SAMPLERS`.
+        process: ``diffusion.name`` of the networks that it fits; None for all.
         steps: number of steps, at most 1000.
         clip: clip the predicted x_0 to [-1, 1]; for images as latents, never for a VAE's.
         cache: threshold of feature caching, see :class:`dcdit.network.caching.FeatureCache`; 0 computes every step.
     """
 
-    name: ClassVar[str]
+    process: ClassVar[str | None]
     steps: Steps
     clip: bool = False
     cache: CacheThreshold = 0.0
 
     @property
-    def words(self) -> str:
-        """For people."""
-        reused = f", cache {self.cache:.3g}" if self.cache else ""
-        return f"{self.name} {self.steps} steps{reused}"
+    def description(self) -> str:
+        """The sampler, its steps and its cache threshold, such as ``ddim 50 steps``."""
+        caching = f", cache {self.cache:.3g}" if self.cache else ""
+        return f"{self.name} {self.steps} steps{caching}"
+
+    @abstractmethod
+    def for_process(self, process: ProcessSettings) -> "SamplerSettings":
+        """The sampler for networks that were trained by ``process``; :class:`UserError` if it does not fit them."""
+
+
+class SamplerSettings(SamplerOptions):
+    """The settings of one sampler.
+
+    Attributes:
+        steps, clip, cache: as of :class:`SamplerOptions`.
+        implementation: module and class of the :class:`dcdit.diffusion.samplers.Stepper` that is built of them.
+    """
+
+    implementation: ClassVar[str]
+
+    def stepper(self) -> "Stepper":
+        """A new object that makes the steps of one trajectory."""
+        stepper: Stepper = resolve_name(self.implementation)(self)
+        return stepper
+
+    def for_process(self, process: ProcessSettings) -> "SamplerSettings":
+        """This sampler; :class:`UserError` unless it is one for networks that were trained by ``process``."""
+        if self.process != process.name:
+            raise UserError(
+                f"sampler={self.name} does not fit a network that was trained with diffusion={process.name}:"
+                f" take sampler={', '.join(['auto', *samplers_of(process.name)])}"
+            )
+        return self
 
 
 @checked
 @dataclass(frozen=True)
-class DDPM(SamplerOptions):
+class DDPM(SamplerSettings):
     """Ancestral sampling with the learned range variance; steps evenly spaced over 0..999, both ends included.
 
     Attributes:
@@ -100,12 +181,13 @@ class DDPM(SamplerOptions):
     """
 
     name: ClassVar[str] = "ddpm"
+    implementation: ClassVar[str] = "dcdit.diffusion.samplers:AncestralStepper"
     process: ClassVar[str] = "ddpm"
 
 
 @checked
 @dataclass(frozen=True)
-class DDIM(SamplerOptions):
+class DDIM(SamplerSettings):
     """Implicit sampling (DDIM); steps spaced as the reference implementation does, from 0 upwards.
 
     Attributes:
@@ -114,13 +196,14 @@ class DDIM(SamplerOptions):
     """
 
     name: ClassVar[str] = "ddim"
+    implementation: ClassVar[str] = "dcdit.diffusion.samplers:ImplicitStepper"
     process: ClassVar[str] = "ddpm"
     eta: Annotated[float, Bounds(0, 1, hint="0 is deterministic DDIM, 1 is as noisy as DDPM")] = 0.0
 
 
 @checked
 @dataclass(frozen=True)
-class DPMSolver(SamplerOptions):
+class DPMSolver(SamplerSettings):
     """Second-order multistep DPM-Solver++ (arXiv 2211.01095): evenly spaced, deterministic.
 
     Attributes:
@@ -128,6 +211,7 @@ class DPMSolver(SamplerOptions):
     """
 
     name: ClassVar[str] = "dpm++"
+    implementation: ClassVar[str] = "dcdit.diffusion.samplers:MultistepStepper"
     process: ClassVar[str] = "ddpm"
     steps: Annotated[
         int,
@@ -137,12 +221,12 @@ class DPMSolver(SamplerOptions):
     ]
 
 
-Shift = Annotated[float, Bounds(0, 10**7, open_low=True, hint="1 is even steps, 3 spends more of them among noise")]
+TimeShift = Annotated[float, Bounds(0, 10**7, open_low=True, hint="1 is even steps, 3 spends more of them among noise")]
 
 
 @checked
 @dataclass(frozen=True)
-class Euler(SamplerOptions):
+class Euler(SamplerSettings):
     """Euler's method for the ODE of flow matching: first order, one evaluation a step.
 
     Attributes:
@@ -151,8 +235,9 @@ class Euler(SamplerOptions):
     """
 
     name: ClassVar[str] = "euler"
+    implementation: ClassVar[str] = "dcdit.diffusion.samplers:EulerStepper"
     process: ClassVar[str] = "flow"
-    shift: Shift = 1.0
+    shift: TimeShift = 1.0
 
 
 @checked
@@ -165,6 +250,7 @@ class Heun(Euler):
     """
 
     name: ClassVar[str] = "heun"
+    implementation: ClassVar[str] = "dcdit.diffusion.samplers:HeunStepper"
 
 
 @checked
@@ -178,11 +264,9 @@ class EulerMaruyama(Euler):
     """
 
     name: ClassVar[str] = "sde"
+    implementation: ClassVar[str] = "dcdit.diffusion.samplers:EulerMaruyamaStepper"
     steps: Annotated[int, Bounds(2, TRAIN_STEPS, hint="the SDE takes 250 as published, and two at the least")]
     last: Annotated[float, Bounds(0, 1, open_low=True, open_high=True, hint="0.04 as published")] = 0.04
-
-
-SamplerSettings = DDPM | DDIM | DPMSolver | Euler | Heun | EulerMaruyama
 
 
 @checked
@@ -196,50 +280,44 @@ class Auto(SamplerOptions):
     """
 
     name: ClassVar[str] = "auto"
-    process: ClassVar[None] = None
+    process: ClassVar[str | None] = None
     noise: bool = True
 
-    def of(self, process: str) -> SamplerSettings:
-        """The sampler for networks that were trained with this ``diffusion.name``."""
-        kinds: dict[str, tuple[Callable[..., SamplerSettings], Callable[..., SamplerSettings]]] = {
-            "ddpm": (DDIM, DDPM),
-            "flow": (Euler, EulerMaruyama),
-        }
-        return kinds[process][self.noise](steps=self.steps, clip=self.clip, cache=self.cache)
+    def for_process(self, process: ProcessSettings) -> SamplerSettings:
+        """The usual sampler of ``process``, with these steps, clipping and caching."""
+        name = process.noisy_sampler if self.noise else process.deterministic_sampler
+        values = {"steps": self.steps, "clip": self.clip, "cache": self.cache}
+        sampler = call_checked(SAMPLERS[name], values, "sampler")  # whose bounds are its own
+        return sampler.for_process(process)
 
 
-SAMPLERS: dict[str, Callable[..., Auto | SamplerSettings]] = {
-    "auto": Auto,
-    "ddpm": DDPM,
-    "ddim": DDIM,
-    "dpm++": DPMSolver,
-    "euler": Euler,
-    "heun": Heun,
-    "sde": EulerMaruyama,
+SAMPLERS: dict[str, type[SamplerOptions]] = {
+    kind.name: kind for kind in (Auto, DDPM, DDIM, DPMSolver, Euler, Heun, EulerMaruyama)
 }
-"""What ``sampler.name`` may say; :data:`dcdit.diffusion.samplers.STEPPERS` has what runs for each."""
+"""The samplers by ``sampler.name``."""
 
 
 def samplers_of(process: str) -> list[str]:
     """Names of the samplers for networks that were trained with this ``diffusion.name``."""
-    return [name for name, kind in SAMPLERS.items() if getattr(kind, "process", None) == process]
+    return [name for name, kind in SAMPLERS.items() if kind.process == process]
 
 
 @checked
 @dataclass(frozen=True)
 class GuidanceSettings:
-    """Guidance by a weaker half: without class (classifier-free), at a smaller budget, or of another checkpoint.
+    """Guidance of a main branch by a weaker, guiding one: without class (classifier-free), at a smaller budget, or of
+    another checkpoint.
 
     Attributes:
-        scale: guidance scale; 1 runs the strong half alone.
+        scale: guidance scale; 1 runs the main branch alone.
         channels: guided noise channels, at most all; None takes 3 of 4, as all published figures, and else all.
-        drop_fraction: tail drop of the strong half.
-        uncond_drop_fraction: tail drop of the weak half (Lite-CFG); None takes the same.
-        weak: ``uncond``, the weak half knows no class; ``budget``, it knows the class and drops more tokens. None takes
-            ``uncond``, and with ``weak_checkpoint`` the same class.
-        weak_checkpoint: the weak half is this checkpoint, see ``resolve_checkpoint``; None for the
+        drop_fraction: tail drop of the main branch.
+        uncond_drop_fraction: tail drop of the guiding branch (Lite-CFG); None takes the same.
+        weak: ``uncond``, the guiding branch knows no class; ``budget``, it knows the class and drops more tokens. None
+            takes ``uncond``, and with ``weak_checkpoint`` the same class.
+        weak_checkpoint: the checkpoint of the guiding branch, see ``resolve_checkpoint``; None for the
             network itself.
-        interval: lowest and highest timestep that is guided (arXiv 2404.07724); elsewhere the strong half runs
+        interval: lowest and highest timestep that is guided (arXiv 2404.07724); elsewhere the main branch runs
             alone. None guides all.
         drop_schedule: pairs of timestep and drop fraction, linear in between, constant beyond; in place of
             ``drop_fraction``.
@@ -265,15 +343,15 @@ class GuidanceSettings:
                 raise UserError(f"drop_schedule={self.drop_schedule}: {point} is no pair of timestep and drop fraction")
             conform("drop_schedule", point[0], Timestep)
             conform("drop_schedule", point[1], DropFraction)
-        if self.scale != 1 and self.weak == "budget" and self.weak_is_strong:
+        if self.scale != 1 and self.weak == "budget" and self.guiding_equals_main:
             raise UserError(
-                f"weak=budget: the weak half would drop {self.uncond_drop_fraction or 0:g} of the tokens, no more than"
-                " the strong one, and guide nowhere: give guidance.uncond_drop_fraction, such as 0.9"
+                f"weak=budget: the guiding branch would drop {self.uncond_drop_fraction or 0:g} of the tokens, no"
+                " more than the main branch, and guide nowhere: give guidance.uncond_drop_fraction, such as 0.9"
             )
 
     @property
     def canonical(self) -> "GuidanceSettings":
-        """The same said in one way: without a weak half where none runs, with its drop fraction where one does."""
+        """Equivalent settings in one form: no guiding branch where none runs, and its drop fraction where one does."""
         if self.scale == 1:
             return replace(self, uncond_drop_fraction=None, weak=None, weak_checkpoint=None)
         if self.uncond_drop_fraction is None and self.drop_schedule is None:
@@ -281,28 +359,28 @@ class GuidanceSettings:
         return self
 
     @property
-    def weak_keeps_class(self) -> bool:
-        """Whether the weak half is told the class."""
+    def guiding_keeps_class(self) -> bool:
+        """Whether the guiding branch knows the class."""
         return self.weak == "budget" or (self.weak is None and self.weak_checkpoint is not None)
 
     @property
-    def weak_is_strong(self) -> bool:
-        """Whether nothing makes the weak half weaker than the strong one."""
-        least = min(self.drops_of_strong)
+    def guiding_equals_main(self) -> bool:
+        """Whether nothing makes the guiding branch weaker than the main one."""
+        least = min(self.main_drop_fractions)
         same_budget = self.uncond_drop_fraction is None or self.uncond_drop_fraction <= least
-        return self.weak_keeps_class and self.weak_checkpoint is None and same_budget
+        return self.guiding_keeps_class and self.weak_checkpoint is None and same_budget
 
     def guided_channels(self, channels: int) -> int:
         """How many of the ``channels`` of the latents are guided."""
         return min(self.channels or (3 if channels == 4 else channels), channels)
 
     def is_guided(self, timestep: float) -> bool:
-        """Whether the weak half runs too at ``timestep``."""
+        """Whether the guiding branch runs too at ``timestep``."""
         inside = self.interval is None or self.interval[0] <= timestep <= self.interval[1]
         return self.scale != 1 and inside
 
     def drop_at(self, timestep: float) -> tuple[float, float]:
-        """Tail drop of the strong and of the weak half at ``timestep``."""
+        """Tail drop of the main and of the guiding branch at ``timestep``."""
         drop = self.drop_fraction
         if self.drop_schedule is not None:
             import numpy as np
@@ -312,8 +390,8 @@ class GuidanceSettings:
         return drop, drop if self.uncond_drop_fraction is None else self.uncond_drop_fraction
 
     @property
-    def drops_of_strong(self) -> list[float]:
-        """Drop fractions of the strong half, between which all others lie."""
+    def main_drop_fractions(self) -> list[float]:
+        """Drop fractions of the main branch, between which all others lie."""
         return [self.drop_fraction] if self.drop_schedule is None else [point[1] for point in self.drop_schedule]
 
 
@@ -323,7 +401,7 @@ class BudgetSettings:
     """A budget as a person thinks of it; at most one of the two.
 
     Attributes:
-        tflops: TFLOPs per image, all steps and halves, residual projection included.
+        tflops: TFLOPs per image, all steps and branches, residual projection included.
         fraction: share of what an image costs without any drop or reuse.
         by: what meets it: the drop fraction, the threshold of feature caching, or both; None takes both where the
             network caches and no threshold is given.

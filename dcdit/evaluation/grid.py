@@ -57,7 +57,7 @@ def grid_of(values: Mapping[str, Any]) -> EvaluationGrid:
         chosen |= {} if weak_drop is None else {"guidance.uncond_drop_fraction": weak_drop}
         unguided, _ = SamplingPlan.of(_with(values, {**chosen, "guidance.scale": 1.0}))
         guidance = unguided.guidance
-        if scale != 1 and guidance.weak_is_strong:
+        if scale != 1 and guidance.guiding_equals_main:
             left_out.append(
                 f"guidance.weak=budget, drop fraction {guidance.drop_fraction:g}, of the guiding branch"
                 f" {guidance.uncond_drop_fraction or 0:g}: the guiding branch would be no weaker, and guide nowhere"

@@ -23,7 +23,6 @@ from dcdit.diffusion.settings import SAMPLERS, GuidanceSettings, SamplerOptions
 from dcdit.errors import UserError
 from dcdit.evaluation.settings import METRICS, figures_of_metrics
 from dcdit.runtime.files import read_json, write_json
-from dcdit.sampling.settings import described
 
 SCHEMA = 6
 """Version of the files of results."""
@@ -217,7 +216,7 @@ class Result:
     def as_plain(self) -> dict[str, Any]:
         """Return the plain values that the file holds."""
         values = {"schema": SCHEMA, **asdict(self)}
-        values["plan"]["sampler"] = described(self.plan.sampler)
+        values["plan"]["sampler"] = self.plan.sampler.spec
         del values["path"]
         if self.keep_ratio is None:
             del values["keep_ratio"]

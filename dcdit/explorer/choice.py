@@ -1,4 +1,4 @@
-"""What a person may choose on the explorer's page: it comes to a plan of sampling, and words for a terminal."""
+"""What a person may choose on the explorer's page: it becomes a plan of sampling, and a command for a terminal."""
 
 import shlex
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from dcdit.sampling.settings import SamplingPlan
 
 Meet = Literal["drop", "schedule", "fraction", "tflops"]
 """What sets the budget: a drop fraction, one that follows the timesteps, a fraction of the full cost, or TFLOPs."""
-Scale = Annotated[float, Bounds(0, 20, hint="1 is no guidance, 2 to 4 make the class clearer")]
+GuidanceScale = Annotated[float, Bounds(0, 20, hint="1 is no guidance, 2 to 4 make the class clearer")]
 
 
 @checked
 @dataclass(frozen=True)
 class Choice:
-    """One image.
+    """The settings of one image.
 
     Attributes:
         label: number of its class.
@@ -30,7 +30,7 @@ class Choice:
         drop_last: of ``schedule`` the one at the image.
         fraction, tflops: the budgets of those names.
         by: what meets these: drops, reuse of features, or both.
-        weak_drop: drop fraction of the weak half; None for that of the strong one.
+        guiding_drop: drop fraction of the guiding branch; None for that of the main one.
         cache: threshold of feature caching; 0 for none.
     """
 
@@ -38,14 +38,14 @@ class Choice:
     seed: Seed
     sampler: str
     steps: Steps
-    scale: Scale
+    scale: GuidanceScale
     meet: Meet = "drop"
     drop: DropFraction = 0.0
     drop_last: DropFraction = 0.0
     fraction: Annotated[float, Bounds(0, 1, open_low=True, hint="0.6 asks for 60% of the full cost")] = 1.0
     tflops: Positive = 1.0
     by: Literal["drop", "cache", "both"] = "both"
-    weak_drop: DropFraction | None = None
+    guiding_drop: DropFraction | None = None
     cache: NonNegative = 0.0
 
     @property
@@ -63,8 +63,8 @@ class Choice:
             guidance["drop_schedule"] = [[_NOISE, self.drop], [0, self.drop_last]]
         else:
             budget = {self.meet: getattr(self, self.meet), "by": self.by}
-        if self.scale != 1 and self.weak_drop is not None:
-            guidance["uncond_drop_fraction"] = self.weak_drop
+        if self.scale != 1 and self.guiding_drop is not None:
+            guidance["uncond_drop_fraction"] = self.guiding_drop
         return {"sampler": {"steps": self.steps, "cache": self.cache}, "guidance": guidance, "budget": budget}
 
     def plan(self, base: Mapping[str, Any]) -> SamplingPlan:
@@ -91,7 +91,7 @@ class Choice:
         return {key: value for key, value in given.items() if key not in ("name", "steps", "clip", "cache")}
 
     def command(self, base: Mapping[str, Any], checkpoint: str, out: str) -> str:
-        """The words for a terminal that make the same image.
+        """The command for a terminal that makes the same image.
 
         Args:
             base: as of :meth:`plan`.
@@ -99,20 +99,20 @@ class Choice:
             out: folder for it.
         """
         chosen = self.sections()
-        words = [
+        overrides = [
             f"checkpoint={checkpoint}",
             f"classes=[{self.label}]",
             "per_class=1",
             f"seed={self.seed}",
             f"out={out}",
         ]
-        words += [f"sampler={self.sampler}", f"sampler.steps={self.steps}"]
-        words += [f"sampler.{key}={_value(value)}" for key, value in self._own(base).items()]
-        words += ["sampler.clip=true"] if base["sampler"].get("clip") else []
-        words += [f"sampler.cache={self.cache:g}"] if self.cache else []
+        overrides += [f"sampler={self.sampler}", f"sampler.steps={self.steps}"]
+        overrides += [f"sampler.{key}={_value(value)}" for key, value in self._own(base).items()]
+        overrides += ["sampler.clip=true"] if base["sampler"].get("clip") else []
+        overrides += [f"sampler.cache={self.cache:g}"] if self.cache else []
         for name in ("guidance", "budget"):
-            words += [f"{name}.{key}={_value(value)}" for key, value in chosen[name].items() if value]
-        return " ".join(["dcdit", "sample", *map(shlex.quote, words)])
+            overrides += [f"{name}.{key}={_value(value)}" for key, value in chosen[name].items() if value]
+        return " ".join(["dcdit", "sample", *map(shlex.quote, overrides)])
 
 
 _NOISE = 1000

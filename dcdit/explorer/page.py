@@ -26,7 +26,7 @@ from dcdit.errors import UserError
 from dcdit.explorer import view
 from dcdit.explorer.choice import Choice, Meet
 from dcdit.explorer.gate import Gate, gate
-from dcdit.explorer.studio import OnStep, Painting, StoppedError, Studio
+from dcdit.explorer.session import GeneratedImage, OnProgress, Session, StoppedError
 from dcdit.sampling.overlays import save_animation
 
 _ABOUT = (
@@ -50,7 +50,7 @@ _SESSIONS = 32
 
 
 @dataclass(frozen=True)
-class Side:
+class Controls:
     """The controls of A or B, in the order in which their values come."""
 
     checkpoint: Any
@@ -60,29 +60,29 @@ class Side:
     fraction: Any
     tflops: Any
     by: Any
-    own_weak: Any
-    weak_drop: Any
+    own_guiding_drop: Any
+    guiding_drop: Any
     cache: Any
     sampler: Any
     steps: Any
     scale: Any
 
     @property
-    def controls(self) -> list[Any]:
-        """All of them."""
+    def components(self) -> list[Any]:
+        """All controls, in their order."""
         return list(vars(self).values())
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What one side asks for: the number of a checkpoint, and the choice."""
+class ImageRequest:
+    """What one side requests: the number of a checkpoint, and the settings of an image."""
 
     checkpoint: int
     choice: Choice
 
 
-def asked(name: str, checkpoints: int, label: Any, seed: Any, values: Sequence[Any]) -> Asked:
-    """What the controls of one side ask for.
+def request_of(name: str, checkpoints: int, label: Any, seed: Any, values: Sequence[Any]) -> ImageRequest:
+    """The request of the controls of one side.
 
     Args:
         name: of the side.
@@ -92,44 +92,46 @@ def asked(name: str, checkpoints: int, label: Any, seed: Any, values: Sequence[A
     Raises:
         UserError: naming what is wrong.
     """
-    given = Side(*values)
-    conform(f"{name}: what sets the budget", given.meet, Meet)
-    conform(f"{name}: own ρ of the half without class", given.own_weak, bool)
-    checkpoint = conform(f"{name}: checkpoint", given.checkpoint, Annotated[int, Bounds(0, checkpoints - 1)])
-    meant = {"class": label, "seed": seed, f"{name}: guidance scale": given.scale, f"{name}: steps": given.steps}
-    meant |= {f"{name}: threshold of feature caching": given.cache}
-    if given.meet in ("drop", "schedule"):
-        meant[f"{name}: drop fraction ρ"] = given.drop
-    if given.meet == "schedule":
-        meant[f"{name}: ρ at the image"] = given.drop_last
-    elif given.meet != "drop":
-        meant[f"{name}: {next(words for words, what in _MEET if what == given.meet)}"] = getattr(given, given.meet)
-    if given.own_weak:
-        meant[f"{name}: ρ of the half without class"] = given.weak_drop
+    controls = Controls(*values)
+    conform(f"{name}: what sets the budget", controls.meet, Meet)
+    conform(f"{name}: own ρ of the guiding branch", controls.own_guiding_drop, bool)
+    checkpoint = conform(f"{name}: checkpoint", controls.checkpoint, Annotated[int, Bounds(0, checkpoints - 1)])
+    meant = {"class": label, "seed": seed, f"{name}: guidance scale": controls.scale, f"{name}: steps": controls.steps}
+    meant |= {f"{name}: threshold of feature caching": controls.cache}
+    if controls.meet in ("drop", "schedule"):
+        meant[f"{name}: drop fraction ρ"] = controls.drop
+    if controls.meet == "schedule":
+        meant[f"{name}: ρ at the image"] = controls.drop_last
+    elif controls.meet != "drop":
+        meant[f"{name}: {next(words for words, what in _MEET if what == controls.meet)}"] = getattr(
+            controls, controls.meet
+        )
+    if controls.own_guiding_drop:
+        meant[f"{name}: ρ of the guiding branch"] = controls.guiding_drop
     empty = [words for words, value in meant.items() if value is None]
     if empty:
         raise UserError(f"{', '.join(empty)}: there is nothing, give a value")
     choice = Choice(
         label=label,
         seed=_whole(seed),
-        sampler=given.sampler,
-        steps=_whole(given.steps),
-        scale=given.scale,
-        meet=given.meet,
-        drop=given.drop if given.meet in ("drop", "schedule") else 0.0,
-        drop_last=given.drop_last if given.meet == "schedule" else 0.0,
-        fraction=given.fraction if given.meet == "fraction" else 1.0,
-        tflops=given.tflops if given.meet == "tflops" else 1.0,
-        by=given.by if given.meet in ("fraction", "tflops") else "both",
-        weak_drop=given.weak_drop if given.own_weak and given.scale != 1 else None,
-        cache=given.cache,
+        sampler=controls.sampler,
+        steps=_whole(controls.steps),
+        scale=controls.scale,
+        meet=controls.meet,
+        drop=controls.drop if controls.meet in ("drop", "schedule") else 0.0,
+        drop_last=controls.drop_last if controls.meet == "schedule" else 0.0,
+        fraction=controls.fraction if controls.meet == "fraction" else 1.0,
+        tflops=controls.tflops if controls.meet == "tflops" else 1.0,
+        by=controls.by if controls.meet in ("fraction", "tflops") else "both",
+        guiding_drop=controls.guiding_drop if controls.own_guiding_drop and controls.scale != 1 else None,
+        cache=controls.cache,
     )
-    return Asked(checkpoint, choice)
+    return ImageRequest(checkpoint, choice)
 
 
-def _named(on_step: OnStep, name: str, done: int, steps: int, what: str) -> None:
+def _named(on_progress: OnProgress, name: str, done: int, steps: int, what: str) -> None:
     """Tell of a step of A or B."""
-    on_step(done, steps, f"{name}: {what}")
+    on_progress(done, steps, f"{name}: {what}")
 
 
 def _next_seed(seed: Any) -> int:
@@ -150,21 +152,21 @@ class Page:
     """The page, and what happens on it.
 
     Args:
-        studio: what samples.
+        session: the checkpoints, which sample.
         title: of the page.
     """
 
-    def __init__(self, studio: Studio, title: str) -> None:
-        self.studio, self.title = studio, visible(title)
+    def __init__(self, session: Session, title: str) -> None:
+        self.session, self.title = session, visible(title)
         self._jobs: dict[str, Event] = {}  # of each browser, and whether it is to stop
 
     # ---- what happens ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _job(self, request: gr.Request) -> Iterator[OnStep]:
+    def _job(self, request: gr.Request) -> Iterator[OnProgress]:
         """A job of a browser: tells its page how far it is, and ends where that asks for it."""
-        session, stopped, progress = str(request.session_hash), Event(), gr.Progress()
-        self._jobs[session] = stopped
+        browser, stopped, progress = str(request.session_hash), Event(), gr.Progress()
+        self._jobs[browser] = stopped
 
         def tell(done: int, steps: int, what: str) -> None:
             if stopped.is_set():
@@ -174,7 +176,7 @@ class Page:
         try:
             yield tell
         finally:
-            self._jobs.pop(session, None)
+            self._jobs.pop(browser, None)
 
     def stop(self, request: gr.Request) -> None:
         """End the job of this browser, which asks for that or has gone, at its next step."""
@@ -185,107 +187,111 @@ class Page:
     def update(
         self,
         request: gr.Request,
-        known: tuple[tuple[Asked, Painting], ...],
+        known: tuple[tuple[ImageRequest, GeneratedImage], ...],
         label: Any,
         seed: Any,
         *values: Any,
     ) -> list[Any]:
-        """Sample whichever side asks for something else than it shows."""
-        names = view.NAMES
-        half = len(values) // 2
-        found: list[tuple[Asked, Painting]] = []
+        """Sample each side that requests another image than it shows."""
+        half, shown_images = len(values) // 2, dict(known)
+        pairs: list[tuple[ImageRequest, GeneratedImage]] = []
         try:
-            with self._job(request) as on_step:
-                for name, some in zip(names, (values[:half], values[half:]), strict=True):
-                    wanted = asked(name, len(self.studio.places), label, seed, some)
-                    same = [painting for one, painting in known if one == wanted]
-                    told = partial(_named, on_step, name)
-                    painting = same[0] if same else self.studio.paint(wanted.checkpoint, wanted.choice, told)
-                    found.append((wanted, painting))
+            with self._job(request) as on_progress:
+                for name, side_values in zip(view.NAMES, (values[:half], values[half:]), strict=True):
+                    wanted = request_of(name, len(self.session.places), label, seed, side_values)
+                    generated = shown_images.get(wanted) or self.session.generate(
+                        wanted.checkpoint, wanted.choice, partial(_named, on_progress, name)
+                    )
+                    pairs.append((wanted, generated))
         except StoppedError:
             return [gr.skip()] * (_OUTPUTS - 1) + [view.message("Stopped. The page shows what was there before.")]
         except UserError as error:
             return [gr.skip()] * (_OUTPUTS - 1) + [view.message(str(error))]
-        paintings = [painting for _, painting in found]
-        words = [self.studio.classes(one.checkpoint)[one.choice.label] for one, _ in found]
+        requests, images = zip(*pairs, strict=True)
+        classes = [self.session.classes(wanted.checkpoint)[wanted.choice.label] for wanted in requests]
         return [
-            tuple(found),
-            *(view.image(*each) for each in zip(names, paintings, words, strict=True)),
-            view.difference_of(*paintings),
-            view.numbers(paintings),
-            view.downloads(paintings),
+            tuple(pairs),
+            *map(view.image, view.NAMES, images, classes),
+            view.difference_of(*images),
+            view.numbers(images),
+            view.downloads(images),
             "\n".join(
-                self.studio.command(one.checkpoint, one.choice, f"explored/{name}")
-                for name, (one, _) in zip(names, found, strict=True)
+                self.session.command(wanted.checkpoint, wanted.choice, f"explored/{name}")
+                for name, wanted in zip(view.NAMES, requests, strict=True)
             ),
             view.message("Done.", problem=False),
         ]
 
-    def course(self, known: tuple[tuple[Asked, Painting], ...], place: float) -> list[str]:
+    def course(self, known: tuple[tuple[ImageRequest, GeneratedImage], ...], place: float) -> list[str]:
         """How both images came about: one evaluation of each, and the curves."""
-        return [*self.moments(known, place), view.curves([painting for _, painting in known]) if known else ""]
+        return [*self.moments(known, place), view.curves([generated for _, generated in known]) if known else ""]
 
-    def moments(self, known: tuple[tuple[Asked, Painting], ...], place: float) -> list[str]:
+    def moments(self, known: tuple[tuple[ImageRequest, GeneratedImage], ...], place: float) -> list[str]:
         """One evaluation of each side, at a place between 0, noise, and 100, the image."""
         try:
             place = conform("time", place, Annotated[float, Bounds(0, 100)])
         except UserError as error:
             return [view.message(str(error)), ""]
-        pictures = [view.moment(name, each[1], place / 100) for name, each in zip(view.NAMES, known, strict=False)]
+        images = [generated for _, generated in known]
+        pictures = [
+            view.moment(name, generated, place / 100) for name, generated in zip(view.NAMES, images, strict=False)
+        ]
         return pictures or ["", ""]
 
     def strip(self, request: gr.Request, label: Any, seed: Any, *values: Any) -> str:
         """The same seed at seven budgets, by the other settings of A."""
         try:
-            wanted = asked("A", len(self.studio.places), label, seed, values)
-            with self._job(request) as on_step:
-                return view.strip(self.studio.strip(wanted.checkpoint, wanted.choice, on_step))
+            wanted = request_of("A", len(self.session.places), label, seed, values)
+            with self._job(request) as on_progress:
+                return view.strip(self.session.strip(wanted.checkpoint, wanted.choice, on_progress))
         except StoppedError:
             return view.message("Stopped.")
         except UserError as error:
             return view.message(str(error))
 
-    def animate(self, known: tuple[tuple[Asked, Painting], ...], form: str) -> list[str]:
+    def animate(self, known: tuple[tuple[ImageRequest, GeneratedImage], ...], form: str) -> list[str]:
         """Both sides as animations."""
         if form not in _FORMS:
             return [view.message(f"animation={shown(form)} is not one of {', '.join(_FORMS)}"), ""]
-        found = []
+        animations = []
         with tempfile.TemporaryDirectory() as folder:
-            for name, (_, painting) in zip(view.NAMES, known, strict=False):
+            for name, (_, generated) in zip(view.NAMES, known, strict=False):
                 file = Path(folder) / f"{name}.{form.lower()}"
-                save_animation(painting.animation(), file)
-                found.append(view.animated(name, painting, file))
-        return found or [view.message("There is no image yet.")] * 2
+                save_animation(generated.animation(), file)
+                animations.append(view.animated(name, generated, file))
+        return animations or [view.message("There is no image yet.")] * 2
 
     # ---- what there is -----------------------------------------------------------------------------------------
 
-    def _side(self, name: str, drop: float, base: dict[str, Any]) -> Side:
+    def _controls(self, name: str, drop: float, base: dict[str, Any]) -> Controls:
         """The controls of one side."""
-        studio = self.studio
-        several = len(studio.places) > 1
+        session = self.session
+        several = len(session.places) > 1
         number = view.NAMES.index(name) if several else 0
-        drop = drop if studio.routes(number) else 0.0
-        sampler_keys, most = base["sampler"], studio.most_steps
+        drop = drop if session.routes(number) else 0.0
+        sampler_keys, most = base["sampler"], session.most_steps
         with gr.Group():
-            choices = [(visible(place.run), index) for index, place in enumerate(studio.places)]
+            choices = [(visible(place.run), index) for index, place in enumerate(session.places)]
             checkpoint = gr.Radio(choices, value=number, label=f"{name}: checkpoint", visible=several)
             first = _slider(0, 0.95, drop, 0.05, f"{name}: drop fraction ρ", elem_id=f"drop_{name}")
         with gr.Accordion(f"{name}: more", open=False):
             meet = gr.Radio(_MEET, value="drop", label="what sets the budget", elem_id=f"meet_{name}")
             last = _slider(0, 0.95, 0.0, 0.05, "ρ at the image", visible=False)
             fraction = _slider(0.05, 1, 0.7, 0.05, "fraction of the full cost", visible=False)
-            usual, words = studio.usual_tflops(number), "TFLOPs per image (0.001 is a GFLOP)"
+            usual, words = session.usual_tflops(number), "TFLOPs per image (0.001 is a GFLOP)"
             tflops = gr.Number(usual, label=words, visible=False, elem_id=f"tflops_{name}")
             by = gr.Radio(_BY, value="both", label="what meets that budget", visible=False)
             scale = _slider(1, 10, base["guidance"]["scale"], 0.25, "guidance scale, 1 for none")
-            own_weak = gr.Checkbox(False, label="with guidance: the half without class has a ρ of its own (Lite-CFG)")
-            weak = _slider(0, 0.95, 0.9, 0.05, "its ρ", visible=False)
+            own_guiding_drop = gr.Checkbox(
+                False, label="with guidance: the branch without class has a ρ of its own (Lite-CFG)"
+            )
+            guiding_drop = _slider(0, 0.95, 0.9, 0.05, "its ρ", visible=False)
             cache = _slider(0, 2, sampler_keys["cache"], 0.05, "feature caching: threshold, 0 for none")
-            samplers = sorted({each for index in range(len(studio.places)) for each in studio.samplers(index)})
-            sampler = gr.Dropdown(samplers, value=studio.sampler(number), label="sampler")
+            samplers = sorted({name for index in range(len(session.places)) for name in session.samplers(index)})
+            sampler = gr.Dropdown(samplers, value=session.sampler(number), label="sampler")
             steps = _slider(2, most, min(most, sampler_keys["steps"]), 1, "steps", elem_id=f"steps_{name}")
 
-        def controls(what: Any) -> list[Any]:
+        def update_controls(what: Any) -> list[Any]:
             words = f"{name}: ρ in noise" if what == "schedule" else f"{name}: drop fraction ρ"
             asks = what in ("fraction", "tflops")
             return [
@@ -294,9 +300,23 @@ class Page:
                 gr.update(visible=asks),
             ]
 
-        meet.input(controls, meet, [first, last, fraction, tflops, by], **_SILENT)
-        own_weak.input(lambda own: gr.update(visible=own is True), own_weak, weak, **_SILENT)
-        return Side(checkpoint, meet, first, last, fraction, tflops, by, own_weak, weak, cache, sampler, steps, scale)
+        meet.input(update_controls, meet, [first, last, fraction, tflops, by], **_SILENT)
+        own_guiding_drop.input(lambda own: gr.update(visible=own is True), own_guiding_drop, guiding_drop, **_SILENT)
+        return Controls(
+            checkpoint,
+            meet,
+            first,
+            last,
+            fraction,
+            tflops,
+            by,
+            own_guiding_drop,
+            guiding_drop,
+            cache,
+            sampler,
+            steps,
+            scale,
+        )
 
     def blocks(self, base: dict[str, Any]) -> gr.Blocks:
         """The page.
@@ -304,9 +324,9 @@ class Page:
         Args:
             base: the plain values of the configuration, which the controls begin with.
         """
-        studio = self.studio
-        names = [(visible(name), number) for number, name in enumerate(studio.classes(0))]
-        routes = any(studio.routes(number) for number in range(len(studio.places)))
+        session = self.session
+        names = [(visible(name), number) for number, name in enumerate(session.classes(0))]
+        routes = any(session.routes(number) for number in range(len(session.places)))
         with gr.Blocks(title=self.title, analytics_enabled=False, fill_width=True) as page:
             gr.HTML(view.heading(self.title))
             gr.Markdown(_ABOUT)
@@ -320,7 +340,9 @@ class Page:
                         label = gr.Dropdown(names, value=0, label="class", elem_id="label")
                         seed = gr.Number(base["seed"], label="seed", precision=0, elem_id="seed")
                         another = gr.Button("another seed", size="sm", elem_id="another")
-                    sides = [self._side(name, drop, base) for name, drop in zip(view.NAMES, (0.0, 0.5), strict=True)]
+                    sides = [
+                        self._controls(name, drop, base) for name, drop in zip(view.NAMES, (0.0, 0.5), strict=True)
+                    ]
                     status = gr.HTML(elem_id="status", min_height=70)
                     stop = gr.Button("stop", size="sm", elem_id="stop")
                 with gr.Column(scale=5, min_width=280):
@@ -339,12 +361,12 @@ class Page:
                     commands = gr.Textbox(
                         label="the same images from a terminal, A then B", lines=2, elem_id="commands"
                     )
-            inputs = [known, label, seed, *sides[0].controls, *sides[1].controls]
+            inputs = [known, label, seed, *sides[0].components, *sides[1].components]
             outputs = [known, *images, between, numbers, downloads, commands, status]
             assert len(outputs) == _OUTPUTS
             one = {"concurrency_id": "sampling", "concurrency_limit": 1, "trigger_mode": "always_last"}
 
-            every = (label, seed, *sides[0].controls, *sides[1].controls)
+            every = (label, seed, *sides[0].components, *sides[1].components)
             # A slider that a browser brings back within its bounds has changed, though nobody moved it.
             changed = [each.change if isinstance(each, gr.Slider) else each.input for each in every]
             shared: dict[str, Any] = {"show_progress_on": status, **_EVENT, **one}
@@ -355,7 +377,7 @@ class Page:
             ):
                 updated.then(self.course, [known, place], [*moments, curves], **_SILENT)
             place.input(self.moments, [known, place], moments, trigger_mode="always_last", **_SILENT)
-            seven.click(self.strip, [label, seed, *sides[0].controls], strip, **{**shared, "show_progress_on": strip})
+            seven.click(self.strip, [label, seed, *sides[0].components], strip, **{**shared, "show_progress_on": strip})
             move.click(self.animate, [known, form], animations, concurrency_limit=1, **_EVENT)
             stop.click(self.stop, queue=False, **_SILENT)
             page.unload(self.stop)

@@ -1,4 +1,4 @@
-"""What the explorer shows of paintings, as fragments of HTML: pictures within, nothing that is fetched."""
+"""What the explorer shows of generated images, as fragments of HTML: pictures within, nothing that is fetched."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from PIL import Image
 
 from dcdit.checks import visible
 from dcdit.compute.table import flops_words
-from dcdit.explorer.studio import Painting, difference
+from dcdit.explorer.session import GeneratedImage, difference
 from dcdit.sampling.overlays import Pixels, enlarged, side_by_side
 
 NAMES = ("A", "B")
@@ -22,9 +22,9 @@ _INK = "#010203"
 """A colour that nobody takes; in the page it becomes that of the text."""
 
 _NOTE = (
-    "Tokens kept: the mean of all evaluations and both halves of guidance; reused ones keep none. This is one image at"
-    " a time: a small network then takes about as long whatever is dropped, for it takes longer to begin each operation"
-    " than to do it."
+    "Tokens kept: the mean of all evaluations and both branches of guidance; reused ones keep none. This is one image"
+    " at a time: a small network then takes about as long whatever is dropped, for it takes longer to begin each"
+    " operation than to do it."
 )
 _environment = Environment(
     loader=PackageLoader("dcdit", "explorer"),
@@ -61,22 +61,22 @@ def png(pixels: Pixels) -> str:
     return _source(file.getvalue(), "image/png")
 
 
-def image(name: str, painting: Painting, words: str) -> str:
+def image(name: str, generated: GeneratedImage, words: str) -> str:
     """The finished image of one side."""
-    alt = f"{name}: class {words}, seed {painting.choice.seed}, {painting.title}"
-    return str(_fragments.picture(png(enlarged(painting.image, 256)), f"{name}: {short(painting)}", alt))
+    alt = f"{name}: class {words}, seed {generated.choice.seed}, {generated.title}"
+    return str(_fragments.picture(png(enlarged(generated.image, 256)), f"{name}: {short(generated)}", alt))
 
 
-def short(painting: Painting) -> str:
-    """Budget and cost in few words."""
-    drops = sorted({round(drop, 2) for drop in painting.drops})
-    found = [f"ρ {' to '.join(f'{drop:g}' for drop in (drops[0], drops[-1])[: len(drops)])}"]
-    cache = painting.sampling.sampler.settings.cache
-    found += [f"cache {cache:.3g}"] if cache else []
-    return ", ".join([*found, flops_words(painting.flops)])
+def short(generated: GeneratedImage) -> str:
+    """Budget and cost of an image, such as ``ρ 0.5, 3.4 GFLOPs``."""
+    drops = sorted({round(drop, 2) for drop in generated.drops})
+    parts = [f"ρ {' to '.join(f'{drop:g}' for drop in (drops[0], drops[-1])[: len(drops)])}"]
+    cache = generated.sampling.sampler.settings.cache
+    parts += [f"cache {cache:.3g}"] if cache else []
+    return ", ".join([*parts, flops_words(generated.flops)])
 
 
-def difference_of(one: Painting, two: Painting) -> str:
+def difference_of(one: GeneratedImage, two: GeneratedImage) -> str:
     """Where two images differ, white where most."""
     try:
         found = difference(one.image, two.image)
@@ -87,46 +87,46 @@ def difference_of(one: Painting, two: Painting) -> str:
     return str(_fragments.picture(png(enlarged(found, 256)), words, f"difference of A and B, {words}"))
 
 
-def moment(name: str, painting: Painting, place: float) -> str:
+def moment(name: str, generated: GeneratedImage, place: float) -> str:
     """One evaluation of the network, at a ``place`` between 0, noise, and 1, the image."""
-    index = round(place * (len(painting.moments) - 1))
-    at = painting.moments[index]
-    cost = flops_words(painting.step_flops[index])
-    words = f"{name}: evaluation {index + 1} of {len(painting.moments)}, {cost}"
+    index = round(place * (len(generated.moments) - 1))
+    at = generated.moments[index]
+    cost = flops_words(generated.step_flops[index])
+    words = f"{name}: evaluation {index + 1} of {len(generated.moments)}, {cost}"
     if at.boundaries is not None:
         words += f", {at.boundaries.words}"
         if at.boundaries.mask.any():
             words += "; orange: kept, blue: dropped by the tail drop, grey: left to encoder and decoder"
         else:
             words += " from an evaluation before: no token ran, and none was dropped"
-    return str(_fragments.pictures([(png(picture), said) for said, picture in painting.at(index)], words))
+    return str(_fragments.pictures([(png(picture), said) for said, picture in generated.at(index)], words))
 
 
 def _share(value: float, full: float) -> str:
     return f"{value / full:.0%} of the full budget's"
 
 
-def numbers(paintings: Sequence[Painting]) -> str:
-    """What they cost and lost, beside the same image at the full budget."""
+def numbers(generated_images: Sequence[GeneratedImage]) -> str:
+    """A table of what the images cost and lost, beside the same images at the full budget."""
     rows: dict[str, list[str]] = {}
 
     def add(words: str, cell: str) -> None:
         rows.setdefault(words, []).append(cell)
 
-    for painting in paintings:
-        full = painting.full or painting
-        reused = painting.tokens.count(0)
-        add("settings", painting.title)
-        add("work", f"{flops_words(painting.flops)}, {_share(painting.flops, full.flops)}")
-        times = f"{painting.milliseconds:.0f} ms (median of {len(painting.times)}), "
-        add("time here", times + _share(painting.milliseconds, full.milliseconds))
-        add("tokens kept", f"{painting.kept:.1%} of all positions" if painting.tokens else "all patches")
-        add("evaluations reused", f"{reused} of {len(painting.moments)}")
-        add("differs from the full budget", f"{painting.lost:.2%} of the range on average")
+    for generated in generated_images:
+        full = generated.full or generated
+        reused = generated.tokens.count(0)
+        add("settings", generated.title)
+        add("work", f"{flops_words(generated.flops)}, {_share(generated.flops, full.flops)}")
+        times = f"{generated.milliseconds:.0f} ms (median of {len(generated.times)}), "
+        add("time here", times + _share(generated.milliseconds, full.milliseconds))
+        add("tokens kept", f"{generated.kept:.1%} of all positions" if generated.tokens else "all patches")
+        add("evaluations reused", f"{reused} of {len(generated.moments)}")
+        add("differs from the full budget", f"{generated.lost:.2%} of the range on average")
     return str(_fragments.numbers(NAMES, rows.items(), _NOTE))
 
 
-def curves(paintings: Sequence[Painting]) -> str:
+def curves(generated_images: Sequence[GeneratedImage]) -> str:
     """Tokens kept, drop fraction and FLOPs over the timesteps, as SVG in the page's own colours."""
     import matplotlib
 
@@ -138,13 +138,15 @@ def curves(paintings: Sequence[Painting]) -> str:
     for words in ("tokens kept and ρ, %", "GFLOPs of an evaluation"):
         with plt.rc_context({**style, "svg.fonttype": "none"}):
             figure, axes = plt.subplots(figsize=(4.6, 2.5), layout="constrained")
-            for name, painting, colour, line in zip(NAMES, paintings, _COLOURS, ("-", "--"), strict=False):
-                timesteps = [each.timestep for each in painting.moments]
+            for name, generated, colour, line in zip(NAMES, generated_images, _COLOURS, ("-", "--"), strict=False):
+                timesteps = [each.timestep for each in generated.moments]
                 if words.startswith("GFLOPs"):
-                    axes.plot(timesteps, np.divide(painting.step_flops, 1e9), line, c=colour, marker=".", label=name)
-                elif painting.tokens:
-                    axes.plot(timesteps, np.multiply(painting.tokens, 100), line, c=colour, marker=".", label=name)
-                    axes.plot(timesteps, np.multiply(painting.drops, 100), ":", c=colour, lw=1, label=f"ρ of {name}, %")
+                    axes.plot(timesteps, np.divide(generated.step_flops, 1e9), line, c=colour, marker=".", label=name)
+                elif generated.tokens:
+                    axes.plot(timesteps, np.multiply(generated.tokens, 100), line, c=colour, marker=".", label=name)
+                    axes.plot(
+                        timesteps, np.multiply(generated.drops, 100), ":", c=colour, lw=1, label=f"ρ of {name}, %"
+                    )
             axes.set(xlabel="timestep: from noise to image", ylabel=words, ylim=(0, None))
             axes.invert_xaxis()
             axes.spines[["top", "right"]].set_visible(False)
@@ -162,20 +164,22 @@ def curves(paintings: Sequence[Painting]) -> str:
     )
 
 
-def downloads(paintings: Sequence[Painting]) -> str:
+def downloads(generated_images: Sequence[GeneratedImage]) -> str:
     """Links that save the finished images as PNG, pixel by pixel."""
     links = []
-    for name, painting in zip(NAMES, paintings, strict=False):
-        links.append((png(enlarged(painting.image, 1)), _file(painting, f"{name}.png"), f"{name} as PNG"))
+    for name, generated in zip(NAMES, generated_images, strict=False):
+        links.append((png(enlarged(generated.image, 1)), _file(generated, f"{name}.png"), f"{name} as PNG"))
     return str(_fragments.downloads(links))
 
 
-def animated(name: str, painting: Painting, file: Path) -> str:
+def animated(name: str, generated: GeneratedImage, file: Path) -> str:
     """An animation that was saved as ``file``, and a link that saves it."""
     kind = {".gif": "image/gif", ".webp": "image/webp"}[file.suffix]
     words = f"save {name} as {file.suffix[1:].upper()}"
     source = _source(file.read_bytes(), kind)
-    return str(_fragments.saved(source, _file(painting, f"{name}{file.suffix}"), words, f"{name}: from noise to image"))
+    return str(
+        _fragments.saved(source, _file(generated, f"{name}{file.suffix}"), words, f"{name}: from noise to image")
+    )
 
 
 def strip(pictures: Sequence[tuple[str, Pixels]]) -> str:
@@ -191,9 +195,9 @@ def heading(title: str) -> str:
 
 
 def message(words: str, problem: bool = True) -> str:
-    """What is wrong, or going on."""
+    """A message about what went wrong or is going on."""
     return str(_fragments.message("problem" if problem else "", words))
 
 
-def _file(painting: Painting, ending: str) -> str:
-    return f"class_{painting.choice.label}_seed_{painting.choice.seed}_{ending}"
+def _file(generated: GeneratedImage, ending: str) -> str:
+    return f"class_{generated.choice.label}_seed_{generated.choice.seed}_{ending}"

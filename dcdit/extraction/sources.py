@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import tarfile
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from dcdit.runtime.files import open_regular
 
 IMAGE_TYPES = re.compile("jpe?g|jpe|jfif|a?png|webp|bmp|tiff?|gif|p[gbpnf]m|avif|img")
 """Endings of names, in lower case, of files that are taken for images; in folders, so are names without an ending."""
+
+_OTHER_IMAGES = {"heic", "heif", "jxl", "jp2", "psd", "dng", "cr2", "cr3", "nef", "arw", "raw", "svg", "eps", "pdf"}
+"""Endings of images that Pillow does not decode, or not without another program."""
 
 CORRUPT_TAR = "the tar file is corrupt"
 
@@ -173,13 +177,14 @@ class FolderSource(ImageSource):
                 folders.append(entry.name)
             else:
                 listing.skipped.append(Skipped(visible(entry.name), "lies in no class folder"))
-        self.classes = _check_classes(root, folders, classes)
+        by_name = _named_folders(root, folders)
+        self.classes = _check_classes(root, list(by_name), classes)
         paths: list[bytes] = []
         labels: list[int] = []
         self.inventory: dict[str, str] = {}
         for label, name in enumerate(self.classes):
-            if name in folders:
-                images = sorted(_walk(root / name, root, listing))
+            if folder := by_name.get(unicodedata.normalize("NFC", name)):
+                images = sorted(_walk(root / folder, root, listing))
                 files = [os.fsencode(os.path.relpath(path, root)) for path, _ in images]
                 content = b"".join(b"%b %d\n" % (file, size) for file, (_, size) in zip(files, images, strict=True))
                 digest = hashlib.sha256(content).hexdigest()[:8]
@@ -192,6 +197,8 @@ class FolderSource(ImageSource):
         used = set(labels)
         if empty := [name for label, name in enumerate(self.classes) if label not in used]:
             notes.append(describe_empty_classes(empty, len(self.classes)))
+        if alike := [name for name, times in Counter(map(str.casefold, by_name)).items() if times > 1]:
+            notes.append(f"{len(alike)} class names differ only in upper and lower case, such as {alike[0]!r}")
         order = np.random.default_rng(seed).permutation(len(paths))
         # Arrays, not lists: reference counts would copy them into every worker process.
         self._paths = np.array(paths)[order]
@@ -315,6 +322,35 @@ def _is_image(name: str) -> bool:
     return IMAGE_TYPES.fullmatch(_ending(name)) is not None
 
 
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def _named_folders(root: Path, folders: Sequence[str]) -> dict[str, str]:
+    """The class folders by class name, which is the folder's name with accents composed (Unicode NFC).
+
+    Systems store one name in two forms: macOS decomposes accents.
+
+    Raises:
+        UserError: if two folders have one name, or the folders are splits, which hold the classes.
+    """
+    by_name: dict[str, str] = {}
+    for folder in folders:
+        name = unicodedata.normalize("NFC", folder)
+        if by_name.setdefault(name, folder) != folder:
+            raise UserError(
+                f"source={root}: two class folders are called {visible(name)!r}, one with composed and one with"
+                " decomposed accents: move the images of one into the other"
+            )
+    if folders and {folder.lower() for folder in folders} <= _SPLITS:
+        content = [entry for folder in folders for entry in scan(root / folder)]
+        if any(map(is_folder, content)) and not any(_is_image(entry.name) for entry in content):
+            raise UserError(
+                f"source={root} holds splits ({', '.join(folders)}), not classes: extract each by itself, such as"
+                f" source={root / folders[0]}"
+            )
+    return by_name
+
+
 def _check_classes(root: Path, folders: Sequence[str], given: tuple[str, ...] | None) -> tuple[str, ...]:
     """The classes of a source: those given, or its folders; UserError unless every folder is one of them."""
     if not folders:
@@ -326,7 +362,8 @@ def _check_classes(root: Path, folders: Sequence[str], given: tuple[str, ...] | 
                 " characters: rename it (convmv converts the names of a whole tree)"
             )
     classes = given or tuple(folders)
-    if unknown := sorted(set(folders).difference(classes)):
+    known = {unicodedata.normalize("NFC", name) for name in classes}
+    if unknown := sorted(set(folders).difference(known)):
         raise UserError(
             f"source={root}: the train split has no class {unknown[0]!r}"
             f"{f', nor {len(unknown) - 1} others' if unknown[1:] else ''}: its {len(classes)} classes hold for all"
@@ -391,6 +428,9 @@ def _walk(folder: Path, root: Path, listing: Listing) -> Iterator[tuple[str, int
                 listing.hidden += 1
             elif is_folder(entry):
                 waiting.append(entry.path)
+            elif _ending(entry.name) in _OTHER_IMAGES:
+                name = visible(os.path.relpath(entry.path, root))
+                listing.skipped.append(Skipped(name, "its format is not decoded: convert it to JPEG or PNG"))
             elif _ending(entry.name) and not _is_image(entry.name):
                 listing.others[visible(_ending(entry.name))] += 1
             else:

@@ -25,12 +25,12 @@ def reuse(added_up: Tensor, change: Tensor, threshold: float, last: bool) -> tup
         (B,) bool, and (B,).
     """
     added_up = added_up + change
-    found = added_up < (0.0 if last else threshold)
-    return found, added_up.masked_fill(~found, 0.0)
+    reused = added_up < (0.0 if last else threshold)
+    return reused, added_up.masked_fill(~reused, 0.0)
 
 
 class FeatureCache:
-    """What the samples of one half of a trajectory keep from step to step.
+    """What the samples of one branch of guidance keep from step to step.
 
     Args:
         threshold: a sample reuses while the relative changes of its input, added up since its backbone last ran, stay
@@ -38,54 +38,55 @@ class FeatureCache:
 
     Attributes:
         spread: (B, L, D) what the backbone gave last; empty before the first step.
-        change: (B,) relative change of the input at the last step; infinite at the first.
     """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self.spread = self.change = torch.empty(0)
+        self.spread = torch.empty(0)
         self._before: Tensor | None = None
         self._added_up = torch.zeros(())
 
-    def reuse(self, modulated: Tensor, last: bool) -> Tensor:
-        """Which samples reuse: (B,) bool, none at the first step and at the ``last``.
+    def reuse(self, modulated: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """Decide which samples reuse at this step, and keep its input for the next one.
 
         Args:
             modulated: (B, L, D), the modulated input of this step.
             last: whether this is the last step.
+
+        Returns:
+            Which samples reuse, (B,) bool, none at the first step and at the last; and the relative change of the input
+            since the step before, (B,), infinite at the first.
         """
         if self._before is None:
             self.spread = torch.zeros_like(modulated)
-            self.change = modulated.new_full((len(modulated),), float("inf"))
+            change = modulated.new_full((len(modulated),), float("inf"))
         else:
             difference = (modulated - self._before).abs().mean(dim=(1, 2))
-            self.change = difference / self._before.abs().mean(dim=(1, 2))
+            change = difference / self._before.abs().mean(dim=(1, 2))
         self._before = modulated
-        found, self._added_up = reuse(self._added_up, self.change, self.threshold, last)
-        return found
+        reused, self._added_up = reuse(self._added_up, change, self.threshold, last)
+        return reused, change
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class CachedStep:
-    """One step of a batch whose equal parts, the halves of guidance, have a cache each.
+    """One step of a batch whose equal parts, the branches of guidance, have a cache each, which the step updates.
 
     Attributes:
-        halves: the caches, in the order of the batch.
+        branches: the caches, in the order of the batch.
         last: whether this is the last step.
     """
 
-    halves: tuple[FeatureCache, ...]
+    branches: tuple[FeatureCache, ...]
     last: bool
 
-    def reuse(self, modulated: Tensor) -> Tensor:
-        """Which samples reuse, (B,) bool, from their modulated input (B, L, D)."""
-        parts = modulated.float().chunk(len(self.halves))
-        return torch.cat([half.reuse(part, self.last) for half, part in zip(self.halves, parts, strict=True)])
-
-    @property
-    def change(self) -> Tensor:
-        """Relative change of the input of each sample, (B,)."""
-        return torch.cat([half.change for half in self.halves])
+    def reuse(self, modulated: Tensor) -> tuple[Tensor, Tensor]:
+        """Which samples reuse, (B,) bool, and the relative change of their modulated input (B, L, D), (B,)."""
+        parts = modulated.float().chunk(len(self.branches))
+        reused, change = zip(
+            *(branch.reuse(part, self.last) for branch, part in zip(self.branches, parts, strict=True)), strict=True
+        )
+        return torch.cat(reused), torch.cat(change)
 
     def complete(self, fresh: Tensor, computed: Tensor | None) -> Tensor:
         """What the backbone gave, now or before, (B, L, D), which is kept.
@@ -97,14 +98,14 @@ class CachedStep:
         if computed is None:
             spread = fresh
         else:
-            spread = torch.cat([half.spread for half in self.halves]).index_copy(0, computed, fresh)
-        for half, part in zip(self.halves, spread.chunk(len(self.halves)), strict=True):
-            half.spread = part
+            spread = torch.cat([branch.spread for branch in self.branches]).index_copy(0, computed, fresh)
+        for branch, part in zip(self.branches, spread.chunk(len(self.branches)), strict=True):
+            branch.spread = part
         return spread
 
 
 class TrajectoryCache:
-    """What the samples of one trajectory keep, in both halves of guidance.
+    """What the samples of one trajectory keep, in both branches of guidance.
 
     Args:
         threshold: see :class:`FeatureCache`.
@@ -112,8 +113,8 @@ class TrajectoryCache:
     """
 
     def __init__(self, threshold: float, last: float) -> None:
-        self.halves, self.last = (FeatureCache(threshold), FeatureCache(threshold)), last
+        self.branches, self.last = (FeatureCache(threshold), FeatureCache(threshold)), last
 
-    def step(self, timestep: float, halves: tuple[int, ...]) -> CachedStep:
-        """That of a batch of these ``halves``, 0 strong and 1 weak, at ``timestep``."""
-        return CachedStep(tuple(self.halves[half] for half in halves), timestep == self.last)
+    def step(self, timestep: float, branches: tuple[int, ...]) -> CachedStep:
+        """The cache of a batch of these ``branches`` at ``timestep``: 0 is the main one, 1 the guiding one."""
+        return CachedStep(tuple(self.branches[branch] for branch in branches), timestep == self.last)

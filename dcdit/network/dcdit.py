@@ -143,16 +143,17 @@ class DCDiT(Network):
         adapted = self.condition_norm(c)
         features = self.encoder(self.embed(x), adapted)  # (B, H, W, D)
         routing = self.route(features, drop_fraction)
+        change = None
         if cache is None:
             spread = self.spread(features, c, routing, make_packing(routing.mask))
         else:
             first: DiTBlock = self.backbone.blocks[0]  # type: ignore[assignment]
-            routing = routing.without(cache.reuse(first.modulated(features.flatten(1, 2), c)))
+            reused, change = cache.reuse(first.modulated(features.flatten(1, 2), c))
+            routing = routing.without(reused)
             spread = self.spread_or_reuse(features, c, routing, cache)
         combined = self.combine(spread, features, routing)  # (B, H, W, D)
         decoded = self.decoder(combined.permute(0, 3, 1, 2), adapted)  # (B, H, W, E)
         prediction = self.output(decoded.flatten(1, 2), c)  # (B, L, 2C)
-        change = cache.change if cache is not None else None
         return Output(prediction.transpose(1, 2).unflatten(2, self.grid), routing, change)
 
     def route(self, features: Tensor, drop_fraction: float | Tensor) -> Routing:

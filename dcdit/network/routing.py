@@ -37,8 +37,8 @@ class Routing:
         """The same, but the ``samples`` (B,) bool keep nothing."""
         return replace(self, mask=self.mask & ~samples[:, None])
 
-    def of(self, samples: Tensor) -> "Routing":
-        """That of some ``samples``, (n,) int64, alone."""
+    def of(self, samples: Tensor | slice) -> "Routing":
+        """The decision for these ``samples``, (n,) int64 or a slice, alone."""
         return Routing(self.prob[samples], self.natural_mask[samples], self.mask[samples])
 
 

@@ -10,7 +10,6 @@ from dcdit.errors import UserError
 from dcdit.evaluation.descriptions import differences_from_published
 from dcdit.evaluation.results import Result, read_result
 from dcdit.runtime.limits import TEXT_BYTES
-from dcdit.sampling.settings import described
 
 _NAMES = "*_cfg*_drop*_*.json"
 """Of files of results, for folders that hold others too."""
@@ -27,7 +26,7 @@ def is_png(path: Path) -> bool:
 def comparison_key(result: Result) -> dict[str, Any]:
     """Return what two results must share to be compared."""
     plan, other = result.plan, ("step", "weights", "checkpoint", "autoencoder", "batch_size")
-    sampler = {key: value for key, value in described(plan.sampler).items() if key != "cache"}
+    sampler = {key: value for key, value in plan.sampler.spec.items() if key != "cache"}
     guidance = {"channels": plan.guidance.channels, "interval": plan.guidance.interval} if result.scale != 1 else {}
     settings = {key: value for key, value in asdict(plan).items() if key not in other}
     return {**settings, "sampler": sampler, "guidance": guidance}
@@ -62,7 +61,7 @@ def row_of(result: Result) -> dict[str, Any]:
         "training_seed": result.training.get("seed"),
         "weights": plan.weights,
         "ema_decay": result.ema_decay,
-        **{f"sampler_{key}": value for key, value in described(plan.sampler).items()},
+        **{f"sampler_{key}": value for key, value in plan.sampler.spec.items()},
         **{f"guidance_{key}": value for key, value in guidance.items()},
         "sampling_precision": plan.precision,
         "count": plan.count,

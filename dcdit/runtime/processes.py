@@ -78,6 +78,12 @@ def say(message: str) -> None:
         log.info(message)
 
 
+def print_once(message: str) -> None:
+    """Print ``message`` as a result of the command, once for all processes."""
+    if not rank():
+        print(message)
+
+
 def lost_process(error: BaseException) -> bool:
     """Whether ``error`` only says that another process of the run is gone; the reason, if any, is with that one."""
     text = str(error).lower()

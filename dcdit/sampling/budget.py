@@ -18,11 +18,11 @@ from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler, Step
 from dcdit.diffusion.settings import BudgetSettings
 from dcdit.errors import UserError
-from dcdit.network import Network
 from dcdit.network.caching import reuse
 from dcdit.runtime.files import read_json, write_json
+from dcdit.runtime.processes import print_once
 from dcdit.sampling.cost import SamplingCost
-from dcdit.sampling.generate import generate
+from dcdit.sampling.generate import branch_networks, generate
 
 _WORDS = {"drop": "drops alone", "cache": "reuse alone", "both": "drops and reuse together"}
 TOLERANCE = 0.01  # of the cost measured on the calibration's own images; half of what is promised for others
@@ -72,12 +72,12 @@ class _Meter:
     ) -> None:
         self.model, self.guidance, self.sampler = model, guidance, sampler
         self.batch_size, self.precision = batch_size, precision
-        weak = guidance.weak if isinstance(guidance.weak, Network) else model.network
-        self.costs = [Cost.of_network(network) for network in (model.network, weak)]
+        networks = branch_networks(model, guidance)
+        self.costs = [Cost.of_network(network) for network in networks]
         self.told = told
-        if told and not (model.network.caches and weak.caches):
+        if told and not all(network.caches for network in networks):
             raise UserError("budget.by: one of the networks computes every step, take budget.by=drop")
-        self.steps: list[list[_Half]] = []
+        self.steps: list[list[_BranchStep]] = []
         """Of the last images: for each batch and step what ran."""
 
     def measure(self, drop: float, threshold: float) -> float:
@@ -87,11 +87,11 @@ class _Meter:
 
         def note(numbers: list[int], step: Step) -> None:
             found = []
-            for half, routing in enumerate(step.output.halves):
-                # of a weak network without router the cost is what it is
+            for branch, routing in enumerate(step.output.routings):
+                # a network without router has one cost, whatever the count of tokens
                 natural = torch.zeros(len(numbers)) if routing is None else routing.natural_mask.sum(dim=1)
-                changes = step.output.changes[half] if step.output.changes else None
-                found.append(_Half(natural, changes, step.timestep == last))
+                changes = step.output.changes[branch] if step.output.changes else None
+                found.append(_BranchStep(natural, changes, step.timestep == last))
             self.steps.append(found)
 
         settings = replace(self.guidance.settings, drop_fraction=drop)
@@ -109,7 +109,7 @@ class _Meter:
             on_step=note,
         )
         spent = SamplingCost.total(map(SamplingCost.of, batches)).tflops_per_image
-        self.steps = [[half.on_host() for half in halves] for halves in self.steps]
+        self.steps = [[branch.on_host() for branch in branches] for branches in self.steps]
         return spent
 
     def predict(self, drop: float, uncond_drop: float | None, threshold: float) -> float:
@@ -117,28 +117,28 @@ class _Meter:
         fractions = (drop, drop if uncond_drop is None else uncond_drop)
         total = 0.0
         added_up = [torch.zeros(()), torch.zeros(())]
-        for halves in self.steps:
-            for number, (half, cost, fraction) in enumerate(zip(halves, self.costs, fractions, strict=False)):
-                kept = (half.natural - (half.natural * fraction).floor()).clamp(min=1)
-                if half.changes is not None:
-                    if half.changes.isinf().all():  # the first step of a batch
+        for branches in self.steps:
+            for number, (branch, cost, fraction) in enumerate(zip(branches, self.costs, fractions, strict=False)):
+                kept = (branch.natural - (branch.natural * fraction).floor()).clamp(min=1)
+                if branch.changes is not None:
+                    if branch.changes.isinf().all():  # the first step of a batch
                         added_up[number] = torch.zeros(())
-                    reused, added_up[number] = reuse(added_up[number], half.changes, threshold, half.last)
+                    reused, added_up[number] = reuse(added_up[number], branch.changes, threshold, branch.last)
                     kept = kept * ~reused
                 total += cost.of(kept).sum().item()
         return total / _IMAGES / 1e12
 
 
 @dataclass(frozen=True)
-class _Half:
-    """Of one half at a step: what the router kept by itself, (n,), and how much its input changed, (n,)."""
+class _BranchStep:
+    """One branch at a step: how many tokens the router kept by itself, (n,), and how much its input changed, (n,)."""
 
     natural: Tensor
     changes: Tensor | None
     last: bool
 
-    def on_host(self) -> "_Half":
-        return _Half(self.natural.cpu(), None if self.changes is None else self.changes.cpu(), self.last)
+    def on_host(self) -> "_BranchStep":
+        return _BranchStep(self.natural.cpu(), None if self.changes is None else self.changes.cpu(), self.last)
 
 
 _TOLD = 1e-30
@@ -162,14 +162,13 @@ def calibrate(
     if not model.network.routes:
         raise UserError(f"budget: {model.network.title} has one fixed cost, leave the budget out")
     fixed = guidance.settings.uncond_drop_fraction
-    weak = guidance.weak if isinstance(guidance.weak, Network) else model.network
-    caching = model.network.caches and weak.caches and not sampler.settings.cache
+    caching = all(network.caches for network in branch_networks(model, guidance)) and not sampler.settings.cache
     by = budget.by or ("both" if caching else "drop")
     meter = _Meter(model, guidance, sampler, batch_size, precision, by != "drop" or sampler.settings.cache > 0)
     drop = guidance.settings.drop_fraction if by == "cache" else 0.0
     threshold = sampler.settings.cache if by == "drop" else 0.0
     spent = meter.measure(drop, threshold)
-    full = meter.predict(0.0, 0.0, 0.0)  # neither drop nor reuse, in either half
+    full = meter.predict(0.0, 0.0, 0.0)  # neither drop nor reuse, in either branch
     wanted = budget.tflops if budget.tflops is not None else full * (budget.fraction or 1.0)
     change = _LARGEST_CHANGE[by]
     most = (_LARGEST if by != "cache" else drop, change if by != "drop" else threshold)
@@ -238,7 +237,7 @@ def remembered(store: Path, settings: Mapping[str, Any], find: Callable[[], Cali
         try:
             write_json(store, [asdict(entry) for entry in (*known, _Answer(dict(settings), found))])
         except UserError as error:
-            print(f"The drop fraction is not kept for the next time: {error}")
+            print_once(f"The drop fraction is not kept for the next time: {error}")
         return found
     finally:
         lock.release()

@@ -80,7 +80,7 @@ class Recorder:
         if step.index not in self._at or not self.rows.keys() & set(numbers):
             return
         clean = self._clean(step.output.prediction.float(), step.x, step.timestep)
-        routing = step.output.halves[0]
+        routing = step.output.routings[0]
         for place, number in enumerate(numbers):
             if number in self.rows:
                 boundaries = None

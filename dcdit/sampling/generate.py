@@ -64,6 +64,11 @@ OnStep = Callable[[list[int], Step], None]
 """Told the samples' numbers and the step, after every step."""
 
 
+def branch_networks(model: Model, guidance: Guidance) -> tuple[Network, Network]:
+    """The networks of the main and of the guiding branch."""
+    return model.network, guidance.guiding if isinstance(guidance.guiding, Network) else model.network
+
+
 @torch.no_grad()
 def generate(
     model: Model,
@@ -91,8 +96,7 @@ def generate(
     Raises:
         UserError: naming sample and step, if a latent is not finite.
     """
-    weak = guidance.weak if isinstance(guidance.weak, Network) else model.network
-    costs = [Cost.of_network(network) for network in (model.network, weak)]
+    costs = [Cost.of_network(network) for network in branch_networks(model, guidance)]
     for start in range(0, len(indices), batch_size):
         numbers = [int(number) for number in indices[start : start + batch_size]]
         streams = [sample_generator(seed, number) for number in numbers]
@@ -107,15 +111,19 @@ def generate(
             for step in sampler.trajectory(guidance, model.latents.shape, wanted, streams):
                 x = step.next
                 broke = torch.where(x.flatten(1).isfinite().all(dim=1), broke, broke.clamp(max=step.index))
-                kept.append(tuple(None if half is None else half.mask.sum(dim=1) for half in step.output.halves))
+                kept.append(
+                    tuple(None if routing is None else routing.mask.sum(dim=1) for routing in step.output.routings)
+                )
                 if on_step:
                     on_step(numbers, step)
         _check_finite(numbers, broke.tolist(), sampler, f"guidance.scale={guidance.settings.scale:g}, {precision}")
-        lengths = [tuple(None if half is None else half.cpu() for half in halves) for halves in kept]
+        lengths = [tuple(None if branch is None else branch.cpu() for branch in branches) for branches in kept]
         none = torch.zeros(len(numbers))  # of a network without router, whose cost is what it is
         flops = [
-            torch.stack([cost.of(none if half is None else half) for cost, half in zip(costs, halves, strict=False)])
-            for halves in lengths
+            torch.stack(
+                [cost.of(none if branch is None else branch) for cost, branch in zip(costs, branches, strict=False)]
+            )
+            for branches in lengths
         ]
         yield SampleBatch(numbers, x.float().cpu(), lengths, torch.stack([each.sum(dim=0) for each in flops]))
 

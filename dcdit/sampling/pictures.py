@@ -138,7 +138,7 @@ def sample_to_folder(
         words += f", {cost.mean_keep_ratio(model.latents.positions):.1%} of the tokens kept"
         if sampling.sampler.settings.cache:
             words += f", {cost.computed_share:.0%} of the steps computed and the others reused, which keep none"
-        drops = sampling.guidance.settings.drops_of_strong
+        drops = sampling.guidance.settings.main_drop_fractions
         words += f", ρ {' to '.join(f'{drop:.3g}' for drop in sorted({min(drops), max(drops)}))}"
-    words += f", {sampling.sampler.settings.words}"
+    words += f", {sampling.sampler.settings.description}"
     return f"{len(labels)} samples{words}: {out}"

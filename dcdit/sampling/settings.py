@@ -1,13 +1,13 @@
 """What a user may say to every command that samples from a checkpoint. No torch here, so that mistakes show at once."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from dcdit.checkpoints.settings import AssumeSettings, WeightsKind
 from dcdit.checks import Images, Seed, build_named, call_checked, checked
 from dcdit.data.latents import Rounding
-from dcdit.diffusion.settings import SAMPLERS, Auto, BudgetSettings, GuidanceSettings, SamplerOptions, SamplerSettings
+from dcdit.diffusion.settings import SAMPLERS, BudgetSettings, GuidanceSettings, SamplerOptions
 from dcdit.errors import UserError
 
 Labels = Literal["random", "balanced"]
@@ -58,7 +58,7 @@ class SamplingPlan:
 
     settings: SamplingSettings
     assume: AssumeSettings
-    sampler: Auto | SamplerSettings
+    sampler: SamplerOptions
     guidance: GuidanceSettings
     budget: BudgetSettings
     runs: str
@@ -88,8 +88,3 @@ class SamplingPlan:
         if by in ("cache", "both") and plan.sampler.cache:
             raise UserError(f"budget.by={by}: sampler.cache is what it replaces, leave it out")
         return plan, own
-
-
-def described(sampler: SamplerOptions) -> dict[str, Any]:
-    """A sampler as plain values."""
-    return {"name": sampler.name, **asdict(sampler)}

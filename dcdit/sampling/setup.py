@@ -20,9 +20,10 @@ from dcdit.network.blocks import set_execution
 from dcdit.runtime.devices import check_compiler, pick_device
 from dcdit.runtime.files import content_digest
 from dcdit.runtime.memory import keep_freed_memory
+from dcdit.runtime.processes import print_once
 from dcdit.sampling.budget import Calibration, calibrate, remembered
 from dcdit.sampling.generate import OnStep, SampleBatch, generate
-from dcdit.sampling.settings import SamplingPlan, described
+from dcdit.sampling.settings import SamplingPlan
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Sampling:
         decode: latents to images.
         precision: ``fp32`` or ``bf16``.
         calibration: how the drop fraction was found; None if it was given.
-        weak: model of the weak half, if ``guidance.weak_checkpoint`` names one.
+        guiding: model of the guiding branch, if ``guidance.weak_checkpoint`` names one.
     """
 
     plan: SamplingPlan
@@ -47,14 +48,14 @@ class Sampling:
     decode: LatentDecoder
     precision: str
     calibration: Calibration | None
-    weak: Model | None
+    guiding: Model | None
 
     @property
     def words(self) -> str:
         """What samples, and at what budget, for people."""
         model, guidance = self.model, self.guidance.settings
         parts = [f"{model.network.title} {self.place.run}"] + ([f"step {model.step:,}"] if model.step else [])
-        parts.append(self.sampler.settings.words)
+        parts.append(self.sampler.settings.description)
         if model.network.routes and guidance.drop_schedule is None:
             parts.append(f"ρ {guidance.drop_fraction:.3g}")
         elif guidance.drop_schedule is not None:
@@ -62,7 +63,7 @@ class Sampling:
         if guidance.scale != 1:
             parts.append(f"guidance {guidance.scale:g}")
             if guidance.uncond_drop_fraction is not None:
-                parts.append(f"weak half ρ {guidance.uncond_drop_fraction:g}")
+                parts.append(f"guiding branch ρ {guidance.uncond_drop_fraction:g}")
         return ", ".join(parts)
 
     @property
@@ -95,10 +96,9 @@ class Sampling:
         Raises:
             UserError: if they cannot do that.
         """
-        weak = self.weak if settings.weak_checkpoint is not None else None
-        check_guidance(self.model.network, settings, weak)
-        guidance = Guidance(self.guidance.denoiser, self.guidance.null_class, settings, weak.network if weak else None)
-        return replace(self, guidance=guidance, weak=weak)
+        guiding = self.guiding if settings.weak_checkpoint is not None else None
+        guidance = guidance_of(self.model, settings, guiding)
+        return replace(self, guidance=guidance, guiding=guiding)
 
     def described(self) -> dict[str, Any]:
         """What figures must stand beside, as plain values."""
@@ -107,7 +107,7 @@ class Sampling:
             "weights": self.plan.settings.weights,
             "seed": self.plan.settings.seed,
             "precision": self.precision,
-            "sampler": described(self.sampler.settings),
+            "sampler": self.sampler.settings.spec,
             "guidance": self._guidance(),
             "autoencoder": self.decode.identity,
             "rounding": self.decode.rounding,
@@ -115,12 +115,12 @@ class Sampling:
 
     def _guidance(self) -> dict[str, Any]:
         settings = self.guidance.settings.canonical
-        weak = "budget" if settings.weak_keeps_class else "uncond"
+        weak = "budget" if settings.guiding_keeps_class else "uncond"
         channels = settings.guided_channels(self.model.network.channels)
-        found = {**asdict(settings), "weak": weak, "channels": channels}
-        if self.weak is not None:
-            found["weak_checkpoint"] = f"{settings.weak_checkpoint} {self.weak.digest}"
-        return found
+        values = {**asdict(settings), "weak": weak, "channels": channels}
+        if self.guiding is not None:
+            values["weak_checkpoint"] = f"{settings.weak_checkpoint} {self.guiding.digest}"
+        return values
 
 
 def set_up_sampling(plan: SamplingPlan, place: CheckpointSource) -> Sampling:
@@ -138,7 +138,7 @@ def set_up_all(plans: Sequence[SamplingPlan], place: CheckpointSource) -> list[S
     device = pick_device(plans[0].settings.device)
     found = read_weights(place, plans[0].assume)
     loaded: dict[str, Loaded] = {}
-    for plan in sorted(plans, key=lambda each: each.guidance.scale == 1):  # those that need a weak half come first
+    for plan in sorted(plans, key=lambda each: each.guidance.scale == 1):  # those that need a guiding branch come first
         if plan.settings.weights not in loaded:
             loaded[plan.settings.weights] = _load(found, plan, place, device)
     samplings = [sampling_of(plan, place, loaded[plan.settings.weights]) for plan in plans]
@@ -151,7 +151,7 @@ class Loaded:
 
     model: Model
     decode: LatentDecoder
-    weak: Model | None
+    guiding: Model | None
 
 
 def load(plan: SamplingPlan, place: CheckpointSource) -> Loaded:
@@ -164,30 +164,30 @@ def _load(found: Weights, plan: SamplingPlan, place: CheckpointSource, device: t
     if settings.compile:
         check_compiler("compile", device.type)
     model = build_model(found, settings.weights, device)
-    print(f"{place.name}: {describe_weights(found, model.network, settings.weights)}")
+    print_once(f"{place.name}: {describe_weights(found, model.network, settings.weights)}")
     set_execution(model.network, compiled=settings.compile)
-    weak = None
+    guiding = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
-        weak = _weak_model(
+        guiding = _guiding_model(
             resolve_checkpoint(guidance.weak_checkpoint, plan.runs, "guidance.weak_checkpoint"), plan, model
         )
-    return Loaded(model, load_decoder(model.latents, device, settings.autoencoder, settings.rounding), weak)
+    return Loaded(model, load_decoder(model.latents, device, settings.autoencoder, settings.rounding), guiding)
 
 
 def sampling_of(plan: SamplingPlan, place: CheckpointSource, loaded: Loaded) -> Sampling:
     """What samples as ``plan`` says, but for its budget; UserError if the networks cannot."""
     model = loaded.model
-    weak = loaded.weak if plan.guidance.weak_checkpoint is not None and plan.guidance.scale != 1 else None
-    check_guidance(model.network, plan.guidance, weak)
+    guiding = loaded.guiding if plan.guidance.weak_checkpoint is not None and plan.guidance.scale != 1 else None
+    guidance = guidance_of(model, plan.guidance, guiding)
     asked = plan.guidance.canonical
-    same_budget = asked.weak_keeps_class and asked.uncond_drop_fraction == asked.drop_fraction
-    if weak is not None and same_budget and weak.digest == model.digest:
+    same_budget = asked.guiding_keeps_class and asked.uncond_drop_fraction == asked.drop_fraction
+    if guiding is not None and same_budget and guiding.digest == model.digest:
         raise UserError(
             f"guidance.weak_checkpoint={asked.weak_checkpoint} holds the weights that it should guide, at the same"
             " budget: it would guide nowhere; name another checkpoint, or give guidance.uncond_drop_fraction"
         )
-    sampler = Sampler(model.process.sampler(plan.sampler))
-    for network in (model.network, *([weak.network] if weak else [])):
+    sampler = Sampler(plan.sampler.for_process(model.process.settings))
+    for network in (model.network, *([guiding.network] if guiding else [])):
         if sampler.settings.cache and not network.caches:
             raise UserError(
                 f"sampler.cache={sampler.settings.cache:g}: {network.title} computes every step: leave the key out"
@@ -195,8 +195,7 @@ def sampling_of(plan: SamplingPlan, place: CheckpointSource, loaded: Loaded) -> 
     precision = plan.settings.precision
     if precision == "auto":
         precision = "bf16" if model.device.type == "cuda" else "fp32"
-    guidance = Guidance(model.network, model.network.null_class, plan.guidance, weak.network if weak else None)
-    return Sampling(plan, place, model, guidance, sampler, loaded.decode, precision, None, weak)
+    return Sampling(plan, place, model, guidance, sampler, loaded.decode, precision, None, guiding)
 
 
 def meet_budget(sampling: Sampling) -> Sampling:
@@ -204,14 +203,14 @@ def meet_budget(sampling: Sampling) -> Sampling:
     plan, model = sampling.plan, sampling.model
     question = {
         "budget": asdict(plan.budget),
-        "sampler": described(sampling.sampler.settings),
+        "sampler": sampling.sampler.settings.spec,
         "guidance": asdict(plan.guidance),
         "network": model.digest,
-        "weak": sampling.weak.digest if sampling.weak else None,
+        "weak": sampling.guiding.digest if sampling.guiding else None,
         "precision": sampling.precision,
     }
     found = remembered(sampling.place.home / "budgets.json", question, lambda: calibration_of(sampling))
-    print(
+    print_once(
         f"Budget: drop fraction {found.drop_fraction}"
         + (f" and sampler.cache={found.cache:g} cost" if found.cache else " costs")
         + f" {found.tflops:.4g} TFLOPs per image,"
@@ -219,7 +218,7 @@ def meet_budget(sampling: Sampling) -> Sampling:
     )
     trained = max((model.training.get("multi_budget") or {}).get("fractions") or [0.0])
     if found.drop_fraction > trained:
-        print(
+        print_once(
             f"It was trained at drop fractions up to {trained:g}, quality falls fast beyond; without budget.by=drop and"
             " sampler.cache reuse meets a part of the budget, and less is dropped"
         )
@@ -239,21 +238,21 @@ def at_budget(sampling: Sampling, found: Calibration) -> Sampling:
     return replace(at_drop, sampler=sampler, calibration=found)
 
 
-def _weak_model(place: CheckpointSource, plan: SamplingPlan, model: Model) -> Model:
+def _guiding_model(place: CheckpointSource, plan: SamplingPlan, model: Model) -> Model:
     """The model at ``place``, on the device of ``model``; UserError unless it can guide it."""
     found = read_weights(place)
-    weak = build_model(found, plan.settings.weights, model.device)
-    print(f"Weak half, {place.name}: {describe_weights(found, weak.network, plan.settings.weights)}")
+    guiding = build_model(found, plan.settings.weights, model.device)
+    print_once(f"Guiding branch, {place.name}: {describe_weights(found, guiding.network, plan.settings.weights)}")
     for what, its, ours in (
-        ("latents of shape", weak.latents.shape, model.latents.shape),
-        ("latents of scale and shift", *(_scale_and_shift(each.latents) for each in (weak, model))),
-        ("a number of classes of", weak.network.num_classes, model.network.num_classes),
-        ("a process of", weak.process.settings.name, model.process.settings.name),
+        ("latents of shape", guiding.latents.shape, model.latents.shape),
+        ("latents of scale and shift", *(_scale_and_shift(each.latents) for each in (guiding, model))),
+        ("a number of classes of", guiding.network.num_classes, model.network.num_classes),
+        ("a process of", guiding.process.settings.name, model.process.settings.name),
     ):
         if its != ours:
             raise UserError(f"{place.argument} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind")
-    set_execution(weak.network, compiled=plan.settings.compile)
-    return weak
+    set_execution(guiding.network, compiled=plan.settings.compile)
+    return guiding
 
 
 def _scale_and_shift(latents: LatentSpec) -> str:
@@ -263,20 +262,26 @@ def _scale_and_shift(latents: LatentSpec) -> str:
     return ", ".join(map(format_numbers, both)) + digest
 
 
-def check_guidance(network: Network, guidance: GuidanceSettings, weak: Model | None = None) -> None:
-    """Raise :class:`UserError` where ``network``, or that of the weak half, cannot do what ``guidance`` asks of it."""
-    second = weak.network if weak else network
-    if guidance.scale != 1 and not guidance.weak_keeps_class and second.label_dropout == 0:
+def check_guidance(network: Network, guidance: GuidanceSettings, guiding: Model | None = None) -> None:
+    """Raise :class:`UserError` where ``network``, or that of the guiding branch, cannot do what ``guidance`` needs."""
+    second = guiding.network if guiding else network
+    if guidance.scale != 1 and not guidance.guiding_keeps_class and second.label_dropout == 0:
         raise UserError(
-            f"guidance.scale={guidance.scale}: this network was trained without a null class (model.label_dropout=0),"
-            " so the weak half cannot leave the class out; take scale 1, a weak half that knows the class"
+            f"guidance.scale={guidance.scale}: this network was trained without a null class, model.label_dropout=0,"
+            " so the guiding branch cannot leave the class out; take scale 1, a guiding branch that knows the class"
             " (guidance.weak=budget), or train with 0.1"
         )
-    halves = [(network, guidance.drops_of_strong)]
+    branches = [(network, guidance.main_drop_fractions)]
     if guidance.scale != 1:
         own = guidance.uncond_drop_fraction
-        halves.append((second, guidance.drops_of_strong if own is None else [own]))
-    for half, drops in halves:
-        if not half.routes and any(drops):
-            remedy = "take 0" if half is network else "take guidance.uncond_drop_fraction=0"
-            raise UserError(f"drop fraction {max(drops):g}: {half.title} drops no tokens, {remedy}")
+        branches.append((second, guidance.main_drop_fractions if own is None else [own]))
+    for branch, drops in branches:
+        if not branch.routes and any(drops):
+            remedy = "take 0" if branch is network else "take guidance.uncond_drop_fraction=0"
+            raise UserError(f"drop fraction {max(drops):g}: {branch.title} drops no tokens, {remedy}")
+
+
+def guidance_of(model: Model, settings: GuidanceSettings, guiding: Model | None) -> Guidance:
+    """Guidance of ``model`` by itself, or by the model ``guiding``; :class:`UserError` if they cannot do that."""
+    check_guidance(model.network, settings, guiding)
+    return Guidance(model.network, model.network.null_class, settings, guiding.network if guiding else None)

@@ -49,9 +49,11 @@ def cpu_precision() -> str:
 
 
 def register_resolvers() -> None:
-    """Make ``${cpu_precision:}``, ``${relpath:...}`` and ``${unquoted:...}`` known to OmegaConf."""
+    """Register the resolvers that our configuration files use, such as ``${cpu_precision:}``."""
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
     OmegaConf.register_new_resolver("relpath", os.path.relpath, replace=True)
+    # A variable that is set to nothing is one that is not set: "/" is no folder of runs.
+    OmegaConf.register_new_resolver("environment", lambda name, default: os.environ.get(name) or default, replace=True)
     OmegaConf.register_new_resolver("unquoted", lambda text: re.sub("['\"]", "", text), replace=True)
 
 

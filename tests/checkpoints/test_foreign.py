@@ -283,7 +283,7 @@ def test_the_process_that_no_shape_tells_can_be_said(tmp_path, caplog, variance)
     assert (model.process.settings.name, model.network.variance) == ("flow", variance)
     assert "diffusion" not in caplog.text
     with pytest.raises(UserError, match=r"sampler=ddpm does not fit"):
-        model.process.sampler(DDPM(steps=2))
+        DDPM(steps=2).for_process(model.process.settings)
     found = read_weights(resolve_checkpoint(str(path), "runs"), said)
     write_exported(tmp_path / "out", found, "ema", "fp32", Card("none", "", [], ""))
     assert load_model(tmp_path / "out").process.settings.name == "flow"

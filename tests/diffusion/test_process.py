@@ -173,16 +173,18 @@ def test_samplers_of_another_process_are_refused():
         (ddpm, Heun(2), "auto, ddpm, ddim, dpm"),
     ):
         with pytest.raises(UserError, match=f"sampler={settings.name} does not fit .*: take sampler={fitting}"):
-            process.sampler(settings)
-    assert flow.sampler(EulerMaruyama(2)) == EulerMaruyama(2)
-    assert ddpm.sampler(DPMSolver(2)) == DPMSolver(2)
+            settings.for_process(process.settings)
+    assert EulerMaruyama(2).for_process(flow.settings) == EulerMaruyama(2)
+    assert DPMSolver(2).for_process(ddpm.settings) == DPMSolver(2)
 
 
 def test_auto_is_the_usual_sampler_of_the_process():
     flow, ddpm = build_process({"name": "flow"}), build_process({"name": "ddpm"})
     for noise, kinds in ((True, (EulerMaruyama, DDPM)), (False, (Euler, DDIM))):
-        asked = Auto(7, clip=True, noise=noise)
-        assert [process.sampler(asked) for process in (flow, ddpm)] == [kind(7, clip=True) for kind in kinds]
+        auto = Auto(7, clip=True, noise=noise)
+        assert [auto.for_process(process.settings) for process in (flow, ddpm)] == [
+            kind(7, clip=True) for kind in kinds
+        ]
 
 
 def test_what_cannot_be():

@@ -17,7 +17,7 @@ import httpx
 
 from dcdit.explorer.gate import LARGEST_BODY, gate
 from dcdit.explorer.page import Page, serving
-from dcdit.explorer.studio import Studio
+from dcdit.explorer.session import Session
 
 JOIN, RUN = "/gradio_api/queue/join", "/gradio_api/run/predict"
 
@@ -25,8 +25,8 @@ JOIN, RUN = "/gradio_api/queue/join", "/gradio_api/run/predict"
 @pytest.fixture(scope="module")
 def blocks():
     plan, settings, base = explore.check(compose_config("sampler.steps=4", name="explore"))
-    studio = Studio(plan, base, [resolve_checkpoint("digits", plan.runs)], settings.most_steps)
-    return Page(studio, "dcdit: digits").blocks(base)
+    session = Session(plan, base, [resolve_checkpoint("digits", plan.runs)], settings.most_steps)
+    return Page(session, "dcdit: digits").blocks(base)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_bodies_that_no_page_sends(ask, body):
 STRANGE = ["x", "\ud800\x1b[2J", -1, 2.5, 1e300, float("inf"), 10**400, "1" * 10_000, True, None]
 
 
-@pytest.mark.parametrize("name", ["update", "strip", "moments", "animate", "_next_seed", "controls", "<lambda>"])
+@pytest.mark.parametrize("name", ["update", "strip", "moments", "animate", "_next_seed", "update_controls", "<lambda>"])
 def test_strange_values_are_told_on_the_page(ask, blocks, name):
     """In each control alone, and no trace in the log."""
     begin, inputs = values(blocks, name), blocks.fns[number_of(blocks, name)].inputs
@@ -206,8 +206,8 @@ def test_names_of_strangers(blocks, monkeypatch):
     """Of classes and of runs: the page is there, shows them, and does not obey them."""
     page = blocks.fns[number_of(blocks, "update")].fn.__self__
     hostile = "\ud800\x1b[2J\u202e<img src=x onerror=alert(1)>![a](http://192.0.2.1/)"
-    monkeypatch.setattr(page.studio, "classes", lambda side: [hostile] * 10)
-    other = Page(page.studio, hostile).blocks(explore.check(compose_config("sampler.steps=2", name="explore"))[2])
+    monkeypatch.setattr(page.session, "classes", lambda side: [hostile] * 10)
+    other = Page(page.session, hostile).blocks(explore.check(compose_config("sampler.steps=2", name="explore"))[2])
     with serving(other, "127.0.0.1", None, share=False) as address, httpx.Client(trust_env=False) as client:
         text = client.get(address).text
         body = request_of(other, "update", *values(other, "update"))

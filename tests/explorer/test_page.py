@@ -23,7 +23,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no browser")
 
 from dcdit.explorer.page import Page, serving
-from dcdit.explorer.studio import Studio
+from dcdit.explorer.session import Session
 
 PATIENCE = 60_000  # milliseconds; of a machine that does other things beside
 
@@ -31,8 +31,8 @@ PATIENCE = 60_000  # milliseconds; of a machine that does other things beside
 @pytest.fixture(scope="module")
 def address():
     plan, settings, base = explore.check(compose_config("sampler.steps=8", "seed=3", name="explore"))
-    studio = Studio(plan, base, [resolve_checkpoint("digits", plan.runs)], settings.most_steps)
-    blocks = Page(studio, "dcdit: digits").blocks(base)
+    session = Session(plan, base, [resolve_checkpoint("digits", plan.runs)], settings.most_steps)
+    blocks = Page(session, "dcdit: digits").blocks(base)
     with serving(blocks, "127.0.0.1", None, share=False) as found:
         yield found
 

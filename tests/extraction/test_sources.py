@@ -287,3 +287,35 @@ def test_lists_of_classes(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             class_names(str(path))
+
+
+def test_a_name_is_one_class_however_its_accents_are_stored(tmp_path):
+    composed, decomposed = "été", "e\u0301te\u0301"
+    (tmp_path / decomposed).mkdir()
+    (tmp_path / decomposed / "a.png").write_bytes(b"a")
+    assert FolderSource(tmp_path, 10, 0).classes == (composed,)
+    assert FolderSource(tmp_path, 10, 0, (composed, "b")).tasks == 1
+    (tmp_path / composed).mkdir()
+    with pytest.raises(UserError, match=r"two class folders are called 'été'"):
+        FolderSource(tmp_path, 10, 0)
+
+
+def test_splits_are_no_classes(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "a.png").write_bytes(b"a")
+    with pytest.raises(UserError, match=r"holds splits \(train, val\), not classes: .*source=.*/train"):
+        FolderSource(tmp_path, 10, 0)
+    for split in ("train", "val"):  # the classes of somebody with trains
+        (tmp_path / split / "a.png").write_bytes(b"a")
+    assert FolderSource(tmp_path, 10, 0).classes == ("train", "val")
+
+
+def test_names_in_other_cases_and_images_in_other_formats_are_told(tmp_path):
+    for name in ("Cat", "cat"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(b"a")
+    (tmp_path / "cat" / "b.HEIC").write_bytes(b"b")
+    source = FolderSource(tmp_path, 10, 0)
+    assert any("1 class names differ only in upper and lower case" in note for note in source.notes)
+    assert [(item.file, "convert it to JPEG" in item.reason) for item in source.skipped] == [("cat/b.HEIC", True)]

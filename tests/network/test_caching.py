@@ -50,11 +50,11 @@ def test_changes_add_up_until_the_backbone_runs_again():
     features = torch.ones(3, 4, 2)
     cache = FeatureCache(0.25)
     growth = torch.tensor([0.0, 0.1, 0.3])[:, None, None]
-    seen = [cache.reuse(features * (1 + growth) ** step, last=step == 5) for step in range(6)]
+    seen = [cache.reuse(features * (1 + growth) ** step, last=step == 5)[0] for step in range(6)]
     assert torch.stack(seen).int().tolist() == [[0, 0, 0], [1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]]
     broken = FeatureCache(10.0)
     broken.reuse(torch.zeros(1, 4, 2), last=False)
-    assert not broken.reuse(torch.zeros(1, 4, 2), last=False).any()  # no change can be told: computed
+    assert not broken.reuse(torch.zeros(1, 4, 2), last=False)[0].any()  # no change can be told: computed
 
 
 @torch.no_grad()
@@ -93,21 +93,21 @@ def test_a_sample_does_not_depend_on_its_batch(network):
 
 @torch.no_grad()
 def test_halves_keep_apart_and_one_may_rest(network):
-    """The weak half joins later and leaves again, as with an interval; the strong one is as it is alone."""
+    """The guiding branch joins later and leaves again, as with an interval; the main one is as it is alone."""
     cache, alone = TrajectoryCache(0.06, last=-1.0), TrajectoryCache(0.06, last=-1.0)
     for number, step in enumerate(STEPS):
         x, t, y = inputs(4, step)
         expected = network(x, t, y, 0.0, alone.step(0.0, (0,)))
         if number in (1, 2, 4):
             both = network(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, y * 0 + 3]), 0.0, cache.step(0.0, (0, 1)))
-            strong, weak = both.prediction.chunk(2)
+            main, guiding = both.prediction.chunk(2)
             kept = both.routing.mask[4:].sum(dim=1)
             if number == 1:
                 assert (kept > 0).all()  # it has nothing yet
-                torch.testing.assert_close(weak, network(x, t, y * 0 + 3).prediction, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(guiding, network(x, t, y * 0 + 3).prediction, rtol=1e-4, atol=1e-5)
         else:
-            strong = network(x, t, y, 0.0, cache.step(0.0, (0,))).prediction
-        torch.testing.assert_close(strong, expected.prediction, rtol=1e-4, atol=1e-5)
+            main = network(x, t, y, 0.0, cache.step(0.0, (0,))).prediction
+        torch.testing.assert_close(main, expected.prediction, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_reused_costs_neither_backbone_nor_dechunk(network):

@@ -100,7 +100,7 @@ def test_guidance(golden: Golden, case: str, scale: float, drop: float, uncond_d
     raw = seen["output"].prediction
     both = torch.cat([guided.prediction, torch.cat([guided.prediction[:, :3], raw[half:, 3:]], dim=1)])
     torch.testing.assert_close(both, data[f"{case}/out"], rtol=0, atol=5e-5)
-    mask, prob = (torch.cat([getattr(half, name) for half in guided.halves]) for name in ("mask", "prob"))
+    mask, prob = (torch.cat([getattr(half, name) for half in guided.routings]) for name in ("mask", "prob"))
     assert torch.equal(mask, data[f"{case}/boundary_mask"])
     torch.testing.assert_close(prob, data[f"{case}/boundary_prob"], rtol=0, atol=5e-6)
 

@@ -8,7 +8,7 @@ from support.commands import typed
 from support.configs import TINY, compose_config, plan_of
 from support.processes import run
 
-from dcdit.diffusion.settings import DDPM
+from dcdit.diffusion.settings import DDPM, NoiseDiffusion
 from dcdit.errors import UserError
 from dcdit.evaluation.grid import grid_of
 from dcdit.settings import entry
@@ -68,7 +68,7 @@ def test_experiments_say_how_their_published_figures_are_measured(experiment):
             "round",
         )
         assert grid.points[0].settings.precision == "fp32"
-        assert grid.points[0].sampler.of("ddpm") == DDPM(250)
+        assert grid.points[0].sampler.for_process(NoiseDiffusion()) == DDPM(250)
         drops = re.findall(r" at drop fraction (\d(?:\.\d)?)", text.split("guidance 1.25")[0])
         if "guidance.scale=1.25" in words:
             drops = ["0"]
@@ -200,3 +200,12 @@ def test_numbers_of_images_that_no_memory_holds_are_refused(command, words):
     module = import_module(f"dcdit.{command}")
     with pytest.raises(UserError, match=words[-1].split("=")[0]):
         module.check(compose_config("checkpoint=x", *words, name=command))
+
+
+@pytest.mark.parametrize(("value", "folder"), [(None, "runs"), ("", "runs"), ("elsewhere", "elsewhere")])
+def test_a_variable_that_is_set_to_nothing_is_not_set(monkeypatch, value, folder):
+    if value is None:
+        monkeypatch.delenv("DCDIT_RUNS", raising=False)
+    else:
+        monkeypatch.setenv("DCDIT_RUNS", value)
+    assert plain(compose_config("experiment=digits"))["paths"]["runs"] == folder

@@ -140,7 +140,7 @@ class FID(Callback):
             )
         model = self._model(pl_module, trainer)
         settings = self.settings
-        sampler = Sampler(model.process.sampler(settings.sampler))
+        sampler = Sampler(settings.sampler.for_process(model.process.settings))
         for drop in settings.drop_fractions:
             check_guidance(model.network, self._guidance(drop))
         device = pl_module.device
@@ -259,7 +259,7 @@ class FID(Callback):
         if rows:
             pictures["boundaries"] = folder / f"step_{step:08d}_boundaries.png"
             names = [f"sample {number}" for number in range(len(rows))]
-            title = f"step {step:,}, ρ {drops[0]:g}, {loaded.sampler.settings.words}"
+            title = f"step {step:,}, ρ {drops[0]:g}, {loaded.sampler.settings.description}"
             save_boundaries(rows, names, loaded.decode, pictures["boundaries"], title)
         for logger in trainer.loggers:
             for name, path in pictures.items():

@@ -32,17 +32,17 @@ STRIP = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 """Drop fractions of the strip of seven budgets."""
 _TIMED, _KEPT = 9, 64
 
-OnStep = Callable[[int, int, str], None]
-"""Told before long: the evaluation that was done, of how many, and of what."""
+OnProgress = Callable[[int, int, str], None]
+"""Called after every evaluation of the network with its number, their count, and what is sampled."""
 
 
 class StoppedError(Exception):
-    """Somebody asked to stop; raised by an :data:`OnStep`."""
+    """The sampling was stopped; raised by an :data:`OnProgress`."""
 
 
 @dataclass(frozen=True)
-class Painting:
-    """An image and how it came about.
+class GeneratedImage:
+    """A generated image, with the settings, the steps and the cost that made it.
 
     Attributes:
         choice: what was chosen.
@@ -50,11 +50,11 @@ class Painting:
         title: model, sampler, budget and cost in words.
         image: (height, width, 1 or 3) uint8.
         moments: at every evaluation of the network.
-        tokens: share of the positions that ran at each of them, of the strong half; empty without router.
-        drops: drop fraction of the strong half at each.
-        step_flops: FLOPs of each, both halves.
+        tokens: share of the positions that ran at each of them, of the main branch; empty without router.
+        drops: drop fraction of the main branch at each.
+        step_flops: FLOPs of each, both branches of guidance.
         flops: of all.
-        kept: tokens, as a share of the positions, in the mean of all evaluations of both halves; of reused ones none.
+        kept: mean share of the positions that were kept in all evaluations of both branches; reused ones keep none.
         times: milliseconds of sampling in the last runs with these settings on this machine; it grows with them.
         full: the same image at the full budget; None if this is it.
     """
@@ -70,11 +70,11 @@ class Painting:
     flops: float
     kept: float
     times: Sequence[float]
-    full: "Painting | None"
+    full: "GeneratedImage | None"
 
     @property
     def milliseconds(self) -> float:
-        """The median of the last runs."""
+        """Median time of the last runs."""
         return statistics.median(self.times)
 
     @property
@@ -91,7 +91,7 @@ class Painting:
     def animation(self) -> list[Pixels]:
         """Pictures of its way from noise, fifty at most, and of itself at the end."""
         chosen = np.linspace(0, len(self.moments) - 1, min(50, len(self.moments))).round().astype(int)
-        return animation_frames([self.moments[each] for each in chosen], self.image, self.sampling, self.title)
+        return animation_frames([self.moments[index] for index in chosen], self.image, self.sampling, self.title)
 
 
 def difference(one: NDArray[Any], two: NDArray[Any]) -> NDArray[Any]:
@@ -108,31 +108,31 @@ def _size(image: NDArray[Any]) -> str:
 T = TypeVar("T")
 
 
-class _Newest(Generic[T]):
-    """The newest answers to questions; older ones are forgotten."""
+class _RecentlyUsed(Generic[T]):
+    """A cache of the values that were used last."""
 
     def __init__(self, size: int) -> None:
         self._known: OrderedDict[Hashable, T] = OrderedDict()
         self._size = size
 
-    def get(self, key: Hashable, find: Callable[[], T]) -> T:
-        """What is known, or what ``find`` says."""
-        found = self._known.pop(key) if key in self._known else find()
-        self._known[key] = found
+    def get(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """The value of ``key``, computed if it is not there."""
+        value = self._known.pop(key) if key in self._known else compute()
+        self._known[key] = value
         while len(self._known) > self._size:
             self._known.popitem(last=False)
-        return found
+        return value
 
 
-class Studio:
-    """One or two checkpoints, and what was sampled with them lately.
+class Session:
+    """One or two loaded checkpoints, and the images, times and budgets that were sampled with them last.
 
     Args:
         plan: what holds for all of them, see :class:`Choice`.
         base: the plain values that it was made of.
         places: of the checkpoints.
         most_steps: of a sampler.
-        words: for commands: what was said beside.
+        overrides: of the command line, for the commands that the page shows.
     """
 
     def __init__(
@@ -141,42 +141,42 @@ class Studio:
         base: Mapping[str, Any],
         places: Sequence[CheckpointSource],
         most_steps: int,
-        words: str = "",
+        overrides: str = "",
     ) -> None:
         keep_freed_memory()
-        self.base, self.places, self.most_steps, self.words = base, places, most_steps, words
+        self.base, self.places, self.most_steps, self.overrides = base, places, most_steps, overrides
         self.loaded = [load(plan, place) for place in places]
-        self._times: _Newest[deque[float]] = _Newest(_KEPT)
-        self._full: _Newest[Painting] = _Newest(8)
-        self._budgets: _Newest[Calibration] = _Newest(_KEPT)
+        self._times: _RecentlyUsed[deque[float]] = _RecentlyUsed(_KEPT)
+        self._full: _RecentlyUsed[GeneratedImage] = _RecentlyUsed(8)
+        self._budgets: _RecentlyUsed[Calibration] = _RecentlyUsed(_KEPT)
         for side in range(len(places)):  # the first run is a slow one, and no measure of anything
             self._sample(side, Choice(0, 0, self.sampler(side), 2, 1.0), lambda *_: None, "")
-        self._times = _Newest(_KEPT)
+        self._times = _RecentlyUsed(_KEPT)
 
     def classes(self, side: int) -> Sequence[str]:
         """Names of the classes that a checkpoint knows."""
         return self.loaded[side].model.latents.classes
 
     def samplers(self, side: int) -> list[str]:
-        """Those that fit a checkpoint."""
+        """Names of the samplers that fit a checkpoint."""
         return samplers_of(self.loaded[side].model.process.settings.name)
 
     def sampler(self, side: int) -> str:
-        """The one that the command asked for."""
+        """Name of the sampler that the command asked for."""
         model = self.loaded[side].model
-        return model.process.sampler(SamplingPlan.of(self.base)[0].sampler).name
+        return SamplingPlan.of(self.base)[0].sampler.for_process(model.process.settings).name
 
     def routes(self, side: int) -> bool:
-        """Whether a checkpoint has budgets."""
+        """Whether the network of a checkpoint drops tokens, and so has budgets."""
         return self.loaded[side].model.network.routes
 
     def command(self, side: int, choice: Choice, out: str) -> str:
         """The words for a terminal that make the same image in the folder ``out``."""
         place = self.places[side]
         name = str(Path(place.name).resolve()) if Path(place.name).exists() else place.name
-        return " ".join(filter(None, [choice.command(self.base, name, out), self.words]))
+        return " ".join(filter(None, [choice.command(self.base, name, out), self.overrides]))
 
-    def paint(self, side: int, choice: Choice, on_step: OnStep) -> Painting:
+    def generate(self, side: int, choice: Choice, on_progress: OnProgress) -> GeneratedImage:
         """Sample what was chosen, and first, unless that is known, the same at the full budget.
 
         Raises:
@@ -186,38 +186,37 @@ class Studio:
         full = None
         if choice != choice.at_full_budget:
             key = (side, choice.at_full_budget)
-            full = self._full.get(key, lambda: self._sample(side, choice.at_full_budget, on_step, "full budget"))
-        painting = self._sample(side, choice, on_step, "image", sampling)
+            full = self._full.get(key, lambda: self._sample(side, choice.at_full_budget, on_progress, "full budget"))
+        generated = self._sample(side, choice, on_progress, "image", sampling)
         if full is None:
-            self._full.get((side, choice), lambda: painting)
-            return painting
-        return replace(painting, full=full)
+            self._full.get((side, choice), lambda: generated)
+            return generated
+        return replace(generated, full=full)
 
     def usual_tflops(self, side: int) -> float:
         """What an image costs about, at seven tenths of the full budget and with what the command said of sampling."""
         plan, model = SamplingPlan.of(self.base)[0], self.loaded[side].model
         compression = float(model.training.get("compression") or 4)
         evaluation = count(model.network, [model.network.positions / compression] if model.network.routes else []).total
-        halves = 1 if plan.guidance.scale == 1 else 2
-        return float(f"{0.7 * evaluation * plan.sampler.steps * halves / 1e12:.2g}")
+        branches = 1 if plan.guidance.scale == 1 else 2
+        return float(f"{0.7 * evaluation * plan.sampler.steps * branches / 1e12:.2g}")
 
-    def strip(self, side: int, choice: Choice, on_step: OnStep) -> list[tuple[str, Pixels]]:
+    def strip(self, side: int, choice: Choice, on_progress: OnProgress) -> list[tuple[str, Pixels]]:
         """The same seed at seven budgets, with words for each."""
         if not self.routes(side):
             raise UserError(f"{self.places[side].run} has one budget: its network drops no tokens")
-        found = []
+        pictures = []
         for drop in STRIP:
-            each = replace(choice, meet="drop", drop=drop)
-            painting = self._sample(side, each, on_step, f"ρ {drop:g}")
-            found.append((f"ρ {drop:g}, {flops_words(painting.flops)}", enlarged(painting.image, 256)))
-        return found
+            generated = self._sample(side, replace(choice, meet="drop", drop=drop), on_progress, f"ρ {drop:g}")
+            pictures.append((f"ρ {drop:g}, {flops_words(generated.flops)}", enlarged(generated.image, 256)))
+        return pictures
 
     def _times_of(self, side: int, choice: Choice) -> "deque[float]":
         """Milliseconds of the last runs with these settings, whatever the image."""
         return self._times.get((side, replace(choice, label=0, seed=0)), lambda: deque(maxlen=_TIMED))
 
     def _sampling(self, side: int, choice: Choice) -> Sampling:
-        """What samples it."""
+        """The networks and settings that sample a choice."""
         if choice.steps > self.most_steps:
             raise UserError(f"steps={choice.steps}: the page takes at most {self.most_steps}, or start it with more")
         if choice.label >= len(self.classes(side)):
@@ -231,8 +230,8 @@ class Studio:
         return at_budget(sampling, self._budgets.get(key, lambda: calibration_of(sampling)))
 
     def _sample(
-        self, side: int, choice: Choice, on_step: OnStep, what: str, sampling: Sampling | None = None
-    ) -> Painting:
+        self, side: int, choice: Choice, on_progress: OnProgress, what: str, sampling: Sampling | None = None
+    ) -> GeneratedImage:
         """Sample one image, without looking at what is known."""
         sampling = sampling or self._sampling(side, choice)
         model, timesteps = sampling.model, sampling.sampler.timesteps
@@ -240,7 +239,7 @@ class Studio:
 
         def note(numbers: list[int], step: Step) -> None:
             recorder.take(numbers, step)
-            on_step(step.index + 1, len(timesteps), what)
+            on_progress(step.index + 1, len(timesteps), what)
 
         begin = time.perf_counter()
         (batch,) = sampling.generate(torch.tensor([choice.label]), [0], note)
@@ -248,8 +247,8 @@ class Studio:
         times.append(1000 * (time.perf_counter() - begin))
         cost = SamplingCost.of(batch)
         moments = recorder.rows[0]
-        routed = [each.boundaries.mask.mean() for each in moments if each.boundaries is not None]
-        return Painting(
+        routed = [moment.boundaries.mask.mean() for moment in moments if moment.boundaries is not None]
+        return GeneratedImage(
             choice,
             sampling,
             f"{sampling.words}, {flops_words(cost.flops)}",

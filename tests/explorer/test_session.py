@@ -10,14 +10,14 @@ from dcdit import explore
 from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.errors import UserError
 from dcdit.explorer.choice import Choice
-from dcdit.explorer.studio import STRIP, StoppedError, Studio, difference
+from dcdit.explorer.session import STRIP, Session, StoppedError, difference
 
 CHOICE = Choice(label=3, seed=5, sampler="ddim", steps=6, scale=2.0)
 
 
-def studio_of(*checkpoints, most_steps=50):
+def session_of(*checkpoints, most_steps=50):
     plan, _, base = explore.check(compose_config(f"checkpoint={checkpoints[0]}", name="explore"))
-    return Studio(plan, base, [resolve_checkpoint(str(each), "runs") for each in checkpoints], most_steps)
+    return Session(plan, base, [resolve_checkpoint(str(each), "runs") for each in checkpoints], most_steps)
 
 
 def quiet(done, steps, what):
@@ -25,25 +25,25 @@ def quiet(done, steps, what):
 
 
 @pytest.fixture(scope="module")
-def studio():
-    return studio_of("digits")
+def session():
+    return session_of("digits")
 
 
-def test_costs_stand_beside_the_full_budget(studio):
-    full = studio.paint(0, CHOICE, quiet)
+def test_costs_stand_beside_the_full_budget(session):
+    full = session.generate(0, CHOICE, quiet)
     assert full.full is None
     assert full.lost == 0
-    half = studio.paint(0, replace(CHOICE, drop=0.5), quiet)
+    half = session.generate(0, replace(CHOICE, drop=0.5), quiet)
     assert np.array_equal(half.full.image, full.image)
     assert half.full.flops == full.flops == pytest.approx(sum(full.step_flops))
     assert half.flops < full.flops
     assert half.lost == pytest.approx(difference(half.image, full.image).mean() / 255)
     assert max(one / two for one, two in zip(half.tokens, full.tokens, strict=True)) < 1
     assert half.drops == [0.5] * 6
-    again = studio.paint(0, replace(CHOICE, drop=0.5, seed=6), quiet)
+    again = session.generate(0, replace(CHOICE, drop=0.5, seed=6), quiet)
     assert len(again.times) == len(half.times) == 2  # the median is that of all images with these settings
     assert half.full.times is again.full.times
-    assert half.kept == pytest.approx(sum(half.tokens) / 6, rel=0.2)  # both halves of guidance
+    assert half.kept == pytest.approx(sum(half.tokens) / 6, rel=0.2)  # both branches of guidance
 
 
 @pytest.mark.parametrize(
@@ -52,16 +52,16 @@ def test_costs_stand_beside_the_full_budget(studio):
         {"meet": "schedule", "drop": 0.6, "drop_last": 0.1},
         {"meet": "fraction", "fraction": 0.8},
         {"cache": 0.3},
-        {"weak_drop": 0.9},
+        {"guiding_drop": 0.9},
         {"sampler": "dpm++"},
         {"scale": 1.0},
     ],
 )
-def test_every_choice_is_what_a_command_can_say(studio, changes):
+def test_every_choice_is_what_a_command_can_say(session, changes):
     choice = replace(CHOICE, **changes)
-    painting = studio.paint(0, choice, quiet)
-    assert painting.flops < 1.2 * studio.paint(0, CHOICE, quiet).flops
-    words = studio.command(0, choice, "x")
+    generated = session.generate(0, choice, quiet)
+    assert generated.flops < 1.2 * session.generate(0, CHOICE, quiet).flops
+    words = session.command(0, choice, "x")
     assert "out=x" in words
     for expected in {
         "schedule": ["guidance.drop_schedule=[[1000,0.6],[0,0.1]]"],
@@ -69,15 +69,15 @@ def test_every_choice_is_what_a_command_can_say(studio, changes):
     }.get(choice.meet, [f"sampler={choice.sampler}", "sampler.steps=6", "seed=5", "classes=[3]"]):
         assert expected in words.replace("'", "")
     if choice.meet == "schedule":
-        assert painting.drops[0] > 0.5
-        assert painting.drops[-1] == pytest.approx(0.1, abs=0.01)
+        assert generated.drops[0] > 0.5
+        assert generated.drops[-1] == pytest.approx(0.1, abs=0.01)
     if choice.meet == "fraction":
-        assert painting.flops == pytest.approx(0.8 * painting.full.flops, rel=0.1)
+        assert generated.flops == pytest.approx(0.8 * generated.full.flops, rel=0.1)
     if choice.cache:
-        assert 0 in painting.tokens
+        assert 0 in generated.tokens
 
 
-def test_what_cannot_be_is_told(studio):
+def test_what_cannot_be_is_told(session):
     for changes, message in (
         ({"label": 10}, "class 10: pretrained_digits knows the classes 0 to 9"),
         ({"steps": 51}, "the page takes at most 50"),
@@ -90,10 +90,10 @@ def test_what_cannot_be_is_told(studio):
         ({"seed": -1}, "seed=-1 is"),
     ):
         with pytest.raises(UserError, match=message):
-            studio.paint(0, replace(CHOICE, **changes), quiet)
+            session.generate(0, replace(CHOICE, **changes), quiet)
 
 
-def test_a_job_ends_where_it_is_told_to(studio):
+def test_a_job_ends_where_it_is_told_to(session):
     seen = []
 
     def stop(done, steps, what):
@@ -102,56 +102,56 @@ def test_a_job_ends_where_it_is_told_to(studio):
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        studio.paint(0, replace(CHOICE, seed=99), stop)
+        session.generate(0, replace(CHOICE, seed=99), stop)
     assert seen == [1, 2, 3]
-    assert studio.paint(0, replace(CHOICE, seed=99), quiet).image.shape == (16, 16, 1)
+    assert session.generate(0, replace(CHOICE, seed=99), quiet).image.shape == (16, 16, 1)
 
 
-def test_a_usual_budget_can_be_met(studio):
+def test_a_usual_budget_can_be_met(session):
     """What the field begins with is a budget of the network at hand."""
-    usual = studio.usual_tflops(0)
+    usual = session.usual_tflops(0)
     choice = replace(CHOICE, meet="tflops", tflops=usual, steps=20, scale=3.0)
-    assert studio.paint(0, choice, quiet).flops == pytest.approx(usual * 1e12, rel=0.1)
+    assert session.generate(0, choice, quiet).flops == pytest.approx(usual * 1e12, rel=0.1)
 
 
-def test_seven_budgets_in_one_strip(studio):
-    strip = studio.strip(0, replace(CHOICE, meet="fraction", fraction=0.9), quiet)
+def test_seven_budgets_in_one_strip(session):
+    strip = session.strip(0, replace(CHOICE, meet="fraction", fraction=0.9), quiet)
     costs = [float(words.rpartition(", ")[2].removesuffix(" GFLOPs")) for words, _ in strip]
     assert costs == sorted(costs, reverse=True)
     assert len(strip) == len(STRIP) == 7
     assert all(picture.shape == (256, 256, 3) for _, picture in strip)
 
 
-def test_what_is_remembered_is_bounded(studio):
+def test_what_is_remembered_is_bounded(session):
     for seed in range(70):
-        studio._full.get(seed, lambda seed=seed: seed)
-    assert len(studio._full._known) == 8
-    assert studio._full.get(69, lambda: None) == 69
+        session._full.get(seed, lambda seed=seed: seed)
+    assert len(session._full._known) == 8
+    assert session._full.get(69, lambda: None) == 69
 
 
 def test_two_checkpoints_beside_each_other(tiny, capsys):
     routed, plain = tiny("routed", "trainer.max_steps=2"), tiny("plain", "trainer.max_steps=2", *PLAIN_DIT)
-    both = studio_of(routed, plain)
+    both = session_of(routed, plain)
     assert [both.routes(side) for side in (0, 1)] == [True, False]
-    one, two = (both.paint(side, replace(CHOICE, scale=1.0), quiet) for side in (0, 1))
+    one, two = (both.generate(side, replace(CHOICE, scale=1.0), quiet) for side in (0, 1))
     assert one.image.shape == two.image.shape == (8, 8, 1)
     assert two.tokens == []
     with pytest.raises(UserError, match="has one budget: its network drops no tokens"):
         both.strip(1, CHOICE, quiet)
     with pytest.raises(UserError, match="DiT/2 drops no tokens"):
-        both.paint(1, replace(CHOICE, drop=0.5), quiet)
+        both.generate(1, replace(CHOICE, drop=0.5), quiet)
     with pytest.raises(UserError, match="an image of 16 x 16 pixels cannot be compared with one of 8 x 8"):
         difference(np.zeros((16, 16, 1), np.uint8), one.image)
 
 
 def test_a_flow_network(tiny):
     run = tiny("flow", "diffusion=flow", "trainer.max_steps=2")
-    studio = studio_of(run)
-    assert studio.samplers(0) == ["euler", "heun", "sde"]
-    assert studio.sampler(0) == "euler"
-    painting = studio.paint(0, replace(CHOICE, sampler="heun", drop=0.3), quiet)
-    assert len(painting.moments) == 11
-    assert painting.moments[0].timestep == 1000
+    session = session_of(run)
+    assert session.samplers(0) == ["euler", "heun", "sde"]
+    assert session.sampler(0) == "euler"
+    generated = session.generate(0, replace(CHOICE, sampler="heun", drop=0.3), quiet)
+    assert len(generated.moments) == 11
+    assert generated.moments[0].timestep == 1000
 
 
 def test_what_the_command_said_of_a_sampler_holds():
