@@ -69,7 +69,7 @@ class DCDiTModule(pl.LightningModule):
         seed: seed of everything random.
         nonfinite_limit: steps with non-finite gradients in a row after which training stops.
         balance_timesteps: give each of several ranks about as many tokens.
-        init: what training started from, see :class:`dcdit.training.init.Start`; empty from scratch.
+        init: what training started from, see :class:`dcdit.training.initial_weights.Start`; empty from scratch.
 
     Raises:
         UserError: if a value is unknown, of the wrong type or out of range.

@@ -28,7 +28,7 @@ from dcdit.settings.entry import plain
 from dcdit.training.batching import check_devices, with_accelerator, world_size
 from dcdit.training.build import build_data, build_module, build_trainer, check_network, match_compute
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
-from dcdit.training.init import Start, start_from
+from dcdit.training.initial_weights import Start, start_from
 from dcdit.training.loggers import keep_going
 from dcdit.training.module import DCDiTModule
 from dcdit.training.resume import Resumed, check_resumed, open_first_whole
@@ -102,8 +102,8 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         path, resumed = resumed.path if resumed else None, None  # Lightning gives its memory back
         # 5. Write down what is trained.
         leave_queue(before, run_dir)
-        if begun.place and not step:
-            say(begun.words)
+        if begun.checkpoint and not step:
+            say(begun.describe())
             save_start(begun, run_dir)
         say(words(module, plan, trainer.world_size, step))
         if found:
