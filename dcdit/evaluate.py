@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from dcdit.evaluation.grid import Grid, grid_of
 from dcdit.runtime.display import resumable
-from dcdit.runtime.processes import processes
+from dcdit.runtime.processes import print_once, processes
 from dcdit.settings.entry import CONFIG_DIR, entry_point, hold, plain
 
 
@@ -48,7 +48,7 @@ def run(config: DictConfig) -> list[Path]:
         if settings.search:
             searched = search(evaluation, samplings, rank, world_size, deadline)
             finished, complete = searched.last, searched.complete
-            print(f"The search in words: {os.path.relpath(write_log(evaluation, searched.log))}")
+            print_once(f"The search in words: {os.path.relpath(write_log(evaluation, searched.log))}")
         else:
             points = [evaluation.of(sampling) for sampling in samplings]
             finished = evaluation.measure(points, rank, world_size, deadline)

@@ -10,6 +10,7 @@ from dcdit.evaluation.points import Evaluation
 from dcdit.evaluation.settings import figures_of_metrics
 from dcdit.evaluation.words import budget_words
 from dcdit.runtime.files import write_text
+from dcdit.runtime.processes import rank
 from dcdit.sampling.setup import Sampling
 
 _SHARES = (10, 3, 1)
@@ -150,7 +151,8 @@ def _middles(best: float, known: Sequence[float]) -> list[float]:
 
 
 def write_log(evaluation: Evaluation, log: Sequence[str]) -> Path:
-    """Keep the log beside the results."""
+    """Write the log beside the results, once for all processes; returns its path."""
     path = evaluation.out / "search.log"
-    write_text(path, "\n".join(log) + "\n")
+    if not rank():
+        write_text(path, "\n".join(log) + "\n")
     return path

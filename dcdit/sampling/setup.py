@@ -20,6 +20,7 @@ from dcdit.network.blocks import set_execution
 from dcdit.runtime.devices import check_compiler, pick_device
 from dcdit.runtime.files import content_digest
 from dcdit.runtime.memory import keep_freed_memory
+from dcdit.runtime.processes import print_once
 from dcdit.sampling.budget import Calibration, calibrate, remembered
 from dcdit.sampling.generate import OnStep, SampleBatch, generate
 from dcdit.sampling.settings import SamplingPlan, described
@@ -164,7 +165,7 @@ def _load(found: Weights, plan: SamplingPlan, place: Place, device: torch.device
     if settings.compile:
         check_compiler("compile", device.type)
     model = build_model(found, settings.weights, device)
-    print(f"{place.name}: {words(found, model.network, settings.weights)}")
+    print_once(f"{place.name}: {words(found, model.network, settings.weights)}")
     set_execution(model.network, compiled=settings.compile)
     weak = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
@@ -209,7 +210,7 @@ def meet_budget(sampling: Sampling) -> Sampling:
         "precision": sampling.precision,
     }
     found = remembered(sampling.place.home / "budgets.json", question, lambda: calibration_of(sampling))
-    print(
+    print_once(
         f"Budget: drop fraction {found.drop_fraction}"
         + (f" and sampler.cache={found.cache:g} cost" if found.cache else " costs")
         + f" {found.tflops:.4g} TFLOPs per image,"
@@ -217,7 +218,7 @@ def meet_budget(sampling: Sampling) -> Sampling:
     )
     trained = max((model.training.get("multi_budget") or {}).get("fractions") or [0.0])
     if found.drop_fraction > trained:
-        print(
+        print_once(
             f"It was trained at drop fractions up to {trained:g}, quality falls fast beyond; without budget.by=drop and"
             " sampler.cache reuse meets a part of the budget, and less is dropped"
         )
@@ -241,7 +242,7 @@ def _weak_model(place: Place, plan: SamplingPlan, model: Model) -> Model:
     """The model at ``place``, on the device of ``model``; UserError unless it can guide it."""
     found = read_weights(place)
     weak = build_model(found, plan.settings.weights, model.device)
-    print(f"Weak half, {place.name}: {words(found, weak.network, plan.settings.weights)}")
+    print_once(f"Weak half, {place.name}: {words(found, weak.network, plan.settings.weights)}")
     for what, its, ours in (
         ("latents of shape", weak.latents.shape, model.latents.shape),
         ("latents of scale and shift", *(_scale_and_shift(each.latents) for each in (weak, model))),
