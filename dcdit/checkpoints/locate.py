@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dcdit.checks import HUB_ID, visible
 from dcdit.errors import UserError
 from dcdit.runs.resume import LAST, STEP_NAME
-from dcdit.runtime.hub import check_hub_answers, reason
+from dcdit.runtime.hub import cause_of, check_hub_answers
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -194,12 +194,12 @@ def _fetch(address: str, said: str) -> Path:
             f"{said}: the hub has no {repository}, or you may not see it: log in with `hf auth login`"
         ) from error
     except hub.HFValidationError as error:
-        raise UserError(f"{said}: {repository} is no name of a repository: {reason(error)}") from error
+        raise UserError(f"{said}: {repository} is no name of a repository: {cause_of(error)}") from error
     except (hub.HTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
         pattern = path if not path or path.endswith(_SUFFIXES) else f"{path}/*"
         where = f" {shlex.quote(pattern)}" if pattern else ""
         raise UserError(
-            f"{said}: the hub cannot be reached ({reason((*unreachable, error)[0])}), and the files are not in its"
+            f"{said}: the hub cannot be reached ({cause_of((*unreachable, error)[0])}), and the files are not in its"
             f" cache here. Where it can be reached, `hf download {repository}{where} --local-dir weights`; then copy"
             f" the folder and give {said.partition('=')[0]}=weights{f'/{path}' if path else ''}"
         ) from error
@@ -207,7 +207,7 @@ def _fetch(address: str, said: str) -> Path:
         raise error if str(error).startswith(said) else UserError(f"{said}: {error}") from error
     except Exception as error:  # huggingface_hub raises whatever a malformed answer provokes
         raise UserError(
-            f"{said}: the hub's answer cannot be understood ({type(error).__name__}: {reason(error)}): is HF_ENDPOINT"
+            f"{said}: the hub's answer cannot be understood ({type(error).__name__}: {cause_of(error)}): is HF_ENDPOINT"
             " the address of a hub?"
         ) from error
 

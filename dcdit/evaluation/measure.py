@@ -19,7 +19,7 @@ from dcdit.evaluation.results import SCHEMA, Result, read_result
 from dcdit.evaluation.settings import EvaluateSettings
 from dcdit.evaluation.statistics import Statistics
 from dcdit.evaluation.words import point_words
-from dcdit.runtime.devices import device_words
+from dcdit.runtime.devices import describe_device
 from dcdit.runtime.display import Display
 from dcdit.runtime.files import write_json
 from dcdit.sampling.figures import save_grid
@@ -226,7 +226,7 @@ class Measurement:
             "milliseconds_per_image": 1000 * sum(record.seconds for record in records) / count,
             "timing": {"rounds": [], "batch_size": self._batch},
             "reference": self.reference.images.place,
-            "device": device_words(model.device),
+            "device": describe_device(model.device),
         }
         if model.network.routes:
             result["keep_ratio"] = self._keep_ratios([record.kept for record in records])

@@ -14,13 +14,13 @@ from dcdit.runtime.files import UnwritableError
 from dcdit.settings.entry import explain
 
 
-def one_line(error: BaseException) -> str:
-    """A failure in one line: the sentence that a person sees, where there is one."""
-    words = explain(error)
-    lines = (words if words is not None else str(error)).strip().splitlines()
-    if words is not None:
-        return lines[0] if lines else type(error).__name__
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def describe_failure(error: BaseException) -> str:
+    """A failure in one line: the first of the message that users see, else of the error, after its class."""
+    message, name = explain(error), type(error).__name__
+    lines = (str(error) if message is None else message).strip().splitlines()
+    if not lines:
+        return name
+    return f"{name}: {lines[0]}" if message is None else lines[0]
 
 
 def note_failure(
@@ -33,7 +33,7 @@ def note_failure(
         run_dir: of the run, no longer held by this process.
         overrides: what was given on the command line.
         sweeping: whether the run is part of a sweep, whose summary shall have it.
-        together: whether this is one of several processes, another of which may still hold the directory for all.
+        together: whether this is one of several processes, another of which may still hold the directory.
     """
     try:
         before = RunState.read(run_dir)
@@ -46,7 +46,7 @@ def note_failure(
     if before or sweeping:
         state = before or RunState(State.FAILED, overrides=overrides)
         step = progress_of(run_dir, "").step
-        failed = replace(state, state=State.FAILED, step=step, reason=one_line(error), time=time.time())
+        failed = replace(state, state=State.FAILED, step=step, reason=describe_failure(error), time=time.time())
         with suppress(UnwritableError):  # a full disk may be the very reason, which is told all the same
             failed.write(run_dir)
     elif {path.name for path in run_dir.iterdir()} <= {LOCK}:

@@ -18,22 +18,22 @@ LOCK = ".running.lock"
 
 @contextmanager
 def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]:
-    """Hold a run's directory; the kernel gives it back however the process ends.
+    """Lock a run's directory for this run; the kernel releases the lock however the process ends.
 
     Args:
         run_dir: the directory.
-        rank: of this process; the first holds it for all.
-        patience: seconds to wait for one that is about to end.
+        rank: of this process; only the first takes the lock, for all.
+        patience: seconds to wait for a process that is about to end.
 
     Raises:
-        UserError: if another run does.
+        UserError: if another process trains there.
     """
     if rank:
         yield
         return
     lock = FileLock(run_dir / LOCK)
     try:
-        lock.acquire(timeout=max(patience, 0.5))  # whoever asks `is_held` has it for a moment
+        lock.acquire(timeout=max(patience, 0.5))  # `is_held` takes it for a moment
     except Timeout:
         try:
             holder = RunState.read(run_dir)
