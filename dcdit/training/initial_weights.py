@@ -17,7 +17,7 @@ from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.processes import say
 from dcdit.training.distillation import Distillation
 from dcdit.training.settings import FromScratch, FromWeights, InitSettings
-from dcdit.training.transfer import check_latents, check_network, match_parameters
+from dcdit.training.transfer import check_architecture, check_latents, match_parameters
 from dcdit.training.upcycling import weights_of_teacher
 
 _NO_CLASS_NAMES = "the file does not name its classes: label i here is taken for label i there"
@@ -101,7 +101,7 @@ def start_from(
         checkpoint = locate(settings.checkpoint, runs, "init.checkpoint")
         key, weights = checkpoint.words, read_weights(checkpoint, settings.assume)
         check_latents(key, weights, latents, settings.adapt)
-        sizes = check_network(key, weights, network, settings.adapt)
+        sizes = check_architecture(key, weights, network, settings.adapt)
         source: Network = build_network(weights.model)
         state = dict(weights.of_kind(settings.weights))
         load_whole(source, state)

@@ -83,7 +83,7 @@ def check_latents(
         )
 
 
-def check_network(key: str, weights: Weights, network: Network, adapt: Sequence[str]) -> str:
+def check_architecture(key: str, weights: Weights, network: Network, adapt: Sequence[str]) -> str:
     """Raise :class:`UserError` where two networks differ in what no shape tells; says where their shapes differ."""
     own = network.spec
     if own["name"] != weights.model["name"]:
