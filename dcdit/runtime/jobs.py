@@ -32,7 +32,7 @@ class Part:
 
     @classmethod
     def of(cls, path: Path) -> "Part":
-        """Measure a file."""
+        """Measure the file at ``path``."""
         size, checksum = 0, 0
         with open_regular(path) as file:
             while chunk := file.read(1 << 22):

@@ -20,7 +20,7 @@ class Throughput(Callback):
         self._since: tuple[float, int] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock at the first step."""
         self._since = (time.perf_counter(), trainer.global_step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
