@@ -1,4 +1,4 @@
-"""Why a run failed, in one line of its directory."""
+"""Recording why a run failed, as one line in its directory."""
 
 import shutil
 import time
@@ -26,28 +26,28 @@ def describe_failure(error: BaseException) -> str:
 def note_failure(
     error: Exception, run_dir: Path, overrides: tuple[str, ...], sweeping: bool, together: bool = False
 ) -> None:
-    """Write down why the run failed; a refused command that is no part of a sweep leaves nothing behind.
+    """Record why a run failed; the directory of a refused command that is no part of a sweep is removed.
 
     Args:
         error: the reason.
-        run_dir: of the run, no longer held by this process.
-        overrides: what was given on the command line.
-        sweeping: whether the run is part of a sweep, whose summary shall have it.
+        run_dir: of the run, no longer locked by this process.
+        overrides: of the command line.
+        sweeping: whether the run is part of a sweep, whose summary lists failed runs as well.
         together: whether this is one of several processes, another of which may still hold the directory.
     """
     try:
         before = RunState.read(run_dir)
     except UserError:
-        return  # the corrupt file is the reason, and is left for whoever mends it
+        return  # the corrupt file is the reason, and the user may want to repair it
     (run_dir / QUEUED_NAME).unlink(missing_ok=True)
     untouched = (State.FINISHED,) if sweeping else (State.FINISHED, State.INTERRUPTED)
     if (is_held(run_dir) and not together) or (before and before.state in untouched):
-        return  # another's, or an earlier one that this command has not touched
+        return  # the state belongs to another process, or to an earlier run that this command has not touched
     if before or sweeping:
         state = before or RunState(State.FAILED, overrides=overrides)
         step = progress_of(run_dir, "").step
         failed = replace(state, state=State.FAILED, step=step, reason=describe_failure(error), time=time.time())
-        with suppress(UnwritableError):  # a full disk may be the very reason, which is told all the same
+        with suppress(UnwritableError):  # a full disk may be the reason itself; the user is told it anyway
             failed.write(run_dir)
     elif {path.name for path in run_dir.iterdir()} <= {LOCK}:
         shutil.rmtree(run_dir)

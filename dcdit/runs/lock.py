@@ -1,4 +1,4 @@
-"""One writer for each run's directory."""
+"""The lock of a run's directory: only one run writes to it."""
 
 import fcntl
 import os
@@ -47,7 +47,7 @@ def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]
     except OSError as error:
         raise UserError(f"{run_dir / LOCK} cannot be locked ({error.strerror}): remove it") from error
     except NotImplementedError:
-        pass  # a file system without locks, where nobody can tell; to release below does nothing then
+        pass  # a file system without locks; to release the lock below then does nothing
     try:
         yield
     finally:
@@ -55,12 +55,12 @@ def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]
 
 
 def is_held(run_dir: Path) -> bool:
-    """Whether a process trains in ``run_dir`` right now. Reads only: the directory may be somebody else's."""
+    """Whether a process trains in ``run_dir`` right now; writes nothing, for the directory may be another user's."""
     try:
         with open_regular(run_dir / LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except (OSError, UserError):  # no lock, or a file system without locks, where nobody can tell
+    except (OSError, UserError):  # no lock, or a file system without locks
         return False
     return False

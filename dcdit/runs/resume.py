@@ -95,7 +95,7 @@ def state_at_start(
     if before is None:  # a job that SLURM queued again did start before, whatever became of the state
         queued_again = os.environ.get("SLURM_RESTART_COUNT", "")
         starts += int(queued_again) if queued_again.isdecimal() else 0
-    # The first process alone decides: by now the others may read what it wrote about this very start.
+    # Only the first process decides: the others may already read the state that it wrote for this start.
     if max_restarts is not None and starts > max_restarts + 1 and not rank():
         raise UserError(
             f"cluster.max_restarts={max_restarts}: the run died {starts - 1} times in a row after step {newest},"

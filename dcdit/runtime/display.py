@@ -85,7 +85,7 @@ class Display:
         self._bar.update(self._task, advance=images, rate=f"images, {self._rate:.1f}/s")
 
     def finish(self, name: str, samples: int) -> None:
-        """Count a task as finished: what it made is called ``name`` and holds so many samples."""
+        """Count a task as finished; its result is called ``name`` and holds so many samples."""
         self._left, self._written = self._left - 1, self._written + 1
         if self._bar.disable:
             minutes = self._left * (time.monotonic() - self._since) / self._written / 60

@@ -48,7 +48,7 @@ def _bound_silence(request: Any) -> None:
 
 
 def _check_answer(answer: Any) -> None:
-    """Raise :class:`UserError` if an answer (of httpx) holds what may not become the name of a file."""
+    """Raise :class:`UserError` if an answer (of httpx) would lead to an unsafe name of a file."""
     if answer.request.method == "HEAD":
         for name in _DIGEST_HEADERS:
             value = answer.headers.get(name)
