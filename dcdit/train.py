@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from dcdit.cluster import job
 from dcdit.errors import UserError
-from dcdit.runs.failure import note_failure, one_line
+from dcdit.runs.failure import describe_failure, note_failure
 from dcdit.runs.resume import resuming_command, task_overrides
 from dcdit.runs.state import Outcome, State
 from dcdit.runtime.processes import lost_process, rank, say
@@ -40,10 +40,10 @@ def run(config: DictConfig, run_dir: Path, sweeping: bool = False) -> Outcome:
     from dcdit.training.batching import check_local_sweep
     from dcdit.training.run import train
 
-    if sweeping and not job.inside():
+    if sweeping and not job.is_inside_job():
         check_local_sweep(plan)
     try:
-        return train(config, run_dir, PATIENCE if job.inside() else 0.0, job.inside())
+        return train(config, run_dir, PATIENCE if job.is_inside_job() else 0.0, job.is_inside_job())
     except UserError:
         command = None if sweeping or plan.run.ckpt_path != "last" else resuming_command(run_dir, task_overrides())
         if command:  # apart from the message, whose frame would break it into lines
@@ -65,13 +65,13 @@ def run_and_note(config: DictConfig) -> float | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        job.begin(run_dir)
+        job.mark_unfinished(run_dir)
         outcome = run(config, run_dir, sweeping)
     except Exception as error:
         outcome = note_error(error, run_dir, sweeping)
         if not sweeping:
             raise
-    job.end(outcome.state)
+    job.exit_job(outcome.state)
     if outcome.state is State.INTERRUPTED and sweeping:
         raise KeyboardInterrupt  # whoever stops a run of a sweep does not ask for the next one
     return outcome.metrics.get("val/diffusion_loss") if outcome.state is State.FINISHED else math.nan
@@ -86,7 +86,7 @@ def note_error(error: Exception, run_dir: Path, sweeping: bool) -> Outcome:
         note_failure(error, run_dir, task_overrides(), sweeping, together)
     if sweeping:
         reason = "another process of the run is gone; its output says why" if lost else explain(error)
-        show(f"{os.path.relpath(run_dir)}: {reason or one_line(error)}")
+        show(f"{os.path.relpath(run_dir)}: {reason or describe_failure(error)}")
         if reason is None:
             traceback.print_exception(error)
     return Outcome(State.LOST if lost else State.FAILED)

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from dcdit.checkpoints.read import read_checkpoint
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.runtime.devices import fingerprint
-from dcdit.runtime.hub import check_hub_answers, reason
+from dcdit.runtime.hub import cause_of, check_hub_answers
 from dcdit.runtime.tensors import load_state_strict, read_tensors
 
 _DIGITS = Path(__file__).with_name("digits.safetensors")
@@ -213,7 +213,7 @@ class TimmFeatures(FeatureNetwork):
             network: Any = timm.create_model(model, pretrained=weights is None)
         except (OSError, RuntimeError, UserError) as error:
             raise UserError(
-                f"features.model={model!r}: its weights cannot be downloaded ({reason(error)}): give a local file"
+                f"features.model={model!r}: its weights cannot be downloaded ({cause_of(error)}): give a local file"
                 " as features.weights=..."
             ) from error
         if weights is not None:

@@ -18,7 +18,7 @@ from dcdit.evaluation.reference_images import FeatureJob, ReferenceStatistics, d
 from dcdit.evaluation.results import SCHEMA, KeepRatio, MeasuredPlan, NetworkDescription, Result, Timing, read_result
 from dcdit.evaluation.settings import EvaluateSettings
 from dcdit.evaluation.statistics import Statistics
-from dcdit.runtime.devices import device_words
+from dcdit.runtime.devices import describe_device
 from dcdit.runtime.display import Display
 from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.figures import save_grid
@@ -257,7 +257,7 @@ class Measurement:
             milliseconds_per_image=1000 * sum(record.seconds for record in records) / cost.images,
             timing=Timing([], self._batch),
             reference=self.reference.images.place,
-            device=device_words(model.device),
+            device=describe_device(model.device),
             keep_ratio=self._keep_ratio(cost) if model.network.routes else None,
             path=self.path,
         ).write()

@@ -48,7 +48,7 @@ class FeatureJob(ImageJob[Record]):
         with self.lock():
             if self.result.is_file():
                 return
-            self.begin()
+            self.check_fingerprint()
         self.do(rank, world_size, work, display)
 
     def part_path(self, task: int) -> Path:

@@ -10,6 +10,7 @@ from dcdit.evaluation.measure import Deadline, Measurement
 from dcdit.evaluation.points import Evaluation
 from dcdit.evaluation.settings import figures_of_metrics
 from dcdit.runtime.files import write_text
+from dcdit.runtime.processes import rank
 from dcdit.sampling.setup import Sampling
 
 _SHARES = (10, 3, 1)
@@ -153,5 +154,6 @@ def _middles(best: float, known: Sequence[float]) -> list[float]:
 def write_log(evaluation: Evaluation, log: Sequence[str]) -> Path:
     """Write the log beside the results."""
     path = evaluation.out / "search.log"
-    write_text(path, "\n".join(log) + "\n")
+    if not rank():
+        write_text(path, "\n".join(log) + "\n")
     return path

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dcdit.reporting.collect import is_png
 from dcdit.runs.history import History, history_of, means
-from dcdit.runs.progress import RunProgress, duration, named_runs, progress_of
+from dcdit.runs.progress import RunProgress, format_duration, named_runs, progress_of
 from dcdit.runs.state import RunState
 
 _FID = re.compile(r"val/fid@(.+)")
@@ -44,7 +44,7 @@ class RunHistory:
             "-" if now.loss is None else f"{now.loss:.4g}",
             "-" if now.keep_ratio is None else f"{now.keep_ratio:.1%}",
             "-" if now.rate is None else f"{now.rate:,.0f}",
-            duration(now.seconds_left),
+            format_duration(now.seconds_left),
         ]
 
     @property

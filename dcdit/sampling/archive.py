@@ -83,7 +83,7 @@ class ImageArchive:
             if self.npz.is_file():
                 self._check_finished()
                 return True
-            self.job.begin()
+            self.job.check_fingerprint()
         self.job.do(rank, world_size, lambda task: self._sample(task, display), display)
         self.job.finalize(self.npz, self._join)
         return self.npz.is_file()

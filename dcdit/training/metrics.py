@@ -1,5 +1,6 @@
-"""What a training step logs, and how the processes put it together."""
+"""The metrics that a training step logs, and how those of micro-batches and processes are combined."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -8,6 +9,19 @@ from torch import Tensor
 
 from dcdit.diffusion.loss import DiffusionLoss
 from dcdit.network import Routing
+
+_OVER_MICRO_BATCHES: Mapping[str, Callable[..., Tensor]] = {
+    "train/keep_ratio_min": torch.amin,
+    "train/keep_ratio_max": torch.amax,
+    **dict.fromkeys(("train/tokens_per_rank", "train/tokens_per_rank_min", "train/tokens_per_rank_max"), torch.sum),
+}
+_OVER_RANKS: Mapping[str, Callable[..., Tensor]] = {
+    "train/keep_ratio_min": torch.amin,
+    "train/keep_ratio_max": torch.amax,
+    "train/tokens_per_rank_min": torch.amin,
+    "train/tokens_per_rank_max": torch.amax,
+}
+"""How metrics are combined; all others are averaged."""
 
 
 def step_metrics(diffusion: DiffusionLoss, drop_fraction: float) -> dict[str, Tensor]:
