@@ -1,8 +1,6 @@
 """The metrics that a training step logs, and how those of micro-batches and processes are combined."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ _OVER_RANKS: Mapping[str, Callable[..., Tensor]] = {
 
 
 def step_metrics(diffusion: DiffusionLoss, drop_fraction: float) -> dict[str, Tensor]:
-    """Return the metrics of the diffusion loss: scalars by name."""
+    """The metrics of the diffusion loss: scalars by name."""
     loss = diffusion.total.mean()
     metrics = {"train/diffusion_loss": loss, "train/mse": diffusion.mse.mean()}
     if diffusion.vlb is not None:
@@ -34,7 +32,7 @@ def step_metrics(diffusion: DiffusionLoss, drop_fraction: float) -> dict[str, Te
 
 
 def routing_metrics(routing: Routing, world_size: int) -> dict[str, Tensor]:
-    """Return the metrics of the router, scalars by name: keep ratios and, of several processes, the tokens of each."""
+    """The metrics of the router, scalars by name: keep ratios and, with several processes, the tokens of each."""
     kept = routing.natural_mask.float().mean(dim=1)
     metrics = {
         "train/keep_ratio": kept.mean(),
@@ -44,68 +42,31 @@ def routing_metrics(routing: Routing, world_size: int) -> dict[str, Tensor]:
     }
     if world_size > 1:
         tokens = routing.mask.sum().float()
-        metrics |= {f"train/tokens_per_rank{word}": tokens for word in ("", "_min", "_max")}
+        metrics |= {f"train/tokens_per_rank{suffix}": tokens for suffix in ("", "_min", "_max")}
     return metrics
 
 
-Operation = Literal["mean", "sum", "min", "max"]
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """How the values of a metric become one.
-
-    Attributes:
-        over_batches: of the micro-batches of an optimiser step.
-        over_ranks: of the processes.
-    """
-
-    over_batches: Operation = "mean"
-    over_ranks: Operation = "mean"
-
-
-REDUCTIONS = {
-    "train/keep_ratio_min": Reduction("min", "min"),
-    "train/keep_ratio_max": Reduction("max", "max"),
-    "train/tokens_per_rank": Reduction("sum", "mean"),
-    "train/tokens_per_rank_min": Reduction("sum", "min"),
-    "train/tokens_per_rank_max": Reduction("sum", "max"),
-}
-"""Of the metrics that are no plain means."""
-
-
-def _reduce(values: Tensor, operation: Operation) -> Tensor:
-    """(n, ...) to (...)."""
-    if operation in ("min", "max"):
-        return values.amin(dim=0) if operation == "min" else values.amax(dim=0)
-    return values.mean(dim=0) if operation == "mean" else values.sum(dim=0)
-
-
 class BatchMetrics:
-    """The metrics of the micro-batches of an optimiser step, put together to those of the whole batch."""
+    """Collects the metrics of the micro-batches of an optimiser step, and combines them to those of the batch."""
 
     def __init__(self) -> None:
         self._parts: list[dict[str, Tensor]] = []
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Add the metrics of another micro-batch; all micro-batches have one size."""
+        """Add the metrics of a micro-batch; all micro-batches have the same size."""
         self._parts.append({name: value.detach().float() for name, value in metrics.items()})
 
     def take(self) -> dict[str, Tensor]:
-        """Return the metrics of the whole batch, reduced as :data:`REDUCTIONS` says, and begin the next one."""
+        """The metrics of the batch; the next one starts empty."""
         parts, self._parts = self._parts, []
-        reduced = {}
-        for name in parts[0]:
-            values = torch.stack([part[name] for part in parts])
-            reduced[name] = _reduce(values, REDUCTIONS.get(name, Reduction()).over_batches)
-        return reduced
+        stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        return {name: _OVER_MICRO_BATCHES.get(name, torch.mean)(values, dim=0) for name, values in stacked.items()}
 
 
 def over_ranks(metrics: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
-    """Reduce the metrics of all ranks as :data:`REDUCTIONS` says, in one exchange."""
+    """Combine the metrics of all ranks, in one exchange."""
     own = torch.stack([value.float() for value in metrics.values()])
     gathered = own.new_empty(world_size * len(own))
     torch.distributed.all_gather_into_tensor(gathered, own)
-    operations: tuple[Operation, ...] = get_args(Operation)
-    reduced = {operation: _reduce(gathered.view(world_size, len(own)), operation) for operation in operations}
-    return {name: reduced[REDUCTIONS.get(name, Reduction()).over_ranks][i] for i, name in enumerate(metrics)}
+    gathered = gathered.view(world_size, len(own))
+    return {name: _OVER_RANKS.get(name, torch.mean)(gathered, dim=0)[i] for i, name in enumerate(metrics)}
