@@ -26,8 +26,9 @@ from dcdit.diffusion.settings import DDIM, GuidanceSettings
 from dcdit.network import DCDiT, build_network
 from dcdit.network.blocks import set_execution
 from dcdit.network.routing import PredictabilityRouter
-from dcdit.runtime.devices import device_words, pick_device
+from dcdit.runtime.devices import describe_device, pick_device
 from dcdit.runtime.memory import keep_freed_memory
+from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import SampleBatch, generate
 from dcdit.settings.compose import model_config
 
@@ -92,7 +93,7 @@ def rows(network: DCDiT, options: argparse.Namespace) -> Iterator[tuple[str, ...
         for budget in (*BUDGETS, *GUIDED):
             spent, batch = sample(network, budget, options)
             flops[budget.name] = batch.flops.mean().item()
-            kept[budget.name] = batch.kept.mean().item() / network.positions
+            kept[budget.name] = SamplingCost.of(batch).mean_keep_ratio(network.positions) or 0.0
             if turn:  # the first round warms up
                 seconds.setdefault(budget.name, []).append(spent)
     for group in (BUDGETS, GUIDED):
@@ -125,7 +126,7 @@ def main() -> None:
     with torch.no_grad():
         network = network_keeping(KEPT, options.model, device)
     set_execution(network, options.compile)
-    title = f"{options.model}, {options.precision}, {device_words(device)}, batches of {options.batch}"
+    title = f"{options.model}, {options.precision}, {describe_device(device)}, batches of {options.batch}"
     if options.compile:
         title += ", compiled blocks"
     table = Table(title=title, title_justify="left")

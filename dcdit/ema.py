@@ -45,14 +45,14 @@ def ema(config: EMAConfig) -> list[Path]:
     source = resolve_checkpoint(config.checkpoint, config.paths.runs)
     from dcdit.checkpoints.export import Card, write_exported
     from dcdit.checkpoints.load import read_weights
-    from dcdit.evaluation.results import figures_of
+    from dcdit.reporting.collect import figures_of_checkpoint
     from dcdit.runs.state import command_of
 
     weights, folders = read_weights(source, AS_PUBLISHED), []
     for length in config.lengths:
         kind = f"ema@{length:g}"
         folder = (Path(config.out) if config.out else source.home / "ema") / f"{length:g}"
-        card = Card(None, None, command_of(source.home), figures_of(source.home, weights.step, kind))
+        card = Card(None, None, command_of(source.home), figures_of_checkpoint(source.home, weights.step, kind))
         print(write_exported(folder, weights, kind, config.dtype, card))
         folders.append(folder)
     return folders

@@ -26,14 +26,15 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
     place = resolve_checkpoint(config.checkpoint, config.paths.runs)
     from dcdit.evaluation.images import check_place
     from dcdit.evaluation.measure import Deadline, OutOfTimeError
-    from dcdit.evaluation.points import Evaluation, remarks, table, take_times
+    from dcdit.evaluation.points import Evaluation, take_times
     from dcdit.evaluation.search import search, write_log
+    from dcdit.reporting.tables import notes_on, table_of
     from dcdit.runtime.display import Console
     from dcdit.sampling.setup import set_up_all
 
     deadline, (rank, world_size) = Deadline.in_hours(config.max_hours), processes()
-    for words in grid.left_out if rank == 0 else ():
-        print(f"Left out: {words}")
+    for combination in grid.left_out if rank == 0 else ():
+        print(f"Left out: {combination}")
     check_place(config.reference)
     samplings = set_up_all(grid.points, place)
     evaluation = Evaluation(samplings[0], config)
@@ -41,7 +42,8 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
         if config.search:
             searched = search(evaluation, samplings, rank, world_size, deadline)
             finished, complete = searched.last, searched.complete
-            print(f"The search in words: {os.path.relpath(write_log(evaluation, searched.log))}")
+            if rank == 0:
+                print(f"The search in words: {os.path.relpath(write_log(evaluation, searched.log))}")
         else:
             points = [evaluation.of(sampling) for sampling in samplings]
             finished = evaluation.measure(points, rank, world_size, deadline)
@@ -51,16 +53,16 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
                 take_times(finished, config.time_rounds, config.time_again and rank == 0, deadline)
             except OutOfTimeError:
                 print("max_hours is over while timing: the same command again takes the times.")
-    if finished and (rank == 0 or any(each.finalized for each in finished)):
-        results = [each.result for each in finished]
-        Console(width=None if sys.stdout.isatty() else 160).print(table(results))
-        print("\n".join([*remarks(results), f"Results: {os.path.relpath(evaluation.out)}"]))
+    if finished and (rank == 0 or any(measurement.finalized for measurement in finished)):
+        results = [measurement.result for measurement in finished]
+        Console(width=None if sys.stdout.isatty() else 160).print(table_of(results))
+        print("\n".join([*notes_on(results), f"Results: {os.path.relpath(evaluation.out)}"]))
     if not complete and not config.search:  # whose log says where it stopped
         why = "max_hours is over" if deadline.over else f"process {rank} is done"
         print(f"Not all is measured, {why}: what is left is measured by other processes, or by the same command again.")
     if grid.beyond:
         print(f"max_images={config.max_images} leaves {grid.beyond} of the points out: raise it to measure them too.")
-    return [each.path for each in finished]
+    return [measurement.path for measurement in finished]
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def export(config: ExportConfig) -> Path:
     source, out = resolve_checkpoint(config.checkpoint, config.paths.runs), Path(config.out)
     from dcdit.checkpoints.export import Card, check_new_file, check_replaceable, push, write_exported, write_reference
     from dcdit.checkpoints.load import read_weights
-    from dcdit.evaluation.results import figures_of
+    from dcdit.reporting.collect import figures_of_checkpoint
     from dcdit.runs.state import command_of
 
     (check_new_file if config.format == "reference" else check_replaceable)(out)
@@ -66,7 +66,7 @@ def export(config: ExportConfig) -> Path:
         write_reference(out, weights, config.weights)
         print(f"{out}: for the reference implementation")
         return out
-    figures = figures_of(source.home, weights.step, config.weights)
+    figures = figures_of_checkpoint(source.home, weights.step, config.weights)
     card = Card(config.license, config.note, command_of(source.home), figures, config.push)
     print(write_exported(out, weights, config.weights, config.dtype, card))
     if config.push:

@@ -28,10 +28,10 @@ def extract(config: ExtractConfig) -> "Manifest | None":
     extraction = set_up_extraction(config, directory, rank, world_size, workers)
     with resumable(rank, "encoding", "shard", directory) as display:
         manifest = extraction.run(display)
-    if manifest is not None and (extraction.job.finalized or (not display.began and rank == 0)):
-        print("Done." if display.began else "Everything is there already.")
+    if manifest is not None and (extraction.job.finalized or (not display.started and rank == 0)):
+        print("Done." if display.started else "Everything is there already.")
         print(extraction_summary(manifest, directory, extraction.empty_classes()))
-    elif display.began:
+    elif display.started:
         print(f"Process {rank} is done; what is left is written by other processes, or by the same command again.")
     return manifest
 

@@ -29,18 +29,18 @@ class ReportConfig:
 @command("report", paths=True)
 def report(config: ReportConfig) -> Path:
     """Write the report; returns the page."""
-    from dcdit.evaluation.courses import courses_below
-    from dcdit.evaluation.page import write_report
-    from dcdit.evaluation.results import find_results, read_results
+    from dcdit.reporting.collect import find_results, read_results
+    from dcdit.reporting.histories import histories_below
+    from dcdit.reporting.page import write_report
 
-    courses = courses_below(config.runs)
-    results, left_out = find_results(config.runs) if courses else read_results(config.runs)
-    page = write_report(results, courses, Path(config.out), config.title, left_out)
-    runs = len({result.values["run"] for result in results})
+    histories = histories_below(config.runs)
+    results, left_out = find_results(config.runs) if histories else read_results(config.runs)
+    page = write_report(results, histories, Path(config.out), config.title, left_out)
+    runs = len({result.run for result in results})
     for reason in left_out:
         print(f"Left out: {reason}")
     measured = f"{len(results)} measurement{'s'[: len(results) != 1]} of {runs} run{'s'[: runs != 1]}"
-    print(f"{measured}, the course of {len(courses)} run{'s'[: len(courses) != 1]}: {page}")
+    print(f"{measured}, the course of {len(histories)} run{'s'[: len(histories) != 1]}: {page}")
     return page
 
 

@@ -1,4 +1,4 @@
-"""How far runs are: ``python -m dcdit.status runs``; live with ``--watch``. Reads their directories alone."""
+"""Show how far runs are: ``python -m dcdit.status runs``; live with ``--watch``. It only reads their directories."""
 
 import shutil
 import sys
@@ -15,6 +15,7 @@ from dcdit.runs.progress import (
     RunProgress,
     live_view,
     named_runs,
+    print_reasons,
     progress_of,
     progress_table,
     size_on_disk,
@@ -31,8 +32,8 @@ class StatusConfig:
 
     Attributes:
         runs: directories of runs, or folders with runs below them.
-        watch: look again and again, until runs that went on or waited have ended.
-        every: seconds between two looks.
+        watch: keep the view up to date until all runs have ended.
+        every: seconds between two updates.
     """
 
     runs: Annotated[list[str], NotEmpty("name a folder, such as runs")]
@@ -40,53 +41,51 @@ class StatusConfig:
     every: Annotated[float, Bounds(0.2, 3600, hint="seconds between two looks")]
 
 
-def look(config: StatusConfig) -> dict[Path, RunProgress]:
+def read_progress(config: StatusConfig) -> dict[Path, RunProgress]:
     """How far the runs are, by their directories; UserError if there are none."""
-    for place in config.runs:
-        if not Path(place).is_dir():
-            raise UserError(f"runs={place} is no directory")
-    found = {path: progress_of(path, name) for path, name in named_runs(config.runs).items()}
-    if not found:
+    for folder in config.runs:
+        if not Path(folder).is_dir():
+            raise UserError(f"runs={folder} is no directory")
+    runs = {path: progress_of(path, name) for path, name in named_runs(config.runs).items()}
+    if not runs:
         raise UserError(f"runs={', '.join(config.runs)}: no runs there, python -m dcdit.train makes them")
-    return found
+    return runs
 
 
 @command("status", paths=True, flags={"--watch": "watch=true"})
 def status(config: StatusConfig) -> list[RunProgress]:
-    """Print the table, or keep it up to date; returns what is in it."""
+    """Print a table of the runs, or keep a view of them up to date; returns how far they are."""
     console = Console()
     if config.watch:
-        found = watch(config, console)
+        runs = list(watch(config, console).values())
     else:
-        found = look(config)
-        console.print(progress_table(list(found.values())))
-    for each in found.values():
-        if each.reason:
-            print(f"{each.name}: {each.reason}")
-    return list(found.values())
+        runs = list(read_progress(config).values())
+        console.print(progress_table(runs))
+    print_reasons(runs)
+    return runs
 
 
 def watch(config: StatusConfig, console: Console) -> dict[Path, RunProgress]:
-    """Keep a view up to date until runs that went on or waited have ended, or Ctrl-C; returns what was seen last.
+    """Keep a view up to date until all runs have ended, or until Ctrl-C; returns what was shown last.
 
-    Where none goes on yet, one may be starting: it waits.
+    As long as no run has begun it waits, for one may be starting.
     """
-    found: dict[Path, RunProgress] = {}
+    runs: dict[Path, RunProgress] = {}
     went_on = False
     with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
             with suppress(UserError):  # no folder yet, or no run
-                found = look(config)
-            goes_on = bool({State.RUNNING, State.QUEUED, State.WAITING} & {each.state for each in found.values()})
-            sizes = [size_on_disk(path) for path in found]
-            free = shutil.disk_usage(next(iter(found), Path())).free
+                runs = read_progress(config)
+            goes_on = bool({State.RUNNING, State.QUEUED, State.WAITING} & {run.state for run in runs.values()})
+            sizes = [size_on_disk(path) for path in runs]
+            free = shutil.disk_usage(next(iter(runs), Path())).free
             now = time.strftime("%H:%M:%S") + ("" if goes_on or went_on else "   waiting for a run to go on")
-            live.update(live_view(list(found.values()), sizes, free, now), refresh=True)
+            live.update(live_view(list(runs.values()), sizes, free, now), refresh=True)
             if (went_on and not goes_on) or lost(sys.stdout):
                 break
             went_on = goes_on
             time.sleep(config.every)
-    return found
+    return runs
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 
 from dcdit.cluster import job
 from dcdit.errors import UserError
-from dcdit.runs.failure import note_failure, one_line
+from dcdit.runs.failure import describe_failure, note_failure
 from dcdit.runs.resume import resuming_command, task_overrides
 from dcdit.runs.state import Outcome, State
 from dcdit.runtime.processes import lost_process, rank, say
@@ -38,13 +38,13 @@ def note_ending(run: Callable[[], Outcome]) -> float | None:
     """
     run_dir, sweeping = Path(HydraConfig.get().runtime.output_dir), is_sweep()
     try:
-        job.begin(run_dir)
+        job.mark_unfinished(run_dir)
         outcome = run()
     except Exception as error:
         outcome = note_error(error, run_dir, sweeping)
         if not sweeping:
             raise
-    job.end(outcome.state)
+    job.exit_job(outcome.state)
     if outcome.state is State.INTERRUPTED and sweeping:
         raise KeyboardInterrupt  # whoever stops a run of a sweep does not ask for the next one
     return outcome.metrics.get("val/diffusion_loss") if outcome.state is State.FINISHED else math.nan
@@ -57,10 +57,10 @@ def train(config: TrainConfig) -> Outcome:
     from dcdit.training.run import run_training
 
     sweeping = is_sweep()
-    if sweeping and not job.inside():
+    if sweeping and not job.is_inside_job():
         check_local_sweep(config)
     try:
-        return run_training(config, PATIENCE if job.inside() else 0.0, job.inside())
+        return run_training(config, PATIENCE if job.is_inside_job() else 0.0, job.is_inside_job())
     except UserError:
         again = None
         if not sweeping and config.ckpt_path == "last":
@@ -84,7 +84,7 @@ def note_error(error: Exception, run_dir: Path, sweeping: bool) -> Outcome:
         note_failure(error, run_dir, task_overrides(), sweeping, together)
     if sweeping:
         reason = "another process of the run is gone; its output says why" if lost else explain(error)
-        print_error(f"{os.path.relpath(run_dir)}: {reason or one_line(error)}")
+        print_error(f"{os.path.relpath(run_dir)}: {reason or describe_failure(error)}")
         if reason is None:
             traceback.print_exception(error)
     return Outcome(State.LOST if lost else State.FAILED)

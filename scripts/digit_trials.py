@@ -1,9 +1,12 @@
-"""What comparisons on handwritten digits share: a finished run for given words, and its samples beside real digits."""
+"""Shared by the comparisons on handwritten digits: training of runs, and measurements of their samples."""
 
+import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,51 +28,68 @@ from dcdit.evaluation.images import open_images
 from dcdit.evaluation.metrics import compare
 from dcdit.evaluation.statistics import Statistics
 from dcdit.network import DiT
+from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import SampleBatch, generate
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
-def train(run: Path, *words: str) -> None:
-    """One run on one core, unless it is finished; what it prints is shown if it fails."""
+def train(run: Path, *overrides: str) -> None:
+    """Train a run on one core, unless it is finished; if it fails, show what it printed and exit."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dcdit.train", *words, f"run_dir={run}", "ckpt_path=auto"]
+    command = [sys.executable, "-m", "dcdit.train", *overrides, f"run_dir={run}", "ckpt_path=auto"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
     print(f"{run.name}: trained", flush=True)
 
 
+def train_all(runs: Mapping[Path, Sequence[str]], parallel: int) -> None:
+    """Train runs with their overrides, ``parallel`` of them at a time."""
+    with ThreadPoolExecutor(parallel) as workers:
+        for job in [workers.submit(train, run, *overrides) for run, overrides in runs.items()]:
+            job.result()
+
+
+def load_or_measure(path: Path, measure: Callable[[], list[dict[str, float]]]) -> list[dict[str, float]]:
+    """The figures in a JSON file; if it is not there, they are measured and written to it."""
+    if not path.is_file():
+        path.write_text(json.dumps(measure(), indent=1) + "\n")
+    figures: list[dict[str, float]] = json.loads(path.read_text())
+    return figures
+
+
 def write_digits(directory: Path, source: HandwrittenDigits) -> str:
-    """Digits as shards, unless they are there; returns the override that names them."""
+    """Write digits as shards, unless they are there; returns the override that names them."""
     if not (directory / "train").exists():
         source.write(directory)
     return f"data.directory={directory}"
 
 
 def training_tflops(model: Model, batch: int, teacher: DiT, matched_steps: int) -> float:
-    """TFLOPs of a run of N = 4: three forward passes a step, one more of the teacher while it is matched."""
+    """TFLOPs of training with N = 4: three forward passes a step, one more of the teacher while it is matched."""
     network, budgets = model.network, model.training.get("multi_budget") or {}
-    kept, steps = network.positions / 4, model.step or 0
-    first = min(steps, budgets.get("full_budget_steps", 0))
-    drops = budgets.get("fractions") or [0.0]
-    at_full, others = (
-        sum(count(network, [kept * (1 - drop)] if network.routes else []).total for drop in some) / len(some)
-        for some in ([0.0], drops)
-    )
-    passes = 3 * (first * at_full + (steps - first) * others) + count(teacher).total * matched_steps
-    return passes * batch / 1e12
+    tokens, steps = network.positions / 4, model.step or 0
+    full_steps = min(steps, budgets.get("full_budget_steps", 0))
+
+    def mean_flops(drops: Sequence[float]) -> float:
+        costs = [count(network, [tokens * (1 - drop)] if network.routes else []).total for drop in drops]
+        return sum(costs) / len(costs)
+
+    sampled = mean_flops(budgets.get("fractions") or [0.0])
+    passes = 3 * (full_steps * mean_flops([0.0]) + (steps - full_steps) * sampled)
+    return (passes + count(teacher).total * matched_steps) * batch / 1e12
 
 
 class Judge:
-    """A classifier of real digits, which reads generated ones.
+    """A classifier that is trained on real digits, and reads generated ones.
 
     Args:
-        source: of the real ones.
+        source: of the real digits.
 
     Attributes:
-        on_unseen: the share of real digits that it reads right, of 400 that it has not seen.
+        on_unseen: its accuracy on 400 real digits that it has not seen.
     """
 
     def __init__(self, source: HandwrittenDigits) -> None:
@@ -77,23 +97,23 @@ class Judge:
         features, truth = images.flatten(1).numpy(), labels.numpy()
         order = np.random.default_rng(0).permutation(len(features))
         unseen, seen = order[:400], order[400:]
-        self._reads = SVC(gamma="scale").fit(features[seen], truth[seen])
-        self.on_unseen = float((self._reads.predict(features[unseen]) == truth[unseen]).mean())
+        self._classifier = SVC(gamma="scale").fit(features[seen], truth[seen])
+        self.on_unseen = float((self._classifier.predict(features[unseen]) == truth[unseen]).mean())
 
     def share(self, latents: Tensor, labels: Tensor) -> float:
         """The share of ``latents`` (N, 1, H, W) that it reads as their ``labels`` (N,)."""
         pixels = latents.clamp(-1, 1).flatten(1).numpy()
-        return float((self._reads.predict(pixels) == labels.numpy()).mean())
+        return float((self._classifier.predict(pixels) == labels.numpy()).mean())
 
 
 def real_digits(directory: Path, side: int) -> Statistics:
-    """Features of the training digits."""
+    """The statistics of the features of the training digits."""
     images = open_images(str(directory / "train"), (side, side), CPU, None)
     return Statistics.of([DigitsClassifier()(images.read(range(images.count)))], images.count)
 
 
 class Figures(NamedTuple):
-    """FID of samples, the share read as the class asked for, that of positions kept, seconds, and the samples."""
+    """FID of samples, the share read as the requested class, the share of positions kept, seconds, and the samples."""
 
     fid: float
     read: float
@@ -103,7 +123,7 @@ class Figures(NamedTuple):
 
 
 class Trained:
-    """A finished run that samples.
+    """A finished run to sample from.
 
     Args:
         run: its directory.
@@ -116,20 +136,20 @@ class Trained:
         self._features = DigitsClassifier()
 
     def figures(self, real: Statistics, sampler: Sampler, guidance: GuidanceSettings, count: int) -> Figures:
-        """Figures of ``count`` samples, as many of each class, beside the ``real`` digits."""
+        """Compare ``count`` samples, as many of each class, with the ``real`` digits."""
         network = self.model.network
         labels: Tensor = torch.arange(count) % 10
-        asked = Guidance(network, network.null_class, guidance)
-        begin = time.perf_counter()
-        batches = list(generate(self.model, asked, sampler, labels, range(count), seed=0, batch_size=100))
-        seconds = time.perf_counter() - begin
+        guided = Guidance(network, network.null_class, guidance)
+        start = time.perf_counter()
+        batches = list(generate(self.model, guided, sampler, labels, range(count), seed=0, batch_size=100))
+        seconds = time.perf_counter() - start
         seen = self._features(self._decode(torch.cat([batch.latents for batch in batches])))
         assert seen.logits is not None
-        kept = torch.cat([batch.kept for batch in batches])
+        cost = SamplingCost.total(map(SamplingCost.of, batches))
         return Figures(
             compare(real, partial(iter, [seen]), ["fid"])["fid"],
             float((seen.logits.argmax(1) == labels).double().mean()),
-            float(kept.mean() / self.model.latents.positions),
+            cost.mean_keep_ratio(self.model.latents.positions) or 0.0,
             seconds,
             batches,
         )

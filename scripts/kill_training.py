@@ -1,4 +1,4 @@
-"""Kill a real training at random moments, resume it each time, and compare its end with that of an undisturbed run.
+"""Kill a real training at random moments, resume it each time, and compare its end with that of an uninterrupted run.
 
 ``python scripts/kill_training.py 50``: the number of kills. A checkpoint is written at every step. Ends with status
 1 if a bit differs.
@@ -33,28 +33,29 @@ SETTINGS = (
     "callbacks.checkpoint.keep=2",
     "ckpt_path=auto",
 )
-LEAST = 3.0  # seconds of training between two kills, at most twice as many
+LONGEST = 3.0
+"""The most seconds from a run's first new checkpoint to its kill."""
 
 
 def command(run: Path, data: Path, steps: int, every: int) -> list[str]:
     """The command line of a run."""
-    places = (f"run_dir={run}", f"data.directory={data}")
+    paths = (f"run_dir={run}", f"data.directory={data}")
     lengths = (f"trainer.max_steps={steps}", f"callbacks.checkpoint.every_n_steps={every}")
-    return [sys.executable, "-m", "dcdit.train", *SETTINGS, *places, *lengths]
+    return [sys.executable, "-m", "dcdit.train", *SETTINGS, *paths, *lengths]
 
 
 def step_of(run: Path) -> int:
-    """Of the newest checkpoint."""
+    """The step of a run's newest checkpoint; 0 if there is none."""
     return max((int(path.stem[5:]) for path in (run / "checkpoints").glob("step_*.ckpt")), default=0)
 
 
 def kill_once(run: Path, data: Path, steps: int, chance: random.Random) -> int | None:
-    """Start the run, kill it some time after its first new checkpoint; its step then, None if it ended before."""
+    """Start the run and kill it some time after its first new checkpoint; its step then, None if it ended before."""
     before = step_of(run)
     process = subprocess.Popen(command(run, data, steps, 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while step_of(run) == before and process.poll() is None:
         time.sleep(0.01)
-    deadline = time.monotonic() + chance.uniform(0, LEAST)
+    deadline = time.monotonic() + chance.uniform(0, LONGEST)
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.001)
     if process.poll() is not None:
@@ -65,7 +66,7 @@ def kill_once(run: Path, data: Path, steps: int, chance: random.Random) -> int |
 
 
 def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
-    """Where two nests of values differ."""
+    """The paths at which two nested values differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in {**one, **other}:
             yield from differences(one.get(key), other.get(key), f"{path}.{key}")
@@ -77,42 +78,41 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
 
 
 def rows(run: Path) -> dict[tuple[str, str], str]:
-    """Logged training metrics by step and name, but for the speed."""
-    found = {}
+    """The logged training metrics by step and name, without the speed."""
+    metrics = {}
     for file in sorted(run.glob("logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1])):
         names, *lines = (line.split(",") for line in file.read_text().splitlines())
         for line in lines:
             values = dict(zip(names, line, strict=False))
             for name, value in values.items():
                 if value and name.startswith("train/") and name != "train/images_per_s":
-                    found[values["step"], name] = value
-    return found
+                    metrics[values["step"], name] = value
+    return metrics
 
 
 def main() -> None:
-    """Kill, resume, compare."""
+    """Kill and resume a run, and compare it with an uninterrupted one."""
     kills, chance = int(sys.argv[1]) if len(sys.argv) > 1 else 50, random.Random(0)  # noqa: S311
     folder = Path(tempfile.mkdtemp(prefix="dcdit-kills-"))
     data, run, whole = folder / "data", folder / "run", folder / "whole"
-    steps = 10**6  # far more than there is time for: the length is found below
-    done: list[int] = []
+    steps, step = 10**6, None  # far more steps than there is time for: the last kill decides on the length
     for number in range(kills):
         step = kill_once(run, data, steps, chance)
         if step is None:
             raise SystemExit(f"the run ended before its kill {number + 1}: look into {run}")
-        done.append(step)
         print(f"kill {number + 1} of {kills}: step {step}", flush=True)
-    end = done[-1] + 5
-    for place, every in ((run, 1), (whole, 10**6)):
-        subprocess.run(command(place, data, end, every), check=True, stderr=subprocess.DEVNULL)
-    one, other = (torch.load(place / "checkpoints" / "last.ckpt", weights_only=True) for place in (run, whole))
+    end = (step or 0) + 5
+    for directory, every in ((run, 1), (whole, 10**6)):
+        subprocess.run(command(directory, data, end, every), check=True, stderr=subprocess.DEVNULL)
+    one, other = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (run, whole))
     keys = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "LatentDataModule", "skipped")
-    found = [path for key in keys for path in differences(one[key], other[key], key)]
-    lost = [key for key, value in rows(whole).items() if rows(run).get(key) != value]
-    print(f"{kills} kills over {end} steps: {len(found)} differences in the state, {len(lost)} in the logged metrics")
-    for each in (*found[:5], *lost[:5]):
-        print(each)
-    raise SystemExit(bool(found or lost))
+    differing = [path for key in keys for path in differences(one[key], other[key], key)]
+    logged = rows(run)
+    lost = [key for key, value in rows(whole).items() if logged.get(key) != value]
+    print(f"{kills} kills over {end} steps: {len(differing)} differences in the state, {len(lost)} in logged metrics")
+    for difference in (*differing[:5], *lost[:5]):
+        print(difference)
+    raise SystemExit(bool(differing or lost))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Score a digits run: ``python scripts/score_digits.py runs/digits`` after training and sampling.
 
-Reads the newest checkpoint and the samples that ``dcdit.sample`` wrote beside it, and reports
+The script reads the newest checkpoint and the samples that ``dcdit.sample`` wrote beside it, and reports
 
 * the share of samples that a classifier trained on the real digits assigns to the requested class,
 * the keep ratio against 1 / compression,
@@ -28,19 +28,19 @@ INK = -0.5  # in [-1, 1]; paper white is -1
 
 
 def class_accuracy(samples: Path, source: HandwrittenDigits) -> dict[str, float]:
-    """Share of generated digits assigned to the requested class, and the classifier's own accuracy on unseen ones."""
+    """The share of generated digits read as the requested class, and the classifier's accuracy on unseen real ones."""
     judge = Judge(source)
     with np.load(samples, allow_pickle=False) as stored:
-        generated, wanted = torch.from_numpy(stored["latents"]), torch.from_numpy(stored["labels"])
+        generated, labels = torch.from_numpy(stored["latents"]), torch.from_numpy(stored["labels"])
     return {
-        "generated_digits": len(wanted),
-        "class_accuracy": judge.share(generated, wanted),
+        "generated_digits": len(labels),
+        "class_accuracy": judge.share(generated, labels),
         "classifier_accuracy_on_unseen_real_digits": judge.on_unseen,
     }
 
 
 def router_statistics(checkpoint: str, images: torch.Tensor, labels: torch.Tensor) -> list[dict[str, float]]:
-    """Keep ratio of positions on or next to ink and of empty background, for real digits diffused to timestep t."""
+    """The keep ratio of positions on or next to ink and of empty background, for real digits diffused to timestep t."""
     model = load_model(checkpoint)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     near_ink = F.max_pool2d((images > INK).float(), 3, stride=1, padding=1).flatten(1).bool()
@@ -75,12 +75,12 @@ def main() -> None:
     if not isinstance(source, HandwrittenDigits):
         parser.error(f"{run} was not trained on digits (data.source={spec})")
     images, labels = source.images()
-    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:512]
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:512]
 
     score = {
         **class_accuracy(samples, source),
         "one_over_compression": 1 / settings["compression"],
-        "router": router_statistics(str(checkpoint), images[some], labels[some]),
+        "router": router_statistics(str(checkpoint), images[chosen], labels[chosen]),
     }
     (run / "score.json").write_text(json.dumps(score, indent=1) + "\n")
     table = Table(title=f"router, keep ratio (asked for {1 / settings['compression']:.2f} on average)")

@@ -1,7 +1,8 @@
 """Train the classifier whose features compare images of digits: ``python scripts/train_digit_features.py``.
 
-Writes ``dcdit/evaluation/digits.safetensors`` (124 kB). It learns from the digits of the training split alone, at 8 to
-16 pixels, shifted and scaled a little; the script prints how many of the others it reads. A minute on two cores.
+The script writes ``dcdit/evaluation/digits.safetensors`` (124 kB). The classifier learns from the digits of the
+training split alone, at 8 to 16 pixels, shifted and scaled a little. The script prints how many of the other digits it
+reads. A minute on two cores.
 """
 
 from pathlib import Path
@@ -21,19 +22,19 @@ SIDES = (8, 10, 12, 14, 16)
 STEPS, BATCH = 3000, 128
 
 
-def disturbed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift by up to a tenth and scale by up to a tenth, at random: (B, 1, side, side) uint8 to the same."""
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift and scale images by up to a tenth, at random: (B, 1, side, side) uint8 to the same."""
     draws = torch.rand(len(images), 3, generator=generator) * 0.2 - 0.1
     transform = torch.zeros(len(images), 2, 3)
     transform[:, 0, 0] = transform[:, 1, 1] = 1 + draws[:, 0]
     transform[:, :, 2] = 2 * draws[:, 1:]
     grid = F.affine_grid(transform, list(images.shape), align_corners=False)
-    # sampled around 0, the paper's white, so that what comes in from outside is white as well
+    # Pixels from outside the image become 0, which is the white of the paper.
     return F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
 
 
 def main() -> None:
-    """Train, say how well, and write the weights."""
+    """Train the classifier, print its accuracy, and write its weights."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     source = Source()
@@ -46,7 +47,7 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for step in range(STEPS):
         rows = seen[torch.randint(len(seen), (BATCH,), generator=generator).numpy()]
-        images = disturbed(digits[SIDES[step % len(SIDES)]][rows], generator)
+        images = augmented(digits[SIDES[step % len(SIDES)]][rows], generator)
         logits = network.classifier(network.see(images.expand(-1, 3, -1, -1)).features)
         loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05)
         optimizer.zero_grad()

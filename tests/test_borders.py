@@ -27,7 +27,7 @@ STOREYS = (
     {"checkpoints", "extraction"},
     {"sampling"},
     {"evaluation", "explorer"},
-    {"training"},
+    {"training", "reporting"},
     {"cluster"},
 )
 """From the ground up: a room imports from its own storey's files and from those below, never from above or beside."""
@@ -57,6 +57,7 @@ FORBIDDEN = {
     "sampling": ("lightning", "hydra", "omegaconf"),
     "explorer": ("lightning", "hydra", "omegaconf"),
     "evaluation": ("lightning", "hydra", "omegaconf"),
+    "reporting": ("lightning", "hydra", "omegaconf"),
     "training": ("hydra", "omegaconf"),
     "runs": ("torch", "lightning"),
     "settings": ("torch", "lightning"),

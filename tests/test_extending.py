@@ -24,7 +24,7 @@ BLOCK = re.compile(r"^`(\S+)` \((new|added)\)\n\n```\w+\n(.*?)^```", re.MULTILIN
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL))
 TABLES = (
     *("dcdit.network:NETWORKS", "dcdit.network.routing:ROUTERS", "dcdit.diffusion.settings:SAMPLERS"),
-    *("dcdit.data.builtin:SOURCES", "dcdit.evaluation.settings:METRICS", "dcdit.evaluation.metrics:COMPUTE"),
+    *("dcdit.data.builtin:SOURCES", "dcdit.evaluation.settings:METRICS"),
 )
 SMALL = tuple(word for word in TINY if not word.startswith("model."))
 FEW = ("sampler.steps=2", "precision=fp32")

@@ -20,7 +20,7 @@ from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.pretrained import write_folder, written_files
 from dcdit.runtime.files import make_writable_folder, replacing, replacing_folder
-from dcdit.runtime.hub import check_hub_answers, reason
+from dcdit.runtime.hub import cause_of, check_hub_answers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -152,7 +152,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of dcdit"))
     except Exception as error:  # huggingface_hub raises whatever a malformed answer provokes
         raise UserError(
-            f"push={repository}: {reason(error)}. The folder {folder} is complete: log in with `hf auth login`, then"
+            f"push={repository}: {cause_of(error)}. The folder {folder} is complete: log in with `hf auth login`, then"
             f" `{shlex.join(['hf', 'upload', repository, str(folder)])}`"
         ) from error
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from dcdit.checks import HUB_ID, visible
 from dcdit.errors import UserError
 from dcdit.runs.resume import LAST, STEP_NAME
-from dcdit.runtime.hub import check_hub_answers, reason
+from dcdit.runtime.hub import cause_of, check_hub_answers
 
 SHIPPED = {"digits": Path(__file__).parent / "digits"}
 """Folders of the networks that come with this package, by their names."""
@@ -192,12 +192,12 @@ def _download(address: str, argument: str) -> Path:
             f"{argument}: the hub has no {repository}, or you may not see it: log in with `hf auth login`"
         ) from error
     except hub.HFValidationError as error:
-        raise UserError(f"{argument}: {repository} is no name of a repository: {reason(error)}") from error
+        raise UserError(f"{argument}: {repository} is no name of a repository: {cause_of(error)}") from error
     except (hub.HTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
         pattern = path if not path or path.endswith(_SUFFIXES) else f"{path}/*"
         where = f" {shlex.quote(pattern)}" if pattern else ""
         raise UserError(
-            f"{argument}: the hub cannot be reached ({reason(error)}), and the files are not in its cache here. Where"
+            f"{argument}: the hub cannot be reached ({cause_of(error)}), and the files are not in its cache here. Where"
             f" it can be reached, `hf download {repository}{where} --local-dir weights`; then copy the folder and give"
             f" {argument.partition('=')[0]}=weights{f'/{path}' if path else ''}"
         ) from error
@@ -205,7 +205,7 @@ def _download(address: str, argument: str) -> Path:
         raise error if str(error).startswith(argument) else UserError(f"{argument}: {error}") from error
     except Exception as error:  # huggingface_hub raises whatever a malformed answer provokes
         raise UserError(
-            f"{argument}: the hub's answer cannot be understood ({type(error).__name__}: {reason(error)}): is"
+            f"{argument}: the hub's answer cannot be understood ({type(error).__name__}: {cause_of(error)}): is"
             " HF_ENDPOINT the address of a hub?"
         ) from error
 

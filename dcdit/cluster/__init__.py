@@ -1,1 +1,1 @@
-"""Runs as SLURM jobs: what is asked of SLURM, how a sweep is submitted and awaited, and what holds inside a job."""
+"""Runs as SLURM jobs: the settings of a job, submitting a sweep and waiting for it, and processes within a job."""

@@ -1,7 +1,8 @@
-"""Inside a job: what leads to its being queued again, and what does not.
+"""Inside a job of SLURM: whether the job is queued again when it ends.
 
-A file beside the job's script says that its run is neither finished nor failed for reasons of its own. The script
-queues the job again as long as it is there (:func:`dcdit.cluster.settings.again`): who is killed need not say anything.
+A file beside the job's script marks its run as unfinished: it has neither finished nor failed for reasons of its own.
+The script queues the job again as long as that file is there (:func:`dcdit.cluster.settings.requeue_lines`), so a
+process that is killed need not do anything.
 """
 
 import logging
@@ -23,29 +24,29 @@ QUEUED_AGAIN, FAILED_FOR_GOOD = 75, 1
 _inside = False
 
 
-def enter() -> None:
-    """Say that this process belongs to a job, and take its signals over from submitit, which would queue it again."""
+def enter_job() -> None:
+    """Note that this process belongs to a job, and handle signals instead of submitit, which would queue it again."""
     global _inside
     _inside = True
     set_up_process()
     logging.getLogger("submitit").propagate = False  # it prints by itself
     # Until training takes them over there is nothing to save.
-    for each in set(STOP_SIGNALS) - {signal.SIGINT}:
-        signal.signal(each, _leave)
+    for signum in set(STOP_SIGNALS) - {signal.SIGINT}:
+        signal.signal(signum, _exit_on_signal)
 
 
-def _leave(signum: int, frame: FrameType | None) -> None:
+def _exit_on_signal(signum: int, frame: FrameType | None) -> None:
     print(f"{signal.Signals(signum).name} outside of training: leaving", flush=True)
     sys.exit(QUEUED_AGAIN)
 
 
-def inside() -> bool:
+def is_inside_job() -> bool:
     """Whether this process belongs to a job."""
     return _inside
 
 
-def begin(run_dir: Path) -> None:
-    """Mark the run as unfinished, and lay a link to the job's output beside it."""
+def mark_unfinished(run_dir: Path) -> None:
+    """Mark the run of a job as unfinished, and link the job's output in the run's directory; nothing without a job."""
     if not _inside or processes()[0]:
         return
     import submitit
@@ -57,8 +58,8 @@ def begin(run_dir: Path) -> None:
     link.symlink_to(os.path.relpath(paths.stdout, run_dir.resolve()))
 
 
-def end(state: State) -> None:
-    """Leave the job as its run ended; returns if it finished, or if there is no job."""
+def exit_job(state: State) -> None:
+    """Exit with the status for a run that ended in ``state``; returns if it finished, or if there is no job."""
     if not _inside:
         return
     sys.stdout.flush()

@@ -7,7 +7,6 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
@@ -31,21 +30,21 @@ from dcdit.training.build import check_network, match_compute
 from dcdit.training.settings import TrainConfig
 
 FOLDER = ".submitit"
-GONE = 3
-"""Looks at the queue in a row without a job, after which it is gone; it is missing for a moment when queued again."""
+MISSED_POLLS = 3
+"""Polls of the queue in a row that miss a job before it counts as gone; a job that is queued again vanishes briefly."""
 
 
-class Draft(SlurmExecutor):
-    """Writes scripts on machines without SLURM as well."""
+class ScriptWriter(SlurmExecutor):
+    """An executor that writes scripts on machines without SLURM as well."""
 
     @classmethod
     def affinity(cls) -> int:
-        """Always usable."""
+        """Tell submitit that the executor is always usable."""
         return 1
 
 
 def run_dir_of(config: DictConfig) -> Path:
-    """Where a job of a sweep will run."""
+    """The directory in which a job of a sweep will run."""
     HydraConfig.instance().set_config(config)  # for the resolver in the directory's name
     return Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
 
@@ -61,75 +60,79 @@ def launch(
     Args:
         job: what runs in the job, with the arguments of Hydra's submitit launcher.
         configs: the composed configurations, with their ``hydra`` part.
-        overrides: what they were composed from.
+        overrides: the command-line overrides of each configuration.
         first: number of the first one in the sweep.
 
     Returns:
-        What each run says at its end.
+        The outcome of each run, for the sweeper.
 
     Raises:
-        UserError: if a value is wrong, or SLURM takes none of it.
-        SystemExit: where there is nothing to wait for.
+        UserError: if a value is wrong, or SLURM refuses the jobs.
+        SystemExit: if there is nothing to wait for.
     """
-    place = Path(configs[0].hydra.sweep.dir)
+    sweep_dir = Path(configs[0].hydra.sweep.dir)
     try:
-        asked = [read_config(config) for config in configs]
-        typed = [config for config in asked if isinstance(config, TrainConfig)]
-        if not typed:
-            raise next(error for error in asked if isinstance(error, UserError))
-        clusters = [cluster_of(config) for config in typed]
-        if any(each != clusters[0] for each in clusters):
+        checked = [read_config(config) for config in configs]
+        valid = [config for config in checked if isinstance(config, TrainConfig)]
+        if not valid:
+            raise next(error for error in checked if isinstance(error, UserError))
+        clusters = [cluster_of(config) for config in valid]
+        if any(other != clusters[0] for other in clusters):
             raise UserError("cluster.*: all runs of a sweep are one job array and need the same; submit them apart")
     except UserError:
-        leave_nothing(place)
+        remove_empty_sweep(sweep_dir)
         raise
     cluster, runs = clusters[0], [run_dir_of(config) for config in configs]
-    folder = place.absolute() / FOLDER
+    folder = sweep_dir.absolute() / FOLDER
     parameters = sbatch_parameters(cluster, configs[0].run_name, folder)
     if cluster.dry_run:
-        print(draft(folder, parameters, len(runs)))
-        leave_nothing(place)
+        print(job_script(folder, parameters, len(runs)))
+        remove_empty_sweep(sweep_dir)
         raise SystemExit(0)
     state = Singleton.get_state()
-    due = [number for number, run in enumerate(runs) if is_due(run, asked[number], overrides[number])]
+    due = [number for number, run in enumerate(runs) if needs_job(run, checked[number], overrides[number])]
     arguments = [(list(overrides[n]), "hydra.sweep.dir", first + n, f"job_id_for_{first + n}", state) for n in due]
     if due:
         names = submit(job, arguments, folder, parameters, [runs[n] for n in due])
         jobs = {name: runs[n] for name, n in zip(names, due, strict=True)}
         array = names[0].split("_")[0]
-        say(f"Submitted {', '.join(jobs)}. Follow: python -m dcdit.status {place}   End: scancel {array}")
+        say(f"Submitted {', '.join(jobs)}. Follow: python -m dcdit.status {sweep_dir}   End: scancel {array}")
         if not cluster.wait:
             raise SystemExit(0)
-        wait(jobs, cluster, place.absolute())
-    return [returned(run, words, config) for run, words, config in zip(runs, overrides, configs, strict=True)]
+        wait_for_runs(jobs, cluster, sweep_dir.absolute())
+    return [job_return(*outcome) for outcome in zip(runs, overrides, configs, strict=True)]
 
 
 def read_config(values: DictConfig) -> TrainConfig | UserError:
-    """A configuration, or what is wrong with it, which :func:`is_due` tells; UserError if it is the cluster."""
+    """Return a configuration, or what is wrong with it, which :func:`needs_job` reports.
+
+    Raises:
+        UserError: if it is the cluster that is wrong.
+    """
     plain = plain_values(TrainConfig, values)
-    read_cluster(plain["cluster"])  # before what follows from it
+    read_cluster(plain["cluster"])  # first, for other keys follow from these
     try:
         return call_checked(TrainConfig, plain, "")
     except UserError as error:
         return error
 
 
-def is_due(run: Path, asked: TrainConfig | UserError, overrides: Sequence[str]) -> bool:
-    """Whether a run needs a job; says why where it does not, and writes down what is wrong with it.
+def needs_job(run: Path, checked: TrainConfig | UserError, overrides: Sequence[str]) -> bool:
+    """Whether a run needs a job; if not, says why, and records an error of its configuration in its directory.
 
     Args:
         run: its directory.
-        asked: its configuration, or what is wrong with it.
-        overrides: what it was composed from.
+        checked: its configuration, or what is wrong with it.
+        overrides: the command-line overrides that it was composed from.
     """
     name = os.path.relpath(run)
     if is_held(run):
         say(f"{name} is being trained right now: left alone")
         return False
     try:
-        if isinstance(asked, UserError):
-            raise asked
-        config = match_compute(asked)
+        if isinstance(checked, UserError):
+            raise checked
+        config = match_compute(checked)
         check_network(config)
         before = RunState.read(run)
         if before is not None and before.settings and checkpoints_in(run / "checkpoints"):
@@ -147,15 +150,15 @@ def is_due(run: Path, asked: TrainConfig | UserError, overrides: Sequence[str]) 
     return True
 
 
-def leave_nothing(place: Path) -> None:
-    """Take away what Hydra wrote for a sweep that is not submitted."""
-    if place.is_dir() and {path.name for path in place.iterdir()} <= {"multirun.yaml"}:
-        shutil.rmtree(place)
+def remove_empty_sweep(sweep_dir: Path) -> None:
+    """Remove the directory that Hydra made for a sweep that is not submitted."""
+    if sweep_dir.is_dir() and {path.name for path in sweep_dir.iterdir()} <= {"multirun.yaml"}:
+        shutil.rmtree(sweep_dir)
 
 
-def draft(folder: Path, parameters: Mapping[str, Any], jobs: int) -> str:
-    """The script that sbatch would get."""
-    executor = Draft(folder)
+def job_script(folder: Path, parameters: Mapping[str, object], jobs: int) -> str:
+    """The script that sbatch would get for so many jobs."""
+    executor = ScriptWriter(folder)
     executor.update_parameters(**parameters)
     if jobs > 1:
         executor.parameters["map_count"] = jobs
@@ -164,12 +167,12 @@ def draft(folder: Path, parameters: Mapping[str, Any], jobs: int) -> str:
 
 def submit(
     job: Callable[..., JobReturn],
-    arguments: Sequence[tuple[Any, ...]],
+    arguments: Sequence[tuple[object, ...]],
     folder: Path,
-    parameters: Mapping[str, Any],
+    parameters: Mapping[str, object],
     runs: Sequence[Path],
 ) -> list[str]:
-    """Hand the jobs of ``runs`` to SLURM; returns their names.
+    """Submit the jobs of ``runs`` to SLURM; returns their names.
 
     Raises:
         UserError: if there is no SLURM, or it refuses them.
@@ -182,11 +185,11 @@ def submit(
             " with cluster.dry_run=true, or take cluster=local"
         ) from None
     executor.update_parameters(**parameters)
-    for run in runs:  # before a job may start and take the note away
+    for run in runs:  # before a job may start and remove the note
         run.mkdir(parents=True, exist_ok=True)
         (run / QUEUED_NAME).touch()
     try:
-        return [each.job_id for each in executor.map_array(job, *zip(*arguments, strict=True))]
+        return [submitted.job_id for submitted in executor.map_array(job, *zip(*arguments, strict=True))]
     except (FailedJobError, OSError) as error:
         for run in runs:
             (run / QUEUED_NAME).unlink()
@@ -196,59 +199,59 @@ def submit(
         ) from None
 
 
-def wait(jobs: Mapping[str, Path], cluster: ClusterSettings, place: Path) -> None:
-    """Until every run has finished or failed, or its job is gone.
+def wait_for_runs(jobs: Mapping[str, Path], cluster: ClusterSettings, sweep_dir: Path) -> None:
+    """Wait until every run has finished or failed, or its job is gone.
 
     Args:
-        jobs: their runs, by name.
+        jobs: the directories of the runs, by the name of the job.
         cluster: the settings.
-        place: directory of the sweep, for messages.
+        sweep_dir: directory of the sweep, for messages.
     """
     left, missed = dict(jobs), dict.fromkeys(jobs, 0)
     while left:
         try:
             time.sleep(cluster.poll_seconds)
         except KeyboardInterrupt:
-            say(f"\nThe jobs go on. Follow: python -m dcdit.status {os.path.relpath(place)}")
+            say(f"\nThe jobs go on. Follow: python -m dcdit.status {os.path.relpath(sweep_dir)}")
             raise
         queued = in_queue(next(iter(jobs)).split("_")[0])
         for name, run in list(left.items()):
             if not has_ended(run):
                 missed[name] = missed[name] + 1 if queued is not None and name not in queued else 0
-                if missed[name] < GONE:
+                if missed[name] < MISSED_POLLS:
                     continue
                 note_gone(run, name)
             del left[name]
-            progress = progress_of(run, "")
-            what = str(run.relative_to(place)) if run != place else run.name
-            say(f"{what}: {progress.state.value} at step {progress.step} ({len(left)} of {len(jobs)} runs left)")
+            progress = progress_of(run, str(run.relative_to(sweep_dir)) if run != sweep_dir else run.name)
+            where = f"{progress.state.value} at step {progress.step}"
+            say(f"{progress.name}: {where} ({len(left)} of {len(jobs)} runs left)")
 
 
 def has_ended(run: Path) -> bool:
-    """Whether the run has said its last word since it was submitted."""
+    """Whether the run has finished or failed since it was submitted."""
     state = RunState.read(run)
     return state is not None and state.state in (State.FINISHED, State.FAILED) and not (run / QUEUED_NAME).exists()
 
 
 def in_queue(job: str) -> set[str] | None:
-    """The jobs of an array that wait or run; None if SLURM does not answer."""
-    line = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={job}"]
-    answer = subprocess.run(line, capture_output=True, text=True, check=False)  # noqa: S603 - our own words
-    if answer.returncode == 0:
-        return set(answer.stdout.split())
-    return set() if "Invalid job id" in answer.stderr else None
+    """The names of the jobs of an array that wait or run; None if SLURM does not answer."""
+    command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={job}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - no foreign text
+    if result.returncode == 0:
+        return set(result.stdout.split())
+    return set() if "Invalid job id" in result.stderr else None
 
 
 def note_gone(run: Path, name: str) -> None:
-    """A job left the queue without a word; what its run says of itself stays, and where it says nothing this does."""
+    """Record that a job left the queue without an outcome; a state that the run itself has written stays."""
     (run / QUEUED_NAME).unlink(missing_ok=True)
     if RunState.read(run) is None:
         reason = f"job {name} was cancelled, or ended before the run began: look into {FOLDER} beside the runs"
         RunState(State.FAILED, reason=reason).write(run)
 
 
-def returned(run: Path, overrides: Sequence[str], config: DictConfig) -> JobReturn:
-    """What the sweeper learns of a run: its validation loss, NaN if it failed."""
+def job_return(run: Path, overrides: Sequence[str], config: DictConfig) -> JobReturn:
+    """The outcome of a run for the sweeper: its validation loss, NaN if it failed."""
     state = RunState.read(run)
     finished = state is not None and state.state is State.FINISHED
     value = state.metrics.get("val/diffusion_loss") if finished and state else math.nan

@@ -1,4 +1,4 @@
-"""The ``cluster`` group of the configuration, and what of it goes to sbatch."""
+"""The ``cluster`` group of the configuration, and the parameters for sbatch that follow from it."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 @checked
 @dataclass(frozen=True)
 class ClusterSettings:
-    """``configs/cluster/slurm.yaml`` says what each of them is."""
+    """The ``cluster`` section; ``configs/cluster/slurm.yaml`` describes each key."""
 
     name: str
     partition: str | None
@@ -92,8 +92,8 @@ def cluster_of(config: TrainConfig) -> ClusterSettings:
     return cluster
 
 
-def sbatch_parameters(cluster: ClusterSettings, name: str, folder: Path) -> dict[str, Any]:
-    """What submitit's SLURM executor shall write into the job's script.
+def sbatch_parameters(cluster: ClusterSettings, name: str, folder: Path) -> dict[str, object]:
+    """The parameters for submitit's SLURM executor, which writes the job's script.
 
     Args:
         cluster: the settings.
@@ -121,26 +121,26 @@ def sbatch_parameters(cluster: ClusterSettings, name: str, folder: Path) -> dict
         "array_parallelism": cluster.array_parallelism,
         "stderr_to_stdout": True,
         "setup": [*variables, *cluster.setup] or None,
-        "teardown": again(folder),
-        # A process that dies takes the others with it, which would wait for it in vain.
+        "teardown": requeue_lines(folder),
+        # When a process dies the others end as well: they would wait for it in vain.
         "srun_args": ["--kill-on-bad-exit=1", *cores],
         "additional_parameters": {"requeue": True, **cluster.additional_parameters},
     }
-    # submitit's own default of the accounting key is a name that nobody here knows
+    # submitit's default for the accounting key is of no use here.
     return {key: value for key, value in values.items() if value is not None} | {"wckey": None}
 
 
-def again(folder: Path) -> list[str]:
-    """Lines of shell that end a job's script: whoever ended in the middle is queued again.
+def requeue_lines(folder: Path) -> list[str]:
+    """Lines of shell at the end of a job's script, which queue the job again if its run is unfinished.
 
-    This is the one place that does so. The mark is there from the start of a run until it has finished or failed for
-    reasons of its own (:mod:`dcdit.cluster.job`). A node that dies, ``scontrol requeue`` and SLURM's preemption end the
-    script itself; there SLURM queues the job again, as the option ``--requeue`` asks for.
+    Nothing else does so. The mark is there from the start of a run until it has finished or failed for reasons of its
+    own (:mod:`dcdit.cluster.job`). A node that dies, ``scontrol requeue`` and SLURM's preemption end the script itself;
+    then SLURM queues the job again, as the option ``--requeue`` asks for.
     """
     mark = f'{shlex.quote(str(folder))}/"$SLURM_JOB_ID"{MARK}'
     return [
         "status=$?",
-        # The last job of an array has the array's own number, by which SLURM takes all of them.
+        # The last job of an array has the number of the array itself, which means all of them to SLURM.
         'job="$SLURM_JOB_ID"',
         '[ -z "$SLURM_ARRAY_JOB_ID" ] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
         f'if [ -e {mark} ] && [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ]; then',

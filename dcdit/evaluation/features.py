@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from dcdit.checkpoints.read import read_checkpoint
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.runtime.devices import fingerprint
-from dcdit.runtime.hub import check_hub_answers, reason
+from dcdit.runtime.hub import cause_of, check_hub_answers
 from dcdit.runtime.tensors import load_state_strict, read_tensors
 
 _DIGITS = Path(__file__).with_name("digits.safetensors")
@@ -58,11 +58,11 @@ class FeatureNetwork(nn.Module, ABC):
 
     @abstractmethod
     def see(self, images: Tensor) -> Features:
-        """Features of images (B, 3, height, width) uint8, on the device of the weights."""
+        """Return features of images (B, 3, height, width) uint8, on the device of the weights."""
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        """Features, on the CPU, of images (B, 1 or 3, height, width) uint8 anywhere; grey becomes three equal channels.
+        """Return features on the CPU of images (B, 1 or 3, height, width) uint8; grey becomes three equal channels.
 
         Raises:
             NotFiniteError: if what is seen in an image is not finite.
@@ -70,15 +70,15 @@ class FeatureNetwork(nn.Module, ABC):
         device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
         with torch.autocast(device.type, enabled=False):
             seen = self.see(images.to(device).expand(-1, 3, -1, -1))
-        found = [None if each is None else each.float().cpu() for each in seen]
-        for what, each in zip(Features._fields, found, strict=True):
-            if each is not None and not each.isfinite().all():
-                row = int(each.isfinite().all(dim=1).int().argmin())
-                raise NotFiniteError(f"the {what} that {self.name} sees in this image are not finite", row)
-        return Features(found[0], *found[1:])  # type: ignore[arg-type]  # features are always there
+        tensors = [None if tensor is None else tensor.float().cpu() for tensor in seen]
+        for kind, tensor in zip(Features._fields, tensors, strict=True):
+            if tensor is not None and not tensor.isfinite().all():
+                row = int(tensor.isfinite().all(dim=1).int().argmin())
+                raise NotFiniteError(f"the {kind} that {self.name} sees in this image are not finite", row)
+        return Features(tensors[0], *tensors[1:])  # type: ignore[arg-type]  # features are always there
 
     def described(self) -> dict[str, Any]:
-        """What features depend on beside the images, as plain values."""
+        """Return what features depend on beside the images, as :class:`dcdit.evaluation.results.FeatureDescription`."""
         return {
             "name": self.name,
             "weights": fingerprint(self),
@@ -87,7 +87,7 @@ class FeatureNetwork(nn.Module, ABC):
         }
 
     def frozen(self) -> "FeatureNetwork":
-        """Itself, ready for use; :class:`UserError` naming a parameter that is not finite."""
+        """Return itself, ready for use; raise :class:`UserError` naming a parameter that is not finite."""
         for name, parameter in self.named_parameters():
             if not is_lazy(parameter) and not bool(parameter.isfinite().all()):
                 raise UserError(f"features: {self.name} is no trained network: {name} is not finite")
@@ -95,7 +95,7 @@ class FeatureNetwork(nn.Module, ABC):
 
 
 def read_feature_weights(path: str) -> dict[str, Any]:
-    """Parameters by name from a local ``.safetensors`` or torch file; nothing in it is run.
+    """Read parameters by name from a local ``.safetensors`` or torch file; nothing in it is run.
 
     Raises:
         UserError: if it is missing, unsafe, or holds no parameters.
@@ -169,12 +169,12 @@ class InceptionFeatures(FeatureNetwork):
                 self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=safe
             )
         except RuntimeError as error:
-            first = (str(error).splitlines()[1:] or [str(error)])[0].strip()[:200]
-            raise UserError(f"features.weights={weights} are not those of Inception: {first}") from error
+            fault = (str(error).splitlines()[1:] or [str(error)])[0].strip()[:200]
+            raise UserError(f"features.weights={weights} are not those of Inception: {fault}") from error
         self.frozen()
 
     def see(self, images: Tensor) -> Features:
-        """See :class:`FeatureNetwork`."""
+        """Return features, logits and spatial features."""
         maps: list[Tensor] = []
         watch = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: maps.append(call[-1]))
         try:
@@ -206,14 +206,14 @@ class TimmFeatures(FeatureNetwork):
 
         if not timm.is_model(model):
             close = difflib.get_close_matches(model, timm.list_models(), n=3)
-            words = f", did you mean {' or '.join(close)}?" if close else ": timm.list_models() lists them"
-            raise UserError(f"features.model={model!r} is no model of timm{words}")
+            remedy = f", did you mean {' or '.join(close)}?" if close else ": timm.list_models() lists them"
+            raise UserError(f"features.model={model!r} is no model of timm{remedy}")
         check_hub_answers()
         try:
             network: Any = timm.create_model(model, pretrained=weights is None)
         except (OSError, RuntimeError, UserError) as error:
             raise UserError(
-                f"features.model={model!r}: its weights cannot be downloaded ({reason(error)}): give a local file"
+                f"features.model={model!r}: its weights cannot be downloaded ({cause_of(error)}): give a local file"
                 " as features.weights=..."
             ) from error
         if weights is not None:
@@ -230,7 +230,7 @@ class TimmFeatures(FeatureNetwork):
         self.frozen()
 
     def see(self, images: Tensor) -> Features:
-        """See :class:`FeatureNetwork`."""
+        """Return what the classifier sees and, where there is one, its logits."""
         pixels = F.interpolate(images.float() / 255, self.size, mode="bicubic", antialias=True).clamp(0, 1)
         network: Any = self.network
         seen = network.forward_head(network.forward_features((pixels - self.mean) / self.std), pre_logits=True)
@@ -291,17 +291,17 @@ class OwnFeatures(FeatureNetwork):
         self.num_spatial = 0 if seen.spatial is None else seen.spatial.shape[1]
 
     def described(self) -> dict[str, Any]:
-        """See :class:`FeatureNetwork`; with a digest of the code, for what is computed is not in the weights alone."""
+        """Return what features depend on, with a digest of the code: the weights alone do not say what is computed."""
         return {**super().described(), "code": _code(type(self.network))}
 
     def see(self, images: Tensor) -> Features:
-        """See :class:`FeatureNetwork`."""
-        found = self.network(images)
-        return Features(*found) if isinstance(found, tuple) else Features(found, None)
+        """Return what the user's network returns."""
+        output = self.network(images)
+        return Features(*output) if isinstance(output, tuple) else Features(output, None)
 
 
 def _code(kind: type) -> str | None:
-    """Digest of the file in which a class is written; None where there is none."""
+    """Return the digest of the file in which a class is written; None where there is none."""
     try:
         return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()[:16]
     except (OSError, TypeError):
@@ -338,7 +338,7 @@ class DigitsClassifier(FeatureNetwork):
             self.frozen()
 
     def see(self, images: Tensor) -> Features:
-        """See :class:`FeatureNetwork`."""
+        """Return what the classifier sees, and its logits."""
         grey = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
         seen = self.network(F.interpolate(grey, (16, 16), mode="bilinear", antialias=True))
         return Features(seen, self.classifier(seen))

@@ -18,8 +18,8 @@ LISTS = ("weights", "sampler.cache", "guidance.weak", "guidance.scale")
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What is measured.
+class EvaluationGrid:
+    """The points that an evaluation measures.
 
     Attributes:
         settings: of the evaluation.
@@ -34,7 +34,7 @@ class Grid:
     beyond: int
 
 
-def grid_of(settings: EvaluateConfig) -> Grid:
+def grid_of(settings: EvaluateConfig) -> EvaluationGrid:
     """All combinations of the lists in a configuration.
 
     Raises:
@@ -58,9 +58,10 @@ def grid_of(settings: EvaluateConfig) -> Grid:
         unguided = SamplingConfig.of(_with(values, {**chosen, "guidance.scale": 1.0}))
         guidance = unguided.guidance
         if scale != 1 and guidance.guiding_equals_main:
-            fractions = guidance.drop_fraction, guidance.uncond_drop_fraction or 0
-            words = "drop fraction {:g}, of the guiding branch {:g}".format(*fractions)
-            left_out.append(f"guidance.weak=budget, {words}: the guiding branch would be no weaker, and guide nowhere")
+            left_out.append(
+                f"guidance.weak=budget, drop fraction {guidance.drop_fraction:g}, of the guiding branch"
+                f" {guidance.uncond_drop_fraction or 0:g}: the guiding branch would be no weaker, and guide nowhere"
+            )
             continue
         plan = SamplingConfig.of(_with(values, chosen))
         plan = replace(plan, guidance=plan.guidance.canonical)
@@ -73,7 +74,7 @@ def grid_of(settings: EvaluateConfig) -> Grid:
             " guidance.scale=[1,1.5,2]"
         )
     within = _within(list(points.values()), settings)
-    return Grid(settings, within, list(dict.fromkeys(left_out)), len(points) - len(within))
+    return EvaluationGrid(settings, within, list(dict.fromkeys(left_out)), len(points) - len(within))
 
 
 def _within(points: list[SamplingConfig], settings: EvaluateSettings) -> list[SamplingConfig]:
@@ -120,11 +121,11 @@ def _listed(values: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _with(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with others at dotted keys."""
-    found = deepcopy(dict(values))
+    """Return ``values`` with the ``chosen`` ones at their dotted keys."""
+    changed = deepcopy(dict(values))
     for key, value in chosen.items():
         section, _, name = key.rpartition(".")
-        place = found.get(section) if section else found
-        if isinstance(place, dict):
-            place[name] = value
-    return found
+        node = changed.get(section) if section else changed
+        if isinstance(node, dict):
+            node[name] = value
+    return changed

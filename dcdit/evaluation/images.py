@@ -35,11 +35,11 @@ _DAMAGE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class ImageSet(ABC):
-    """Images by number.
+    """A set of real images, numbered from 0.
 
     Attributes:
-        place: where they lie, for people.
-        count: how many; an archive may have none, and statistics alone.
+        place: where they lie, for messages.
+        count: how many there are; an archive may have none, and statistics alone.
         size: height and width.
     """
 
@@ -49,19 +49,19 @@ class ImageSet(ABC):
 
     @abstractmethod
     def read(self, numbers: Sequence[int]) -> Tensor:
-        """These images, (n, 1 or 3, height, width) uint8; UserError if one cannot be read."""
+        """Read the images of these numbers, (n, 1 or 3, height, width) uint8; raise UserError if one cannot be read."""
 
     @abstractmethod
     def described(self) -> dict[str, Any]:
-        """Which images they are, as plain values: other images, other values."""
+        """Return plain values that identify the images: other images have other values."""
 
     def moments(self, network: FeatureNetwork) -> dict[str, Moments]:
-        """Statistics that come with the images and stand for a larger set: of ``features``, of ``spatial`` ones."""
+        """Return statistics that come with the images and stand for a larger set: of ``features``, ``spatial`` ones."""
         return {}
 
 
 class LatentImages(ImageSet):
-    """What an autoencoder makes of the latents in shards; the mean where these hold moments.
+    """Images that an autoencoder decodes from shards of latents, from the mean where these hold moments.
 
     Args:
         location: a directory with a manifest, such as ``data/imagenet256/val``.
@@ -86,13 +86,13 @@ class LatentImages(ImageSet):
         self.manifest = location.manifest()
         if network and not autoencoder:
             try:
-                remark = check_reference(network, self.manifest.spec)
+                note = check_reference(network, self.manifest.spec)
             except UserError as error:
                 raise UserError(
                     f"reference={location.root}: {error}, or name the autoencoder to decode with: autoencoder=..."
                 ) from error
-            if remark:
-                say(f"reference={location.root} {remark}")
+            if note:
+                say(f"reference={location.root} {note}")
         self.count = self.manifest.samples
         self._decode = load_decoder(self.manifest.spec, device, autoencoder, rounding)
         self._reader = ShardReader(location, self.manifest.shards)
@@ -102,7 +102,7 @@ class LatentImages(ImageSet):
         self.size, self._device = (height, width), device
 
     def read(self, numbers: Sequence[int]) -> Tensor:
-        """See :class:`ImageSet`."""
+        """Decode the latents of these numbers."""
         rows = np.empty((len(numbers), self._layout.array_bytes), np.uint8)
         shards = np.searchsorted(self._ends, numbers, side="right").tolist()
         self._reader.prefetch(sorted(set(shards)), [])
@@ -119,7 +119,7 @@ class LatentImages(ImageSet):
         return self._decode(network_latents(stored.to(self._device), self.manifest, None))
 
     def described(self) -> dict[str, Any]:
-        """See :class:`ImageSet`."""
+        """Identify the images by the shards' digests and the autoencoder."""
         content = "".join(shard.sha256 for shard in self.manifest.shards)
         return {
             "kind": "decoded latents",
@@ -148,7 +148,7 @@ class FolderImages(ImageSet):
             raise UserError(f"reference={root}: no image lies in or below this folder")
 
     def read(self, numbers: Sequence[int]) -> Tensor:
-        """See :class:`ImageSet`."""
+        """Read, resize and crop the files of these numbers."""
 
         def decoded(number: int) -> torch.Tensor:
             path = self.root / self._files[number][0]
@@ -161,7 +161,7 @@ class FolderImages(ImageSet):
             return torch.stack(list(pool.map(decoded, numbers))).permute(0, 3, 1, 2)
 
     def described(self) -> dict[str, Any]:
-        """See :class:`ImageSet`; by the files' names, sizes and times of change."""
+        """Identify the images by their files' names, sizes and times of change."""
         listing = hashlib.sha256(repr(self._files).encode()).hexdigest()[:16]
         return {"kind": "folder", "content": listing, "crop": self.size[0]}
 
@@ -205,7 +205,7 @@ class NpzArchive(ImageSet):
             ) from error
 
     def _header(self, name: str, kind: str, axes: int) -> tuple[tuple[int, ...], int]:
-        """Shape of an array and where its numbers begin; ValueError if it is of another kind, or too short."""
+        """Return an array's shape and where its numbers begin; raise ValueError if it is another kind, or too short."""
         with self._archive.open(f"{name}.npy") as file:
             shape, dtype = read_array_header(file)
             if dtype.str[1:] != kind or len(shape) != axes or not all(shape):
@@ -215,7 +215,7 @@ class NpzArchive(ImageSet):
             return shape, file.tell()
 
     def read(self, numbers: Sequence[int]) -> Tensor:
-        """See :class:`ImageSet`."""
+        """Read these numbers from the archive."""
         height, width = self.size
         images = np.empty((len(numbers), height, width, 3), np.uint8)
         with self._archive.open(f"{self._IMAGES}.npy") as file:
@@ -231,7 +231,7 @@ class NpzArchive(ImageSet):
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
     def moments(self, network: FeatureNetwork) -> dict[str, Moments]:
-        """See :class:`ImageSet`.
+        """Return the statistics in the archive, if they are of the network's features.
 
         Raises:
             UserError: if statistics are there that have not as many numbers as the network has features.
@@ -240,42 +240,42 @@ class NpzArchive(ImageSet):
             return {}
         widths = {"features": network.num_features, "spatial": network.num_spatial}
         return {
-            what: Moments.of_gaussian(self._numbers(mean, (width,)), self._numbers(covariance, (width, width)))
-            for (what, (mean, covariance)), width in zip(self._MOMENTS.items(), widths.values(), strict=True)
+            kind: Moments.of_gaussian(self._numbers(mean, (width,)), self._numbers(covariance, (width, width)))
+            for (kind, (mean, covariance)), width in zip(self._MOMENTS.items(), widths.values(), strict=True)
             if width and self._names.issuperset((mean, covariance))
         }
 
     def _numbers(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """An array of float numbers of this shape."""
+        """Read an array of float numbers of this shape."""
         try:
             for kind in ("f8", "f4"):
                 try:
-                    found, start = self._header(name, kind, len(shape))
+                    stored, start = self._header(name, kind, len(shape))
                     break
                 except ValueError:
                     if kind == "f4":
                         raise
-            if found != shape:
-                raise ValueError(f"it has shape {found}, the features ask for {shape}")
+            if stored != shape:
+                raise ValueError(f"it has shape {stored}, the features ask for {shape}")
             with self._archive.open(f"{name}.npy") as file:
                 file.seek(start)
                 numbers = np.frombuffer(bytearray(file.read(math.prod(shape) * int(kind[1]))), f"<{kind}")
             if not np.isfinite(numbers).all():
                 raise ValueError("not all of it is finite")
-            found_numbers = torch.from_numpy(numbers.reshape(shape)).double()
-            if len(shape) == 2 and not torch.allclose(found_numbers, found_numbers.T, rtol=1e-4, atol=1e-8):
+            tensor = torch.from_numpy(numbers.reshape(shape)).double()
+            if len(shape) == 2 and not torch.allclose(tensor, tensor.T, rtol=1e-4, atol=1e-8):
                 raise ValueError("a covariance is symmetric, this is not")
-            if len(shape) == 2 and found_numbers.diagonal().min() < 0:
+            if len(shape) == 2 and tensor.diagonal().min() < 0:
                 raise ValueError("a covariance has no negative variances, this has")
         except (ValueError, *_DAMAGE) as error:
             raise UserError(f"reference={self.path}: {name} cannot be used: {error}") from error
-        return found_numbers
+        return tensor
 
     def described(self) -> dict[str, Any]:
-        """See :class:`ImageSet`."""
+        """Identify the images and statistics by the checksums in the archive."""
         names = [self._IMAGES, *(name for pair in self._MOMENTS.values() for name in pair)]
-        contents = [self._archive.getinfo(f"{name}.npy").CRC for name in names if name in self._names]
-        return {"kind": "npz", "content": " ".join(f"{each:08x}" for each in contents)}
+        checksums = [self._archive.getinfo(f"{name}.npy").CRC for name in names if name in self._names]
+        return {"kind": "npz", "content": " ".join(f"{checksum:08x}" for checksum in checksums)}
 
 
 def check_place(place: str) -> None:
@@ -295,7 +295,7 @@ def open_images(
     cache: str | None = None,
     network: LatentSpec | None = None,
 ) -> ImageSet:
-    """The images at ``place``.
+    """Open the images at ``place``.
 
     Args:
         place: a directory of latent shards with a manifest, or its URL; a folder of images; or an ``.npz``.

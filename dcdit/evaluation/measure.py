@@ -1,75 +1,126 @@
 """One measurement: images of one checkpoint at one budget and guidance, and the figures of them."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
 from dcdit.errors import naming
-from dcdit.evaluation.features import Features
+from dcdit.evaluation.descriptions import describe_point
+from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.metrics import compare
 from dcdit.evaluation.reference_images import FeatureJob, ReferenceStatistics, digest_of
-from dcdit.evaluation.results import SCHEMA, Result, read_result
+from dcdit.evaluation.results import SCHEMA, KeepRatio, MeasuredPlan, NetworkDescription, Result, Timing, read_result
 from dcdit.evaluation.settings import EvaluateSettings
 from dcdit.evaluation.statistics import Statistics
-from dcdit.evaluation.words import point_words
-from dcdit.runtime.devices import device_words
+from dcdit.runtime.devices import describe_device
 from dcdit.runtime.display import Display
-from dcdit.runtime.files import write_json
+from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.figures import save_grid
-from dcdit.sampling.generate import labels_of
+from dcdit.sampling.generate import SampleBatch, labels_of
 from dcdit.sampling.setup import Sampling
 
 
 class OutOfTimeError(Exception):
-    """The time that was given is over."""
+    """The deadline of an evaluation has passed."""
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """The time that was given.
+    """When an evaluation begins nothing more.
 
     Attributes:
-        end: of it, by ``time.monotonic``; None for all the time that is needed.
+        end: by ``time.monotonic``; None for never.
     """
 
     end: float | None = None
 
     @classmethod
     def in_hours(cls, hours: float | None) -> "Deadline":
-        """So many hours from now."""
+        """Return the deadline that is ``hours`` from now."""
         return cls(None if hours is None else time.monotonic() + 3600 * hours)
 
     @property
     def over(self) -> bool:
-        """Whether it is."""
+        """Whether the deadline has passed."""
         return self.end is not None and time.monotonic() > self.end
 
     def check(self) -> None:
-        """Raise :class:`OutOfTimeError` if it is over."""
+        """Raise :class:`OutOfTimeError` if the deadline has passed."""
         if self.over:
             raise OutOfTimeError
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledChunk:
     """What is recorded of a chunk of sampled images.
 
     Attributes:
         seconds: that sampling took, decoding apart.
-        flops: that the networks' tokens cost.
-        kept: tokens kept at each step by the main and by the guiding branch: (2, steps).
+        cost: FLOPs and kept tokens.
     """
 
     seconds: float
-    flops: float
-    kept: tuple[list[int], list[int]]
+    cost: SamplingCost
+
+
+@dataclass(frozen=True)
+class MeasuredSamples:
+    """A number of samples, seen by a feature network.
+
+    Attributes:
+        features: of the images, batch by batch.
+        first: (n, 1 or 3, height, width) uint8, the first images.
+        sampled: what is recorded of them.
+    """
+
+    features: list[Features]
+    first: Tensor
+    sampled: SampledChunk
+
+
+def measure_samples(
+    batches: Iterator[SampleBatch],
+    decode: Callable[[Tensor], Tensor],
+    network: FeatureNetwork,
+    metrics: Sequence[str],
+    shown: int,
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> MeasuredSamples:
+    """Sample, decode, look at the images, and add up what sampling cost.
+
+    Args:
+        batches: of samples; taking the next one samples it.
+        decode: latents (n, C, H, W) to images (n, 1 or 3, height, width) uint8.
+        network: sees the images.
+        metrics: which features are kept: spatial ones for ``sfid`` alone.
+        shown: how many of the first images are kept.
+        on_batch: called with the number of images after every batch.
+
+    Raises:
+        UserError: naming the sample, if an image or its features are not finite.
+    """
+    seen: list[Features] = []
+    first: list[Tensor] = []
+    seconds, cost = 0.0, SamplingCost()
+    begin = time.perf_counter()
+    while (batch := next(batches, None)) is not None:
+        seconds += time.perf_counter() - begin
+        with naming("sample", batch.indices):
+            images = decode(batch.latents)
+            features = network(images)
+        if cost.images < shown:
+            first.append(images)
+        seen.append(features if "sfid" in metrics else features._replace(spatial=None))
+        cost += SamplingCost.of(batch)
+        on_batch(len(batch.indices))
+        begin = time.perf_counter()
+    return MeasuredSamples(seen, torch.cat(first)[:shown] if first else torch.empty(0), SampledChunk(seconds, cost))
 
 
 class Measurement:
@@ -98,7 +149,7 @@ class Measurement:
         self.shown, self.out = min(settings.shown, chunk_size, count), out
         seed, classes = sampling.plan.seed, sampling.model.network.num_classes
         self.labels = labels_of(settings.labels, count, classes, seed)
-        self.plan = {
+        plan = {
             **sampling.described(),
             "checkpoint": sampling.model.digest,
             "count": count,
@@ -108,6 +159,7 @@ class Measurement:
             "reference": reference.plan,
             "metrics": metrics,
         }
+        self.plan = MeasuredPlan.of(plan)
         guidance, sampler = sampling.guidance.settings, sampling.sampler.settings
         step = "" if sampling.model.step is None else f"step{sampling.model.step}_"
         self.name = f"{step}{sampler.name}{sampler.steps}_cfg{guidance.scale:g}_drop{guidance.drop_fraction:g}"
@@ -115,15 +167,15 @@ class Measurement:
             self.name += f"_cache{sampler.cache:g}"
         if guidance.uncond_drop_fraction is not None:
             self.name += f"_weak{guidance.uncond_drop_fraction:g}"
-        self.name += f"_{digest_of(self.plan)}"
+        self.name += f"_{digest_of({'schema': SCHEMA, **plan})}"  # what another release wrote is measured anew
         self.path = out / f"{self.name}.json"
-        job_plan = {**self.plan, "chunk_size": chunk_size}
-        self._job = FeatureJob(Sampled, self.path, "evaluation", job_plan, count, chunk_size)
+        job_plan = {**plan, "chunk_size": chunk_size}
+        self._job = FeatureJob(SampledChunk, self.path, "evaluation", job_plan, count, chunk_size)
 
     @property
     def title(self) -> str:
-        """For people."""
-        return point_words(self.plan)
+        """Description of the point."""
+        return describe_point(self.plan)
 
     @property
     def finalized(self) -> bool:
@@ -138,30 +190,30 @@ class Measurement:
     @property
     def timed(self) -> bool:
         """Whether :meth:`set_time` was called on the result."""
-        return bool(self.result.values["timing"]["rounds"])
+        return bool(self.result.timing.rounds)
 
     @property
     def result(self) -> Result:
-        """The result, checked; UserError if it is not what was written."""
+        """The result, read from its file and checked; UserError if the file is damaged."""
         return read_result(self.path)
 
     def lock(self) -> FileLock:
-        """Held by one of several processes."""
+        """Return a lock that one of several processes holds at a time."""
         return self._job.lock()
 
     def time_batch(self) -> float:
-        """Seconds that one batch takes, decoding apart."""
+        """Return the seconds that sampling one batch takes, decoding apart."""
         begin = time.perf_counter()
         for _ in self.sampling.generate(self.labels, range(self._batch)):
             pass
         return time.perf_counter() - begin
 
     def set_time(self, seconds: Sequence[float]) -> None:
-        """Put what batches took into the result; the median stands for all."""
-        result = self.result.values
-        result["milliseconds_per_image"] = 1000 * median(seconds) / self._batch
-        result["timing"]["rounds"] = [1000 * each / self._batch for each in seconds]
-        write_json(self.path, result)
+        """Put the ``seconds`` that batches took into the result; the median stands for all."""
+        rounds = [1000 * duration / self._batch for duration in seconds]
+        result = self.result
+        timing = replace(result.timing, rounds=rounds)
+        replace(result, milliseconds_per_image=1000 * median(seconds) / self._batch, timing=timing).write()
 
     def work(self, rank: int, world_size: int, display: Display, deadline: Deadline) -> None:
         """This process's share of the images, unless the result is there; raises OutOfTimeError at the deadline."""
@@ -173,32 +225,12 @@ class Measurement:
         self._job.share(rank, world_size, sample, display)
 
     def _sample(self, task: int, display: Display) -> None:
-        seen: list[Features] = []
-        first: list[Tensor] = []
-        seconds, flops, images = 0.0, 0.0, 0
-        kept = torch.zeros(2, len(self.sampling.sampler.timesteps), dtype=torch.int64)  # by half and step
         batches = self.sampling.generate(self.labels, self._job.numbers(task))
-        begin = time.perf_counter()
-        while (batch := next(batches, None)) is not None:
-            seconds += time.perf_counter() - begin
-            pixels = self.sampling.images(batch)
-            if task == 0 and images < self.shown:
-                first.append(pixels)
-            seen.append(self._see(pixels, batch.indices))
-            flops += batch.flops.sum().item()
-            images += len(batch.indices)
-            kept += batch.tokens()
-            display.advance(len(batch.indices))
-            begin = time.perf_counter()
-        if first:
-            save_grid(torch.cat(first)[: self.shown], self.shown, self.path.with_suffix(".png"))
-        self._job.keep(task, seen, Sampled(seconds, flops, (kept[0].tolist(), kept[1].tolist())))
-
-    def _see(self, images: Tensor, numbers: list[int]) -> Features:
-        """What the metrics need of the features of these samples."""
-        with naming("sample", numbers):
-            found = self.network(images)
-        return found if "sfid" in self.metrics else found._replace(spatial=None)
+        shown = self.shown if task == 0 else 0
+        measured = measure_samples(batches, self.sampling.decode, self.network, self.metrics, shown, display.advance)
+        if shown:
+            save_grid(measured.first, shown, self.path.with_suffix(".png"))
+        self._job.keep(task, measured.features, measured.sampled)
 
     def finalize(self) -> bool:
         """Compute and write the result if all images and the reference are there; whether it is written."""
@@ -209,42 +241,30 @@ class Measurement:
             self._job.finalize(self.path, lambda records: self._write(reference, records))
         return self.path.is_file()
 
-    def _write(self, reference: Statistics, records: list[Sampled]) -> None:
-        count, model = self._job.count, self.sampling.model
-        place = self.sampling.place
-        result: dict[str, Any] = {
-            "schema": SCHEMA,
-            "run": place.run,
-            "checkpoint": place.name,
-            "network": {"title": model.network.title, "routes": model.network.routes},
-            "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
-            "training": dict(model.training),
-            "plan": self.plan,
-            "metrics": compare(reference, self._job.features, self.metrics),
-            "tflops_per_image": sum(record.flops for record in records) / count / 1e12,
+    def _write(self, reference: Statistics, records: list[SampledChunk]) -> None:
+        model, place = self.sampling.model, self.sampling.place
+        cost = SamplingCost.total(record.cost for record in records)
+        Result(
+            run=place.run,
+            checkpoint=place.name,
+            network=NetworkDescription(model.network.title, model.network.routes),
+            parameters=sum(parameter.numel() for parameter in model.network.parameters()),
+            training=dict(model.training),
+            plan=self.plan,
+            metrics=compare(reference, self._job.features, self.metrics),
+            tflops_per_image=cost.tflops_per_image,
             # until a quiet moment, see `set_time`: while measuring, other things may have run beside it
-            "milliseconds_per_image": 1000 * sum(record.seconds for record in records) / count,
-            "timing": {"rounds": [], "batch_size": self._batch},
-            "reference": self.reference.images.place,
-            "device": device_words(model.device),
-        }
-        if model.network.routes:
-            result["keep_ratio"] = self._keep_ratios([record.kept for record in records])
-        write_json(self.path, result)
+            milliseconds_per_image=1000 * sum(record.seconds for record in records) / cost.images,
+            timing=Timing([], self._batch),
+            reference=self.reference.images.place,
+            device=describe_device(model.device),
+            keep_ratio=self._keep_ratio(cost) if model.network.routes else None,
+            path=self.path,
+        ).write()
 
-    def _keep_ratios(self, sums: Sequence[tuple[list[int], list[int]]]) -> Mapping[str, Any]:
-        """Keep ratio at every step, by half."""
-        sampling = self.sampling
-        ratios = torch.tensor(sums, dtype=torch.float64).sum(dim=0) / (
-            self._job.count * sampling.model.latents.positions
-        )
-        timesteps = sampling.sampler.timesteps
-        routes = sampling.guiding is None or sampling.guiding.network.routes
-        guided = torch.tensor([routes and sampling.guidance.settings.is_guided(timestep) for timestep in timesteps])
-        both = torch.cat([ratios[0], ratios[1][guided]])
-        return {
-            "mean": both.mean().item(),
-            "timesteps": timesteps,
-            "strong": ratios[0].tolist(),
-            "weak": [ratio if ran else None for ratio, ran in zip(ratios[1].tolist(), guided, strict=True)],
-        }
+    def _keep_ratio(self, cost: SamplingCost) -> KeepRatio:
+        positions = self.sampling.model.latents.positions
+        main, guiding = cost.keep_ratios(positions)
+        mean = cost.mean_keep_ratio(positions)
+        assert mean is not None
+        return KeepRatio(mean, self.sampling.sampler.timesteps, [ratio or 0.0 for ratio in main], guiding)

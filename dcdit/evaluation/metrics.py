@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,35 +15,37 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork, Features
-from dcdit.evaluation.reference_images import ReferenceStatistics
-from dcdit.evaluation.settings import heading_of
+from dcdit.evaluation.images import ImageSet
+from dcdit.evaluation.reference_images import ReferenceStatistics, default_cache
+from dcdit.evaluation.settings import METRICS, NEIGHBOURS, heading_of
 from dcdit.evaluation.statistics import Moments, Statistics
 from dcdit.runtime.processes import processes
 
 _SUBSET, _SPLITS = 1000, 10  # of KID and of the Inception Score, torchmetrics' and the field's defaults
-_NEIGHBOURS, _ROWS = 3, 1000  # of precision and recall: k as the ADM suite has it; distances held at once are rows x N
+_ROWS = 1000  # of precision and recall: distances held at once are rows x N
+_REFERENCE_CHUNK = 500  # images of a task on the reference at least: reading is quick
 
 
-class _Given(nn.Module):
-    """Where torchmetrics asks a network: the features are known already."""
+class _KnownFeatures(nn.Module):
+    """Takes the place of torchmetrics' feature network: the features are known already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
     def forward(self, features: Tensor) -> Tensor:
-        """Nothing to compute."""
+        """Return the features as they are."""
         return features
 
 
 def frechet(reference: Moments, real: bool = True) -> FrechetInceptionDistance:
-    """torchmetrics' FID that knows its real images already; ``update(features, real=False)`` takes (n, F) features.
+    """Return torchmetrics' FID that knows its real images; ``update(features, real=False)`` takes (n, F) features.
 
     Args:
         reference: of the real images.
         real: whether this process brings them in; one of several must, for their sums are added up.
     """
-    metric = FrechetInceptionDistance(_Given(len(reference.total)), reset_real_features=False)
+    metric = FrechetInceptionDistance(_KnownFeatures(len(reference.total)), reset_real_features=False)
     if real:
         metric.real_features_sum = reference.total.double()
         metric.real_features_cov_sum = reference.outer.double()
@@ -54,14 +57,16 @@ Chunks = Callable[[], Iterator[Features]]
 """Yields the features of the generated images, in pieces, anew at every call."""
 
 
-def _fid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
+def compute_fid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
+    """Compute the FID."""
     fid = frechet(reference.moments)
     for chunk in chunks():
         fid.update(chunk.features, real=False)
     return {"fid": float(fid.compute())}
 
 
-def _sfid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
+def compute_sfid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
+    """Compute the FID of spatial features."""
     fid = frechet(reference.spatial)
     for chunk in chunks():
         assert chunk.spatial is not None
@@ -69,21 +74,23 @@ def _sfid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
     return {"sfid": float(fid.compute())}
 
 
-def _kid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
+def compute_kid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
+    """Compute the kernel inception distance and, where subsets differ, its standard deviation."""
     generated = torch.cat([chunk.features for chunk in chunks()])
     subset = min(_SUBSET, len(generated), len(reference.features))
-    kid = KernelInceptionDistance(_Given(generated.shape[1]), subset_size=subset)
+    kid = KernelInceptionDistance(_KnownFeatures(generated.shape[1]), subset_size=subset)
     kid.update(reference.features, real=True)
     kid.update(generated, real=False)
     mean, deviation = kid.compute()
-    found = {"kid": float(mean), "kid_subset": subset}
+    figures = {"kid": float(mean), "kid_subset": subset}
     if subset < max(len(generated), len(reference.features)):  # else all subsets are the same
-        found["kid_std"] = float(deviation)
-    return found
+        figures["kid_std"] = float(deviation)
+    return figures
 
 
-def _inception_score(reference: Statistics, chunks: Chunks) -> dict[str, float]:
-    score = InceptionScore(_Given(1), splits=_SPLITS)
+def compute_inception_score(reference: Statistics, chunks: Chunks) -> dict[str, float]:
+    """Compute the Inception Score and its standard deviation over the splits."""
+    score = InceptionScore(_KnownFeatures(1), splits=_SPLITS)
     for chunk in chunks():
         assert chunk.logits is not None
         score.update(chunk.logits)
@@ -91,44 +98,17 @@ def _inception_score(reference: Statistics, chunks: Chunks) -> dict[str, float]:
     return {"inception_score": float(mean), "inception_score_std": float(deviation)}
 
 
-def _precision_recall(reference: Statistics, chunks: Chunks) -> dict[str, float]:
-    """Shares of images within the manifold of the others (arXiv 1904.06991): balls up to the third neighbour."""
+def compute_precision_recall(reference: Statistics, chunks: Chunks) -> dict[str, float]:
+    """Compute the shares of images within the manifold of the others: balls up to the third neighbour (1904.06991)."""
     generated = torch.cat([chunk.features for chunk in chunks()])
-    options = {"prc_neighborhood": _NEIGHBOURS, "prc_batch_size": _ROWS, "save_cpu_ram": True, "verbose": False}
-    found = prc_features_to_metric(generated, reference.features, **options)
-    return {key: found[key] for key in ("precision", "recall")}
-
-
-class Metric(NamedTuple):
-    """What computes a metric.
-
-    Attributes:
-        compute: from the statistics of the real images and the features of the generated ones to figures by key, those
-            of :data:`dcdit.evaluation.settings.METRICS` among them.
-        reference: what of the reference it needs: its ``images``, or statistics of ``features`` or ``spatial``.
-        logits: whether the feature network must give class logits.
-        least: images that there must be more than, beside those that a covariance needs.
-    """
-
-    compute: Callable[[Statistics, Chunks], dict[str, float]]
-    reference: str | None = "images"
-    logits: bool = False
-    least: int = 1
-
-
-COMPUTE = {
-    "fid": Metric(_fid, "features"),
-    "sfid": Metric(_sfid, "spatial"),
-    "kid": Metric(_kid),
-    "is": Metric(_inception_score, None, logits=True),
-    "prc": Metric(_precision_recall, least=_NEIGHBOURS),
-}
-"""What computes each of :data:`dcdit.evaluation.settings.METRICS`."""
+    options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": _ROWS, "save_cpu_ram": True, "verbose": False}
+    figures = prc_features_to_metric(generated, reference.features, **options)
+    return {key: figures[key] for key in ("precision", "recall")}
 
 
 def _missing(name: str, network: FeatureNetwork, images: bool, published: Sequence[str]) -> str | None:
-    """What is missing for a metric, however many images there are; None if nothing is."""
-    metric = COMPUTE[name]
+    """Return what is missing for a metric, however many images there are; None if nothing is."""
+    metric = METRICS[name]
     if metric.logits and not network.num_logits:
         return f"class logits, which {network.name} has not"
     if metric.reference == "spatial" and not network.num_spatial:
@@ -144,10 +124,10 @@ def _missing(name: str, network: FeatureNetwork, images: bool, published: Sequen
 def choose_metrics(
     wanted: Sequence[str] | None, network: FeatureNetwork, images: bool, there: Sequence[str]
 ) -> list[str]:
-    """The metrics to compute.
+    """Return the metrics to compute.
 
     Args:
-        wanted: some of :data:`COMPUTE`; None takes all that can be had, and says which cannot.
+        wanted: some of :data:`METRICS`; None takes all that can be had, and prints which cannot.
         network: whose features.
         images: whether the reference has images.
         there: which statistics it has.
@@ -155,20 +135,20 @@ def choose_metrics(
     Raises:
         UserError: if one that is wanted cannot be had, or none can.
     """
-    faults = {name: _missing(name, network, images, there) for name in wanted or COMPUTE}
-    found = [name for name, fault in faults.items() if fault is None]
+    faults = {name: _missing(name, network, images, there) for name in wanted or METRICS}
+    possible = [name for name, fault in faults.items() if fault is None]
     refused = [f"no {heading_of(name)} without {fault}" for name, fault in faults.items() if fault is not None]
-    if refused and (wanted is not None or not found):
-        others = f": take metrics=[{','.join(found)}]" if found else ", and nothing else can be had either"
+    if refused and (wanted is not None or not possible):
+        others = f": take metrics=[{','.join(possible)}]" if possible else ", and nothing else can be had either"
         raise UserError(f"metrics: {'; '.join(refused)}{others}")
     if processes()[0] == 0:
-        for words in refused:
-            print(f"Left out: {words}")
-    return found
+        for fault in refused:
+            print(f"Left out: {fault}")
+    return possible
 
 
 def check_counts(metrics: Sequence[str], network: FeatureNetwork, count: int, reference: ReferenceStatistics) -> int:
-    """See that there are images enough for these metrics.
+    """Check that there are images enough for these metrics.
 
     Args:
         metrics: which.
@@ -184,7 +164,7 @@ def check_counts(metrics: Sequence[str], network: FeatureNetwork, count: int, re
     """
     enough = 2
     for name in metrics:
-        metric, heading = COMPUTE[name], heading_of(name)
+        metric, heading = METRICS[name], heading_of(name)
         width = {"features": network.num_features, "spatial": network.num_spatial}.get(str(metric.reference), 0)
         numbers = {"count": count}
         if metric.reference is not None and metric.reference not in reference.published:
@@ -192,8 +172,8 @@ def check_counts(metrics: Sequence[str], network: FeatureNetwork, count: int, re
         enough = max(enough, metric.least + 1, width + 1)
         for key, number in numbers.items():
             if number <= metric.least:
-                words = f"{number} image{'s'[: number != 1]} {'are' if number != 1 else 'is'}"
-                raise UserError(f"{key}: {words} too few for {heading}, more than {metric.least} are needed")
+                images = f"{number} image{'s'[: number != 1]} {'are' if number != 1 else 'is'}"
+                raise UserError(f"{key}: {images} too few for {heading}, more than {metric.least} are needed")
             if number <= width:
                 raise UserError(
                     f"{key}: {number} images are too few for {heading}, a covariance of the {width}"
@@ -203,13 +183,62 @@ def check_counts(metrics: Sequence[str], network: FeatureNetwork, count: int, re
     return enough
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What generated images are compared with, and how.
+
+    Attributes:
+        reference: statistics of the real images, by the features of a network.
+        metrics: what is computed.
+        least: how many generated images are enough for these metrics.
+    """
+
+    reference: ReferenceStatistics
+    metrics: list[str]
+    least: int
+
+
+def compare_with(
+    images: ImageSet,
+    network: FeatureNetwork,
+    wanted: Sequence[str] | None,
+    count: int,
+    *,
+    cache: str | None,
+    batch_size: int,
+    limit: int | None = None,
+    chunk_size: int = _REFERENCE_CHUNK,
+) -> Comparison:
+    """Prepare to compare generated images with real ones; their statistics are computed later.
+
+    Args:
+        images: the real images.
+        network: whose features.
+        wanted: as of :func:`choose_metrics`.
+        count: number of generated images.
+        cache: folder for the statistics of the real images; None takes one in the user's cache.
+        batch_size: images seen at once.
+        limit: take so many of the real images, evenly spaced; None takes all.
+        chunk_size: images of a task.
+
+    Raises:
+        UserError: if a metric that is wanted cannot be had, or there are too few images.
+    """
+    metrics = choose_metrics(wanted, network, bool(images.count), list(images.moments(network)))
+    needed = {str(METRICS[name].reference) for name in metrics if METRICS[name].reference is not None}
+    folder = Path(cache) if cache else default_cache()
+    size = max(chunk_size, _REFERENCE_CHUNK)
+    reference = ReferenceStatistics(images, network, folder, limit, size, batch_size, needed)
+    return Comparison(reference, metrics, check_counts(metrics, network, count, reference))
+
+
 def compare(reference: Statistics, chunks: Chunks, wanted: Sequence[str], seed: int = 0) -> dict[str, float]:
-    """Metrics of generated images against a reference.
+    """Compute metrics of generated images against a reference.
 
     Args:
         reference: of the real images.
         chunks: the features of the generated ones.
-        wanted: some of :data:`COMPUTE`.
+        wanted: some of :data:`METRICS`.
         seed: of the subsets of KID and the splits of the Inception Score.
 
     Returns:
@@ -219,14 +248,14 @@ def compare(reference: Statistics, chunks: Chunks, wanted: Sequence[str], seed: 
     Raises:
         UserError: naming the metric, if one is not finite.
     """
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
-        for name in COMPUTE:
+        for name in METRICS:
             if name in wanted:
                 torch.manual_seed(seed)
-                found |= COMPUTE[name].compute(reference, chunks)
-    for key, value in found.items():
+                figures |= METRICS[name].function()(reference, chunks)
+    for key, value in figures.items():
         if not math.isfinite(value):
             raise UserError(f"{key} is not a finite number, although all features are: take other images or features")
-    return found
+    return figures

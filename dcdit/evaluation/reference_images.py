@@ -21,12 +21,12 @@ from dcdit.runtime.jobs import ImageJob, Record
 
 
 def default_cache() -> Path:
-    """Where statistics of references are kept unless the user says otherwise."""
+    """Return the folder in which statistics of references are kept unless the user says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcdit"
 
 
 def digest_of(plan: Mapping[str, Any]) -> str:
-    """A short name for plain values: other values, another name."""
+    """Return a short name for plain values: other values have another name."""
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -48,32 +48,32 @@ class FeatureJob(ImageJob[Record]):
         with self.lock():
             if self.result.is_file():
                 return
-            self.begin()
+            self.check_fingerprint()
         self.do(rank, world_size, work, display)
 
     def part_path(self, task: int) -> Path:
-        """The features of a task."""
+        """Return the file of a task's features."""
         return self.work / f"chunk-{task:06d}.npz"
 
-    def keep(self, task: int, found: Sequence[Features], record: Record) -> None:
-        """A task is finished: keep what was seen in its batches, and what is recorded of it."""
+    def keep(self, task: int, seen: Sequence[Features], record: Record) -> None:
+        """Finish a task: keep what was seen in its batches, and what is recorded of it."""
         arrays: dict[str, Any] = {}
-        for name, parts in zip(Features._fields, zip(*found, strict=True), strict=True):
-            there = [part for part in parts if part is not None]
-            arrays[name] = torch.cat(there).numpy() if there else np.empty((0, 0), np.float32)
+        for name, parts in zip(Features._fields, zip(*seen, strict=True), strict=True):
+            tensors = [part for part in parts if part is not None]
+            arrays[name] = torch.cat(tensors).numpy() if tensors else np.empty((0, 0), np.float32)
         self.finish(task, record, lambda file: np.savez(file, **arrays))
 
     def features(self) -> Iterator[Features]:
-        """Of all tasks, one after the other."""
+        """Yield the features of all tasks, one task after the other."""
         for task in range(self.tasks):
             stored = read_arrays(self.part_path(task), Features._fields, "the same command makes it again")
-            features, *others = (torch.from_numpy(each) for each in stored.values())
-            yield Features(features, *(each if each.numel() else None for each in others))
+            features, *others = (torch.from_numpy(array) for array in stored.values())
+            yield Features(features, *(tensor if tensor.numel() else None for tensor in others))
 
 
 @dataclass(frozen=True)
 class Nothing:
-    """What is recorded of a task whose features say all."""
+    """The empty record of a task that leaves nothing but features."""
 
 
 class ReferenceStatistics:
@@ -105,9 +105,9 @@ class ReferenceStatistics:
         needed: Collection[str] = ("features", "spatial", "images"),
     ) -> None:
         self.images, self.network, self.batch_size = images, network, batch_size
-        self._found: Statistics | None = None
+        self._statistics: Statistics | None = None
         self._moments = images.moments(network)
-        self.published = [what for what in self._moments if what in needed]
+        self.published = [kind for kind in self._moments if kind in needed]
         idle = set(needed) <= set(self.published)
         self.count = 0 if idle else min(images.count, limit or images.count)
         plan = {"images": images.described(), "features": network.described(), "count": self.count}
@@ -119,26 +119,26 @@ class ReferenceStatistics:
         self._numbers = np.linspace(0, images.count - 1, self.count).round().astype(int)
 
     def work(self, rank: int, world_size: int, display: Display) -> None:
-        """This process's share, unless the statistics are there."""
+        """Do this process's share, unless the statistics are there."""
         if not self.count:
             return
         self._job.share(rank, world_size, lambda task: self._see(task, display), display)
         self.finalize()
 
     def _see(self, task: int, display: Display) -> None:
-        numbers, found = self._numbers[list(self._job.numbers(task))].tolist(), []
+        numbers, seen = self._numbers[list(self._job.numbers(task))].tolist(), []
         for start in range(0, len(numbers), self.batch_size):
             batch = numbers[start : start + self.batch_size]
             with naming(f"reference={self.images.place}, image", batch):
-                found.append(self.network(self.images.read(batch))._replace(logits=None))
+                seen.append(self.network(self.images.read(batch))._replace(logits=None))
             display.advance(len(batch))
-        self._job.keep(task, found, Nothing())
+        self._job.keep(task, seen, Nothing())
 
     def finalize(self) -> Statistics | None:
-        """The statistics, computed from the chunks if need be; None while other processes are at work on these."""
-        if self._found is None:
-            self._found = self._put_together()
-        return self._found
+        """Return the statistics, computed from the chunks if need be; None while other processes work on these."""
+        if self._statistics is None:
+            self._statistics = self._put_together()
+        return self._statistics
 
     def _put_together(self) -> Statistics | None:
         def write(ignored: list[Nothing]) -> None:

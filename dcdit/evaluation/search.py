@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dcdit.evaluation.descriptions import describe_budget
 from dcdit.evaluation.measure import Deadline, Measurement
 from dcdit.evaluation.points import Evaluation
 from dcdit.evaluation.settings import figures_of_metrics
-from dcdit.evaluation.words import budget_words
 from dcdit.runtime.files import write_text
+from dcdit.runtime.processes import rank
 from dcdit.sampling.setup import Sampling
 
 _SHARES = (10, 3, 1)
@@ -21,11 +22,11 @@ _MOST = 6
 
 @dataclass(frozen=True)
 class Searched:
-    """What a search found.
+    """The outcome of a search.
 
     Attributes:
         last: measurements of the last round at each budget, complete ones.
-        log: every round in words.
+        log: a line for every round.
         complete: whether all was measured.
     """
 
@@ -50,18 +51,18 @@ def search(
         deadline: no chunk is begun after it.
     """
     budgets: dict[str, Sampling] = {}
-    for each in samplings:
-        if each.guidance.settings.scale != 1:
-            plan = replace(each.plan, guidance=replace(each.plan.guidance, scale=2.0))
-            budgets.setdefault(repr(plan), each)
-    scales = sorted({each.guidance.settings.scale for each in samplings})
-    looking = _Search(evaluation, rank, world_size, deadline)
-    complete = all(looking.at_budget(sampling, scales) for sampling in budgets.values())
-    return Searched(looking.last, looking.log, complete)
+    for sampling in samplings:
+        if sampling.guidance.settings.scale != 1:
+            plan = replace(sampling.plan, guidance=replace(sampling.plan.guidance, scale=2.0))
+            budgets.setdefault(repr(plan), sampling)
+    scales = sorted({sampling.guidance.settings.scale for sampling in samplings})
+    state = _Search(evaluation, rank, world_size, deadline)
+    complete = all(state.at_budget(sampling, scales) for sampling in budgets.values())
+    return Searched(state.last, state.log, complete)
 
 
 class _Search:
-    """What is known so far; arguments as of :func:`search`."""
+    """A search as far as it has gone; arguments as of :func:`search`."""
 
     def __init__(self, evaluation: Evaluation, rank: int, world_size: int, deadline: Deadline) -> None:
         self.evaluation, self.rank, self.world_size, self.deadline = evaluation, rank, world_size, deadline
@@ -71,86 +72,88 @@ class _Search:
         self.log: list[str] = []
 
     def at_budget(self, sampling: Sampling, scales: Sequence[float]) -> bool:
-        """All rounds at one budget; whether they are complete."""
+        """Do all rounds at one budget; return whether they are complete."""
         known, now = sorted(scales), list(scales)
-        words = budget_words(self.evaluation.of(sampling).plan)
+        budget = describe_budget(self.evaluation.of(sampling).plan)
         least, whole = min(self.evaluation.least, self.evaluation.settings.count), self.evaluation.settings.count
         shares = list(_SHARES)
         final: dict[float, Measurement] = {}
         for number, share in enumerate(shares, 1):
             count = max(whole // share, least)
-            found = self._round(f"{words}: round {number}", sampling, now, count, final if share == 1 else {})
-            if found is None:
+            figures = self._round(f"{budget}: round {number}", sampling, now, count, final if share == 1 else {})
+            if figures is None:
                 return False
-            best = self._best(found)
-            beside = [scale for scale in _neighbours(best, known) if scale not in found]
+            best = self._best(figures)
+            beside = [scale for scale in _neighbours(best, known) if scale not in figures]
             now = sorted({best, *_middles(best, known)} if share != 1 else beside)
             if share == 1 and now and len(shares) < _MOST:  # the best is at the end of what all images have seen
                 shares.append(1)
             known = sorted({*known, *now})
         self.last += [final[scale] for scale in sorted(final)]
         if best in (known[0], known[-1]):
-            self._note(f"{words}: guidance {best:g} is the end of the scales that were given: look beyond it too")
+            self._note(f"{budget}: guidance {best:g} is the end of the scales that were given: look beyond it too")
         return True
 
     def _round(
-        self, words: str, sampling: Sampling, scales: Sequence[float], count: int, before: dict[float, Measurement]
+        self, title: str, sampling: Sampling, scales: Sequence[float], count: int, before: dict[float, Measurement]
     ) -> dict[float, float] | None:
-        """Measure these scales with so many images; figures of all that were ever measured with these, by scale.
+        """Measure ``scales`` with ``count`` images each; return the figures of ``before`` and these, by scale.
 
-        ``before`` are those, and takes the new ones up. None if time or images do not suffice.
+        The new measurements are added to ``before``. Returns None if time or images do not suffice.
         """
         limit = self.evaluation.settings.max_images
         if self.left is not None and self.left < count * len(scales):
-            self._note(f"{words} would exceed max_images={limit}: raise it to go on from here")
+            self._note(f"{title} would exceed max_images={limit}: raise it to go on from here")
             return None
         points = {scale: self.evaluation.of(_at_scale(sampling, scale), count) for scale in scales}
         if len(self._measured(list(points.values()))) < len(points):
-            self._note(f"{words} is not finished; the same command goes on")
+            self._note(f"{title} is not finished; the same command goes on")
             return None
         self.left = None if self.left is None else self.left - count * len(scales)
         before |= points
-        found = {scale: each.result.figure(self.figure.key) for scale, each in sorted(before.items())}
-        shown = ", ".join(f"{scale:g} -> {value:.4g}" for scale, value in found.items())
-        self._note(f"{words}, {count} images, {self.figure.heading} at scale {shown}; best {self._best(found):g}")
-        return found
+        figures = {scale: point.result.figure(self.figure.key) for scale, point in sorted(before.items())}
+        shown = ", ".join(f"{scale:g} -> {value:.4g}" for scale, value in figures.items())
+        self._note(f"{title}, {count} images, {self.figure.heading} at scale {shown}; best {self._best(figures):g}")
+        return figures
 
-    def _best(self, found: dict[float, float]) -> float:
-        return (max if self.figure.higher_is_better else min)(found, key=lambda scale: found[scale])
+    def _best(self, figures: dict[float, float]) -> float:
+        """Return the scale with the best figure."""
+        return (max if self.figure.higher_is_better else min)(figures, key=lambda scale: figures[scale])
 
     def _measured(self, points: list[Measurement]) -> list[Measurement]:
-        """Measure, and wait for what other processes have begun; returns what is complete."""
+        """Measure, and wait for what other processes have begun; return what is complete."""
         done = self.evaluation.measure(points, self.rank, self.world_size, self.deadline)
         while self.world_size > 1 and len(done) < len(points) and not self.deadline.over:
             time.sleep(0.2)
-            done = [each for each in points if each.finalize()]
+            done = [point for point in points if point.finalize()]
         return done
 
-    def _note(self, words: str) -> None:
-        """Into the log, and onto the screen."""
-        self.log.append(words)
+    def _note(self, line: str) -> None:
+        """Add a line to the log, and print it."""
+        self.log.append(line)
         if self.rank == 0:
-            print(words)
+            print(line)
 
 
 def _at_scale(sampling: Sampling, scale: float) -> Sampling:
-    """The same at another guidance scale; 1 runs no guiding branch."""
+    """Return the same sampling at another guidance scale; at 1 no guiding branch runs."""
     return sampling.guided(replace(sampling.guidance.settings, scale=scale).canonical)
 
 
 def _neighbours(best: float, known: Sequence[float]) -> list[float]:
-    """The scales on either side of ``best`` among those that are known."""
+    """Return the scales on either side of ``best`` among those that are known."""
     at = known.index(best)
     return [known[other] for other in (at - 1, at + 1) if 0 <= other < len(known)]
 
 
 def _middles(best: float, known: Sequence[float]) -> list[float]:
-    """Halfway from ``best`` to its neighbours among the scales that are known."""
+    """Return the scales halfway from ``best`` to its neighbours among the scales that are known."""
     return [round((best + other) / 2, 4) for other in _neighbours(best, known)]
 
 
 def write_log(evaluation: Evaluation, log: Sequence[str]) -> Path:
-    """Keep the log beside the results."""
+    """Write the log beside the results."""
     path = evaluation.out / "search.log"
-    write_text(path, "\n".join(log) + "\n")
+    if not rank():
+        write_text(path, "\n".join(log) + "\n")
     return path

@@ -1,18 +1,20 @@
-"""What a user may say to ``dcdit.evaluate``, and what metrics are called. No torch, so that mistakes show at once."""
+"""The keys of ``dcdit.evaluate``, and the table of metrics. Imports no torch, so that mistakes show at once."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
 
 from dcdit.checks import Bounds, Count, DropFraction, Images, NotEmpty, OneOf, Positive, Shown, config
 from dcdit.sampling.settings import Labels, SamplingKeys
 
 
 class Figure(NamedTuple):
-    """What a figure is called.
+    """A number that a metric gives.
 
     Attributes:
-        key: in results.
-        heading: in tables and plots.
+        key: its name in results.
+        heading: its name in tables and plots.
         higher_is_better: whether more is better.
     """
 
@@ -21,24 +23,62 @@ class Figure(NamedTuple):
     higher_is_better: bool = False
 
 
-METRICS: dict[str, tuple[Figure, ...]] = {
-    "fid": (Figure("fid", "FID"),),
-    "sfid": (Figure("sfid", "sFID"),),
-    "kid": (Figure("kid", "KID"),),
-    "is": (Figure("inception_score", "IS", higher_is_better=True),),
-    "prc": (Figure("precision", "precision", higher_is_better=True), Figure("recall", "recall", higher_is_better=True)),
+@dataclass(frozen=True)
+class Metric:
+    """A metric: its figures, what computes them, and what that needs.
+
+    Attributes:
+        figures: what it gives.
+        compute: ``module:function``, imported when it is first needed, or a function: from the
+            :class:`dcdit.evaluation.statistics.Statistics` of the reference and the
+            :data:`dcdit.evaluation.metrics.Chunks` of the generated images to numbers by key, those of the figures
+            among them.
+        reference: what of the reference it needs: ``images``, or statistics of ``features`` or ``spatial`` ones.
+        logits: whether the feature network must give class logits.
+        least: images that there must be more than, beside those that a covariance needs.
+    """
+
+    figures: tuple[Figure, ...]
+    compute: str | Callable[..., dict[str, float]]
+    reference: Literal["images", "features", "spatial"] | None = "images"
+    logits: bool = False
+    least: int = 1
+
+    def function(self) -> Callable[..., dict[str, float]]:
+        """Return what computes the figures, imported if need be."""
+        if not isinstance(self.compute, str):
+            return self.compute
+        function: Callable[..., dict[str, float]] = pkgutil.resolve_name(self.compute)
+        return function
+
+
+NEIGHBOURS = 3
+"""k of precision and recall, as the ADM suite has it."""
+
+_COMPUTE = "dcdit.evaluation.metrics:compute_"
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric((Figure("fid", "FID"),), f"{_COMPUTE}fid", "features"),
+    "sfid": Metric((Figure("sfid", "sFID"),), f"{_COMPUTE}sfid", "spatial"),
+    "kid": Metric((Figure("kid", "KID"),), f"{_COMPUTE}kid"),
+    "is": Metric((Figure("inception_score", "IS", True),), f"{_COMPUTE}inception_score", None, logits=True),
+    "prc": Metric(
+        (Figure("precision", "precision", True), Figure("recall", "recall", True)),
+        f"{_COMPUTE}precision_recall",
+        least=NEIGHBOURS,
+    ),
 }
-"""What ``metrics`` may say, and its figures; :data:`dcdit.evaluation.metrics.COMPUTE` has what computes each."""
+"""What ``metrics`` may say."""
 
 
 def heading_of(metric: str) -> str:
-    """What a metric is called, for people."""
-    return " and ".join(figure.heading for figure in METRICS[metric])
+    """Return what a metric is called in messages."""
+    return " and ".join(figure.heading for figure in METRICS[metric].figures)
 
 
 def figures_of_metrics(metrics: Sequence[str]) -> list[Figure]:
-    """The figures of these metrics."""
-    return [figure for metric in metrics for figure in METRICS[metric]]
+    """Return the figures of these metrics."""
+    return [figure for metric in metrics for figure in METRICS[metric].figures]
 
 
 DropFractions = Annotated[list[DropFraction], NotEmpty("name at least one, such as 0")]

@@ -1,4 +1,4 @@
-"""What is kept of the features of a set of images."""
+"""Statistics of the features of a set of images, and the file that holds them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,22 +32,22 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """(F,) float64."""
+        """The mean of the features, (F,) float64."""
         return self.total / self.count
 
     @classmethod
     def none(cls) -> "Moments":
-        """Of no images."""
+        """Return the sums of no images."""
         return cls(0, torch.zeros(1).double(), torch.zeros(1, 1).double())
 
     @classmethod
     def of_gaussian(cls, mean: Tensor, covariance: Tensor) -> "Moments":
-        """Sums that have this mean (F,) and covariance (F, F) exactly; of two images, whatever they were."""
+        """Return sums with exactly this mean (F,) and covariance (F, F), as if of two images."""
         mean, covariance = mean.double(), covariance.double()
         return cls(2, 2 * mean, covariance + 2 * torch.outer(mean, mean))
 
     def add(self, features: Tensor) -> "Moments":
-        """With ``features`` (n, F) too."""
+        """Return the sums with ``features`` (n, F) added."""
         wide = features.double()
         return Moments(self.count + len(wide), self.total + wide.sum(dim=0), self.outer + wide.T @ wide)
 
@@ -68,7 +68,7 @@ class Statistics:
 
     @classmethod
     def of(cls, chunks: Iterable[Features], count: int) -> "Statistics":
-        """Statistics of what was seen in ``count`` images, in chunks."""
+        """Sum up the features of ``count`` images, which come in chunks."""
         kept = torch.from_numpy(np.linspace(0, count - 1, min(count, _KEPT)).round().astype(np.int64))
         moments, spatial, chosen = Moments.none(), Moments.none(), [torch.zeros(0, 0)]
         for chunk in chunks:
@@ -81,7 +81,7 @@ class Statistics:
         return cls(moments, spatial, torch.cat(chosen[1:] or chosen))
 
     def save(self, path: Path) -> None:
-        """Write ``path``, whole or not at all."""
+        """Write the statistics to ``path``, whole or not at all."""
         arrays: dict[str, Any] = {"features": self.features.numpy()}
         for name, moments in (("", self.moments), ("spatial_", self.spatial)):
             arrays |= {f"{name}count": moments.count}
@@ -92,18 +92,18 @@ class Statistics:
     @classmethod
     def load(cls, path: Path) -> "Statistics":
         """Read what :meth:`save` wrote; UserError if it is corrupt."""
-        names = [f"{name}{what}" for name in ("", "spatial_") for what in ("count", "total", "outer")]
+        names = [f"{prefix}{name}" for prefix in ("", "spatial_") for name in ("count", "total", "outer")]
         stored = read_arrays(path, (*names, "features"), "delete it, it is computed again")
-        found = []
-        for name in ("", "spatial_"):
-            count, total, outer = (stored[f"{name}{what}"] for what in ("count", "total", "outer"))
+        both = []
+        for prefix in ("", "spatial_"):
+            count, total, outer = (stored[f"{prefix}{name}"] for name in ("count", "total", "outer"))
             if not (count.ndim == 0 and total.ndim == 1 and outer.shape == (*total.shape, *total.shape)):
                 raise _corrupt(path)
-            found.append(Moments(int(count), torch.from_numpy(total), torch.from_numpy(outer)))
+            both.append(Moments(int(count), torch.from_numpy(total), torch.from_numpy(outer)))
         features = torch.from_numpy(stored["features"])
-        if features.ndim != 2 or not 0 < len(features) <= found[0].count or features.shape[1:] != found[0].total.shape:
+        if features.ndim != 2 or not 0 < len(features) <= both[0].count or features.shape[1:] != both[0].total.shape:
             raise _corrupt(path)
-        return cls(found[0], found[1], features)
+        return cls(both[0], both[1], features)
 
 
 def _corrupt(path: Path) -> UserError:

@@ -21,6 +21,7 @@ from dcdit.errors import UserError
 from dcdit.explorer.choice import Choice
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.sampling.budget import Calibration
+from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.figures import Moment, Recorder, decoded, panels
 from dcdit.sampling.overlays import Pixels, enlarged
 from dcdit.sampling.pictures import animation_frames
@@ -244,21 +245,20 @@ class Session:
         (batch,) = sampling.generate(torch.tensor([choice.label]), [0], note)
         times = self._times_of(side, choice)
         times.append(1000 * (time.perf_counter() - begin))
-        positions = model.latents.positions
+        cost = SamplingCost.of(batch)
         moments = recorder.rows[0]
         routed = [moment.boundaries.mask.mean() for moment in moments if moment.boundaries is not None]
-        flops = batch.flops.item()
         return GeneratedImage(
             choice,
             sampling,
-            f"{sampling.words}, {flops_words(flops)}",
+            f"{sampling.words}, {flops_words(cost.flops)}",
             sampling.images(batch)[0].permute(1, 2, 0).cpu().numpy(),
             moments,
             [float(share) for share in routed],
             [sampling.guidance.settings.drop_at(timestep)[0] for timestep in timesteps],
             batch.step_flops[:, 0].tolist(),
-            flops,
-            batch.kept.item() / positions,
+            cost.flops,
+            cost.mean_keep_ratio(model.latents.positions) or 0.0,
             times,
             None,
         )

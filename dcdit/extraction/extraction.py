@@ -135,7 +135,7 @@ class Extraction:
         sizes = [self.source.size(task) for task in tasks]
         images = sum(size for size in sizes if size is not None) if None not in sizes else None
         self._check_disk(images)
-        display.begin(len(own), len(own) - len(tasks), images)
+        display.start(len(own), len(own) - len(tasks), images)
         stream = self._encoded(tasks, display)
         for task, batches in groupby(stream, key=lambda batch: batch[0].task):
             name = shard_name(task)
@@ -170,7 +170,7 @@ class Extraction:
             normalise="train" if self.train else self.settings.normalise,
             fingerprint=self.autoencoder.fingerprint,
             skipped=tuple(dict.fromkeys((*self.source.skipped, *skipped))),
-            extraction=self.job.plan,
+            extraction=self.job.fingerprint,
         )
 
     def _check_train(self, train: Manifest) -> None:

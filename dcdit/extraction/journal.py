@@ -74,7 +74,7 @@ class ExtractionJob(ResumableJob[Encoded]):
                     f"out: {self.directory} holds tar files without a manifest or a record of an extraction: choose"
                     " another place, or delete them"
                 )
-            self.begin()
+            self.check_fingerprint()
         return None
 
     @override
@@ -130,7 +130,7 @@ class ExtractionJob(ResumableJob[Encoded]):
                     sums = read_sums(self.directory / shard.name, shard, self.layout, self.tally())
                     self.record(task, Encoded(shard, [], sums, None))
         write_json(self.work / "skipped.json", [asdict(image) for image in manifest.skipped])
-        write_json(self.work / "plan.json", self.plan)
+        write_json(self.work / "plan.json", self.fingerprint)
         (self.directory / MANIFEST_NAME).unlink()
 
 

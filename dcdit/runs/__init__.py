@@ -1,1 +1,1 @@
-"""What a run says of itself in its directory: state, lock, progress, sweeps. No torch."""
+"""The directory of a run: its state, lock, progress and changes; sweeps. Nothing here imports torch."""

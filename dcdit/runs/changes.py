@@ -3,14 +3,13 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from dcdit.checks import Natural, shown, visible
 from dcdit.errors import UserError
 
 
 class Kind(Enum):
-    """Of a configuration value, for a run that goes on."""
+    """What a changed configuration value means for a run that goes on."""
 
     UNSEEN = "changes nothing that is computed: not recorded"
     EFFECT = "may change, takes effect, and is recorded"
@@ -83,29 +82,29 @@ class Change:
     before: str
     now: str
 
-    @property
-    def words(self) -> str:
-        """For people."""
+    def describe(self) -> str:
+        """The change in a sentence for users."""
         return f"{self.key}={self.now} from step {self.step} on, {self.before} before"
 
 
 def kind_of(key: str) -> Kind:
     """The kind of a configuration value; UserError if there is no such key."""
-    place = key
-    while place not in KINDS:
-        place, dot, _ = place.rpartition(".")
+    section = key
+    while section not in KINDS:
+        section, dot, _ = section.rpartition(".")
         if not dot:
             raise UserError(f"settings: the run was recorded with {shown(key)}, which no configuration has")
-    return KINDS[place]
+    return KINDS[section]
 
 
-def recorded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a training configuration, by key, what the course of a run depends on; no paths, names or accounts."""
-    found = {key: value for key, value in leaves(values) if kind_of(key) is not Kind.UNSEEN}
-    return {key: value for key, value in found.items() if not key.endswith("._target_")}
+def recorded(values: Mapping[str, object]) -> dict[str, object]:
+    """The values of a training configuration that a run depends on, by key; no paths, names or accounts."""
+    return {
+        key: value for key, value in leaves(values) if kind_of(key) is not Kind.UNSEEN and not key.endswith("._target_")
+    }
 
 
-def leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
     """The single values in nested mappings, by their keys."""
     for key, value in values.items():
         where = f"{path}.{key}" if path else str(key)
@@ -115,7 +114,7 @@ def leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
             yield where, value
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], step: int, by_itself: bool) -> tuple[Change, ...]:
+def changes(before: Mapping[str, object], now: Mapping[str, object], step: int, by_itself: bool) -> tuple[Change, ...]:
     """What differs between what :func:`recorded` returned then and returns now.
 
     Args:
@@ -126,14 +125,14 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], step: int, by_its
     Raises:
         UserError: naming both values, if one may not change, or is of a key that nobody knows.
     """
-    found = []
+    changed = []
     for key in {**now, **before}:
         if before.get(key) == now.get(key):
             continue
         change = Change(step, key, shown(before.get(key)), shown(now.get(key)))
         try:
             kind = kind_of(key)
-        except KeyError:
+        except UserError:
             raise UserError(
                 f"{visible(key)}={change.before} was recorded of the run, and this release has no such key: go on with"
                 " the release that trained it, or start another run with run_name=..."
@@ -149,16 +148,16 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], step: int, by_its
                 " does not go on with another experiment. Take another run_name, or, to train on with the new value,"
                 " ckpt_path=last"
             )
-        found.append(change)
-    return tuple(found)
+        changed.append(change)
+    return tuple(changed)
 
 
-def remarks(found: tuple[Change, ...]) -> str:
-    """What to tell about changes; empty if there are none."""
-    if not found:
+def describe_changes(changed: tuple[Change, ...]) -> str:
+    """Say which values changed, and whether that makes it another experiment; empty if none did."""
+    if not changed:
         return ""
-    lines = [f"Going on with other values than before: {'; '.join(change.words for change in found)}."]
-    mixed = [change.key for change in found if kind_of(change.key) is Kind.REMARK]
+    lines = [f"Going on with other values than before: {'; '.join(change.describe() for change in changed)}."]
+    mixed = [change.key for change in changed if kind_of(change.key) is Kind.REMARK]
     if mixed:
         lines.append(f"From here on this is another experiment ({', '.join(mixed)}): its figures stand for a mixture.")
     return "\n".join(lines)

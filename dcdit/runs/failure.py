@@ -1,4 +1,4 @@
-"""Why a run failed, in one line of its directory."""
+"""Recording why a run failed, as one line in its directory."""
 
 import shutil
 import time
@@ -14,40 +14,40 @@ from dcdit.runtime.files import UnwritableError
 from dcdit.settings.errors import explain
 
 
-def one_line(error: BaseException) -> str:
-    """A failure in one line: the sentence that a person sees, where there is one."""
-    words = explain(error)
-    lines = (words if words is not None else str(error)).strip().splitlines()
-    if words is not None:
-        return lines[0] if lines else type(error).__name__
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def describe_failure(error: BaseException) -> str:
+    """A failure in one line: the first of the message that users see, else of the error, after its class."""
+    message, name = explain(error), type(error).__name__
+    lines = (str(error) if message is None else message).strip().splitlines()
+    if not lines:
+        return name
+    return f"{name}: {lines[0]}" if message is None else lines[0]
 
 
 def note_failure(
     error: Exception, run_dir: Path, overrides: tuple[str, ...], sweeping: bool, together: bool = False
 ) -> None:
-    """Write down why the run failed; a refused command that is no part of a sweep leaves nothing behind.
+    """Record why a run failed; the directory of a refused command that is no part of a sweep is removed.
 
     Args:
         error: the reason.
-        run_dir: of the run, no longer held by this process.
-        overrides: what was given on the command line.
-        sweeping: whether the run is part of a sweep, whose summary shall have it.
-        together: whether this is one of several processes, another of which may still hold the directory for all.
+        run_dir: of the run, no longer locked by this process.
+        overrides: of the command line.
+        sweeping: whether the run is part of a sweep, whose summary lists failed runs as well.
+        together: whether this is one of several processes, another of which may still hold the directory.
     """
     try:
         before = RunState.read(run_dir)
     except UserError:
-        return  # the corrupt file is the reason, and is left for whoever mends it
+        return  # the corrupt file is the reason, and the user may want to repair it
     (run_dir / QUEUED_NAME).unlink(missing_ok=True)
     untouched = (State.FINISHED,) if sweeping else (State.FINISHED, State.INTERRUPTED)
     if (is_held(run_dir) and not together) or (before and before.state in untouched):
-        return  # another's, or an earlier one that this command has not touched
+        return  # the state belongs to another process, or to an earlier run that this command has not touched
     if before or sweeping:
         state = before or RunState(State.FAILED, overrides=overrides)
         step = progress_of(run_dir, "").step
-        failed = replace(state, state=State.FAILED, step=step, reason=one_line(error), time=time.time())
-        with suppress(UnwritableError):  # a full disk may be the very reason, which is told all the same
+        failed = replace(state, state=State.FAILED, step=step, reason=describe_failure(error), time=time.time())
+        with suppress(UnwritableError):  # a full disk may be the reason itself; the user is told it anyway
             failed.write(run_dir)
     elif {path.name for path in run_dir.iterdir()} <= {LOCK}:
         shutil.rmtree(run_dir)

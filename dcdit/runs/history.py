@@ -1,4 +1,4 @@
-"""What a run logged, from its CSV files: the whole course, or the last value of everything."""
+"""What a run logged, from its CSV files: all values, or the last one of each metric."""
 
 import csv
 import io
@@ -19,24 +19,24 @@ _LARGEST = 1 << 30
 
 @dataclass(frozen=True)
 class History:
-    """The course of every logged value.
+    """All that a run logged.
 
     Attributes:
-        courses: for each value its steps and what it was; where a run went back to an earlier step, what it had logged
-            of later ones is left out.
-        last: the value that was written last of each.
+        courses: for each metric the steps at which it was logged, and its values; where a run went back to an earlier
+            step, what it had logged of later ones is left out.
+        last: for each metric the value that was written last.
     """
 
     courses: Mapping[str, tuple[Sequence[int], Sequence[float]]]
     last: Mapping[str, float]
 
     def values(self, name: str) -> Sequence[float]:
-        """The course of one value, without its steps; empty if it was never logged."""
+        """The values of one metric, without its steps; empty if it was never logged."""
         return self.courses[name][1] if name in self.courses else ()
 
 
 def history_of(run_dir: Path) -> History:
-    """What the run in ``run_dir`` logged; nothing if it did not, or what cannot be read."""
+    """What the run in ``run_dir`` logged; a file that cannot be read counts as empty."""
     versions = {path: path.parent.name.removeprefix("version_") for path in run_dir.glob("logs/version_*/metrics.csv")}
     files = sorted((path for path in versions if versions[path].isdecimal()), key=lambda path: int(versions[path]))
     courses: dict[str, dict[int, float]] = {}
@@ -44,8 +44,8 @@ def history_of(run_dir: Path) -> History:
         with suppress(OSError, RuntimeError):  # a RuntimeError for links in a circle
             status = path.stat()
             values = _read(path, status.st_mtime_ns, status.st_size)
-            first = min((step for rows in values.values() for step in rows), default=math.inf)
-            courses = {key: {s: v for s, v in rows.items() if s < first} for key, rows in courses.items()}
+            start = min((step for rows in values.values() for step in rows), default=math.inf)
+            courses = {key: {s: v for s, v in rows.items() if s < start} for key, rows in courses.items()}
             for key, rows in values.items():
                 courses.setdefault(key, {}).update(rows)
     courses = {key: rows for key, rows in courses.items() if rows}
@@ -56,8 +56,8 @@ def history_of(run_dir: Path) -> History:
 
 @lru_cache(maxsize=256)
 def _read(path: Path, _time: int, _size: int) -> Mapping[str, Mapping[int, float]]:
-    """The numbers of one file by column and step; read anew when its time or size is another."""
-    found: dict[str, dict[int, float]] = {}
+    """The numbers of one file by column and step; read again if its time or size has changed."""
+    columns: dict[str, dict[int, float]] = {}
     with (
         suppress(OSError, UserError, UnicodeDecodeError, csv.Error),
         io.TextIOWrapper(open_regular(path, _LARGEST), "utf-8", newline="") as file,
@@ -67,15 +67,15 @@ def _read(path: Path, _time: int, _size: int) -> Mapping[str, Mapping[int, float
             for key, value in row.items():
                 number = _number(value)
                 if isinstance(key, str) and number is not None:
-                    # written last, stands last: a dictionary keeps the place of what it replaces
-                    rows = found.setdefault(key, {})
+                    # A dictionary keeps the position of a value that is replaced; the newest shall stand last.
+                    rows = columns.setdefault(key, {})
                     rows.pop(int(step or 0), None)
                     rows[int(step or 0)] = number
-    return found
+    return columns
 
 
 def _number(value: object) -> float | None:
-    """A finite number in a cell; None if it is empty, cut off, or of a line too long."""
+    """The finite number in a cell; None if the cell is empty, cut off, or belongs to no column."""
     with suppress(TypeError, ValueError):
         number = float(value)  # type: ignore[arg-type]
         return number if math.isfinite(number) else None
@@ -86,18 +86,18 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int = 16) -> str:
-    """A course in one line of ``width`` characters at most: means of as many equal parts, least to greatest."""
+    """Draw values as one line of at most ``width`` characters; the lowest bar is the least mean of a part."""
     if not values:
         return ""
     heights = means(values, width)
     low, high = min(heights), max(heights)
     if high == low:
         return _BARS[0] * len(heights)
-    return "".join(_BARS[round((each - low) / (high - low) * (len(_BARS) - 1))] for each in heights)
+    return "".join(_BARS[round((height - low) / (high - low) * (len(_BARS) - 1))] for height in heights)
 
 
 def means(values: Sequence[float], parts: int) -> list[float]:
-    """The means of ``parts`` equal parts of a course; itself if it has no more values."""
+    """The means of ``parts`` equal parts of a sequence; the values themselves if there are no more than that."""
     parts = min(parts, len(values))
     edges = [len(values) * part // parts for part in range(parts + 1)] if parts else []
     return [sum(values[low:high]) / (high - low) for low, high in pairwise(edges)]

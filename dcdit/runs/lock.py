@@ -1,4 +1,4 @@
-"""One writer for each run's directory."""
+"""The lock of a run's directory: only one run writes to it."""
 
 import fcntl
 import os
@@ -18,22 +18,22 @@ LOCK = ".running.lock"
 
 @contextmanager
 def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]:
-    """Hold a run's directory; the kernel gives it back however the process ends.
+    """Lock a run's directory for this run; the kernel releases the lock however the process ends.
 
     Args:
         run_dir: the directory.
-        rank: of this process; the first holds it for all.
-        patience: seconds to wait for one that is about to end.
+        rank: of this process; only the first takes the lock, for all.
+        patience: seconds to wait for a process that is about to end.
 
     Raises:
-        UserError: if another run does.
+        UserError: if another process trains there.
     """
     if rank:
         yield
         return
     lock = FileLock(run_dir / LOCK)
     try:
-        lock.acquire(timeout=max(patience, 0.5))  # whoever asks `is_held` has it for a moment
+        lock.acquire(timeout=max(patience, 0.5))  # `is_held` takes it for a moment
     except Timeout:
         try:
             holder = RunState.read(run_dir)
@@ -47,7 +47,7 @@ def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]
     except OSError as error:
         raise UserError(f"{run_dir / LOCK} cannot be locked ({error.strerror}): remove it") from error
     except NotImplementedError:
-        pass  # a file system without locks, where nobody can tell; to release below does nothing then
+        pass  # a file system without locks; to release the lock below then does nothing
     try:
         yield
     finally:
@@ -55,12 +55,12 @@ def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]
 
 
 def is_held(run_dir: Path) -> bool:
-    """Whether a process trains in ``run_dir`` right now. Reads only: the directory may be somebody else's."""
+    """Whether a process trains in ``run_dir`` right now; writes nothing, for the directory may be another user's."""
     try:
         with open_regular(run_dir / LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except (OSError, UserError):  # no lock, or a file system without locks, where nobody can tell
+    except (OSError, UserError):  # no lock, or a file system without locks
         return False
     return False

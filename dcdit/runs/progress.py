@@ -52,84 +52,107 @@ class RunProgress:
 
     @property
     def steps(self) -> str:
-        """Done, and of how many, for people."""
+        """The steps done and the steps of the whole run, as text."""
         return f"{self.step:,} of {self.max_steps:,}" if self.max_steps else f"{self.step:,}"
 
 
 def progress_of(run_dir: Path, name: str) -> RunProgress:
-    """Look at a run."""
+    """How far the run in ``run_dir`` is; ``name`` is what tables call it."""
     try:
-        known = RunState.read(run_dir)
+        recorded = RunState.read(run_dir) or RunState(State.WAITING)
     except UserError as error:
-        known = RunState(State.CORRUPT, reason=str(error))
+        recorded = RunState(State.CORRUPT, reason=str(error))
     history = history_of(run_dir)
     last = history.last
-    state, held = known.state if known else State.WAITING, is_held(run_dir)
+    state, held = recorded.state, is_held(run_dir)
     if not held and (run_dir / QUEUED_NAME).exists():
         state = State.QUEUED
     elif state is State.RUNNING and not held:
         state = State.LOST
-    step = max(known.step if known else 0, int(last.get("step", -1)) + 1)
-    if known and known.state not in (State.RUNNING, State.CORRUPT):
-        step = known.step
-    max_steps = known.max_steps if known else 0
-    rate, batch = last.get("train/images_per_s"), known.batch_size if known else 0
-    left = (max_steps - step) * batch / rate if rate and batch and state is State.RUNNING else None
-    metrics = {key: value for key, value in last.items() if key.startswith("val/")}
+    step = recorded.step
+    if recorded.state in (State.WAITING, State.RUNNING, State.CORRUPT):
+        step = max(step, int(last.get("step", -1)) + 1)
+    rate = last.get("train/images_per_s")
+    left = None
+    if rate and recorded.batch_size and state is State.RUNNING:
+        left = (recorded.max_steps - step) * recorded.batch_size / rate
     return RunProgress(
-        name,
-        state,
-        step,
-        max_steps,
-        (known.metrics if known else {}).get("train/diffusion_loss", last.get("train/diffusion_loss")),
-        rate,
-        left,
-        known.reason[:_LONGEST_REASON] if known else "",
-        {**metrics, **(known.metrics if known else {})},
-        history.values("train/diffusion_loss"),
-        last.get("train/keep_ratio"),
+        name=name,
+        state=state,
+        step=step,
+        max_steps=recorded.max_steps,
+        loss=recorded.metrics.get("train/diffusion_loss", last.get("train/diffusion_loss")),
+        rate=rate,
+        seconds_left=left,
+        reason=recorded.reason[:_LONGEST_REASON],
+        metrics={**{key: value for key, value in last.items() if key.startswith("val/")}, **recorded.metrics},
+        losses=history.values("train/diffusion_loss"),
+        keep_ratio=last.get("train/keep_ratio"),
     )
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """Directories of runs in and below ``folder``, by name."""
+    """The directories of runs in and below ``folder``, sorted by name."""
     return sorted({path.parent for name in (STATE_NAME, QUEUED_NAME) for path in folder.rglob(name)})
 
 
-def named_runs(places: Sequence[str]) -> dict[Path, str]:
-    """Directories of runs in and below ``places``, each once, and its name: below its place where there is only one."""
-    found: dict[Path, tuple[Path, str]] = {}
-    for place in filter(Path.is_dir, map(Path, places)):
-        for path in runs_below(place):
-            name = str(path) if len(places) > 1 or path == place else str(path.relative_to(place))
-            found.setdefault(path.resolve(), (path, name))
-    return dict(found.values())
+def named_runs(folders: Sequence[str]) -> dict[Path, str]:
+    """The directories of runs in and below ``folders``, without repetition, and the names of the runs.
+
+    A name is the path below the folder if there is only one folder, else the whole path.
+    """
+    runs: dict[Path, tuple[Path, str]] = {}
+    for folder in filter(Path.is_dir, map(Path, folders)):
+        for path in runs_below(folder):
+            name = str(path) if len(folders) > 1 or path == folder else str(path.relative_to(folder))
+            runs.setdefault(path.resolve(), (path, name))
+    return dict(runs.values())
 
 
-def duration(seconds: float | None) -> str:
-    """Hours and minutes, or minutes and seconds."""
+def format_duration(seconds: float | None) -> str:
+    """A duration in hours and minutes, or in minutes and seconds; ``-`` for None."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
 
 
-def progress_table(found: Sequence[RunProgress]) -> Table:
-    """One line for each run."""
-    shown = Table(show_lines=False)
-    shown.add_column("run", overflow="fold")
+_COLOURS = {
+    State.WAITING: "white",
+    State.QUEUED: "blue",
+    State.RUNNING: "cyan",
+    State.FINISHED: "green",
+    State.INTERRUPTED: "yellow",
+}
+
+
+def format_state(state: State) -> Text:
+    """The name of a state, coloured; red if something is wrong."""
+    return Text(state.value, _COLOURS.get(state, "red"))
+
+
+def progress_table(runs: Sequence[RunProgress]) -> Table:
+    """A table with one line for each run."""
+    table = Table(show_lines=False)
+    table.add_column("run", overflow="fold")
     for heading in ("state", "step", "diffusion loss", "images/s", "left"):
-        shown.add_column(heading, justify="right")
-    for each in found:
-        state = Text(each.state.value, each.state.colour)
-        loss = "-" if each.loss is None else f"{each.loss:.4g}"
-        rate = "-" if each.rate is None else f"{each.rate:,.0f}"
-        shown.add_row(each.name, state, each.steps, loss, rate, duration(each.seconds_left))
-    return shown
+        table.add_column(heading, justify="right")
+    for run in runs:
+        loss = "-" if run.loss is None else f"{run.loss:.4g}"
+        rate = "-" if run.rate is None else f"{run.rate:,.0f}"
+        table.add_row(run.name, format_state(run.state), run.steps, loss, rate, format_duration(run.seconds_left))
+    return table
+
+
+def print_reasons(runs: Sequence[RunProgress]) -> None:
+    """Print why runs failed, a line for each."""
+    for run in runs:
+        if run.reason:
+            print(f"{run.name}: {run.reason}")
 
 
 def size_on_disk(folder: Path) -> int:
-    """Bytes of all files below ``folder``; those that vanish meanwhile count nothing."""
+    """The bytes of all files below ``folder``; a file that vanishes meanwhile counts as empty."""
     total = 0
     for path in folder.rglob("*"):
         with suppress(OSError):
@@ -137,8 +160,8 @@ def size_on_disk(folder: Path) -> int:
     return total
 
 
-def bytes_words(size: float) -> str:
-    """For people."""
+def format_bytes(size: float) -> str:
+    """A number of bytes with a unit, such as ``1.5 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -147,34 +170,32 @@ def bytes_words(size: float) -> str:
 
 
 def _logarithms(values: Sequence[float]) -> Sequence[float]:
-    """In which a loss still falls long after its first steps; themselves if one is not positive."""
+    """The logarithms of losses, which still show a fall late in a run; the losses themselves if one is not positive."""
     return [math.log(value) for value in values] if min(values, default=0.0) > 0 else values
 
 
-def live_view(found: Sequence[RunProgress], sizes: Sequence[int], free: int, time: str) -> Group:
-    """What is to be seen while runs go on: two lines for each run, for terminals of 80 characters and more.
+def live_view(runs: Sequence[RunProgress], sizes: Sequence[int], free: int, time: str) -> Group:
+    """The view that ``dcdit status --watch`` keeps up to date: two lines for each run, at least 80 characters wide.
 
     Args:
-        found: the runs.
+        runs: the runs.
         sizes: bytes that each has on disk.
         free: bytes that are free there.
         time: of day.
     """
     parts: list[Table | Text] = []
-    for each, size in zip(found, sizes, strict=True):
+    for run, size in zip(runs, sizes, strict=True):
         head = Table.grid(padding=(0, 2), expand=True)
         head.add_column(ratio=1, overflow="fold")
         for _ in range(3):
             head.add_column(no_wrap=True, justify="right")
-        bar = ProgressBar(max(1, each.max_steps), each.step, width=16)
-        head.add_row(Text(each.name, "bold"), Text(each.state.value, each.state.colour), each.steps, bar)
-        words = [
-            "no loss yet" if each.loss is None else f"loss {each.loss:.4g} {sparkline(_logarithms(each.losses), 16)}"
-        ]
-        words += [] if each.keep_ratio is None else [f"kept {each.keep_ratio:.1%}"]
-        words += [] if each.rate is None else [f"{each.rate:,.0f} images/s"]
-        words += [] if each.seconds_left is None else [f"{duration(each.seconds_left)} left"]
-        parts += [head, Text("  " + "   ".join([*words, bytes_words(size)]))]
-    return Group(
-        *parts, Text(f"{time}   {bytes_words(free)} free on disk   Ctrl-C ends this, not the runs", style="dim")
-    )
+        bar = ProgressBar(max(1, run.max_steps), run.step, width=16)
+        head.add_row(Text(run.name, "bold"), format_state(run.state), run.steps, bar)
+        loss = "no loss yet" if run.loss is None else f"loss {run.loss:.4g} {sparkline(_logarithms(run.losses), 16)}"
+        figures = [loss]
+        figures += [] if run.keep_ratio is None else [f"kept {run.keep_ratio:.1%}"]
+        figures += [] if run.rate is None else [f"{run.rate:,.0f} images/s"]
+        figures += [] if run.seconds_left is None else [f"{format_duration(run.seconds_left)} left"]
+        parts += [head, Text("  " + "   ".join([*figures, format_bytes(size)]))]
+    hint = f"{time}   {format_bytes(free)} free on disk   Ctrl-C ends this, not the runs"
+    return Group(*parts, Text(hint, style="dim"))

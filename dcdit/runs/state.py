@@ -1,4 +1,4 @@
-"""What a run says of itself, kept in its directory for whoever resumes it, sums up a sweep, or asks how far it is."""
+"""The state of a run, kept in its directory: for a resume, for the summary of a sweep, and for ``dcdit status``."""
 
 import math
 import secrets
@@ -17,8 +17,8 @@ from dcdit.runs.changes import Change
 from dcdit.runtime.files import read_json, write_json
 
 STATE_NAME, QUEUED_NAME = "state.json", ".queued"
-"""The second stands for a job that waits for its turn: a file of its own, so that neither a job nor whoever queues it
-writes over what the other says."""
+"""The second file says that a job waits for its turn. It is a file of its own, so that a job and the process that
+queues it do not overwrite each other's."""
 
 
 class State(str, Enum):
@@ -35,14 +35,8 @@ class State(str, Enum):
 
     @property
     def goes_on(self) -> bool:
-        """Whether the run is to be started again: a signal ended it and it was saved, or a process of it is gone."""
+        """Whether the run has to be started again: a signal ended it and it was saved, or one of its processes died."""
         return self in (State.INTERRUPTED, State.LOST)
-
-    @property
-    def colour(self) -> str:
-        """For tables."""
-        colours = {State.QUEUED: "blue", State.RUNNING: "cyan", State.FINISHED: "green", State.INTERRUPTED: "yellow"}
-        return colours.get(self, "white" if self is State.WAITING else "red")
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ class Outcome:
     Attributes:
         state: finished, interrupted, failed or lost.
         step: optimiser steps done.
-        metrics: the last value of each.
+        metrics: the last value of each metric.
     """
 
     state: State
@@ -71,7 +65,7 @@ class RunState:
         state: running, finished, interrupted (resume goes on) or failed.
         step, max_steps: optimiser steps done, and of the whole run.
         reason: of a failure, one line.
-        metrics: the last value of each.
+        metrics: the last value of each metric.
         host: machine that wrote this.
         time: seconds since the epoch.
         overrides: what was given on the command line.
@@ -95,11 +89,11 @@ class RunState:
     began: Annotated[int, Bounds(-1, 10**12)] = 0
     starts: Count = 1
     batch_size: Natural = 0
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     changes: tuple[Change, ...] = ()
 
     def write(self, run_dir: Path) -> None:
-        """Replace what ``run_dir`` says."""
+        """Write the state to ``run_dir``, in place of the one that is there."""
         values = asdict(self)
         values["state"] = self.state.value
         values["metrics"] = {key: value if math.isfinite(value) else None for key, value in self.metrics.items()}
@@ -107,7 +101,7 @@ class RunState:
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunState | None":
-        """What ``run_dir`` says; None if there was no run.
+        """The state that ``run_dir`` holds; None if there was no run.
 
         Raises:
             UserError: if the file is corrupt: it holds the run's id and how often it was started in vain.
@@ -119,8 +113,8 @@ class RunState:
         except FileNotFoundError:
             return None
         try:
-            found = conform("metrics", values.get("metrics"), dict[str, float | None])
-            metrics = {key: math.nan if value is None else value for key, value in found.items()}
+            numbers = conform("metrics", values.get("metrics"), dict[str, float | None])
+            metrics = {key: math.nan if value is None else value for key, value in numbers.items()}
             return call_checked(cls, {**values, "state": State(values.get("state")), "metrics": metrics}, "")
         except ValueError as error:
             raise UserError(f"{path} is corrupt ({error}): {remedy}") from error
@@ -135,11 +129,11 @@ def command_of(run_dir: Path) -> str:
     if state is None or not state.overrides:
         return ""
     private = ("run_name=", "run_dir=", "ckpt_path=")
-    words = [_without_path(word) for word in state.overrides if not word.startswith(private)]
-    return shlex.join(["dcdit", "train", *words])
+    overrides = [_without_path(override) for override in state.overrides if not override.startswith(private)]
+    return shlex.join(["dcdit", "train", *overrides])
 
 
-def _without_path(word: str) -> str:
-    """An override, its value left open if that is a path of this machine; repositories of the hub are none."""
-    key, equals, value = word.partition("=")
-    return f"{key}{equals}???" if "/" in value and not value.strip("'\"").startswith("hf://") else word
+def _without_path(override: str) -> str:
+    """The override, with ``???`` for a value that is a path of this machine; repositories of the hub are no paths."""
+    key, equals, value = override.partition("=")
+    return f"{key}{equals}???" if "/" in value and not value.strip("'\"").startswith("hf://") else override

@@ -1,4 +1,4 @@
-"""Where and how a process computes: device, precision, threads, and what tells one set of weights from another."""
+"""How a process computes: device, precision, threads; the digest of a network's weights; networks without memory."""
 
 import hashlib
 import os
@@ -17,8 +17,8 @@ from dcdit.errors import UserError
 from dcdit.runtime.processes import local_rank
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to ``bf16`` or ``fp16``; nothing for ``fp32``."""
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """A context that computes in ``bf16`` or ``fp16``; for ``fp32`` it changes nothing."""
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(device.type, dtype=types[precision]) if precision in types else nullcontext()
 
@@ -44,7 +44,7 @@ def pick_device(name: str) -> torch.device:
         name = f"cuda:{local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     try:
         numbers = torch.ones(2, device=name)
-        numbers.sum().item()  # which a device without memory cannot say
+        numbers.sum().item()  # a device without memory has no value to return
         return numbers.device
     except Exception as error:  # each backend has errors of its own for being absent
         raise UserError(f"device={shown(name)} computes nothing here ({reason_of(error)}): take cpu or auto") from error
@@ -74,15 +74,15 @@ def check_compiler(key: str, device: str) -> None:
         )
 
 
-def device_words(device: torch.device) -> str:
-    """What computes, for people who compare timings."""
+def describe_device(device: torch.device) -> str:
+    """The name of a GPU, or the kind of device and its threads, to go with timings."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """Digest of a module's weights, wherever they were loaded from."""
+    """The digest of a module's weights: 16 hexadecimal digits, the same wherever the weights were loaded from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -90,11 +90,11 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-class _Undrawn(TorchFunctionMode):
-    """Leaves out drawing normal numbers: where there is no memory, that alone would import torch's compiler."""
+class _WithoutNormalDraws(TorchFunctionMode):
+    """Skips the drawing of normal numbers: on the meta device that would import torch's compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func``, unless it draws."""
+        """Run ``func``, unless it draws normal numbers."""
         if func in (torch.nn.init.normal_, torch.Tensor.normal_):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
@@ -102,6 +102,6 @@ class _Undrawn(TorchFunctionMode):
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """A context in which networks are built at any scale at no cost: their parameters have shapes alone."""
-    with torch.device("meta"), _Undrawn():
+    """A context in which networks of any size are built at no cost: their parameters have shapes, but no values."""
+    with torch.device("meta"), _WithoutNormalDraws():
         yield

@@ -1,4 +1,4 @@
-"""How far a long job is, for people: a bar in a terminal, lines in a log."""
+"""Progress of long jobs: a bar in a terminal, lines in a log."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ from dcdit.runtime.terminal import visible_lines
 
 
 class Console(console.Console):
-    """Rich's console, but for text of anybody's: it cannot steer the terminal, and is neither markup nor emoji."""
+    """Rich's console for text from anywhere: no escape sequence, markup or emoji in a text takes effect."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
@@ -25,18 +25,21 @@ class Console(console.Console):
     def render(
         self, renderable: console.RenderableType, options: console.ConsoleOptions | None = None
     ) -> Iterator[Segment]:
-        """The segments of ``renderable``, control characters in their text as escapes."""
+        """Render ``renderable``, with control characters in its text escaped."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible_lines(segment.text), segment.style)
 
 
 class Display:
-    """A progress bar where there is a terminal, else a line for every task.
+    """A progress bar in a terminal; elsewhere a line for every finished task.
 
     Args:
         rank: of this process; only the first has a bar.
         verb: what is being done to images.
         noun: what a task of the job makes.
+
+    Attributes:
+        started: whether this process has looked for tasks to do.
     """
 
     def __init__(self, rank: int, verb: str, noun: str) -> None:
@@ -54,7 +57,7 @@ class Display:
         )
         self._images = self._left = self._written = 0
         self._since = 0.0
-        self.began = False
+        self.started = False
 
     def __enter__(self) -> "Display":
         self._bar.start()
@@ -63,26 +66,32 @@ class Display:
     def __exit__(self, *ignored: object) -> None:
         self._bar.stop()
 
-    def begin(self, tasks: int, done: int, images: int | None) -> None:
-        """Of ``tasks`` of this process ``done`` were there; ``images`` are left, if that is known."""
+    def start(self, tasks: int, done: int, images: int | None) -> None:
+        """Start the bar and the clock.
+
+        Args:
+            tasks: of this process.
+            done: how many of them are done already.
+            images: that are left to do; None if that is not known.
+        """
         if done:
             print(f"Continuing: {done} of {tasks} {self._noun}s of process {self._rank} are done", file=sys.stderr)
-        self.began, self._left, self._since = True, tasks - done, time.monotonic()
+        self.started, self._left, self._since = True, tasks - done, time.monotonic()
         self._task = self._bar.add_task(self.verb, total=images, rate="")
 
-    def advance(self, files: int) -> None:
-        """So many more images have been dealt with."""
-        self._images += files
-        self._bar.update(self._task, advance=files, rate=f"images, {self._rate:.1f}/s")
+    def advance(self, images: int) -> None:
+        """Count so many more images as done."""
+        self._images += images
+        self._bar.update(self._task, advance=images, rate=f"images, {self._rate:.1f}/s")
 
     def finish(self, name: str, samples: int) -> None:
-        """A task is finished: ``name`` holds so many samples."""
+        """Count a task as finished; its result is called ``name`` and holds so many samples."""
         self._left, self._written = self._left - 1, self._written + 1
         if self._bar.disable:
             minutes = self._left * (time.monotonic() - self._since) / self._written / 60
-            place = f"process {self._rank}: " if self._rank else ""
+            process = f"process {self._rank}: " if self._rank else ""
             print(
-                f"{place}{name}: {samples} samples, {self._rate:.1f} images/s"
+                f"{process}{name}: {samples} samples, {self._rate:.1f} images/s"
                 + (f", {self._left} more to go, about {minutes:.0f} min" if self._left else ""),
                 file=sys.stderr,
             )
@@ -94,14 +103,14 @@ class Display:
 
 @contextmanager
 def resumable(rank: int, verb: str, noun: str, out: Path) -> Iterator[Display]:
-    """Show how far a resumable job is; whatever ends it early, say that the same command goes on.
+    """Show the progress of a resumable job; if it ends early, say that the same command goes on from there.
 
     Args:
         rank, verb, noun: see :class:`Display`.
         out: folder of the results, for messages.
 
     Raises:
-        UserError: for whatever the disk does not take.
+        UserError: if files cannot be read or written.
     """
     kept = f"Finished {noun}s are kept; the same command goes on from there"
     with Display(rank, verb, noun) as display:

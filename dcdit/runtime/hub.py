@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what its answers may say before huggingface_hub makes names of files of it."""
+"""The Hugging Face hub: its answers are checked before huggingface_hub makes names of files of them."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def _bound_silence(request: Any) -> None:
 
 
 def _check_answer(answer: Any) -> None:
-    """Raise :class:`UserError` if an answer (of httpx) holds what may not become the name of a file."""
+    """Raise :class:`UserError` if an answer (of httpx) would lead to an unsafe name of a file."""
     if answer.request.method == "HEAD":
         for name in _DIGEST_HEADERS:
             value = answer.headers.get(name)
@@ -68,7 +68,7 @@ def _check_answer(answer: Any) -> None:
 
 
 def _items(content: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values of what describes a repository and its files; not of what its owner wrote about it."""
+    """The keys and values that describe a repository and its files, without those that its owner wrote about it."""
     described = [content] if isinstance(content, dict) else content
     if isinstance(content, dict) and isinstance(content.get("siblings"), list):
         described += content["siblings"]
@@ -77,8 +77,8 @@ def _items(content: Any) -> Iterator[tuple[str, Any]]:
             yield from part.items() if isinstance(part, dict) else ()
 
 
-def reason(error: BaseException) -> str:
-    """Why something of the hub cannot be had: the first line of the first error, or our own words on it."""
+def cause_of(error: BaseException) -> str:
+    """Why the hub failed, in one line: the error of ours in the chain of causes, else the first error of the chain."""
     while not isinstance(error, UserError) and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return reason_of(error)

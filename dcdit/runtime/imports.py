@@ -1,4 +1,4 @@
-"""Importing packages without what they bring along and nobody asked for."""
+"""Importing packages without an optional package that they would load as well."""
 
 import sys
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def without(module: str) -> Iterator[None]:
-    """Packages imported within find no ``module``, unless it is there already; afterwards it can be had as before."""
+    """Hide ``module`` from packages that are imported within the block, unless it is imported already."""
     if module in sys.modules:
         yield
         return
-    sys.modules[module] = None  # type: ignore[assignment]  # what the import system takes for "there is none"
+    sys.modules[module] = None  # type: ignore[assignment]  # the import system takes this for a missing module
     try:
         yield
     finally:

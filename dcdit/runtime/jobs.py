@@ -1,6 +1,6 @@
-"""Resumable jobs: long work in tasks whose records are files, so that any process can see at any moment what is done.
+"""Resumable jobs: long work in tasks whose records are files, so that every process can see what is done.
 
-A killed job goes on where it was, any number of processes shares it, and whichever finds all tasks done writes the
+A killed job goes on where it was. Any number of processes can share it; the one that finds all tasks done writes the
 result. Extraction, generation, evaluation and the statistics of references are such jobs.
 """
 
@@ -20,7 +20,7 @@ from dcdit.runtime.display import Display
 from dcdit.runtime.files import open_regular, read_json, replacing, write_json
 
 Record = TypeVar("Record")
-"""A dataclass of plain values: what is recorded of a task."""
+"""A dataclass of plain values that is recorded of a task."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Part:
 
     @classmethod
     def of(cls, path: Path) -> "Part":
-        """What a file is now."""
+        """Measure the file at ``path``."""
         size, checksum = 0, 0
         with open_regular(path) as file:
             while chunk := file.read(1 << 22):
@@ -41,32 +41,33 @@ class Part:
 
 
 class ResumableJob(Generic[Record]):
-    """The plan of a job in tasks and a record of every finished task, until the job is finalized.
+    """A job in tasks: its fingerprint, and a record of every finished task until the job is finalized.
 
-    Processes share nothing else. A record that cannot be read, or whose part is no longer what it was, counts as none:
-    the task is done again.
+    Processes share nothing else. If a record cannot be read, or its part is not what it was, the task is done again.
 
     Args:
         kind: of the records.
         directory: of the results, which exists.
         name: what the job is called in messages, and in the name of its folder of records.
-        plan: plain values that must be the same whenever the job is continued; ``source``, if there is one, maps names
-            to states.
+        fingerprint: plain values that must be the same whenever the job is continued; ``source``, if there is one, maps
+            names to states.
         tasks: how many tasks there are.
     """
 
-    def __init__(self, kind: type[Record], directory: Path, name: str, plan: Mapping[str, Any], tasks: int) -> None:
-        self.kind, self.directory, self.name, self.plan, self.tasks = kind, directory, name, plan, tasks
+    def __init__(
+        self, kind: type[Record], directory: Path, name: str, fingerprint: Mapping[str, Any], tasks: int
+    ) -> None:
+        self.kind, self.directory, self.name, self.fingerprint, self.tasks = kind, directory, name, fingerprint, tasks
         self.work = directory / f".{name}"
         self.finalized = False
         """Whether this process finalized the job."""
 
     def lock(self) -> FileLock:
-        """Held while looking at the whole."""
+        """The lock to hold while looking at all tasks."""
         return FileLock(self.directory / f".{self.name.partition('-')[0]}.lock")
 
-    def begin(self) -> None:
-        """Write the plan, or compare it with the one that is there; call under the lock.
+    def check_fingerprint(self) -> None:
+        """Write the fingerprint, or compare it with the one that is there; call under the lock.
 
         Raises:
             UserError: naming the first difference.
@@ -77,20 +78,20 @@ class ResumableJob(Generic[Record]):
             before = read_json(path, dict[str, Any], remedy)
         except FileNotFoundError:
             self.work.mkdir(exist_ok=True)
-            write_json(path, self.plan)
+            write_json(path, self.fingerprint)
         else:
             self.compare(before)
 
     def record_path(self, task: int) -> Path:
-        """File of a task's record."""
+        """The file of a task's record."""
         return self.work / f"task-{task:06d}.json"
 
     def part_path(self, task: int) -> Path | None:
-        """File that a task leaves behind; None if it leaves none, or one that is looked after elsewhere."""
+        """The file that a task leaves behind; None if there is none to check."""
         return None
 
     def record(self, task: int, values: Record) -> None:
-        """Record a finished task, whose part is written."""
+        """Record that a task is finished; its part must have been written."""
         part = self.part_path(task)
         values_of_part = asdict(Part.of(part)) if part else None
         write_json(self.record_path(task), {"part": values_of_part, "record": asdict(values)})  # type: ignore[call-overload]
@@ -100,7 +101,7 @@ class ResumableJob(Generic[Record]):
         return self.record_path(task).is_file()
 
     def read_record(self, task: int) -> Record:
-        """What was recorded of a finished task; raises UserError or FileNotFoundError if that is no longer there."""
+        """The record of a finished task; raises UserError or FileNotFoundError if record or part is damaged or gone."""
         path, part, damage = self.record_path(task), self.part_path(task), "the same command makes it again"
         entry = read_json(path, _Entry, damage)
         if part and (not part.is_file() or Part.of(part) != entry.part):
@@ -108,7 +109,7 @@ class ResumableJob(Generic[Record]):
         return conform(f"{path}: record", entry.record, self.kind)
 
     def forget_damaged(self, task: int) -> bool:
-        """Remove a record that is not to be relied on; whether the task has to be done."""
+        """Remove a damaged record; returns whether the task has to be done."""
         if not self.is_done(task):
             return True
         try:
@@ -128,9 +129,9 @@ class ResumableJob(Generic[Record]):
             self.finalized = True
 
     def compare(self, before: Mapping[str, Any]) -> None:
-        """Raise :class:`UserError` at the first difference between the plan and what was planned before."""
+        """Raise :class:`UserError` at the first difference between the fingerprint and an earlier one."""
         remedy = f"continue with what was before, or choose another place than {self.directory}"
-        had, has = before.get("source") or {}, self.plan.get("source") or {}
+        had, has = before.get("source") or {}, self.fingerprint.get("source") or {}
         for name in sorted({*had, *has}):
             if had.get(name) != has.get(name):
                 change = "is new" if name not in had else "is gone" if name not in has else "has changed"
@@ -138,60 +139,61 @@ class ResumableJob(Generic[Record]):
                     f"source: {name!r} {change} since this {self.name} began"
                     f" ({had.get(name, 'not there')} before, {has.get(name, 'not there')} now): {remedy}"
                 )
-        for key, value in self.plan.items():
+        for key, value in self.fingerprint.items():
             if before.get(key) != value:
                 raise UserError(f"{key}={value}, but the {self.name} there was begun with {before.get(key)}: {remedy}")
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """The file of a record."""
+    """The content of a record's file."""
 
     part: Part | None
     record: dict[str, Any]
 
 
 class ImageJob(ResumableJob[Record]):
-    """A job over numbered images, a task of which is a chunk of so many of them in a row.
+    """A job over numbered images; each task is a chunk of consecutive ones.
 
-    Several processes may do the same tasks, such as a command that was given twice: the first to finish one keeps it.
+    Several processes may do the same tasks, such as a command that was given twice: the first to finish a task records
+    it.
 
     Args:
-        kind, name, plan: see :class:`ResumableJob`.
+        kind, name, fingerprint: see :class:`ResumableJob`.
         result: file in which it ends.
         count: number of images.
         chunk_size: images of a task; the last may have fewer.
     """
 
     def __init__(
-        self, kind: type[Record], result: Path, name: str, plan: Mapping[str, Any], count: int, chunk_size: int
+        self, kind: type[Record], result: Path, name: str, fingerprint: Mapping[str, Any], count: int, chunk_size: int
     ) -> None:
-        super().__init__(kind, result.parent, name, plan, -(-count // chunk_size))
+        super().__init__(kind, result.parent, name, fingerprint, -(-count // chunk_size))
         self.result, self.count, self.chunk_size = result, count, chunk_size
 
     @abstractmethod
     def part_path(self, task: int) -> Path:
-        """File that a task leaves behind."""
+        """The file that a task leaves behind."""
 
     def numbers(self, task: int) -> range:
-        """The images of a task."""
+        """The numbers of a task's images."""
         return range(task * self.chunk_size, min((task + 1) * self.chunk_size, self.count))
 
     def do(self, rank: int, world_size: int, work: Callable[[int], None], display: Display) -> None:
-        """Call ``work`` for those of this process's tasks that are not done; it must :meth:`finish` each."""
+        """Call ``work`` for each task of this process that is not done; ``work`` must :meth:`finish` the task."""
         own, left = range(rank, self.tasks, world_size), []
         for number in own:
             with self.lock():
                 if not self.result.is_file() and self.forget_damaged(number):
                     left.append(number)
-        display.begin(len(own), len(own) - len(left), sum(len(self.numbers(number)) for number in left))
+        display.start(len(own), len(own) - len(left), sum(len(self.numbers(number)) for number in left))
         for number in left:
             if not self.result.is_file() and not self.is_done(number):
                 work(number)
             display.finish(f"{display.verb}, chunk {number}", len(self.numbers(number)))
 
     def finish(self, task: int, values: Record, write: Callable[[BinaryIO], None]) -> None:
-        """Write and record what a task leaves behind, unless another process has done so, or ended the job."""
+        """Write and record what a task leaves behind, unless another process has done so or has ended the job."""
         with self.lock():
             if not self.result.is_file() and not self.is_done(task):
                 with replacing(self.part_path(task)) as file:

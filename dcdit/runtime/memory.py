@@ -1,4 +1,4 @@
-"""How much memory there is, and how the process keeps it."""
+"""How much memory is free, and how the process reuses what it frees."""
 
 import ctypes
 import ctypes.util
@@ -15,15 +15,15 @@ _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 
 
 def free_memory() -> int | None:
-    """Bytes that this process can have at most: what is free here, or the limit of its container; None if unknown."""
-    known = []
+    """The most bytes that this process can have: the free memory, or its container's limit; None if unknown."""
+    limits = []
     with suppress(OSError):
         if available := re.search(r"MemAvailable: *(\d+) kB", _INFO.read_text()):
-            known.append(int(available[1]) * 1024)
+            limits.append(int(available[1]) * 1024)
     for path in _LIMITS:
-        with suppress(OSError, ValueError):  # of no limit, it says "max"
-            known.append(int(path.read_text()))
-    return min(known, default=None)
+        with suppress(OSError, ValueError):  # without a limit the file says "max"
+            limits.append(int(path.read_text()))
+    return min(limits, default=None)
 
 
 def keep_freed_memory() -> None:

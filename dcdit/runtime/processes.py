@@ -1,4 +1,4 @@
-"""Who else computes: the rank of this process, how many there are, and what only the first of them says."""
+"""The processes of a run: the rank of this one, how many there are, and messages that only the first prints."""
 
 import logging
 import os
@@ -31,29 +31,29 @@ class Launch:
 
 
 def launched() -> Launch | None:
-    """Whoever started this process as one of several; None if it was started alone."""
-    found = os.environ.get
+    """How this process was started as one of several; None if it was started alone."""
+    variable = os.environ.get
     if "TORCHELASTIC_RUN_ID" in os.environ:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        return Launch("torchrun", *(int(found(name, "0")) for name in names))
+        return Launch("torchrun", *(int(variable(name, "0")) for name in names))
     # sbatch alone sets the number of tasks too, but starts the script once
-    interactive = found("SLURM_JOB_NAME") in ("bash", "interactive")
+    interactive = variable("SLURM_JOB_NAME") in ("bash", "interactive")
     if "SLURM_STEP_NUM_TASKS" in os.environ and "SLURM_NTASKS" in os.environ and not interactive:
-        each = found("SLURM_NTASKS_PER_NODE", "")
-        local = int(each) if each.isdigit() else 1
-        rank, world, own = (int(found(f"SLURM_{name}", "0")) for name in ("PROCID", "NTASKS", "LOCALID"))
-        return Launch("srun", rank, world, own, local)
+        tasks = variable("SLURM_NTASKS_PER_NODE", "")
+        local_size = int(tasks) if tasks.isdigit() else 1
+        rank, size, local_rank = (int(variable(f"SLURM_{name}", "0")) for name in ("PROCID", "NTASKS", "LOCALID"))
+        return Launch("srun", rank, size, local_rank, local_size)
     return None
 
 
 def processes() -> tuple[int, int]:
-    """Rank of this process, and how many there are; (0, 1) if it was started alone."""
+    """The rank of this process and the number of processes; (0, 1) if it was started alone."""
     launch = launched()
     return (launch.rank, launch.world_size) if launch else (0, 1)
 
 
 def rank() -> int:
-    """Of this process in training, whoever starts the others, Lightning included; known before there is a trainer."""
+    """The rank of this process in training, even if Lightning starts the others; known before there is a trainer."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -61,7 +61,7 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """This process among those of its machine."""
+    """The rank of this process among those of its machine."""
     launch = launched()
     return launch.local_rank if launch else 0
 
@@ -73,7 +73,7 @@ def local_processes() -> int:
 
 
 def say(message: str) -> None:
-    """Tell the user, once for all processes."""
+    """Log a message for the user, once for all processes."""
     if not rank():
         log.info(message)
 
@@ -85,12 +85,12 @@ def print_once(message: str) -> None:
 
 
 def lost_process(error: BaseException) -> bool:
-    """Whether ``error`` only says that another process of the run is gone; the reason, if any, is with that one."""
+    """Whether ``error`` only says that another process of the run died; that process then has the reason."""
     text = str(error).lower()
     between = type(error).__name__.startswith("Dist") or "gloo" in text or "nccl" in text
     return between and isinstance(error, RuntimeError) and _LOST.search(text) is not None
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

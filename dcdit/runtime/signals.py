@@ -7,21 +7,20 @@ from contextlib import contextmanager
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 )
-"""After which training saves and stops: Ctrl-C, the end of a process, a terminal or a job, and what schedulers send
-before that end."""
+"""Ctrl-C, the requests to end a process or terminal, and the signals that schedulers send before a job ends."""
 
 _shields = 0
 _interrupted = False
 
 
 def ignore_interrupts(worker: int) -> None:
-    """For the workers of a loader: terminals and SLURM signal all processes, but only the main one decides."""
-    for each in STOP_SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+    """Ignore signals in a loader's worker: terminals and SLURM signal all processes, but only the main one decides."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def interrupt() -> None:
-    """End the program as Ctrl-C does; within :func:`shielded` as soon as that is over."""
+    """End the program as Ctrl-C does; within :func:`shielded` at the end of its block."""
     global _interrupted
     if _shields:
         _interrupted = True
@@ -31,7 +30,7 @@ def interrupt() -> None:
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """What is done here is not torn by :func:`interrupt`."""
+    """Delay :func:`interrupt` until the block has ended."""
     global _shields, _interrupted
     _shields += 1
     try:

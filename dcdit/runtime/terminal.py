@@ -1,11 +1,12 @@
-"""What stands between a command and its terminal: text cannot steer it, and showing text never ends the command."""
+"""Streams between a command and its terminal: text cannot steer the terminal; a lost stream does not end a command."""
 
 import errno
 import os
 import re
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TextIO
 
 from dcdit.checks import visible
 
@@ -14,7 +15,7 @@ _DRAWING = ("click", "tqdm")
 
 
 def visible_lines(text: str) -> str:
-    """``text`` with its control characters as escapes, see :func:`dcdit.checks.visible`; line ends and tabs stay."""
+    """Escape control characters like :func:`dcdit.checks.visible`, but for line ends and tabs."""
     return _LINE.sub(lambda match: visible(match[0]), text)
 
 
@@ -22,10 +23,9 @@ _LINE = re.compile(r"[^\n\t]+")
 
 
 class Lasting:
-    """A text stream that takes text whatever becomes of the file behind it.
+    """A text stream that never fails: once its reader, its disk space or its terminal is gone, text is dropped.
 
-    Characters that its encoding lacks are written as escapes. Once nobody reads it any more, its disk is full or its
-    terminal is gone, text is dropped.
+    Characters that its encoding lacks are written as escapes.
 
     Args:
         stream: a text stream; None for one that was closed before the process began.
@@ -34,12 +34,12 @@ class Lasting:
         lost: why text is dropped; None as long as all was written.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 - as long as the process
         self.lost: Exception | None = None
 
     def write(self, text: str) -> int:
-        """Write what can be written of ``text``."""
+        """Write ``text`` unless the stream is lost; returns its length."""
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         try:
             self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -48,7 +48,7 @@ class Lasting:
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written."""
+        """Flush the stream behind this one."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
@@ -65,16 +65,16 @@ class Lasting:
 
 
 class Terminal:
-    """A :class:`Lasting` stream whose text cannot steer a terminal: names in it may be anybody's.
+    """A :class:`Lasting` stream whose text cannot steer a terminal: names in it may come from anywhere.
 
     Args:
-        stream: as of :class:`Lasting`.
+        stream: a text stream; None for one that was closed before the process began.
 
     Attributes:
         rich_proxied_file: the stream without escaping; Rich takes it by this name for what it has laid out.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self.rich_proxied_file = Lasting(stream)
 
     def write(self, text: str) -> int:
@@ -82,8 +82,8 @@ class Terminal:
         self.rich_proxied_file.write(text if _draws() else visible_lines(text))
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
-        """Write all ``lines``."""
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write all ``lines``, without line ends between them."""
         self.write("".join(lines))
 
     def __getattr__(self, name: str) -> Any:
@@ -92,31 +92,31 @@ class Terminal:
 
 def _draws() -> bool:
     """Whether a library that draws has called :meth:`Terminal.write`."""
-    frame = sys._getframe(1).f_back  # None if Python itself has, to show a traceback
+    frame = sys._getframe(1).f_back  # None if Python itself writes a traceback
     while frame is not None:
         library = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if library != "wandb":  # which hands on what others write
+        if library != "wandb":  # it passes on what others write
             return library in _DRAWING
         frame = frame.f_back
     return False
 
 
 def install() -> None:
-    """Put a :class:`Terminal` in the place of stdout and stderr, unless one is there."""
-    os.environ.setdefault("PYTHON_COLORS", "0")  # of tracebacks, which hold values
+    """Replace stdout and stderr by a :class:`Terminal`, unless that has been done."""
+    os.environ.setdefault("PYTHON_COLORS", "0")  # tracebacks hold values, which must not carry escape sequences
     for name in ("stdout", "stderr"):
         if not hasattr(getattr(sys, name), "rich_proxied_file"):
             setattr(sys, name, Terminal(getattr(sys, name)))
 
 
-def lost(stream: Any) -> Exception | None:
-    """Why a stream has dropped text; None if it has not."""
+def lost(stream: TextIO) -> Exception | None:
+    """Why a stream has dropped text; None if it has not dropped any."""
     with suppress(AttributeError, OSError, ValueError):
         stream.flush()
-    found: Exception | None = getattr(stream, "lost", None)
-    return found
+    error: Exception | None = getattr(stream, "lost", None)
+    return error
 
 
 def nobody_reads(error: Exception) -> bool:
-    """Whether a stream was lost because its reader, such as ``head``, has seen enough, or because it was closed."""
+    """Whether a stream was lost because its reader, such as ``head``, has stopped reading, or because it was closed."""
     return not isinstance(error, OSError) or error.errno in (errno.EPIPE, errno.EIO)

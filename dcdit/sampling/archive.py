@@ -17,6 +17,7 @@ from dcdit.errors import UserError
 from dcdit.runtime.display import Display
 from dcdit.runtime.files import make_writable_folder, read_json, replacing, write_json
 from dcdit.runtime.jobs import ImageJob
+from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import labels_of
 from dcdit.sampling.settings import Labels
 from dcdit.sampling.setup import Sampling
@@ -25,23 +26,21 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # of the files within the archive: equal images 
 
 
 @dataclass(frozen=True)
-class Sampled:
+class ArchivedChunk:
     """What is recorded of a chunk of images.
 
     Attributes:
-        flops: that their tokens cost.
-        kept: tokens kept by all of them, averaged over the steps.
+        cost: FLOPs and kept tokens.
         seconds: that sampling and decoding took.
         shape: (n, height, width, 3).
     """
 
-    flops: float
-    kept: float
+    cost: SamplingCost
     seconds: float
     shape: tuple[Count, Count, Count, Count]
 
 
-class _ArchiveJob(ImageJob[Sampled]):
+class _ArchiveJob(ImageJob[ArchivedChunk]):
     def part_path(self, task: int) -> Path:
         """The images of a task."""
         return self.work / f"chunk-{task:06d}.npy"
@@ -71,7 +70,7 @@ class ImageArchive:
             "batch_size": sampling.batch_size,
             "checkpoint": sampling.model.digest,
         }
-        self.job = _ArchiveJob(Sampled, self.npz, "generation", self.plan, count, chunk_size)
+        self.job = _ArchiveJob(ArchivedChunk, self.npz, "generation", self.plan, count, chunk_size)
 
     def run(self, rank: int, world_size: int, display: Display) -> bool:
         """Sample this process's share of the chunks; returns whether the file is complete.
@@ -84,7 +83,7 @@ class ImageArchive:
             if self.npz.is_file():
                 self._check_finished()
                 return True
-            self.job.begin()
+            self.job.check_fingerprint()
         self.job.do(rank, world_size, lambda task: self._sample(task, display), display)
         self.job.finalize(self.npz, self._join)
         return self.npz.is_file()
@@ -109,16 +108,15 @@ class ImageArchive:
 
     def _sample(self, task: int, display: Display) -> None:
         begin = time.perf_counter()
-        images, flops, kept = [], 0.0, 0.0
+        images, cost = [], SamplingCost()
         for batch in self.sampling.generate(self.labels, self.job.numbers(task)):
             images.append(pixels(self.sampling.images(batch)))
-            flops += batch.flops.sum().item()
-            kept += batch.kept.sum().item()
+            cost += SamplingCost.of(batch)
             display.advance(len(batch.indices))
         chunk = np.concatenate(images)
         if self.png:
             self._save_png(task, chunk)
-        record = Sampled(flops, kept, time.perf_counter() - begin, chunk.shape)
+        record = ArchivedChunk(cost, time.perf_counter() - begin, chunk.shape)
         self.job.finish(task, record, lambda file: np.save(file, chunk, allow_pickle=False))
 
     def _save_png(self, task: int, images: NDArray[np.uint8]) -> None:
@@ -127,17 +125,17 @@ class ImageArchive:
             with replacing(self.out / "png" / f"{number:06d}.png") as file:
                 Image.fromarray(image).save(file, "png")
 
-    def _join(self, records: list[Sampled]) -> None:
+    def _join(self, records: list[ArchivedChunk]) -> None:
         """Put the chunks into one file, one after the other, and say what they are."""
         shape = (self.count, *records[0].shape[1:])
         chunks = (np.load(self.job.part_path(task), allow_pickle=False) for task in range(self.job.tasks))
         model, calibration = self.sampling.model, self.sampling.calibration
-        kept = sum(record.kept for record in records) / self.count / model.latents.positions
+        cost = SamplingCost.total(record.cost for record in records)
         figures = {
             "plan": self.plan,
             "shape": list(shape),
-            "tflops_per_image": sum(record.flops for record in records) / self.count / 1e12,
-            "keep_ratio": kept if model.network.routes else None,
+            "tflops_per_image": cost.tflops_per_image,
+            "keep_ratio": cost.mean_keep_ratio(model.latents.positions) if model.network.routes else None,
             "seconds_per_image": sum(record.seconds for record in records) / self.count,
             "calibration": asdict(calibration) if calibration else None,
             "training": dict(model.training),

@@ -21,6 +21,7 @@ from dcdit.errors import UserError
 from dcdit.network.caching import reuse
 from dcdit.runtime.files import read_json, write_json
 from dcdit.runtime.processes import print_once
+from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import branch_networks, generate
 
 _WORDS = {"drop": "drops alone", "cache": "reuse alone", "both": "drops and reuse together"}
@@ -107,7 +108,7 @@ class _Meter:
             precision=self.precision,
             on_step=note,
         )
-        spent = torch.cat([batch.flops for batch in batches]).mean().item() / 1e12
+        spent = SamplingCost.total(map(SamplingCost.of, batches)).tflops_per_image
         self.steps = [[branch.on_host() for branch in branches] for branches in self.steps]
         return spent
 

@@ -26,8 +26,8 @@ class SampleBatch:
         indices: their numbers.
         latents: (n, C, H, W) float32 on the CPU, network-side scale.
         lengths: for each step the tokens that were kept of each sample by the main branch and, where it ran, by the
-            guiding one: (n,) int64 each, on the CPU; 0 where what the backbone gave before was reused; None where no
-            router is.
+            guiding branch: (n,) int64 each, on the CPU; 0 where earlier features of the backbone were reused; None
+            where there is no router. :class:`dcdit.sampling.cost.SamplingCost` sums them up.
         step_flops: of each sample at each step, both branches, (steps, n) float64.
     """
 
@@ -38,28 +38,8 @@ class SampleBatch:
 
     @property
     def flops(self) -> Tensor:
-        """Of each sample over all steps and branches, (n,) float64."""
+        """FLOPs of each sample over all steps and branches, (n,) float64."""
         return self.step_flops.sum(dim=0)
-
-    @property
-    def kept(self) -> Tensor:
-        """Tokens kept of each sample in the mean of all steps and branches with a router, (n,) float64."""
-        routed = [lengths for branches in self.lengths for lengths in branches if lengths is not None]
-        return torch.stack(routed).double().mean(dim=0) if routed else torch.zeros(len(self.indices)).double()
-
-    @property
-    def computed(self) -> Tensor:
-        """Share of the evaluations of a branch, by a network with a router, that reused nothing, (n,) float64."""
-        routed = [lengths for branches in self.lengths for lengths in branches if lengths is not None]
-        return (torch.stack(routed) > 0).double().mean(dim=0) if routed else torch.ones(len(self.indices)).double()
-
-    def tokens(self) -> Tensor:
-        """Tokens kept by branch and step, summed over the samples, (2, steps) int64; 0 where a branch did not route."""
-        sums = torch.zeros(2, len(self.lengths), dtype=torch.int64)
-        for step, branches in enumerate(self.lengths):
-            for branch, lengths in enumerate(branches):
-                sums[branch, step] = 0 if lengths is None else lengths.sum()
-        return sums
 
 
 def labels_of(kind: Labels, count: int, classes: int, seed: int) -> Tensor:

@@ -17,6 +17,7 @@ from dcdit.diffusion.samplers import Step
 from dcdit.errors import UserError
 from dcdit.runtime.display import Console
 from dcdit.runtime.files import make_writable_folder, replacing
+from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.figures import Moment, Recorder, decoded, panels, save_boundaries, save_grid
 from dcdit.sampling.overlays import Pixels, enlarged, save_animation, side_by_side
 from dcdit.sampling.setup import Sampling
@@ -122,7 +123,8 @@ def sample_to_folder(
     with replacing(out / "latents.npz") as file:
         np.savez(file, latents=latents.numpy(), labels=labels.numpy())
     save_grid(images, per_class, out / "samples.png")
-    flops = torch.cat([batch.flops for batch in batches]).mean().item()
+    cost = SamplingCost.total(map(SamplingCost.of, batches))
+    flops = cost.flops / cost.images
     title = visible(f"{sampling.words}, {flops_words(flops)}")
     for moments in moving.rows.values():
         first = images[0].permute(1, 2, 0).cpu().numpy()
@@ -133,11 +135,9 @@ def sample_to_folder(
         save_boundaries(rows, titles, sampling.decode, out / "boundaries.png", title)
     words = f", {flops_words(flops)} per image"
     if model.network.routes:
-        kept = torch.cat([batch.kept for batch in batches]).mean() / model.latents.positions
-        words += f", {kept:.1%} of the tokens kept"
+        words += f", {cost.mean_keep_ratio(model.latents.positions):.1%} of the tokens kept"
         if sampling.sampler.settings.cache:
-            ran = torch.cat([batch.computed for batch in batches]).mean()
-            words += f", {ran:.0%} of the steps computed and the others reused, which keep none"
+            words += f", {cost.computed_share:.0%} of the steps computed and the others reused, which keep none"
         drops = sampling.guidance.settings.main_drop_fractions
         words += f", ρ {' to '.join(f'{drop:.3g}' for drop in sorted({min(drops), max(drops)}))}"
     words += f", {sampling.sampler.settings.description}"

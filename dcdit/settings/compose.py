@@ -38,7 +38,7 @@ def cpu_precision() -> str:
 
 
 def register_resolvers() -> None:
-    """Make ``${cpu_precision:}``, ``${relpath:...}`` and ``${unquoted:...}`` known to OmegaConf."""
+    """Register the resolvers that our configuration files use, such as ``${cpu_precision:}``."""
     # A variable that is set to nothing is one that is not set: "/" is no folder of runs.
     OmegaConf.register_new_resolver("environment", lambda name, default: os.environ.get(name) or default, replace=True)
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)

@@ -1,7 +1,7 @@
-"""Matching the hidden states of a plain DiT, while a DC-DiT is made of it (paper, section 4.4)."""
+"""Distillation: the hidden states of a DC-DiT are matched with those of a plain DiT (paper, section 4.4)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,11 @@ from dcdit.network.packing import Packing
 
 @dataclass
 class HiddenStates:
-    """What goes into the first block of a network and comes out of each, during one forward pass.
+    """The tokens before the first block of a network and after each block, of one forward pass.
 
     Attributes:
         tokens: depth + 1 tensors (T, D).
-        packing: where the tokens lie.
+        packing: the positions of the tokens.
     """
 
     tokens: list[Tensor]
@@ -27,19 +27,19 @@ class HiddenStates:
 
 
 @contextmanager
-def recorded(network: nn.Module) -> Iterator[HiddenStates]:
-    """Watch the blocks of ``network`` from outside while the block runs."""
-    found = HiddenStates([])
+def record_hidden_states(network: nn.Module) -> Iterator[HiddenStates]:
+    """Record the hidden states of ``network`` in the forward pass that runs within the context."""
+    states = HiddenStates([])
 
-    def note(block: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        if not found.tokens:
-            found.tokens.append(arguments[0])
-            found.packing = arguments[2]
-        found.tokens.append(output)
+    def record(block: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if not states.tokens:
+            states.tokens.append(arguments[0])
+            states.packing = arguments[2]
+        states.tokens.append(output)
 
-    hooks = [block.register_forward_hook(note) for block in network.modules() if isinstance(block, DiTBlock)]
+    hooks = [block.register_forward_hook(record) for block in network.modules() if isinstance(block, DiTBlock)]
     try:
-        yield found
+        yield states
     finally:
         for hook in hooks:
             hook.remove()
@@ -48,30 +48,31 @@ def recorded(network: nn.Module) -> Iterator[HiddenStates]:
 class Distillation:
     """The loss between the hidden states of a DC-DiT and those of the plain DiT that it was made of.
 
-    The student keeps positions of the fine grid, the teacher has one token for each patch: a kept position is compared
-    with the token that covers it. Each layer counts alike, its squared error over the mean square of the teacher's.
+    The student keeps positions of the fine grid, the teacher has one token for each patch. A kept position is compared
+    with the token that covers it. The squared error of each layer is divided by the mean square of the teacher's
+    states, so that all layers weigh the same.
 
     Args:
         teacher: frozen, in evaluation mode.
-        steps: optimiser steps over which it is matched.
-        weight: of the loss at first.
-        decay: whether it falls linearly to 0 over these steps.
+        steps: optimiser steps in which hidden states are matched.
+        weight: of the loss at the first step.
+        decay: whether the weight falls linearly to 0 over these steps.
     """
 
     def __init__(self, teacher: DiT, steps: int, weight: float, decay: bool) -> None:
         self.teacher, self.steps, self.weight, self.decay = teacher, steps, weight, decay
 
-    def __deepcopy__(self, memo: Any) -> "Distillation":
+    def __deepcopy__(self, memo: object) -> "Distillation":
         return self  # an average of weights copies the module, but needs no teacher
 
     def weight_at(self, step: int) -> float:
-        """Weight of the loss at an optimiser step."""
+        """The weight of the loss at an optimiser step."""
         if step >= self.steps:
             return 0.0
         return self.weight * (1 - step / self.steps) if self.decay else self.weight
 
     def to(self, device: torch.device) -> None:
-        """Move the teacher."""
+        """Move the teacher to ``device``."""
         self.teacher.to(device)
 
     def loss(self, student: HiddenStates, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -84,15 +85,15 @@ class Distillation:
             y: (B,) labels, dropped ones already replaced.
         """
         assert student.packing is not None
-        with torch.no_grad(), recorded(self.teacher) as wanted:
+        with torch.no_grad(), record_hidden_states(self.teacher) as teacher:
             self.teacher(x, t, y)
         tokens = covering(student.packing.index, self.teacher.grid, self.teacher.patch)
         total = x.new_zeros((), dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            for ours, theirs in zip(student.tokens, wanted.tokens, strict=True):
+            for ours, theirs in zip(student.tokens, teacher.tokens, strict=True):
                 target = theirs.float().index_select(0, tokens)
                 total = total + (ours.float() - target).square().mean() / theirs.float().square().mean()
-        return total / len(wanted.tokens)
+        return total / len(teacher.tokens)
 
 
 def covering(index: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
@@ -107,12 +108,14 @@ def covering(index: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
         (T,) indices into the flattened (B * H / patch * W / patch) tokens.
     """
     height, width = grid
-    sample, place = index // (height * width), index % (height * width)
-    row, column = place // width // patch, place % width // patch
+    sample, position = index // (height * width), index % (height * width)
+    row, column = position // width // patch, position % width // patch
     return (sample * (height // patch) + row) * (width // patch) + column
 
 
-def watched(distillation: Distillation | None, network: nn.Module, step: int) -> Any:
-    """:func:`recorded` while hidden states are matched; else a context that does nothing."""
+def record_if_matched(
+    distillation: Distillation | None, network: nn.Module, step: int
+) -> AbstractContextManager[HiddenStates | None]:
+    """Record hidden states at a step that matches them; else the context yields None."""
     active = distillation is not None and distillation.weight_at(step) > 0
-    return recorded(network) if active else nullcontext(None)
+    return record_hidden_states(network) if active else nullcontext(None)

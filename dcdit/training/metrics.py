@@ -1,4 +1,6 @@
-"""What a training step logs, and how the processes put it together."""
+"""The metrics that a training step logs, and how those of micro-batches and processes are combined."""
+
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -6,20 +8,33 @@ from torch import Tensor
 from dcdit.diffusion.loss import DiffusionLoss
 from dcdit.network import Routing
 
+_OVER_MICRO_BATCHES: Mapping[str, Callable[..., Tensor]] = {
+    "train/keep_ratio_min": torch.amin,
+    "train/keep_ratio_max": torch.amax,
+    **dict.fromkeys(("train/tokens_per_rank", "train/tokens_per_rank_min", "train/tokens_per_rank_max"), torch.sum),
+}
+_OVER_RANKS: Mapping[str, Callable[..., Tensor]] = {
+    "train/keep_ratio_min": torch.amin,
+    "train/keep_ratio_max": torch.amax,
+    "train/tokens_per_rank_min": torch.amin,
+    "train/tokens_per_rank_max": torch.amax,
+}
+"""How metrics are combined; all others are averaged."""
+
 
 def step_metrics(diffusion: DiffusionLoss, drop_fraction: float) -> dict[str, Tensor]:
-    """Of the diffusion loss: scalars by name."""
+    """The metrics of the diffusion loss: scalars by name."""
     loss = diffusion.total.mean()
-    found = {"train/diffusion_loss": loss, "train/mse": diffusion.mse.mean()}
+    metrics = {"train/diffusion_loss": loss, "train/mse": diffusion.mse.mean()}
     if diffusion.vlb is not None:
-        found["train/vlb"] = diffusion.vlb.mean()
-    return {**found, "train/drop_fraction": loss.new_tensor(drop_fraction)}
+        metrics["train/vlb"] = diffusion.vlb.mean()
+    return {**metrics, "train/drop_fraction": loss.new_tensor(drop_fraction)}
 
 
 def routing_metrics(routing: Routing, world_size: int) -> dict[str, Tensor]:
-    """Of the router: keep ratios and, of several processes, the tokens that fall on each; scalars by name."""
+    """The metrics of the router, scalars by name: keep ratios and, with several processes, the tokens of each."""
     kept = routing.natural_mask.float().mean(dim=1)
-    found = {
+    metrics = {
         "train/keep_ratio": kept.mean(),
         "train/keep_ratio_min": kept.min(),
         "train/keep_ratio_max": kept.max(),
@@ -27,42 +42,31 @@ def routing_metrics(routing: Routing, world_size: int) -> dict[str, Tensor]:
     }
     if world_size > 1:
         tokens = routing.mask.sum().float()
-        found |= {f"train/tokens_per_rank{word}": tokens for word in ("", "_min", "_max")}
-    return found
+        metrics |= {f"train/tokens_per_rank{suffix}": tokens for suffix in ("", "_min", "_max")}
+    return metrics
 
 
 class BatchMetrics:
-    """What the micro-batches of an optimiser step found, put together: the metrics of the whole batch."""
+    """Collects the metrics of the micro-batches of an optimiser step, and combines them to those of the batch."""
 
     def __init__(self) -> None:
         self._parts: list[dict[str, Tensor]] = []
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Those of another micro-batch, all of one size."""
+        """Add the metrics of a micro-batch; all micro-batches have the same size."""
         self._parts.append({name: value.detach().float() for name, value in metrics.items()})
 
     def take(self) -> dict[str, Tensor]:
-        """Those of the batch: means, sums of tokens, and least and greatest values where the name says so."""
+        """The metrics of the batch; the next one starts empty."""
         parts, self._parts = self._parts, []
-        found = {}
-        for name in parts[0]:
-            values = torch.stack([part[name] for part in parts])
-            ending = name.rpartition("_")[2]
-            if "tokens" in name:
-                found[name] = values.sum()
-            elif ending in ("min", "max"):
-                found[name] = values.amin() if ending == "min" else values.amax()
-            else:
-                found[name] = values.mean()
-        return found
+        stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        return {name: _OVER_MICRO_BATCHES.get(name, torch.mean)(values, dim=0) for name, values in stacked.items()}
 
 
 def over_ranks(metrics: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
-    """What all ranks found, in one exchange: means, and least and greatest values where the name says so."""
+    """Combine the metrics of all ranks, in one exchange."""
     own = torch.stack([value.float() for value in metrics.values()])
-    found = own.new_empty(world_size * len(own))
-    torch.distributed.all_gather_into_tensor(found, own)
-    found = found.view(world_size, len(own))
-    ends = {"min": found.amin(dim=0), "max": found.amax(dim=0)}
-    mean = found.mean(dim=0)
-    return {name: ends.get(name.rpartition("_")[2], mean)[i] for i, name in enumerate(metrics)}
+    gathered = own.new_empty(world_size * len(own))
+    torch.distributed.all_gather_into_tensor(gathered, own)
+    gathered = gathered.view(world_size, len(own))
+    return {name: _OVER_RANKS.get(name, torch.mean)(gathered, dim=0)[i] for i, name in enumerate(metrics)}

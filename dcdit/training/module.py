@@ -18,10 +18,10 @@ from dcdit.diffusion.process import Process
 from dcdit.errors import TrainingError, UserError
 from dcdit.network import Network, Output
 from dcdit.training.callbacks.throughput import logging_interval
-from dcdit.training.distillation import Distillation, watched
+from dcdit.training.distillation import Distillation, record_if_matched
 from dcdit.training.metrics import BatchMetrics, over_ranks, routing_metrics, step_metrics
 from dcdit.training.objective import balanced_timesteps, drop_fraction_at, ratio_loss, target_compression
-from dcdit.training.resume import prepare, same_on_all, tidy
+from dcdit.training.resume import check_same_step, restore_lightning_state, strip_lightning_state
 from dcdit.training.settings import TrainConfig
 
 _ALL_RANKS = 2**32 - 1
@@ -125,7 +125,7 @@ class DCDiTModule(pl.LightningModule):
         if self.distillation is not None and not self.distillation.weight_at(step):
             self._end_distillation()
         noisy = self._diffuse(batch, balanced)
-        with watched(self.distillation, self.network, step) as hidden:
+        with record_if_matched(self.distillation, self.network, step) as hidden:
             output = self.network(noisy.x, noisy.t, noisy.labels, drop)
         diffusion = self._loss(noisy, output)
         loss, metrics = diffusion.total.mean(), step_metrics(diffusion, drop)
@@ -148,7 +148,7 @@ class DCDiTModule(pl.LightningModule):
     def _end_distillation(self) -> None:
         """Let the teacher go, and its metric: Lightning would log the last value for ever."""
         self.distillation = None
-        results: Any = self.trainer._results
+        results: Any = self.trainer._results  # private: an AttributeError here, and in test_init.py, if it is renamed
         for key in [key for key in results or () if key.endswith("train/distil_loss")]:
             del results[key]
 
@@ -265,14 +265,14 @@ class DCDiTModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the count of skipped steps, and what is trained with."""
         checkpoint["skipped"] = self.skipped.cpu()
-        tidy(checkpoint, self.settings)
+        strip_lightning_state(checkpoint, self.settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the count of skipped steps; learning rate, weight decay and schedule are the configuration's."""
         self.skipped = checkpoint["skipped"].to(self.device)
         fresh: Any = self.configure_optimizers()
-        prepare(checkpoint, self.trainer, fresh["optimizer"], fresh["lr_scheduler"]["scheduler"])
+        restore_lightning_state(checkpoint, self.trainer, fresh["optimizer"], fresh["lr_scheduler"]["scheduler"])
 
     def on_train_start(self) -> None:
         """All processes must go on from the same step."""
-        same_on_all(self.trainer, self.trainer.global_step)
+        check_same_step(self.trainer, self.trainer.global_step)

@@ -1,4 +1,4 @@
-"""What the router is asked for: the ratio loss and the schedules of its target and of the drop fraction."""
+"""The objective of the router: the ratio loss, and the schedules of its target and of the drop fraction."""
 
 from collections.abc import Callable, Sequence
 
@@ -53,8 +53,8 @@ def balanced_timesteps(
     generator = torch.Generator().manual_seed(seed)
     hands = draw(world_size * batch, generator).sort().values.view(batch, world_size)
     hands[1::2] = hands[1::2].flip(1)
-    place = torch.randperm(world_size, generator=generator)[rank]  # else the first rank always had the lowest card
-    return hands[torch.randperm(batch, generator=generator), place]
+    hand = torch.randperm(world_size, generator=generator)[rank]  # else the first rank always had the lowest card
+    return hands[torch.randperm(batch, generator=generator), hand]
 
 
 def target_compression(step: int, compression: float, start: float | None, steps: int) -> float:

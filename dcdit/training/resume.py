@@ -1,8 +1,8 @@
-"""How a run goes on: a checkpoint is read and compared as a whole before anything is written.
+"""How a run goes on: its checkpoint is read and compared completely before anything is written.
 
-A checkpoint counts in optimiser steps and samples. What Lightning counts in micro-batches, and what follows from the
-configuration (learning rate, weight decay, schedule), is put together anew when a run goes on: another split of the
-batch does not shift it, and a changed value takes effect.
+A checkpoint counts optimiser steps and samples. Lightning's counts of micro-batches, and everything that follows from
+the configuration (learning rate, weight decay, schedule), are made anew when a run goes on. So another split of the
+batch does not shift a count, and a changed value takes effect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,8 +34,8 @@ class Resumed:
     Attributes:
         path: the file.
         trained: its content.
-        settings: what :func:`dcdit.runs.changes.recorded` said when it was written.
-        position: the place in the data.
+        settings: what :func:`dcdit.runs.changes.recorded` returned when it was written.
+        position: the position in the data.
     """
 
     path: Path
@@ -45,28 +45,28 @@ class Resumed:
 
     @property
     def step(self) -> int:
-        """Optimiser steps done."""
+        """The number of optimiser steps done."""
         return self.trained.step
 
 
 def open_first_whole(paths: Sequence[Path]) -> Resumed | None:
-    """The first of several checkpoints that is whole; says which are not. None if there are none.
+    """Read the first of several checkpoints that is not damaged, and say which are; None if there are none.
 
     Raises:
-        UserError: if none is whole, or the first whole one cannot be gone on from.
+        UserError: if all are damaged, or the first that is not cannot be gone on from.
     """
     damaged: list[DamagedError] = []
     for path in paths:
         try:
-            found = _open(path)
+            resumed = _open(path)
         except DamagedError as error:
             if len(paths) == 1:
                 raise
             damaged.append(error)
             continue
-        for each in damaged:
-            say(f"{each}. Going on from the one before it, {path.name}, step {found.step}")
-        return found
+        for damage in damaged:
+            say(f"{damage}. Going on from the one before it, {path.name}, step {resumed.step}")
+        return resumed
     if damaged:
         raise UserError(
             f"none of the {len(damaged)} checkpoints in {paths[0].parent} is whole, the newest: {damaged[0]}. Restore"
@@ -94,7 +94,7 @@ def _open(path: Path) -> Resumed:
 
 
 def check_resumed(resumed: Resumed, network: Network, process: Process, manifest: Manifest) -> None:
-    """See that a run can go on from a checkpoint.
+    """Check that a run can go on from a checkpoint.
 
     Args:
         resumed: the checkpoint.
@@ -105,7 +105,7 @@ def check_resumed(resumed: Resumed, network: Network, process: Process, manifest
     Raises:
         UserError: with both values, if network, process, latents or shards differ, or if it contradicts itself.
     """
-    # Beside the recorded settings: these are what the weights are used with.
+    # The recorded settings were compared before; what the weights are used with could still differ from them.
     with without_memory():
         networks = build_network(resumed.trained.model).spec, network.spec
     for section, (there, here) in {
@@ -154,26 +154,26 @@ def check_resumed(resumed: Resumed, network: Network, process: Process, manifest
         raise UserError(f"ckpt_path={resumed.path}: skipped is not two counts")
 
 
-def tidy(checkpoint: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """Leave out of a checkpoint what :func:`prepare` puts together anew, and put in what was trained with."""
+def strip_lightning_state(checkpoint: dict[str, Any], settings: Mapping[str, object]) -> None:
+    """Remove from a checkpoint what :func:`restore_lightning_state` makes anew, and add what was trained with."""
     for key in ("loops", "lr_schedulers", "epoch", "hparams_name", "pytorch-lightning_version"):
         checkpoint.pop(key, None)
-    checkpoint["optimizer_states"] = [{"state": each["state"]} for each in checkpoint["optimizer_states"]]
+    checkpoint["optimizer_states"] = [{"state": state["state"]} for state in checkpoint["optimizer_states"]]
     checkpoint["settings"] = dict(settings)
 
 
-def prepare(
+def restore_lightning_state(
     checkpoint: dict[str, Any],
     trainer: pl.Trainer,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
 ) -> None:
-    """Make of a stored checkpoint what Lightning restores.
+    """Add to a stored checkpoint the state that Lightning restores.
 
     Args:
         checkpoint: as it was stored; is changed.
-        trainer: that goes on.
-        optimizer, schedule: as the configuration says now, at their beginning.
+        trainer: of the run that goes on.
+        optimizer, schedule: as the configuration says now, before the first step.
     """
     step = int(checkpoint["global_step"])
     rates = [
@@ -183,22 +183,26 @@ def prepare(
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
     checkpoint["optimizer_states"] = [{**checkpoint["optimizer_states"][0], "param_groups": groups}]
-    place = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
-    checkpoint["lr_schedulers"] = [{**schedule.state_dict(), **place}]
-    checkpoint["loops"] = {"fit_loop": _loops(trainer, step)}
-    checkpoint["epoch"] = 0  # there is one, without end
-    known = checkpoint.get("callbacks", {})
-    own = {each.state_key: each for each in trainer.callbacks}  # type: ignore[attr-defined]
+    position = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    checkpoint["lr_schedulers"] = [{**schedule.state_dict(), **position}]
+    checkpoint["loops"] = {"fit_loop": _fit_loop_state(trainer, step)}
+    checkpoint["epoch"] = 0  # there is only one, which never ends
+    own = {callback.state_key: callback for callback in trainer.callbacks}  # type: ignore[attr-defined]
     checkpoint["callbacks"] = {
         key: {"latest_update_step": step} if isinstance(own[key], callbacks.WeightAveraging) else state
-        for key, state in known.items()
-        # what writes checkpoints is told where by the configuration alone, never by a file
+        for key, state in checkpoint.get("callbacks", {}).items()
+        # The configuration alone decides where checkpoints are written, never a file.
         if key in own and not isinstance(own[key], callbacks.Checkpoint)
     }
 
 
-def _loops(trainer: pl.Trainer, step: int) -> dict[str, Any]:
-    """The state of Lightning's loops after so many optimiser steps of one endless epoch, before their validation."""
+def _fit_loop_state(trainer: pl.Trainer, step: int) -> dict[str, Any]:
+    """The state of Lightning's loops after so many optimiser steps of one endless epoch, before their validation.
+
+    The keys and counters are Lightning's own, and may change with any release of it. A key that is gone raises a
+    KeyError here. A counter that means something else shifts the next step, batch or validation of a resumed run: the
+    tests that a resumed run has the same bits as an uninterrupted one fail then (``tests/training/test_resume.py``).
+    """
     batches = step * trainer.accumulate_grad_batches
     state: dict[str, Any] = trainer.fit_loop.state_dict()
     counts = {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
@@ -213,18 +217,18 @@ def _loops(trainer: pl.Trainer, step: int) -> dict[str, Any]:
             "zero_grad": {"total": zeroed, "current": dict(zeroed)},
         }
     }
-    first = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-    state["epoch_progress"] = {"total": first, "current": dict(first)}
+    epoch = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    state["epoch_progress"] = {"total": epoch, "current": dict(epoch)}
     return state
 
 
-def same_on_all(trainer: pl.Trainer, step: int) -> None:
+def check_same_step(trainer: pl.Trainer, step: int) -> None:
     """Raise :class:`UserError` if the processes of a run go on from different steps."""
     if trainer.world_size > 1:
-        first = trainer.strategy.broadcast(step)
-        agreed = trainer.strategy.reduce_boolean_decision(first == step)
+        main_step = trainer.strategy.broadcast(step)
+        agreed = trainer.strategy.reduce_boolean_decision(main_step == step)
         if not agreed:
             raise UserError(
-                f"ckpt_path: the processes of the run see different checkpoints (step {shown(first)} and others):"
+                f"ckpt_path: the processes of the run see different checkpoints (step {shown(main_step)} and others):"
                 " wait until the file system shows the same everywhere, or name a checkpoint with ckpt_path=..."
             )

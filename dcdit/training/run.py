@@ -18,9 +18,9 @@ from dcdit.data.datamodule import LatentDataModule
 from dcdit.data.manifest import Manifest
 from dcdit.errors import UserError
 from dcdit.network.blocks import set_execution
-from dcdit.runs.changes import changes, remarks
+from dcdit.runs.changes import changes, describe_changes
 from dcdit.runs.lock import sole_writer
-from dcdit.runs.resume import LAST, find_checkpoints, is_finished, leave_queue, note, started
+from dcdit.runs.resume import LAST, find_checkpoints, is_finished, leave_queue, state_at_start, write_state
 from dcdit.runs.state import Outcome, RunState, State
 from dcdit.runtime.files import write_json, write_text
 from dcdit.runtime.memory import keep_freed_memory
@@ -29,7 +29,7 @@ from dcdit.settings.compose import with_run_id
 from dcdit.training.batching import check_devices, with_accelerator, world_size
 from dcdit.training.build import build_data, build_module, build_trainer, check_network, match_compute
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
-from dcdit.training.init import Start, start_from
+from dcdit.training.initial_weights import Start, start_from
 from dcdit.training.loggers import keep_going
 from dcdit.training.module import DCDiTModule
 from dcdit.training.resume import Resumed, check_resumed, open_first_whole
@@ -73,7 +73,7 @@ def run_training(config: TrainConfig, patience: float = 0.0, inside_job: bool = 
         resumed = open_first_whole(paths)
         step = resumed.step if resumed else 0
         found = changes(resumed.settings, settings, step, by_itself) if resumed else ()
-        state = started(
+        state = state_at_start(
             before,
             run_dir,
             config.trainer.max_steps,
@@ -81,7 +81,7 @@ def run_training(config: TrainConfig, patience: float = 0.0, inside_job: bool = 
             max_restarts=config.cluster.get("max_restarts"),
             batch_size=config.batch_size,
             settings=settings,
-            found=found,
+            changed=found,
         )
         # 3. Open the data, and see that the network takes them.
         data, manifest = open_data(config)
@@ -102,14 +102,14 @@ def run_training(config: TrainConfig, patience: float = 0.0, inside_job: bool = 
         path, resumed = resumed.path if resumed else None, None  # Lightning gives its memory back
         # 5. Write down what is trained.
         leave_queue(before, run_dir)
-        if begun.place and not step:
-            say(begun.words)
+        if begun.checkpoint and not step:
+            say(begun.describe())
             save_start(begun, run_dir)
         say(words(module, config, trainer.world_size, step))
         if found:
-            say(remarks(found))
+            say(describe_changes(found))
         save_settings(config, state, trainer, run_dir)
-        note(state, run_dir)
+        write_state(state, run_dir)
         # 6. Train.
         for logger in trainer.loggers:
             keep_going(logger)
@@ -121,7 +121,7 @@ def run_training(config: TrainConfig, patience: float = 0.0, inside_job: bool = 
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         outcome = Outcome(interrupt.outcome(trainer), trainer.global_step, metrics)
         state = replace(state, state=outcome.state, step=outcome.step, metrics=metrics, time=time.time())
-        note(state, run_dir)
+        write_state(state, run_dir)
         say(next_words(outcome, run_dir, inside_job))
         trainer.strategy.barrier()  # a process that leaves a job early takes the others with it
         return outcome

@@ -284,7 +284,7 @@ class TrainConfig:
 
     compression: Compression
     seed: Seed
-    run_name: Annotated[str, Matches(r"(?!(.*/)?\.\.(/|$)).*\S.*", "a name (for another place there is run_dir)")]
+    run_name: Annotated[str, Matches(r"(?!(.*/)?\.\.?(/|$)).*\S.*", "a name (for another place there is run_dir)")]
     run_dir: str
     ckpt_path: str | None
     run_id: RunId | None

@@ -11,10 +11,10 @@ try:
 except ImportError:
 
     class SlurmLauncher(Launcher):
-        """Stands for the extra ``slurm``, which is not installed."""
+        """The launcher if the extra ``slurm`` is not installed: it only says so."""
 
-        def setup(self, **ignored: Any) -> None:
-            """Say so, before anything is written."""
+        def setup(self, **ignored: object) -> None:
+            """Raise UserError, before anything is written."""
             from dcdit.errors import UserError
 
             raise UserError("cluster=slurm needs hydra-submitit-launcher: pip install 'dcdit[slurm]', or cluster=local")
@@ -38,8 +38,8 @@ else:
             return launch(self, configs, [list(overrides) for overrides in job_overrides], initial_job_idx)
 
         def __call__(self, *arguments: Any) -> JobReturn:
-            """One process of a job."""
-            from dcdit.cluster.job import enter
+            """Run one process of a job."""
+            from dcdit.cluster.job import enter_job
 
-            enter()
+            enter_job()
             return super().__call__(*arguments)

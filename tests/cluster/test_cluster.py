@@ -172,22 +172,22 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_the_run_goes_on(tmp_pat
 
 
 def test_a_run_that_died_in_place_too_often_is_given_up_by_jobs_alone(tmp_path, monkeypatch):
-    from dcdit.runs.resume import started
+    from dcdit.runs.resume import state_at_start
 
-    state = started(None, tmp_path, 10, max_restarts=1)
+    state = state_at_start(None, tmp_path, 10, max_restarts=1)
     assert (state.state, state.starts, state.began) == (State.RUNNING, 1, 0)
-    state = started(state, tmp_path, 10, max_restarts=1)
+    state = state_at_start(state, tmp_path, 10, max_restarts=1)
     assert state.starts == 2
     with pytest.raises(UserError, match=r"cluster\.max_restarts=1: the run died 2 times in a row after step 0"):
-        started(state, tmp_path, 10, max_restarts=1)
+        state_at_start(state, tmp_path, 10, max_restarts=1)
     with monkeypatch.context() as patch:  # may read what the first process wrote just now
         patch.setenv("LOCAL_RANK", "1")
-        started(state, tmp_path, 10, max_restarts=1)
+        state_at_start(state, tmp_path, 10, max_restarts=1)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step_00000020.ckpt").touch()  # further than before
-    assert started(state, tmp_path, 10, max_restarts=1).starts == 1
+    assert state_at_start(state, tmp_path, 10, max_restarts=1).starts == 1
     for _ in range(5):
-        state = started(state, tmp_path, 10)
+        state = state_at_start(state, tmp_path, 10)
 
 
 def test_the_end_of_another_process_is_no_reason():
@@ -223,14 +223,14 @@ def test_auto_does_not_go_on_with_another_experiment(tiny):
 
 
 def test_only_runs_that_need_a_job_get_one(tiny, tmp_path, monkeypatch, caplog):
-    from dcdit.cluster.launch import is_due, note_gone, read_config
+    from dcdit.cluster.launch import needs_job, note_gone, read_config
     from dcdit.runs.lock import sole_writer
     from dcdit.runs.state import QUEUED_NAME
 
     finished = tiny("finished", "trainer.max_steps=2")
 
     def due(run, *overrides):
-        return is_due(run, read_config(compose_config(*TINY, *CPU, "trainer.max_steps=2", *overrides)), overrides)
+        return needs_job(run, read_config(compose_config(*TINY, *CPU, "trainer.max_steps=2", *overrides)), overrides)
 
     assert not due(finished)
     assert due(finished, "trainer.max_steps=3")

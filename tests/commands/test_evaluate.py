@@ -16,11 +16,12 @@ from support.processes import Command, end, ranks
 from dcdit import evaluate, generate
 from dcdit.checkpoints.resolve import SHIPPED
 from dcdit.errors import UserError
+from dcdit.evaluation.descriptions import differences_from_published
 from dcdit.evaluation.features import DigitsClassifier, FeatureNetwork
 from dcdit.evaluation.measure import Deadline, Measurement
 from dcdit.evaluation.metrics import compare
+from dcdit.evaluation.results import read_result
 from dcdit.evaluation.statistics import Statistics
-from dcdit.evaluation.words import differences_from_published
 
 SETTINGS = ("features=digits", "count=44", "chunk_size=15", "sampler.steps=3", "sampler.clip=true", "batch_size=5")
 
@@ -63,8 +64,8 @@ def test_figures_stand_beside_what_they_depend_on(run, capsys, tmp_path):
     assert result["milliseconds_per_image"] == sorted(timing["rounds"])[1] > 0
     kept = result["keep_ratio"]
     assert kept["timesteps"] == [999, 500, 0]
-    assert len(kept["strong"]) == len(kept["weak"]) == 3
-    assert all(0 < share <= 1 for share in kept["strong"])
+    assert len(kept["main"]) == len(kept["guiding"]) == 3
+    assert all(0 < share <= 1 for share in kept["main"])
     shown = capsys.readouterr().out
     for word in ("FID", "KID", "IS", "TFLOPs", "ms/image", "digits classifier", "guidance 2"):
         assert word in shown
@@ -137,7 +138,7 @@ def test_any_number_of_processes_and_any_break_give_the_same_figures(run, monkey
     again = run("drop_fractions=[0,0.4]", out="broken")
     assert "Continuing: 1 of 3 chunks" in capsys.readouterr().err
     assert again[0.4]["metrics"] == pytest.approx(whole[0.4]["metrics"], rel=1e-5)
-    assert again[0.4]["keep_ratio"]["strong"] == pytest.approx(whole[0.4]["keep_ratio"]["strong"], rel=1e-5)
+    assert again[0.4]["keep_ratio"]["main"] == pytest.approx(whole[0.4]["keep_ratio"]["main"], rel=1e-5)
 
 
 def test_two_processes_at_once(run, tmp_path, digits):
@@ -364,7 +365,7 @@ def test_the_published_way_as_the_documentation_types_it(run, archive, monkeypat
     result = json.loads(file.read_text())
     assert result["plan"]["reference"]["published"] == ["features", "spatial"]
     assert result["plan"]["labels"] == "random"
-    assert differences_from_published(result) == [
+    assert differences_from_published(read_result(file).plan) == [
         *("24 images instead of 50,000", "features of Corners instead of inception-v3-compat"),
         "precision and recall against 40 images instead of 10,000",
     ]

@@ -55,7 +55,7 @@ def test_every_sampler_with_guidance_budget_and_pictures(flow, tmp_path, digits,
         result = json.loads(file.read_text())
         assert result["plan"]["sampler"]["name"] == sampler
         kept = result["keep_ratio"]
-        assert len(kept["timesteps"]) == len(kept["strong"]) == (5 if sampler == "heun" else 3)
+        assert len(kept["timesteps"]) == len(kept["main"]) == (5 if sampler == "heun" else 3)
         assert kept["timesteps"][0] == 1000
         assert result["tflops_per_image"] > 0
 

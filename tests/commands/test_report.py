@@ -18,13 +18,16 @@ from support.configs import PLAIN_DIT, call, compose_config
 from dcdit import evaluate, report
 from dcdit.checks import visible
 from dcdit.errors import UserError
-from dcdit.evaluation.courses import courses_below, lines
-from dcdit.evaluation.curves import arrange, best_words, pareto
-from dcdit.evaluation.results import find_results, read_results
-from dcdit.evaluation.words import differences_from_published
+from dcdit.evaluation.descriptions import differences_from_published
+from dcdit.evaluation.results import MeasuredPlan
+from dcdit.evaluation.settings import METRICS
+from dcdit.reporting.collect import find_results, read_results
+from dcdit.reporting.curves import arrange, describe_best, pareto
+from dcdit.reporting.histories import curves_of, histories_below
 from dcdit.settings.overrides import with_paths
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+(FID,) = METRICS["fid"].figures
 SETTINGS = ("features=digits", "count=40", "batch_size=20", "sampler.steps=3", "sampler.clip=true")
 
 # what a person would notice first: pictures that did not load, a page wider than the window, errors
@@ -72,7 +75,7 @@ def test_seeds_are_one_curve_and_baselines_points(runs):
     assert (plain.name, plain.network, len(plain.points)) == ("plain <DiT>", "DiT/2", 1)
     assert (small.name, small.network) == ("small", "DC-DiT")
     assert [(point.at, len(point.results)) for point in small.points] == [(0.0, 2), (0.5, 2)]
-    seeds = {result.values["training"]["seed"] for result in small.points[0].results}
+    seeds = {result.training["seed"] for result in small.points[0].results}
     assert seeds == {0, 1}
 
 
@@ -84,7 +87,7 @@ def test_what_was_measured_again_counts_once(runs, tmp_path):
     (tmp_path / "evaluation" / "again.json").write_text(json.dumps(values))
     before, after = (read_results(places)[0] for places in ([str(runs)], [str(runs), str(tmp_path)]))
     assert len(after) == len(before)
-    assert [each.values["metrics"]["fid"] for each in after].count(-1.0) == 1  # the newer one
+    assert [each.metrics["fid"] for each in after].count(-1.0) == 1  # the newer one
 
 
 @pytest.mark.parametrize("name", ["x" * 4000, "-" * 4000, "$" * 250, "\ud800\x1b[2J", "%s_"])
@@ -136,7 +139,7 @@ def test_other_settings_are_another_section(runs, tmp_path):
 def test_caching_makes_curves_of_one_section(runs, tmp_path):
     changed(runs, tmp_path / "evaluation" / "cached.json", sampler={"cache": 0.2})
     (section,) = arrange(read_results([str(runs), str(tmp_path)])[0])
-    caches = [{r.plan["sampler"]["cache"] for point in s.points for r in point.results} for s in section.series]
+    caches = [{r.plan.sampler.cache for point in s.points for r in point.results} for s in section.series]
     assert sorted(caches, key=sum) == [{0.0}, {0.0}, {0.2}]
 
 
@@ -160,19 +163,17 @@ def test_a_grid_of_guidance(runs, tmp_path):
     assert [[point.at for point in series.points] for series in section.scales] == [[1.0, 1.5, 2.0, 3.0]] * 3
     names = {series.name.partition(", ")[2]: series for series in section.scales}
     assert set(names) == {
-        "guiding branch: no class",
-        "guiding branch: no class at ρ 0.9",
-        "guiding branch: same class at ρ 0.9",
+        *("guiding branch: no class", "guiding branch: no class at ρ 0.9", "guiding branch: same class at ρ 0.9")
     }
-    assert [point.figures("metrics", "fid") for point in names["guiding branch: same class at ρ 0.9"].points] == [
+    assert [point.figures(FID) for point in names["guiding branch: same class at ρ 0.9"].points] == [
         *([40.0], [18.0], [23.0], [28.0])
     ]
-    assert sorted(best_words(results)) == [
+    assert sorted(describe_best(results)) == [
         "FID 10 at guidance 2 (ema weights, ρ 0, guiding branch: no class)",
         "FID 18 at guidance 1.5 (ema weights, ρ 0, guiding branch: same class at ρ 0.9)",
         "FID 8 at guidance 2 (ema weights, ρ 0, guiding branch: no class at ρ 0.9)",
     ]
-    front = [(each.values["tflops_per_image"], each.figure("fid")) for each in pareto(results, section.figures[0])]
+    front = [(each.tflops_per_image, each.figure("fid")) for each in pareto(results, section.figures[0])]
     assert front == [(1.0, 40.0), (1.5, 8.0)]
     page = written(runs, tmp_path / "report", f"runs=[{tmp_path}]")
     assert {"guidance.png", "tflops.png"} <= {file.name for file in page.parent.glob("*.png")}
@@ -189,7 +190,7 @@ def test_what_makes_figures_comparable_with_published_ones(runs, tmp_path):
         "count": 50_000,
     }
     values = changed(runs, tmp_path / "evaluation" / "as.json", **published)
-    assert differences_from_published(values) == []
+    assert differences_from_published(MeasuredPlan.of(values["plan"])) == []
     page = written(runs, tmp_path / "one", f"runs=[{tmp_path}]").read_text()
     assert "Measured as\npublished figures are" in page
     assert "against the statistics of the whole set in" in page
@@ -203,7 +204,7 @@ def test_what_makes_figures_comparable_with_published_ones(runs, tmp_path):
         ({"features": {"name": "digits classifier"}}, "features of digits classifier instead of"),
     ):
         values = changed(runs, tmp_path / "two" / "x.json", **{**published, **change})
-        (found,) = differences_from_published(values)
+        (found,) = differences_from_published(MeasuredPlan.of(values["plan"]))
         assert words in found
 
 
@@ -213,6 +214,8 @@ def test_measurements_as_csv_and_json(runs, tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 5
     results = json.loads((folder / "measurements.json").read_text())
+    files = [*runs.rglob("evaluation/*.json")]
+    assert sorted(map(json.dumps, results)) == sorted(json.dumps(json.loads(file.read_text())) for file in files)
     by_run = {(row["run"], float(row["drop_fraction"])): row for row in rows}
     for result in results:
         row = by_run[result["run"], result["plan"]["guidance"]["drop_fraction"]]
@@ -269,10 +272,10 @@ def test_a_run_that_was_never_evaluated_has_its_curves_and_pictures(trained_run,
     assert text.count("<img") == 3 + 4 + 1
     assert "Nothing was measured yet" in text
     assert "0 measurements of 0 runs, the course of 1 run" in capsys.readouterr().out
-    drawn = lines(courses_below([str(trained_run)]))
+    drawn = curves_of(histories_below([str(trained_run)]))
     assert [line.label.rpartition(", ")[2] for line in drawn["FID at validations"]] == ["ρ 0", "ρ 0.3"]
     assert drawn["FID at validations"][1].values == [60.0, 45.0]
-    assert courses_below([str(trained_run)])[0].target == 0.25
+    assert histories_below([str(trained_run)])[0].target == 0.25
 
 
 def test_the_command_takes_bare_paths(runs, tmp_path, capsys):

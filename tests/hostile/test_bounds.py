@@ -19,7 +19,7 @@ from dcdit.data.order import Position, Readers
 from dcdit.data.statistics import Sums
 from dcdit.diffusion.settings import PROCESSES, SAMPLERS
 from dcdit.errors import UserError
-from dcdit.evaluation.results import _KEYS, _ROUTED
+from dcdit.evaluation import results
 from dcdit.network import NETWORKS, DiT, build_network
 from dcdit.runs.changes import Change
 from dcdit.runs.state import RunState
@@ -51,15 +51,21 @@ def unbounded(hint: Any, bounded: bool = False) -> bool:
 
 
 READ = (Manifest, Shard, StreamState, Position, Readers, Sums, Change, RunState, Part, Calibration)
+RESULT = (
+    *(results.Result, results.MeasuredPlan, results.KeepRatio, results.Timing, results.NetworkDescription),
+    *(results.FeatureDescription, results.ReferenceDescription),
+)
 
 
 def test_every_number_has_bounds():
     kinds = checked_classes()
     for table in (NETWORKS, PROCESSES, SAMPLERS, {"latents": LatentSpec}):
         assert set(table.values()) <= set(kinds)
-    hints = {f"{kind.__name__}.{name}": hint for kind in (*kinds, *READ) for name, hint in annotations(kind).items()}
+    hints = {
+        f"{kind.__name__}.{name}": hint for kind in (*kinds, *READ, *RESULT) for name, hint in annotations(kind).items()
+    }
     assert len(hints) > 250
-    assert [name for name, hint in {**hints, **_KEYS, **_ROUTED}.items() if unbounded(hint)] == []
+    assert [name for name, hint in hints.items() if unbounded(hint)] == []
 
 
 SMALL = {"grid": 8, "channels": 4, "num_classes": 4, "width": 384, "depth": 1, "heads": 6}

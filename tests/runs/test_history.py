@@ -17,11 +17,11 @@ from support.configs import check, compose_config
 
 from dcdit import status
 from dcdit.errors import UserError
-from dcdit.evaluation.courses import courses_below
-from dcdit.evaluation.results import find_results
+from dcdit.reporting.collect import find_results
+from dcdit.reporting.histories import histories_below
 from dcdit.runs.history import history_of, means, sparkline
 from dcdit.runs.lock import LOCK, is_held, sole_writer
-from dcdit.runs.progress import bytes_words, size_on_disk
+from dcdit.runs.progress import format_bytes, size_on_disk
 from dcdit.runs.state import RunState, State
 
 
@@ -64,7 +64,7 @@ def test_sizes(tmp_path):
     (tmp_path / "a" / "b").write_bytes(b"x" * 1500)
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
     assert size_on_disk(tmp_path) == 1500
-    assert [bytes_words(each) for each in (0, 999, 1500, 2.5e6, 7e12)] == ["0 B", "999 B", "1.5 kB", "2.5 MB", "7 TB"]
+    assert [format_bytes(each) for each in (0, 999, 1500, 2.5e6, 7e12)] == ["0 B", "999 B", "1.5 kB", "2.5 MB", "7 TB"]
 
 
 def test_watching_ends_with_the_last_run(trained_run, tmp_path, monkeypatch):
@@ -152,8 +152,8 @@ def test_what_is_no_file_hides_no_other_run(tmp_path, kind):
     before = signal.signal(signal.SIGALRM, lambda *ignored: pytest.fail("it hangs"))
     signal.alarm(30)
     try:
-        seen = status.look(check(status, compose_config(f"runs=[{tmp_path}/runs]", name="status")))
-        courses = {course.path.name for course in courses_below([f"{tmp_path}/runs"])}
+        seen = status.read_progress(check(status, compose_config(f"runs=[{tmp_path}/runs]", name="status")))
+        courses = {course.path.name for course in histories_below([f"{tmp_path}/runs"])}
         find_results([f"{tmp_path}/runs"])
         for path in seen:
             size_on_disk(path)

@@ -79,7 +79,7 @@ class Process:
         with self.job.lock():
             if self.result.is_file():
                 return
-            self.job.begin()
+            self.job.check_fingerprint()
         with Display(rank, "squaring", "chunk") as display:
             self.job.do(rank, world_size, self._square, display)
         self.job.finalize(self.result, self._join)

@@ -117,7 +117,7 @@ def test_a_stream_that_takes_nothing(monkeypatch, error):
         print("x")
         print("x", file=sys.stderr, flush=True)
         with Display(0, "drawing", "chunk") as display:
-            display.begin(2, 1, 3)
+            display.start(2, 1, 3)
             display.finish("a", 1)
         for stderr in (False, True):
             Console(force_terminal=True, stderr=stderr).print(Text("x"))

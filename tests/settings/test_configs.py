@@ -201,3 +201,12 @@ def test_numbers_of_images_that_no_memory_holds_are_refused(command, words):
     module = import_module(f"dcdit.{command}")
     with pytest.raises(UserError, match=words[-1].split("=")[0]):
         check(module, compose_config("checkpoint=x", *words, name=command))
+
+
+@pytest.mark.parametrize(("value", "folder"), [(None, "runs"), ("", "runs"), ("elsewhere", "elsewhere")])
+def test_a_variable_that_is_set_to_nothing_is_not_set(monkeypatch, value, folder):
+    if value is None:
+        monkeypatch.delenv("DCDIT_RUNS", raising=False)
+    else:
+        monkeypatch.setenv("DCDIT_RUNS", value)
+    assert config_of("experiment=digits").paths.runs == folder

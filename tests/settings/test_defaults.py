@@ -28,7 +28,7 @@ from dcdit.network import DCDiT, DiT
 from dcdit.sampling.settings import SamplingConfig
 from dcdit.training import settings
 from dcdit.training.callbacks import EMA, Checkpoint, PowerEMA, ProgressBar
-from dcdit.training.callbacks.fid import FID
+from dcdit.training.callbacks.fid import FIDSettings
 
 ONE_HOME = (
     *(sample.SampleConfig, generate.GenerateConfig, EvaluateConfig, report.ReportConfig, status.StatusConfig),
@@ -41,7 +41,7 @@ ONE_HOME = (
         PowerEMA,
         Checkpoint,
         ProgressBar,
-        FID,
+        FIDSettings,
         ema.EMAConfig,
     ),
     *(settings.TrainConfig, settings.TrainerSettings, settings.RatioSettings, settings.MultiBudgetSettings),

@@ -14,7 +14,7 @@ from dcdit.errors import UserError
 from dcdit.network import DCDiT
 from dcdit.network.packing import make_packing
 from dcdit.training.callbacks import EMA
-from dcdit.training.distillation import Distillation, HiddenStates, covering, recorded
+from dcdit.training.distillation import Distillation, HiddenStates, covering, record_hidden_states
 
 STILL = ("optimizer.lr=1e-12", "optimizer.lr_warmup_steps=0", "trainer.max_steps=1")
 UPCYCLE = ("init=upcycle", "init.distil_steps=4", "trainer.max_steps=6", "callbacks.checkpoint.every_n_steps=1")
@@ -243,7 +243,7 @@ def test_the_loss_is_zero_at_the_teachers_own_states_and_one_at_none(teacher):
     network = load_model(teacher).network
     x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([0, 400, 999]), torch.tensor([0, 4, 10])
     packing = make_packing(torch.rand(3, 64).sort(1).values > 0.5)
-    with recorded(network) as wanted:
+    with record_hidden_states(network) as wanted:
         network(x, t, y)
     assert len(wanted.tokens) == 2
     tokens = covering(packing.index, network.grid, network.patch)

@@ -338,27 +338,27 @@ def _louder(log):
 
 
 def test_a_failure_through_instantiate_is_told_as_a_person_would_see_it(tmp_path, digits):
-    from dcdit.runs.failure import one_line
+    from dcdit.runs.failure import describe_failure
 
     (tmp_path / "run").mkdir()
     config = compose_config(*TINY, f"data.directory={digits}", "+callbacks.x._target_=nowhere.Thing")
     try:
         train(config, tmp_path / "run")
     except Exception as error:
-        words = one_line(error)
+        words = describe_failure(error)
     assert "InstantiationException" not in words
     assert "callbacks.x" in words
 
 
 def test_attempts_are_counted_when_the_state_was_lost(tmp_path, monkeypatch):
-    from dcdit.runs.resume import started
+    from dcdit.runs.resume import state_at_start
 
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    assert started(None, tmp_path, 10).starts == 4
+    assert state_at_start(None, tmp_path, 10).starts == 4
     with pytest.raises(UserError, match="the run died 3 times in a row"):
-        started(None, tmp_path, 10, max_restarts=2)
+        state_at_start(None, tmp_path, 10, max_restarts=2)
     monkeypatch.delenv("SLURM_RESTART_COUNT")
-    assert started(None, tmp_path, 10).starts == 1
+    assert state_at_start(None, tmp_path, 10).starts == 1
 
 
 def test_keys_of_each_kind():

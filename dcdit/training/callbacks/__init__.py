@@ -1,4 +1,4 @@
-"""Lightning callbacks: what happens around training, beside the maths."""
+"""Lightning callbacks: checkpoints, averages of weights, signals, warnings and the progress bar."""
 
 from dcdit.training.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from dcdit.training.callbacks.ema import EMA

@@ -19,18 +19,18 @@ from dcdit.runtime.signals import shielded
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes whole checkpoints or none; hands over the one that a run goes on from, which was read and checked before.
+    """Writes whole checkpoints or none, and returns the checkpoint that a run goes on from, which is read before.
 
     Args:
-        opened: that checkpoint's content; None if the run begins.
+        opened: the content of that checkpoint, checked; None if the run begins.
     """
 
     def __init__(self, opened: dict[str, Any] | None = None) -> None:
         super().__init__()
         self._opened = opened
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Replace ``path`` by ``checkpoint`` at once or not at all; UserError if the disk does not take it."""
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+        """Write ``checkpoint`` to ``path``, completely or not at all; UserError if the disk does not take it."""
         target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -41,26 +41,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise UserError(f"{words}; earlier checkpoints are whole: resume with ckpt_path=last") from error
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
+        self, path: str | Path, map_location: object = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """The checkpoint that was opened; its memory is given back with Lightning's own reference."""
+        """Return the opened checkpoint, and keep no reference: Lightning frees its memory."""
         assert self._opened is not None
         opened, self._opened = self._opened, None
-        return {**opened, "pytorch-lightning_version": pl.__version__}  # ours: there is nothing to migrate
+        return {**opened, "pytorch-lightning_version": pl.__version__}  # so that Lightning migrates nothing
 
 
 @checked
 class Checkpoint(callbacks.Checkpoint):
     """A checkpoint every k optimiser steps and at the end of the run; ``last.ckpt`` is the newest of them.
 
-    It is written when all that its step logs is written; one more before every validation. While steps are skipped,
-    because their gradients are not finite, or weights are not, none is written: every checkpoint is one to go on from.
+    A checkpoint is written when everything that its step logs is written, and before every validation as well. None is
+    written while weights are not finite, or steps are skipped because their gradients are not: a run can go on from
+    every checkpoint.
 
     Args:
-        dirpath: where to.
+        dirpath: folder of the checkpoints.
         every_n_steps: optimiser steps between two checkpoints.
-        keep: so many of the newest stay; None keeps all.
-        milestone_every: of these steps every checkpoint stays; None for no such steps.
+        keep: how many of the newest are kept; None keeps all.
+        milestone_every: checkpoints whose step is a multiple of this are kept as well; None for none.
 
     Raises:
         UserError: if a number is not positive.
@@ -72,10 +73,10 @@ class Checkpoint(callbacks.Checkpoint):
         self._saved = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Where a run begins or goes on there is nothing to save.
+        """Note the step at which the run begins or goes on, which need not be saved again.
 
-        Where it goes on from an earlier step than its newest, later checkpoints are of steps that will be done anew:
-        they stay under other names, for a resume takes the newest of its kind.
+        If the run goes on from an earlier checkpoint than its newest, the later ones are of steps that will be done
+        again. They are renamed, for a resume takes the newest checkpoint.
         """
         self._saved = step = trainer.global_step
         later = [path for other, path in self._steps().items() if other > step]
@@ -89,22 +90,22 @@ class Checkpoint(callbacks.Checkpoint):
             say(f"Later checkpoints than step {step} are kept as abandoned_*.ckpt in {self.folder}: {names}")
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Save the step before, if it is one of every k."""
+        """Save the last step if it is a multiple of ``every_n_steps``."""
         if batch_idx % trainer.accumulate_grad_batches == 0 and trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save first: a validation may take long or fail, and whoever stops the run need not wait for it."""
+        """Save before a validation, which may take long or fail."""
         self.save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the final step too, wherever it falls. Later than here the average has replaced the raw weights."""
+        """Save the final step, here because the EMA replaces the raw weights right after."""
         self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Save the current step unless that has been done or must not be, and drop what need not stay."""
+        """Save the current step, unless it is saved already or cannot be gone on from, and delete old checkpoints."""
         step = trainer.global_step
         if step == self._saved or trainer.sanity_checking:
             return
@@ -115,13 +116,13 @@ class Checkpoint(callbacks.Checkpoint):
             return
         with shielded():
             path = self.folder / checkpoint_name(step)
-            trainer.save_checkpoint(path, weights_only=False)  # all of it: moments and position too
+            trainer.save_checkpoint(path, weights_only=False)  # with the optimiser's moments and the position
             if trainer.is_global_zero:
                 link(path, self.folder / LAST)
                 self._prune()
 
     def protect(self, name: str) -> Path | None:
-        """Keep the newest checkpoint under ``name``, which is not pruned; None if there is none."""
+        """Keep the newest checkpoint under ``name``, which is never deleted; None if there is no checkpoint."""
         newest = next(iter(self._steps().values()), None)
         if newest is None:
             return None
@@ -139,7 +140,7 @@ class Checkpoint(callbacks.Checkpoint):
 
 
 def link(path: Path, name: Path) -> None:
-    """Make ``name`` another name of the file ``path``, at once; a copy where the file system has no links."""
+    """Make ``name`` a hard link to the file ``path``, at once; a copy if the file system has no links."""
     draft = name.with_name(f".{name.name}.link")
     draft.unlink(missing_ok=True)
     try:
@@ -148,4 +149,4 @@ def link(path: Path, name: Path) -> None:
         with replacing(draft) as target, path.open("rb") as source:
             shutil.copyfileobj(source, target, 1 << 22)
     draft.replace(name)
-    draft.unlink(missing_ok=True)  # to rename one name of a file to another of its names does nothing
+    draft.unlink(missing_ok=True)  # still there if both were names of one file: then the rename does nothing

@@ -18,7 +18,6 @@ from dcdit.checks import (
     DropFraction,
     Images,
     NotEmpty,
-    Number,
     Seed,
     Shown,
     TimeFraction,
@@ -30,12 +29,13 @@ from dcdit.data.decoder import LatentDecoder, load_decoder
 from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
-from dcdit.diffusion.settings import SAMPLERS, GuidanceSettings
-from dcdit.errors import UserError, naming
+from dcdit.diffusion.settings import SAMPLERS, Auto, GuidanceSettings, SamplerSettings
+from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.images import open_images
-from dcdit.evaluation.metrics import check_counts, choose_metrics, frechet
-from dcdit.evaluation.reference_images import ReferenceStatistics, default_cache
+from dcdit.evaluation.measure import measure_samples
+from dcdit.evaluation.metrics import compare_with, frechet
+from dcdit.evaluation.reference_images import ReferenceStatistics
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime.display import Display
 from dcdit.runtime.processes import say
@@ -43,39 +43,17 @@ from dcdit.sampling.figures import Recorder, save_boundaries, save_grid
 from dcdit.sampling.generate import generate
 from dcdit.sampling.setup import check_guidance
 
-_CHUNK = 500  # images of a task on the reference
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What is loaded once, when fitting begins."""
-
-    decode: LatentDecoder
-    reference: Statistics
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Figures at one budget, of all processes, and this process's first images (n, 1 or 3, height, width) uint8."""
-
-    figures: dict[str, Number]
-    images: Tensor
-
 
 @checked
-class FID(Callback):
-    """Logs ``val/fid@<drop fraction>``, ``val/keep_ratio@...`` and ``val/tflops@...`` per image, and pictures.
+@dataclass(frozen=True)
+class FIDSettings:
+    """What :class:`FID` measures: the keys of ``configs/callbacks/fid.yaml``, but for the feature network.
 
-    It samples between Lightning's swap of the EMA weights into the network and back, whatever the order of the
-    callbacks; without EMA, the raw weights are measured. Images depend on ``seed`` alone, so that the pictures show the
-    same samples getting better.
-
-    Args:
+    Attributes:
         reference: images to compare with, see :func:`dcdit.evaluation.images.open_images`.
-        features: network whose features are compared.
         folder: for the pictures.
-        sampler: plain mapping for one of :data:`dcdit.diffusion.settings.SAMPLERS`.
-        guidance: plain mapping for :class:`GuidanceSettings`.
+        sampler: the sampler's settings.
+        guidance: the guidance; its drop fraction is that of the budget.
         drop_fractions: budgets.
         count: images at each budget, over all processes.
         batch_size: samples per forward pass.
@@ -87,39 +65,66 @@ class FID(Callback):
         seed: of the images.
         autoencoder: decode with this one; None takes the one of the latents.
         cache: for the statistics of the reference; None takes one in the user's cache.
+    """
+
+    reference: str
+    folder: str
+    sampler: Auto | SamplerSettings
+    guidance: GuidanceSettings
+    drop_fractions: Annotated[list[DropFraction], NotEmpty("name at least one, such as 0")]
+    count: Images
+    batch_size: Images
+    every: Count
+    max_time_fraction: TimeFraction
+    shown: Shown
+    frames: Columns
+    seed: Seed
+    autoencoder: str | None
+    cache: str | None
+
+    def __post_init__(self) -> None:
+        if self.guidance.weak_checkpoint is not None:
+            raise UserError("guidance.weak_checkpoint: during training the network itself is the guiding branch")
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What is loaded once, when fitting begins."""
+
+    sampler: Sampler
+    decode: LatentDecoder
+    reference: Statistics
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Figures at one budget, of all processes, and this process's first images (n, 1 or 3, height, width) uint8."""
+
+    figures: dict[str, float]
+    images: Tensor
+
+
+class FID(Callback):
+    """Logs ``val/fid@<drop fraction>``, ``val/keep_ratio@...`` and ``val/tflops@...`` per image, and pictures.
+
+    It samples between Lightning's swap of the EMA weights into the network and back, whatever the order of the
+    callbacks; without EMA, the raw weights are measured. Images depend on ``seed`` alone, so that the pictures show the
+    same samples getting better.
+
+    Args:
+        features: network whose features are compared.
+        sampler: plain mapping for one of :data:`dcdit.diffusion.settings.SAMPLERS`.
+        settings: the other fields of :class:`FIDSettings`, as plain values.
 
     Raises:
         UserError: if a value is out of its range; when fitting begins, if anything that is needed is missing.
     """
 
-    def __init__(
-        self,
-        reference: str,
-        features: FeatureNetwork,
-        folder: str,
-        sampler: Any,
-        guidance: Any,
-        drop_fractions: Annotated[list[DropFraction], NotEmpty("name at least one, such as 0")],
-        count: Images,
-        batch_size: Images,
-        every: Count,
-        max_time_fraction: TimeFraction,
-        shown: Shown,
-        frames: Columns,
-        seed: Seed,
-        autoencoder: str | None,
-        cache: str | None,
-    ) -> None:
-        self.reference, self.features, self.folder = reference, features, Path(folder)
-        self.asked = build_named(SAMPLERS, sampler, "sampler")
-        self.guidance = call_checked(GuidanceSettings, guidance, "guidance")
-        if self.guidance.weak_checkpoint is not None:
-            raise UserError("guidance.weak_checkpoint: during training the network itself is the guiding branch")
-        self.drop_fractions = drop_fractions
-        self.count, self.batch_size, self.every, self.max_time_fraction = count, batch_size, every, max_time_fraction
-        self.shown, self.frames, self.seed = shown, frames, seed
-        self.autoencoder, self.cache = autoencoder, cache
-        self._prepared: _Prepared | None = None
+    def __init__(self, features: FeatureNetwork, sampler: Any, **settings: Any) -> None:
+        options = build_named(SAMPLERS, sampler, "sampler")
+        self.settings = call_checked(FIDSettings, settings, "", {"sampler": options})
+        self.features = features
+        self._loaded: _Loaded | None = None
         self._began = self._spent = self._last = 0.0
         self._validations = 0
 
@@ -134,31 +139,31 @@ class FID(Callback):
                 " one beside `train`, or leave the callback out"
             )
         model = self._model(pl_module, trainer)
-        self.sampler = Sampler(self.asked.for_process(model.process.settings))
-        for drop in self.drop_fractions:
+        settings = self.settings
+        sampler = Sampler(settings.sampler.for_process(model.process.settings))
+        for drop in settings.drop_fractions:
             check_guidance(model.network, self._guidance(drop))
-        decode = load_decoder(model.latents, pl_module.device, self.autoencoder)
-        self.features.to(pl_module.device)
-        size = decode.size(pl_module.device)
-        images = open_images(self.reference, size, pl_module.device, self.autoencoder, network=model.latents)
-        choose_metrics(["fid"], self.features, bool(images.count), list(images.moments(self.features)))
-        cache = Path(self.cache) if self.cache else default_cache()
-        reference = ReferenceStatistics(images, self.features, cache, None, _CHUNK, self.batch_size, ["features"])
-        check_counts(["fid"], self.features, self.count, reference)
-        self._prepared = _Prepared(decode, self._statistics(reference, trainer))
+        device = pl_module.device
+        decode = load_decoder(model.latents, device, settings.autoencoder)
+        self.features.to(device)
+        size = decode.size(device)
+        images = open_images(settings.reference, size, device, settings.autoencoder, network=model.latents)
+        options: dict[str, Any] = {"cache": settings.cache, "batch_size": settings.batch_size}
+        reference = compare_with(images, self.features, ["fid"], settings.count, **options).reference
+        self._loaded = _Loaded(sampler, decode, self._statistics(reference, trainer))
         self._began = time.monotonic()
 
     def _statistics(self, reference: ReferenceStatistics, trainer: pl.Trainer) -> Statistics:
-        """Of the reference; every process does its share, and what is still missing then, such as on another disk."""
+        """Return those of the reference; every process does its share, and what another disk still lacks."""
         with Display(trainer.global_rank, "reading the reference", "chunk") as display:
             reference.work(trainer.global_rank, trainer.world_size, display)
             trainer.strategy.barrier()
-            found = reference.finalize()
-            if found is None:
+            statistics = reference.finalize()
+            if statistics is None:
                 reference.work(0, 1, display)
-                found = reference.finalize()
-        assert found is not None
-        return found
+                statistics = reference.finalize()
+        assert statistics is not None
+        return statistics
 
     # ---- at validations ----------------------------------------------------------------------------------------
 
@@ -166,37 +171,39 @@ class FID(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Measure at the first batch, where the EMA weights have been swapped in, if it is time."""
-        if batch_idx or self._prepared is None or trainer.sanity_checking:
+        settings, loaded = self.settings, self._loaded
+        if batch_idx or loaded is None or trainer.sanity_checking:
             return
         self._validations += 1
-        if (self._validations - 1) % self.every or not self._affordable(trainer):
+        if (self._validations - 1) % settings.every or not self._affordable(trainer):
             return
         begin = time.monotonic()
         model = self._model(pl_module, trainer)
-        rows, first, words = [], None, []
-        for drop in self.drop_fractions:
-            wanted = self.frames if first is None and trainer.is_global_zero else 0
-            recorder = Recorder([0, 1, 2], wanted, len(self.sampler.timesteps), model.process.clean)
-            measured = self._measure(trainer, pl_module, self._prepared, drop, recorder)
+        rows, first, figures = [], None, []
+        for drop in settings.drop_fractions:
+            frames = settings.frames if first is None and trainer.is_global_zero else 0
+            recorder = Recorder([0, 1, 2], frames, len(loaded.sampler.timesteps), model.process.clean)
+            measured = self._measure(trainer, model, loaded, drop, recorder)
             for name, value in measured.figures.items():
                 pl_module.log(f"val/{name}@{drop:g}", value, on_step=False, on_epoch=True)
             rows.append(measured.images)
-            words.append(f"{measured.figures['fid']:.4g} at drop fraction {drop:g}")
+            figures.append(f"{measured.figures['fid']:.4g} at drop fraction {drop:g}")
             first = first or recorder
         if trainer.is_global_zero and first is not None:
-            self._save_pictures(trainer, torch.cat(rows), first, self._prepared.decode)
-        say(f"Step {trainer.global_step}: FID {', '.join(words)}")
+            self._save_pictures(trainer, torch.cat(rows), first, loaded)
+        say(f"Step {trainer.global_step}: FID {', '.join(figures)}")
         self._last = time.monotonic() - begin
         self._spent += self._last
 
     def _affordable(self, trainer: pl.Trainer) -> bool:
-        """Whether one more measurement stays within the share of time; the first process decides for all."""
+        """Return whether one more measurement stays within the share of time; the first process decides for all."""
+        limit = self.settings.max_time_fraction
         elapsed = time.monotonic() - self._began
-        fits = self._spent + self._last <= self.max_time_fraction * (elapsed + self._last)
+        fits = self._spent + self._last <= limit * (elapsed + self._last)
         ends = not self._spent or trainer.global_step >= trainer.max_steps
         fits = bool(trainer.strategy.broadcast(fits or ends))
         if not fits:
-            share = f"max_time_fraction={self.max_time_fraction:g} of the time"
+            share = f"max_time_fraction={limit:g} of the time"
             times = f"{self._spent:.0f} s so far, {self._last:.0f} s each"
             say(f"Step {trainer.global_step}: FID left out, it would take more than {share} ({times})")
         return fits
@@ -206,55 +213,54 @@ class FID(Callback):
         return Model(pl_module.network, latents, trainer.global_step, pl_module.process)
 
     def _guidance(self, drop: float) -> GuidanceSettings:
-        return replace(self.guidance, drop_fraction=drop)
+        return replace(self.settings.guidance, drop_fraction=drop)
 
     def _measure(
-        self, trainer: pl.Trainer, pl_module: Any, prepared: _Prepared, drop: float, recorder: Recorder
+        self, trainer: pl.Trainer, model: Model, loaded: _Loaded, drop: float, recorder: Recorder
     ) -> _Measured:
-        """Sample this process's share at one budget; figures of all processes."""
-        model, rank, world_size = self._model(pl_module, trainer), trainer.global_rank, trainer.world_size
-        # the double precision of FID is not to be had on every accelerator
-        place = pl_module.device if pl_module.device.type == "cuda" else torch.device("cpu")
-        fid = frechet(prepared.reference.moments, real=rank == 0).to(place)
-        sums = torch.zeros(2, dtype=torch.float64)  # FLOPs, kept tokens
-        first: list[Tensor] = []
+        """Sample this process's share at one budget; return the figures of all processes."""
+        settings, rank, world_size = self.settings, trainer.global_rank, trainer.world_size
+        network, count = model.network, settings.count
         batches = generate(
             model,
-            Guidance(model.network, model.network.null_class, self._guidance(drop)),
-            self.sampler,
-            torch.arange(self.count) % model.network.num_classes,
-            range(rank * self.count // world_size, (rank + 1) * self.count // world_size),
-            seed=self.seed,
-            batch_size=self.batch_size,
+            Guidance(network, network.null_class, self._guidance(drop)),
+            loaded.sampler,
+            torch.arange(count) % network.num_classes,
+            range(rank * count // world_size, (rank + 1) * count // world_size),
+            seed=settings.seed,
+            batch_size=settings.batch_size,
             precision="bf16" if "bf16" in str(trainer.precision) else "fp32",
             on_step=recorder.take,
         )
-        for batch in batches:
-            with naming("sample", batch.indices):
-                images = prepared.decode(batch.latents.to(pl_module.device))
-                seen = self.features(images).features
-            if sum(len(each) for each in first) < self.shown:
-                first.append(images)
-            fid.update(seen.to(place), real=False)
-            sums += torch.stack([batch.flops.sum(), batch.kept.sum()])
-        flops, kept = trainer.strategy.reduce(sums.to(place), reduce_op="sum").tolist()
-        figures = {"fid": float(fid.compute()), "tflops": flops / self.count / 1e12}
-        if model.network.routes:
-            figures["keep_ratio"] = kept / self.count / model.latents.positions
-        return _Measured(figures, torch.cat(first)[: self.shown])
+        measured = measure_samples(batches, loaded.decode, self.features, ["fid"], settings.shown)
+        # the double precision of FID is not to be had on every accelerator
+        root = trainer.strategy.root_device
+        device = root if root.type == "cuda" else torch.device("cpu")
+        fid = frechet(loaded.reference.moments, real=rank == 0).to(device)
+        for features in measured.features:
+            fid.update(features.features.to(device), real=False)
+        cost = measured.sampled.cost
+        ratio = cost.mean_keep_ratio(model.latents.positions) or 0.0
+        own = torch.tensor([cost.flops, ratio * cost.images], dtype=torch.float64, device=device)
+        flops, ratios = trainer.strategy.reduce(own, reduce_op="sum").tolist()
+        figures = {"fid": float(fid.compute()), "tflops": flops / count / 1e12}
+        if network.routes:
+            figures["keep_ratio"] = ratios / count
+        return _Measured(figures, measured.first)
 
-    def _save_pictures(self, trainer: pl.Trainer, images: Tensor, recorder: Recorder, decode: LatentDecoder) -> None:
+    def _save_pictures(self, trainer: pl.Trainer, images: Tensor, recorder: Recorder, loaded: _Loaded) -> None:
         """Save the pictures, and hand them to the loggers that take pictures."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder, drops = Path(self.settings.folder), self.settings.drop_fractions
+        folder.mkdir(parents=True, exist_ok=True)
         step = trainer.global_step
-        pictures = {"samples": self.folder / f"step_{step:08d}_samples.png"}
-        save_grid(images, len(images) // len(self.drop_fractions), pictures["samples"])
+        pictures = {"samples": folder / f"step_{step:08d}_samples.png"}
+        save_grid(images, len(images) // len(drops), pictures["samples"])
         rows = [row for row in recorder.rows.values() if row and row[0].boundaries is not None]
         if rows:
-            pictures["boundaries"] = self.folder / f"step_{step:08d}_boundaries.png"
-            words = [f"sample {number}" for number in range(len(rows))]
-            title = f"step {step:,}, ρ {self.drop_fractions[0]:g}, {self.sampler.settings.description}"
-            save_boundaries(rows, words, decode, pictures["boundaries"], title)
+            pictures["boundaries"] = folder / f"step_{step:08d}_boundaries.png"
+            names = [f"sample {number}" for number in range(len(rows))]
+            title = f"step {step:,}, ρ {drops[0]:g}, {loaded.sampler.settings.description}"
+            save_boundaries(rows, names, loaded.decode, pictures["boundaries"], title)
         for logger in trainer.loggers:
             for name, path in pictures.items():
                 if isinstance(logger, WandbLogger):

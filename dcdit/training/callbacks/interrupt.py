@@ -1,8 +1,8 @@
-"""A Ctrl-C, or the end of a job, that loses nothing."""
+"""Signals end a run without loss: it finishes the step and saves."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -15,24 +15,24 @@ from dcdit.runtime.signals import STOP_SIGNALS, interrupt
 class StopOnInterrupt(Callback):
     """On Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 finish the step, save, and say how to resume.
 
-    A second Ctrl-C stops at once, but does not tear a checkpoint that is being written. A validation that is not due is
-    not run; one that is, after the checkpoint.
+    A second Ctrl-C stops at once, but lets a checkpoint that is being written be finished. A validation runs only if it
+    is due, and after the checkpoint.
 
-    Several processes agree every few steps, for the signal need not reach all of them, nor in the same step.
+    Several processes agree every few steps, for a signal may reach only some of them, or in different steps.
     """
 
-    TOGETHER = 5
+    AGREE_EVERY = 5
     """Optimiser steps between two agreements of several processes."""
 
     def __init__(self) -> None:
         self.signalled = False
-        self._previous: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the signals, after Lightning, whose own handler of SIGTERM stops without saving."""
-        # Who started this with nohup wants it to outlive the terminal.
-        ignored = {each for each in STOP_SIGNALS if signal.getsignal(each) is signal.SIG_IGN}
-        self._previous = {each: signal.signal(each, self._handle) for each in STOP_SIGNALS if each not in ignored}
+        """Install handlers, after Lightning, whose own handler of SIGTERM stops without saving."""
+        # Ignored signals stay ignored: a run that was started with nohup shall outlive its terminal.
+        handled = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        self._previous = {signum: signal.signal(signum, self._handle) for signum in handled}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signalled:
@@ -40,17 +40,17 @@ class StopOnInterrupt(Callback):
         if self.signalled:
             return  # SLURM sends several, one after the other
         self.signalled = True
-        again = "Press Ctrl-C again to stop at once." if signum == signal.SIGINT else ""
-        say(f"\n{signal.Signals(signum).name}: finishing this step and saving. {again}")
+        hint = "Press Ctrl-C again to stop at once." if signum == signal.SIGINT else ""
+        say(f"\n{signal.Signals(signum).name}: finishing this step and saving. {hint}")
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Stop at the border of an optimiser step; the end of the loop saves."""
+        """Stop after an optimiser step; the end of the loop saves."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if trainer.world_size > 1:
-            if trainer.global_step % self.TOGETHER:
+            if trainer.global_step % self.AGREE_EVERY:
                 return
             self.signalled = trainer.strategy.reduce_boolean_decision(self.signalled, all=False)
         if self.signalled:
@@ -65,10 +65,7 @@ class StopOnInterrupt(Callback):
         return State.INTERRUPTED if stopped else State.FINISHED
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        self._give_back()
-
-    def _give_back(self) -> None:
-        for each, handler in self._previous.items():
-            signal.signal(each, handler)
+        """Restore the handlers of before."""
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
         self._previous = {}

@@ -1,8 +1,8 @@
-"""Notices a run that explodes while its numbers are still finite."""
+"""A warning when the loss explodes while it is still finite."""
 
 from collections import deque
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -19,12 +19,11 @@ Factor = Annotated[float, Bounds(1, 10**7, open_low=True, hint="5 warns when the
 class LossWatch(Callback):
     """Warns when the logged loss is far above its running median, and keeps the newest checkpoint from before.
 
-    The checkpoint stays as ``before_step_*.ckpt``, whatever is pruned later. One warning for each time the loss leaves
-    its range.
+    The checkpoint is kept as ``before_step_*.ckpt``. There is one warning each time the loss leaves its range.
 
     Args:
-        factor: how far above the median is far.
-        window: logged losses that the median is taken of; none is judged before there are so many.
+        factor: a loss above this multiple of the median is far.
+        window: logged losses of which the median is taken; the first so many are not judged.
 
     Raises:
         UserError: if a number is out of range.
@@ -36,9 +35,9 @@ class LossWatch(Callback):
         self._far = False
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Look at the loss when it is logged."""
+        """Compare the loss with the median when it is logged."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % logging_interval(trainer):
             return
         loss = float(trainer.callback_metrics["train/loss"])
@@ -53,9 +52,9 @@ class LossWatch(Callback):
     def _warn(self, trainer: pl.Trainer, loss: float, usual: float | None) -> None:
         kept = None
         if trainer.is_global_zero:
-            for each in trainer.checkpoint_callbacks:
-                if isinstance(each, Checkpoint):
-                    kept = each.protect(f"before_step_{trainer.global_step:08d}.ckpt")
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, Checkpoint):
+                    kept = callback.protect(f"before_step_{trainer.global_step:08d}.ckpt")
         where = f"The newest checkpoint from before stays as {kept}." if kept else "There is no checkpoint before it."
         say(
             f"Step {trainer.global_step}: the loss is {loss:.4g}, its median of {self.window} logged ones {usual:.4g}."

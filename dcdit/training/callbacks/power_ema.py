@@ -1,4 +1,4 @@
-"""Averages of weights whose length is chosen after training, see :mod:`dcdit.checkpoints.power_ema`."""
+"""Averages of weights by power functions, see :mod:`dcdit.checkpoints.power_ema`; their length is chosen later."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,16 +17,16 @@ from dcdit.runtime.tensors import check_shapes, shapes_of
 
 @checked
 class PowerEMA(Callback):
-    """Keeps averages of the network's weights by power functions, and snapshots of them on the way.
+    """Keeps averages of the network's weights by power functions, and writes snapshots of them during training.
 
-    The averages are in every checkpoint. Snapshots are evenly spaced over the steps done: where there would be more
-    than ``keep``, every second goes and their distance doubles.
+    The averages are in every checkpoint. Snapshots are evenly spaced over the steps done: when there would be more than
+    ``keep``, every second one is deleted and their distance doubles.
 
     Args:
         lengths: relative lengths, 0.05 and 0.1 in EDM2; empty for none, which costs nothing.
         dirpath: folder of the snapshots.
         every_n_steps: optimiser steps between two snapshots at first.
-        keep: snapshots at the most.
+        keep: the most snapshots that are kept.
 
     Raises:
         UserError: if a value is out of its range.
@@ -50,35 +50,35 @@ class PowerEMA(Callback):
         self._step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring averages of a checkpoint to the device; forget snapshots of steps that will be done again."""
+        """Move the averages of a checkpoint to the device, and delete snapshots of steps that will be done again."""
         parameters = self._parameters(pl_module)
         self._step = trainer.global_step
         for length in self.exponents:
             if not self._step:
-                self.averages[length] = {name: each.detach().clone() for name, each in parameters.items()}
+                self.averages[length] = {name: weight.detach().clone() for name, weight in parameters.items()}
                 continue
-            known = self.averages.get(length, {})
+            average = self.averages.get(length, {})
             try:
-                check_shapes(shapes_of(known), shapes_of(parameters))
+                check_shapes(shapes_of(average), shapes_of(parameters))
             except UserError as error:
                 raise UserError(
                     f"callbacks.power_ema: the checkpoint's average of length {length:g}: {error}"
                 ) from error
-            self.averages[length] = {name: known[name].to(each.device) for name, each in parameters.items()}
+            self.averages[length] = {name: average[name].to(weight.device) for name, weight in parameters.items()}
         if trainer.is_global_zero:
             for step, path in snapshots_in(self.folder).items():
                 if step > self._step:
                     path.unlink(missing_ok=True)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Take the weights after an optimiser step up into the averages."""
+        """Add the weights after an optimiser step to the averages, and write a snapshot when one is due."""
         step = trainer.global_step
         if step == self._step or not self.exponents:
             return
         self._step = step
-        parameters = [each.detach() for each in self._parameters(pl_module).values()]
+        parameters = [weight.detach() for weight in self._parameters(pl_module).values()]
         for length, gamma in self.exponents.items():
             torch._foreach_lerp_(list(self.averages[length].values()), parameters, 1 - decay(step, gamma))
         if step % self.distance(step) == 0 and trainer.is_global_zero and not trainer.lightning_module.ailment:
@@ -89,27 +89,27 @@ class PowerEMA(Callback):
                     self._digests.pop(str(other), None)
 
     def distance(self, step: int) -> int:
-        """Optimiser steps between two snapshots, so many steps into the run."""
+        """The distance between two snapshots, in optimiser steps, after ``step`` steps."""
         distance = self.every_n_steps
         while step // distance > self.keep:
             distance *= 2
         return distance
 
     def average_tensors(self) -> list[Tensor]:
-        """All averages."""
-        return [each for state in self.averages.values() for each in state.values()]
+        """The tensors of all averages."""
+        return [tensor for average in self.averages.values() for tensor in average.values()]
 
-    def _parameters(self, pl_module: Any) -> dict[str, Tensor]:
-        return dict(pl_module.network.named_parameters())
+    def _parameters(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+        return dict(pl_module.get_submodule("network").named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by length, their step, and the digests of snapshots by step; nothing if there are none."""
+        """The averages by length, their step, and the digests of snapshots by step; empty if there are none."""
         if not self.exponents:
             return {}
         averages = {f"{length:g}": state for length, state in self.averages.items()}
         return {"step": self._step, "averages": averages, "snapshots": dict(self._digests)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned; it is checked when training begins."""
+        """Restore what :meth:`state_dict` returned; it is checked when training begins."""
         self.averages = {float(length): dict(state) for length, state in state_dict["averages"].items()}
         self._digests = dict(state_dict["snapshots"])

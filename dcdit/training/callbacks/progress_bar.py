@@ -1,4 +1,4 @@
-"""How far training is, in a terminal."""
+"""The progress bar of training."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -23,20 +23,20 @@ class ProgressBar(RichProgressBar):
 
     def __init__(self, refresh_rate: Count) -> None:
         super().__init__(refresh_rate=refresh_rate)
-        get_console().__class__ = Console  # the one that Lightning shows its bar on, and what is printed beside it
-        self._shown: dict[str, Any] = {}
+        get_console().__class__ = Console  # Lightning's bar is shown on Rich's global console
+        self._shown: dict[str, float] = {}
 
     @property
     def total_train_batches(self) -> int | float:
-        """Micro-batches of the whole run; a resumed run counts on from where it stopped."""
+        """The micro-batches of the whole run; a resumed run goes on counting from where it stopped."""
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """The metrics shown, those of the last refresh: Lightning's own are read from the device at every step."""
+        """The metrics at the last refresh; Lightning would read its own from the device at every step."""
         if trainer.global_step % self.refresh_rate == 0:
-            found = trainer.callback_metrics
-            self._shown = {name: float(found[key]) for name, key in self.SHOWN.items() if key in found}
+            metrics = trainer.callback_metrics
+            self._shown = {name: float(metrics[key]) for name, key in self.SHOWN.items() if key in metrics}
         return self._shown

@@ -1,14 +1,16 @@
 """Plots of quality against compute."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import fmean
 
 import matplotlib
 import numpy as np
 
 from dcdit.checks import visible
-from dcdit.evaluation.courses import Line
-from dcdit.evaluation.curves import Section, Series, pareto
+from dcdit.evaluation.results import Result
 from dcdit.evaluation.settings import Figure
+from dcdit.reporting.curves import Section, Series, pareto
+from dcdit.reporting.histories import Curve
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -17,10 +19,6 @@ from matplotlib.figure import Figure as PlotFigure
 
 _SIZE = (8.2, 4.6)
 _LONGEST_LABEL = 80
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _colours(curves: Sequence[Series]) -> list[str]:
@@ -35,7 +33,7 @@ def _label(series: Series) -> str:
 
 
 def verbatim(text: str) -> str:
-    """A label as it stands, on one line, its middle left out where it is too long to be laid out beside a plot.
+    """Return a label as it stands, on one line, its middle left out where it is too long to be laid out beside a plot.
 
     matplotlib would take dollars for formulas, and leave out what begins with "_".
     """
@@ -59,13 +57,13 @@ def _finish(figure: PlotFigure, axes: Axes, measured: Figure | None = None) -> P
     return figure
 
 
-def course_plot(curves: Sequence[Line], ylabel: str, targets: Sequence[float]) -> PlotFigure:
-    """Curves over the steps of training, one colour for each run.
+def history_plot(curves: Sequence[Curve], ylabel: str, targets: Sequence[float]) -> PlotFigure:
+    """Plot curves over the steps of training, one colour for each run.
 
     Args:
-        curves: what is drawn.
+        curves: of any number of runs.
         ylabel: of the axis.
-        targets: values to mark, such as the keep ratios that were asked for.
+        targets: values to mark, such as the keep ratios that training aimed at.
     """
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
     palette = plt.get_cmap("tab10" if max(curve.run for curve in curves) < 10 else "tab20")
@@ -82,28 +80,31 @@ def course_plot(curves: Sequence[Line], ylabel: str, targets: Sequence[float]) -
     return _finish(figure, axes)
 
 
-def trade_off(section: Section, measured: Figure, cost: str, xlabel: str) -> PlotFigure:
-    """A figure against a cost: a curve over the drop fractions for each series, a single point for a plain DiT.
+def trade_off(
+    section: Section, measured: Figure, cost: Callable[[Result], float], xlabel: str, front: bool = False
+) -> PlotFigure:
+    """Plot a figure against a cost: a curve over the drop fractions for each series, a single point for a plain DiT.
 
     Where there are several training seeds, lines and marks are means and bars reach from the least to the greatest.
 
     Args:
         section: the curves.
         measured: of each result.
-        cost: key of a result, ``tflops_per_image`` or ``milliseconds_per_image``.
+        cost: what a result's images cost.
         xlabel: of the axis, with units.
+        front: draw the Pareto front as well.
     """
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
     for series, colour in zip(section.series, _colours(section.series), strict=True):
-        xs = [_mean(point.figures(cost)) for point in series.points]
+        xs = [fmean(point.values(cost)) for point in series.points]
         ys = _draw(axes, series, xs, measured, colour)
         if len(xs) > 1:
             for x, y, point in zip(xs, ys, series.points, strict=True):
-                words = f"{section.axis.symbol} {point.at:g}"
-                axes.annotate(words, (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7, color=colour)
-    if len(section.results) > 2 and cost == "tflops_per_image":
-        front = pareto(section.results, measured)
-        xs, ys = [float(each.values[cost]) for each in front], [each.figure(measured.key) for each in front]
+                label = f"{section.axis.symbol} {point.at:g}"
+                axes.annotate(label, (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7, color=colour)
+    if front:
+        best = pareto(section.results, measured)
+        xs, ys = [cost(result) for result in best], [result.figure(measured.key) for result in best]
         axes.plot(xs, ys, "--", color="black", linewidth=1, label="Pareto front", zorder=0)
     axes.set_xlabel(xlabel)
     axes.ticklabel_format(axis="x", scilimits=(-2, 4))
@@ -111,7 +112,7 @@ def trade_off(section: Section, measured: Figure, cost: str, xlabel: str) -> Plo
 
 
 def over_scale(section: Section, measured: Figure) -> PlotFigure:
-    """A figure over the guidance scale: a curve for each budget, its best point marked."""
+    """Plot a figure over the guidance scale: a curve for each budget, its best point marked."""
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
     for series, colour in zip(section.scales, _colours(section.scales), strict=True):
         xs = [point.at for point in series.points]
@@ -123,9 +124,9 @@ def over_scale(section: Section, measured: Figure) -> PlotFigure:
 
 
 def _draw(axes: Axes, series: Series, xs: list[float], measured: Figure, colour: str) -> list[float]:
-    """One curve of means, and bars where seeds differ; returns the means."""
-    spread = [point.figures("metrics", measured.key) for point in series.points]
-    ys = [_mean(values) for values in spread]
+    """Draw one curve of means, and bars where seeds differ; return the means."""
+    spread = [point.figures(measured) for point in series.points]
+    ys = [fmean(values) for values in spread]
     bars = np.array([[y - min(values), max(values) - y] for y, values in zip(ys, spread, strict=True)]).T
     single = len(series.points) == 1
     axes.errorbar(
@@ -143,8 +144,8 @@ def _draw(axes: Axes, series: Series, xs: list[float], measured: Figure, colour:
 
 
 def keep_ratio(section: Section) -> PlotFigure | None:
-    """Keep ratio over the timesteps, at the least and the greatest drop; None without any router."""
-    routed = [series for series in section.series if "keep_ratio" in series.first.values]
+    """Plot the main branch's keep ratio over the timesteps, at the least and greatest drop; None without a router."""
+    routed = [series for series in section.series if series.first.keep_ratio]
     if not routed:
         return None
     figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
@@ -155,11 +156,10 @@ def keep_ratio(section: Section) -> PlotFigure | None:
             style = "-" if ends is None else ends.get(point.at)
             if style is None:
                 continue
-            shares = np.mean([result.values["keep_ratio"]["strong"] for result in point.results], axis=0)
-            timesteps = point.results[0].values["keep_ratio"]["timesteps"]
+            ratios = [result.keep_ratio for result in point.results if result.keep_ratio]
             axes.plot(
-                timesteps,
-                100 * shares,
+                ratios[0].timesteps,
+                100 * np.mean([ratio.main for ratio in ratios], axis=0),
                 style,
                 color=colours[id(series)],
                 label=verbatim(f"{series.label}, {section.axis.symbol} {point.at:g}"),

@@ -1,0 +1,84 @@
+"""Descriptions of measurements for people, and whether their figures may stand beside published ones."""
+
+from dcdit.diffusion.settings import GuidanceSettings, SamplerOptions
+from dcdit.evaluation.results import MeasuredPlan, Result
+
+PUBLISHED_COUNT, PUBLISHED_REFERENCE, PUBLISHED_FEATURES = 50_000, 10_000, "inception-v3-compat"
+
+
+def describe_step(step: int | None) -> str:
+    """Describe the optimiser steps trained."""
+    return "at an unknown step" if step is None else f"step {step}"
+
+
+def describe_rounding(plan: MeasuredPlan) -> str:
+    """Describe how pixels were brought to 0..255."""
+    return {"round": "pixels rounded", "truncate": "pixels truncated"}.get(plan.rounding, plan.rounding)
+
+
+def describe_reference(result: Result) -> str:
+    """Describe what the images were compared with."""
+    reference = result.plan.reference
+    images = f"{reference.count:,} images of {result.reference}"
+    if not reference.published:
+        return f"against {images}"
+    names = {"features": "FID", "spatial": "sFID"}
+    metrics = " and ".join(names[statistics] for statistics in reference.published)
+    alone = f"{metrics} against the statistics of the whole set in {result.reference}"
+    return f"{alone}, the rest against {images}" if reference.count else alone
+
+
+def describe_guiding_branch(guidance: GuidanceSettings, with_drop: bool = True) -> str:
+    """Describe the guiding branch, ``with_drop`` or without its drop fraction; empty if none runs."""
+    if guidance.scale == 1:
+        return ""
+    text = "same class" if guidance.weak == "budget" else "no class"
+    if guidance.weak_checkpoint is not None:
+        text += f" of {guidance.weak_checkpoint.rpartition(' ')[0]}"
+    drop = guidance.uncond_drop_fraction if with_drop else None
+    return text if drop is None else f"{text} at ρ {drop:g}"
+
+
+def describe_clipping(sampler: SamplerOptions) -> str:
+    """Describe whether predicted images were clipped; empty if not."""
+    return ", x_0 clipped" if sampler.clip else ""
+
+
+def describe_budget(plan: MeasuredPlan) -> str:
+    """Describe a measured point without its guidance scale."""
+    guidance, cache = plan.guidance, plan.sampler.cache
+    text = "ρ by timestep" if guidance.drop_schedule is not None else f"ρ {guidance.drop_fraction:g}"
+    text += f", cache {cache:g}" if cache else ""
+    branch = describe_guiding_branch(guidance)
+    return f"{plan.weights} weights, {text}" + (f", guiding branch: {branch}" if branch else "")
+
+
+def describe_point(plan: MeasuredPlan) -> str:
+    """Describe a point of a grid."""
+    return f"{describe_budget(plan)}, guidance {plan.guidance.scale:g}"
+
+
+def differences_from_published(plan: MeasuredPlan) -> list[str]:
+    """Return why figures are no FID-50K, sFID, IS, precision and recall as the ADM suite defines them; [] if they are.
+
+    Args:
+        plan: what was measured.
+    """
+    reference, differences = plan.reference, []
+    if plan.count != PUBLISHED_COUNT:
+        differences.append(f"{plan.count:,} images instead of {PUBLISHED_COUNT:,}")
+    if plan.labels != "random":
+        differences.append(f"{plan.labels} labels instead of random ones")
+    if plan.features.name != PUBLISHED_FEATURES:
+        differences.append(f"features of {plan.features.name} instead of {PUBLISHED_FEATURES}")
+    if "features" not in reference.published and "fid" in plan.metrics:
+        differences.append("FID against images instead of the statistics of a whole training set")
+    if "spatial" not in reference.published and "sfid" in plan.metrics:
+        differences.append("sFID against images instead of the statistics of a whole training set")
+    if reference.count != PUBLISHED_REFERENCE and "prc" in plan.metrics:
+        differences.append(
+            f"precision and recall against {reference.count:,} images instead of {PUBLISHED_REFERENCE:,}"
+        )
+    if plan.precision != "fp32":
+        differences.append(f"sampled in {plan.precision} instead of fp32")
+    return differences

@@ -1,0 +1,1 @@
+"""What reads results and runs: tables, curves, plots and the report's page. Nothing here samples or trains."""

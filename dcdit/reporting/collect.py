@@ -1,0 +1,142 @@
+"""Results in and below folders, and each as one flat row."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dcdit.errors import UserError
+from dcdit.evaluation.descriptions import differences_from_published
+from dcdit.evaluation.results import Result, read_result
+from dcdit.runtime.limits import TEXT_BYTES
+
+_NAMES = "*_cfg*_drop*_*.json"
+"""Of files of results, for folders that hold others too."""
+
+
+def is_png(path: Path) -> bool:
+    """Return whether a file is a picture that may go into the page: of no unusual size, and no link."""
+    if not path.is_file() or path.is_symlink():
+        return False
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n" and path.stat().st_size <= TEXT_BYTES
+
+
+def comparison_key(result: Result) -> dict[str, Any]:
+    """Return what two results must share to be compared."""
+    plan, other = result.plan, ("step", "weights", "checkpoint", "autoencoder", "batch_size")
+    sampler = {key: value for key, value in plan.sampler.spec.items() if key != "cache"}
+    guidance = {"channels": plan.guidance.channels, "interval": plan.guidance.interval} if result.scale != 1 else {}
+    settings = {key: value for key, value in asdict(plan).items() if key not in other}
+    return {**settings, "sampler": sampler, "guidance": guidance}
+
+
+def budget_key(result: Result) -> dict[str, Any]:
+    """Return what results on one curve over the guidance scale share: all but the scale, and the seed of training."""
+    plan, other = result.plan, ("scale", "channels", "interval")
+    return {
+        "training": {key: value for key, value in result.training.items() if key != "seed"},
+        "weights": plan.weights,
+        "step": plan.step,
+        "cache": plan.sampler.cache,
+        **{key: value for key, value in asdict(plan.guidance).items() if key not in other},
+    }
+
+
+def row_of(result: Result) -> dict[str, Any]:
+    """Return a result as one flat row, by columns of the CSV file."""
+    plan = result.plan
+    guidance = {key: value for key, value in asdict(plan.guidance).items() if key != "drop_fraction"}
+    return {
+        "run": result.run,
+        "network": result.network.title,
+        "drop_fraction": result.drop,
+        **result.metrics,
+        "tflops_per_image": result.tflops_per_image,
+        "milliseconds_per_image": result.milliseconds_per_image,
+        "keep_ratio": result.keep_ratio.mean if result.keep_ratio else None,
+        "parameters": result.parameters,
+        "step": plan.step,
+        "training_seed": result.training.get("seed"),
+        "weights": plan.weights,
+        "ema_decay": result.ema_decay,
+        **{f"sampler_{key}": value for key, value in plan.sampler.spec.items()},
+        **{f"guidance_{key}": value for key, value in guidance.items()},
+        "sampling_precision": plan.precision,
+        "count": plan.count,
+        "labels": plan.labels,
+        "rounding": plan.rounding,
+        "seed": plan.seed,
+        "features": plan.features.name,
+        "features_weights": plan.features.weights,
+        "features_resize": plan.features.resize,
+        "reference": result.reference,
+        "reference_count": plan.reference.count,
+        "reference_published": " ".join(plan.reference.published),
+        "as_published": not differences_from_published(plan),
+        "device": result.device,
+        "batch_size": result.timing.batch_size,
+        "time_rounds": len(result.timing.rounds),
+    }
+
+
+def read_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
+    """Return what :func:`find_results` returns; raise UserError if there is no result that can be used."""
+    results, left_out = find_results(places)
+    if not results:
+        raise UserError(
+            left_out[0]
+            if left_out
+            else f"runs={', '.join(places)}: no results there, python -m dcdit.evaluate writes them"
+        )
+    return results, left_out
+
+
+def find_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
+    """Find all results in and below ``places``; where a run was measured twice in the same way, the newest counts.
+
+    Returns:
+        The results by path, and what is wrong with the files that are left out.
+
+    Raises:
+        UserError: if a place does not exist.
+    """
+    files: list[Path] = []
+    for place in map(Path, places):
+        if not place.exists():
+            raise UserError(f"runs={place} does not exist")
+        if place.is_file():
+            files.append(place)
+        else:
+            pattern = "*.json" if place.name == "evaluation" else _NAMES  # of a folder that `out` named
+            files += [*place.rglob("evaluation/*.json"), *place.glob(pattern)]
+    results: dict[str, Result] = {}
+    left_out: list[str] = []
+    for file in sorted(set(files), key=lambda path: (path.lstat().st_mtime, path)):
+        try:
+            result = read_result(file)
+        except UserError as error:
+            left_out.append(str(error))
+            continue
+        key = [result.run, comparison_key(result), budget_key(result), result.scale]
+        results[json.dumps(key, sort_keys=True)] = result
+    return sorted(results.values(), key=lambda result: result.path), left_out
+
+
+def figures_of_checkpoint(home: Path, step: int | None, weights: str) -> list[dict[str, Any]]:
+    """Return what was measured of a checkpoint, one row for each result below ``home``; [] if nothing was."""
+    try:
+        results, _ = read_results([str(home)])
+    except UserError:
+        return []
+    columns = (
+        *("drop_fraction", "sampler_name", "sampler_steps", "guidance_scale", "guidance_weak"),
+        *("guidance_uncond_drop_fraction", "count", "labels", "features", "reference_count"),
+    )
+    rows = []
+    for result in results:
+        if (result.plan.step, result.plan.weights) == (step, weights):
+            row = row_of(result)
+            rows.append({key: row[key] for key in (*columns, *result.metrics, "tflops_per_image", "keep_ratio")})
+    return sorted(rows, key=lambda row: (row["guidance_scale"], row["drop_fraction"]))

@@ -1,0 +1,81 @@
+"""The table that an evaluation prints, and the notes below it."""
+
+from collections.abc import Callable
+
+from rich import box
+from rich.table import Table
+
+from dcdit.evaluation.descriptions import (
+    describe_clipping,
+    describe_guiding_branch,
+    describe_point,
+    describe_reference,
+    describe_rounding,
+    describe_step,
+    differences_from_published,
+)
+from dcdit.evaluation.results import MeasuredPlan, Result
+from dcdit.evaluation.settings import figures_of_metrics
+from dcdit.reporting.curves import best_of, describe_best, pareto
+
+_COLUMNS: dict[str, Callable[[MeasuredPlan], str]] = {
+    "weights": lambda plan: plan.weights,
+    "guidance": lambda plan: f"{plan.guidance.scale:g}",
+    "guiding branch": lambda plan: describe_guiding_branch(plan.guidance) or "-",
+    "drop": lambda plan: f"{plan.guidance.drop_fraction:g}",
+    "cache": lambda plan: f"{plan.sampler.cache:g}",
+}
+"""What distinguishes points, for the table."""
+
+
+def table_of(results: list[Result]) -> Table:
+    """Return a table of the figures, a row for each result; its title says what they stand for."""
+    first, plan = results[0], results[0].plan
+    sampler, guidance = plan.sampler, plan.guidance
+    cells = {heading: [show(result.plan) for result in results] for heading, show in _COLUMNS.items()}
+    varying = [heading for heading, values in cells.items() if heading == "drop" or len(set(values)) > 1]
+    scale = "" if "guidance" in varying else f", guidance {guidance.scale:g}"
+    decay = "" if first.ema_decay is None else f" of decay {first.ema_decay:g}"
+    weights = "" if "weights" in varying else f", {plan.weights} weights{decay}"
+    cache = "" if "cache" in varying or not sampler.cache else f", cache {sampler.cache:g}"
+    same_branch = "guiding branch" not in varying and guidance.scale != 1
+    branch = f", guiding branch: {describe_guiding_branch(guidance)}" if same_branch else ""
+    title = (
+        f"{first.run}, {describe_step(plan.step)}{weights}, {plan.precision}:"
+        f" {plan.count} images, {plan.labels} labels, {describe_rounding(plan)},"
+        f" {sampler.name} {sampler.steps} steps{describe_clipping(sampler)}{cache}{scale}{branch}."
+        f" Features of {plan.features.name}, {describe_reference(first)}."
+        f" Time on {first.device}, batches of {first.timing.batch_size}"
+    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    figures = figures_of_metrics(plan.metrics)
+    arrows = [f"{figure.heading} {'↑' if figure.higher_is_better else '↓'}" for figure in figures]
+    several = len(results) > 1
+    for heading in (*varying, *arrows, "keep ratio", "TFLOPs", "ms/image", *(["Pareto"] if several else [])):
+        table.add_column(heading, justify="right")
+    front = {id(result) for result in pareto(results, figures[0])}
+    for number, result in enumerate(results):
+        row = [cells[heading][number] for heading in varying]
+        row += [f"{result.figure(figure.key):.4g}" for figure in figures]
+        row.append(f"{result.keep_ratio.mean:.1%}" if result.keep_ratio else "-")
+        row += [f"{result.tflops_per_image:.3g}", f"{result.milliseconds_per_image:.3g}"]
+        table.add_row(*row, *(["●" if id(result) in front else ""] if several else []))
+    return table
+
+
+def notes_on(results: list[Result]) -> list[str]:
+    """Return what the table does not say: the best guidance at each budget, and how comparable the figures are."""
+    notes = [f"Best at its budget: {best}" for best in describe_best(results)]
+    if len(results) > 1:
+        figure = figures_of_metrics(results[0].plan.metrics)[0]
+        best = best_of(results, figure)
+        notes.append(f"Best of all: {figure.heading} {best.figure(figure.key):.4g}, {describe_point(best.plan)}")
+        notes.append("●: no other point is both better and cheaper in TFLOPs")
+    if any(result.plan.sampler.cache for result in results):
+        notes.append("Keep ratios are means of all evaluations: of those that reused features none was kept")
+    differences = differences_from_published(results[0].plan)
+    if differences:
+        notes.append(f"Not comparable with published figures: {'; '.join(differences)}")
+    else:
+        notes.append("Measured as published figures are: FID-50K against the statistics that come with the reference")
+    return notes
