@@ -8,7 +8,7 @@ from support.commands import typed
 from support.configs import TINY, check, compose_config, config_of
 from support.processes import run
 
-from dcdit.diffusion.settings import DDPM
+from dcdit.diffusion.settings import DDPM, NoiseDiffusion
 from dcdit.errors import UserError
 from dcdit.evaluation.grid import grid_of
 from dcdit.evaluation.settings import EvaluateConfig
@@ -69,7 +69,7 @@ def test_experiments_say_how_their_published_figures_are_measured(experiment):
             "round",
         )
         assert grid.points[0].precision == "fp32"
-        assert grid.points[0].sampler.of("ddpm") == DDPM(250)
+        assert grid.points[0].sampler.for_process(NoiseDiffusion()) == DDPM(250)
         drops = re.findall(r" at drop fraction (\d(?:\.\d)?)", text.split("guidance 1.25")[0])
         if "guidance.scale=1.25" in words:
             drops = ["0"]
