@@ -31,7 +31,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """All components."""
+        """Return the sum of all components, in FLOPs per sample."""
         return sum(self.components.values())
 
     @property
@@ -74,7 +74,7 @@ class Cost:
 
 
 def cost_of(component: Component) -> Cost:
-    """What a component costs."""
+    """Count the FLOPs of a component as the paper does: 2 for each multiply-add."""
     each, once, square = 0.0, 0.0, 2 * component.pairs
     for module in component.modules:
         inner = list(module.modules())

@@ -32,7 +32,7 @@ def _short(value: float) -> str:
     return f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
 
 
-def flops_words(flops: float) -> str:
+def format_flops(flops: float) -> str:
     """``flops`` with a unit, such as ``3.43 GFLOPs``."""
     return f"{flops / 1e12:.3g} TFLOPs" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOPs"
 

@@ -179,7 +179,7 @@ class Measurement:
 
     @property
     def finalized(self) -> bool:
-        """Whether it was this process that wrote the result."""
+        """Return whether this process wrote the result."""
         return self._job.finalized
 
     @property

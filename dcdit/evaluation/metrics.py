@@ -58,7 +58,7 @@ Chunks = Callable[[], Iterator[Features]]
 
 
 def compute_fid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
-    """Compute the FID."""
+    """Compute the FID between the reference and the chunks: Fréchet distance of two Gaussians (arXiv 1706.08500)."""
     fid = frechet(reference.moments)
     for chunk in chunks():
         fid.update(chunk.features, real=False)

@@ -199,7 +199,7 @@ class Result:
 
     @property
     def scale(self) -> float:
-        """Guidance scale."""
+        """Return the guidance scale; 1 means that no guiding branch ran."""
         return self.plan.guidance.scale
 
     @property

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dcdit.checkpoints.resolve import CheckpointSource
 from dcdit.compute.flops import count
-from dcdit.compute.table import flops_words
+from dcdit.compute.table import format_flops
 from dcdit.diffusion.samplers import Step
 from dcdit.diffusion.settings import samplers_of
 from dcdit.errors import UserError
@@ -208,7 +208,7 @@ class Session:
         pictures = []
         for drop in STRIP:
             generated = self._sample(side, replace(choice, meet="drop", drop=drop), on_progress, f"ρ {drop:g}")
-            pictures.append((f"ρ {drop:g}, {flops_words(generated.flops)}", enlarged(generated.image, 256)))
+            pictures.append((f"ρ {drop:g}, {format_flops(generated.flops)}", enlarged(generated.image, 256)))
         return pictures
 
     def _times_of(self, side: int, choice: Choice) -> "deque[float]":
@@ -251,7 +251,7 @@ class Session:
         return GeneratedImage(
             choice,
             sampling,
-            f"{sampling.words}, {flops_words(cost.flops)}",
+            f"{sampling.words}, {format_flops(cost.flops)}",
             sampling.images(batch)[0].permute(1, 2, 0).cpu().numpy(),
             moments,
             [float(share) for share in routed],

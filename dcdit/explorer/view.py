@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from dcdit.checks import visible
-from dcdit.compute.table import flops_words
+from dcdit.compute.table import format_flops
 from dcdit.explorer.session import GeneratedImage, difference
 from dcdit.sampling.overlays import Pixels, enlarged, side_by_side
 
@@ -73,7 +73,7 @@ def short(generated: GeneratedImage) -> str:
     parts = [f"ρ {' to '.join(f'{drop:g}' for drop in (drops[0], drops[-1])[: len(drops)])}"]
     cache = generated.sampling.sampler.settings.cache
     parts += [f"cache {cache:.3g}"] if cache else []
-    return ", ".join([*parts, flops_words(generated.flops)])
+    return ", ".join([*parts, format_flops(generated.flops)])
 
 
 def difference_of(one: GeneratedImage, two: GeneratedImage) -> str:
@@ -91,7 +91,7 @@ def moment(name: str, generated: GeneratedImage, place: float) -> str:
     """One evaluation of the network, at a ``place`` between 0, noise, and 1, the image."""
     index = round(place * (len(generated.moments) - 1))
     at = generated.moments[index]
-    cost = flops_words(generated.step_flops[index])
+    cost = format_flops(generated.step_flops[index])
     words = f"{name}: evaluation {index + 1} of {len(generated.moments)}, {cost}"
     if at.boundaries is not None:
         words += f", {at.boundaries.words}"
@@ -117,7 +117,7 @@ def numbers(generated_images: Sequence[GeneratedImage]) -> str:
         full = generated.full or generated
         reused = generated.tokens.count(0)
         add("settings", generated.title)
-        add("work", f"{flops_words(generated.flops)}, {_share(generated.flops, full.flops)}")
+        add("work", f"{format_flops(generated.flops)}, {_share(generated.flops, full.flops)}")
         times = f"{generated.milliseconds:.0f} ms (median of {len(generated.times)}), "
         add("time here", times + _share(generated.milliseconds, full.milliseconds))
         add("tokens kept", f"{generated.kept:.1%} of all positions" if generated.tokens else "all patches")

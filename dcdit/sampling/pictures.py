@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from dcdit.checks import visible
-from dcdit.compute.table import flops_words
+from dcdit.compute.table import format_flops
 from dcdit.diffusion.samplers import Step
 from dcdit.errors import UserError
 from dcdit.runtime.display import Console
@@ -125,7 +125,7 @@ def sample_to_folder(
     save_grid(images, per_class, out / "samples.png")
     cost = SamplingCost.total(map(SamplingCost.of, batches))
     flops = cost.flops / cost.images
-    title = visible(f"{sampling.words}, {flops_words(flops)}")
+    title = visible(f"{sampling.words}, {format_flops(flops)}")
     for moments in moving.rows.values():
         first = images[0].permute(1, 2, 0).cpu().numpy()
         save_animation(animation_frames(moments, first, sampling, title), out / f"trajectory.{animation}")
@@ -133,7 +133,7 @@ def sample_to_folder(
         titles = [visible(model.latents.classes[int(labels[number])]) for number in shown]
         rows = list(recorder.rows.values())
         save_boundaries(rows, titles, sampling.decode, out / "boundaries.png", title)
-    words = f", {flops_words(flops)} per image"
+    words = f", {format_flops(flops)} per image"
     if model.network.routes:
         words += f", {cost.mean_keep_ratio(model.latents.positions):.1%} of the tokens kept"
         if sampling.sampler.settings.cache:

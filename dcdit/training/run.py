@@ -105,7 +105,7 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         if begun.checkpoint and not step:
             say(begun.describe())
             save_start(begun, run_dir)
-        say(words(module, plan, trainer.world_size, step))
+        say(describe_training(module, plan, trainer.world_size, step))
         if found:
             say(describe_changes(found))
         save_settings(plan, state, trainer, run_dir)
@@ -122,7 +122,7 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
         outcome = Outcome(interrupt.outcome(trainer), trainer.global_step, metrics)
         state = replace(state, state=outcome.state, step=outcome.step, metrics=metrics, time=time.time())
         write_state(state, run_dir)
-        say(next_words(outcome, run_dir, inside_job))
+        say(describe_outcome(outcome, run_dir, inside_job))
         trainer.strategy.barrier()  # a process that leaves a job early takes the others with it
         return outcome
 
@@ -191,8 +191,8 @@ def end_curves() -> None:
         sys.modules["wandb"].finish()
 
 
-def words(module: DCDiTModule, plan: TrainPlan, world_size: int, began: int) -> str:
-    """What is about to be trained, on how many processes, and from which step on."""
+def describe_training(module: DCDiTModule, plan: TrainPlan, world_size: int, began: int) -> str:
+    """Describe what is trained, on how many processes, and from which step on."""
     parameters = sum(parameter.numel() for parameter in module.network.parameters())
     where = os.path.relpath(plan.values["run_dir"])
     return (
@@ -204,8 +204,8 @@ def words(module: DCDiTModule, plan: TrainPlan, world_size: int, began: int) -> 
     )
 
 
-def next_words(outcome: Outcome, run_dir: Path, inside_job: bool) -> str:
-    """How it ended, and what to do next."""
+def describe_outcome(outcome: Outcome, run_dir: Path, inside_job: bool) -> str:
+    """Describe how the run ended, and the command that comes next."""
     last = run_dir / "checkpoints" / LAST
     word = shlex.quote(f"checkpoint={os.path.relpath(run_dir)}")
     if outcome.state is State.INTERRUPTED:

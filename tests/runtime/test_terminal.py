@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dcdit.checks import visible
 from dcdit.runs.state import RunState, State
 from dcdit.runtime.display import Console, Display
-from dcdit.runtime.terminal import Terminal, install
+from dcdit.runtime.terminal import Terminal, install, lost
 
 HOSTILE = "a\x1b[2J\x1b]0;t\x07\r\x9b31m\u202e[/red]:smile:[b"
 ENCODINGS = ("ascii", "latin-1", "cp1252", "koi8-r", "utf-8")
@@ -122,6 +122,8 @@ def test_a_stream_that_takes_nothing(monkeypatch, error):
         for stderr in (False, True):
             Console(force_terminal=True, stderr=stderr).print(Text("x"))
         sys.stdout.flush()
+    if error:  # the text is gone, and the stream says why
+        assert lost(sys.stdout) is error
 
 
 @pytest.mark.parametrize(
