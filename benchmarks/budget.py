@@ -30,7 +30,7 @@ from dcdit.runtime.devices import describe_device, pick_device
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import SampleBatch, generate
-from dcdit.settings.entry import model_config
+from dcdit.settings.compose import model_config
 
 KEPT = 0.25
 

@@ -226,18 +226,18 @@ def encoding(arguments: argparse.Namespace) -> Table:
                 torch.cuda.synchronize()
             bare = count / (time.perf_counter() - begin)
             settings = ExtractionSettings(
-                256,
-                "moments",
-                "autoencoder",
-                False,
-                "float16",
-                precision,
-                size,
-                max(size, count // 4),
-                0,
-                1,
-                10**8,
-                None,
+                image_size=256,
+                representation="moments",
+                normalise="autoencoder",
+                hflip=False,
+                dtype="float16",
+                precision=precision,
+                batch_size=size,
+                samples_per_shard=max(size, count // 4),
+                seed=0,
+                min_side=1,
+                max_pixels=10**8,
+                threads=None,
             )
             begin = time.perf_counter()
             images = FolderSource(source, settings.samples_per_shard, 0)

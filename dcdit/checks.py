@@ -10,13 +10,27 @@ import math
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, wraps
 from itertools import islice
 from types import MappingProxyType, NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 from dcdit.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
 
 T = TypeVar("T")
 Class = TypeVar("Class", bound=type)
@@ -213,7 +227,8 @@ def conform(name: str, value: Any, hint: Any) -> Any:
         name: name of the value, for messages.
         value: a plain value, or an object where the annotation is a class; a mapping of its fields becomes a dataclass.
         hint: an annotation: plain types, unions, lists, tuples, mappings, ``Literal``, ``Annotated`` with
-            :class:`Bounds`, :class:`NotEmpty`, :class:`OneOf` or :class:`Matches`, classes.
+            :class:`Bounds`, :class:`NotEmpty`, :class:`OneOf`, :class:`Matches`, :class:`Named` or
+            :class:`WithOthers`, classes.
 
     Raises:
         UserError: naming the value and the remedy.
@@ -222,8 +237,13 @@ def conform(name: str, value: Any, hint: Any) -> Any:
     if hint is Any:
         return value
     if origin is Annotated:
+        makers = [each for each in arguments[1:] if isinstance(each, Named | WithOthers)]
+        if makers and not is_dataclass(value):
+            return makers[0].make(name, value)
         value = conform(name, value, arguments[0])
         for constraint in arguments[1:]:
+            if constraint in makers:
+                continue
             if value is not None:
                 constraint.check(name, value)
         return value
@@ -375,7 +395,32 @@ def checked(cls: Class) -> Class:
         constructor(*bound.args, **bound.kwargs)
 
     cls.__init__ = check_then_construct  # type: ignore[misc]
+    cls.__init__._checks = True  # type: ignore[misc]
     return cls
+
+
+def _construct(target: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Call ``target`` with arguments that conform to its signature; a dataclass checks them no second time."""
+    kind: Any = target
+    if not is_dataclass(target) or not getattr(kind.__init__, "_checks", False):
+        return target(**arguments)
+    instance = kind.__new__(kind)
+    kind.__init__.__wrapped__(instance, **arguments)
+    return instance
+
+
+if not TYPE_CHECKING:
+
+    def dataclass_transform(**ignored: Any) -> Callable[[Class], Class]:
+        """For type checkers alone."""
+        return lambda function: function
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def config(cls: Class) -> Class:
+    """Class decorator of a configuration: a frozen dataclass of keyword arguments, which are :func:`checked`."""
+    made: Any = dataclass(frozen=True, kw_only=True)(cls)
+    return checked(made)
 
 
 MISSING = "???"
@@ -419,7 +464,8 @@ def call_checked(
         if name not in given and parameters[name].default is inspect.Parameter.empty:
             raise UserError(f"{dotted}{name} is not set: give {dotted}{name}=...")
     try:
-        return target(**given, **built)
+        made: T = _construct(target, {**given, **built})
+        return made
     except UserError as error:
         raise UserError(f"{dotted}{error}") from None  # constructors begin their messages with the argument's name
 
@@ -442,6 +488,57 @@ def build_named(table: Mapping[str, Callable[..., T]], values: object, prefix: s
     if not isinstance(name, str) or name not in table:
         raise UserError(f"{prefix}.name={shown(name)} is not one of {', '.join(table)}")
     return call_checked(table[name], arguments, prefix)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A section that chooses by its key ``name``; see :func:`build_named`.
+
+    Attributes:
+        table: the classes that may be chosen, by name.
+    """
+
+    table: Mapping[str, Callable[..., Any]]
+
+    def make(self, name: str, value: Any) -> Any:
+        """The object that the section at ``name`` describes; UserError naming key, value and remedy."""
+        return build_named(self.table, value, name)
+
+
+@dataclass(frozen=True)
+class WithOthers:
+    """A section with keys that its class does not name; they become its field ``others``, unchecked.
+
+    Attributes:
+        kind: the class.
+    """
+
+    kind: Callable[..., Any]
+
+    def make(self, name: str, value: Any) -> Any:
+        """The object that the section at ``name`` describes; UserError naming key, value and remedy."""
+        if not isinstance(value, Mapping):
+            return call_checked(self.kind, value, name)
+        known = annotations(self.kind).keys() - {"others"}
+        others = {str(key): element for key, element in value.items() if key not in known}
+        own = {key: element for key, element in value.items() if key in known}
+        return call_checked(self.kind, {**own, "others": others}, name)
+
+
+def to_plain(value: Any) -> Any:
+    """What :func:`conform` makes an object of, from the object: mappings, lists, texts, numbers.
+
+    Args:
+        value: a dataclass, or anything with dataclasses in it.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        plain = {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+        others = plain.pop("others", {})
+        name = {"name": value.name} if "name" not in plain and hasattr(value, "name") else {}
+        return {**name, **plain, **others}
+    if isinstance(value, Mapping):
+        return {key: to_plain(element) for key, element in value.items()}
+    return [to_plain(element) for element in value] if isinstance(value, list | tuple) else value
 
 
 _CREDENTIALS = re.compile(r"(://)[^/@\s]*:[^/@\s]*@")

@@ -5,22 +5,16 @@ of other lengths are put together (EDM2, arXiv 2312.02696). Each becomes a folde
 ``weights=ema@0.05`` of every command that samples does the same without one.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import hydra
-from omegaconf import DictConfig
-
-from dcdit.checkpoints.settings import AS_PUBLISHED, Length
-from dcdit.checks import NotEmpty, call_checked, checked
-from dcdit.settings.entry import entry_point, hold, plain
-from dcdit.settings.published import CONFIG_DIR
+from dcdit.checkpoints.settings import AS_PUBLISHED, Length, Paths
+from dcdit.checks import NotEmpty, config
+from dcdit.settings.command import command
 
 
-@checked
-@dataclass(frozen=True)
-class EMASettings:
+@config
+class EMAConfig:
     """Configuration of averages: the keys of ``configs/ema.yaml``.
 
     Attributes:
@@ -28,12 +22,14 @@ class EMASettings:
         length: length of each average, relative to the length of training.
         out: folder that gets a folder for each average; None takes ``ema`` in the run's directory.
         dtype: type of the numbers in the files.
+        paths: where runs are.
     """
 
     checkpoint: str
     length: Annotated[list[Length], NotEmpty("name at least one, such as 0.05")] | Length
     out: str | None
     dtype: Literal["fp32", "bf16", "fp16"]
+    paths: Paths
 
     @property
     def lengths(self) -> list[float]:
@@ -41,39 +37,26 @@ class EMASettings:
         return self.length if isinstance(self.length, list) else [self.length]
 
 
-def check(config: DictConfig) -> EMASettings:
-    """Check ``config`` before anything is loaded; UserError if a value is wrong."""
-    values = plain(config)
-    del values["paths"]
-    return call_checked(EMASettings, values, "")
-
-
-def run(config: DictConfig) -> list[Path]:
+@command("ema")
+def ema(config: EMAConfig) -> list[Path]:
     """Combine averages as ``config`` says and export each; returns the folders."""
-    settings = check(config)
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    source = resolve_checkpoint(settings.checkpoint, config.paths.runs)
+    source = resolve_checkpoint(config.checkpoint, config.paths.runs)
     from dcdit.checkpoints.export import Card, write_exported
     from dcdit.checkpoints.load import read_weights
     from dcdit.reporting.collect import figures_of_checkpoint
     from dcdit.runs.state import command_of
 
     weights, folders = read_weights(source, AS_PUBLISHED), []
-    for length in settings.lengths:
+    for length in config.lengths:
         kind = f"ema@{length:g}"
-        folder = (Path(settings.out) if settings.out else source.home / "ema") / f"{length:g}"
+        folder = (Path(config.out) if config.out else source.home / "ema") / f"{length:g}"
         card = Card(None, None, command_of(source.home), figures_of_checkpoint(source.home, weights.step, kind))
-        print(write_exported(folder, weights, kind, settings.dtype, card))
+        print(write_exported(folder, weights, kind, config.dtype, card))
         folders.append(folder)
     return folders
 
 
-@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="ema")
-def main(config: DictConfig) -> None:
-    """Run the command on the configuration that Hydra composed."""
-    hold(run, config)
-
-
 if __name__ == "__main__":
-    entry_point(main)
+    ema.main()

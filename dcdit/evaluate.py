@@ -10,28 +10,20 @@ import os
 import sys
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
-
-from dcdit.evaluation.grid import EvaluationGrid, grid_of
+from dcdit.evaluation.grid import grid_of
+from dcdit.evaluation.settings import EvaluateConfig
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
-from dcdit.settings.entry import entry_point, hold, plain
-from dcdit.settings.published import CONFIG_DIR
+from dcdit.settings.command import command
 
 
-def check(config: DictConfig) -> EvaluationGrid:
-    """What ``config`` asks for; UserError if a value is wrong, before anything is loaded."""
-    return grid_of(plain(config))
-
-
-def run(config: DictConfig) -> list[Path]:
+@command("evaluate")
+def evaluate(config: EvaluateConfig) -> list[Path]:
     """Measure what ``config`` asks for; returns the files of the finished measurements."""
-    grid = check(config)
-    plan, settings = grid.points[0], grid.settings
+    grid = grid_of(config)
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = resolve_checkpoint(plan.settings.checkpoint, plan.runs)
+    place = resolve_checkpoint(config.checkpoint, config.paths.runs)
     from dcdit.evaluation.images import check_place
     from dcdit.evaluation.measure import Deadline, OutOfTimeError
     from dcdit.evaluation.points import Evaluation, take_times
@@ -40,14 +32,14 @@ def run(config: DictConfig) -> list[Path]:
     from dcdit.runtime.display import Console
     from dcdit.sampling.setup import set_up_all
 
-    deadline, (rank, world_size) = Deadline.in_hours(settings.max_hours), processes()
+    deadline, (rank, world_size) = Deadline.in_hours(config.max_hours), processes()
     for combination in grid.left_out if rank == 0 else ():
         print(f"Left out: {combination}")
-    check_place(settings.reference)
+    check_place(config.reference)
     samplings = set_up_all(grid.points, place)
-    evaluation = Evaluation(samplings[0], settings, config.features)
+    evaluation = Evaluation(samplings[0], config)
     with resumable(rank, "evaluating", "chunk", evaluation.out):
-        if settings.search:
+        if config.search:
             searched = search(evaluation, samplings, rank, world_size, deadline)
             finished, complete = searched.last, searched.complete
             if rank == 0:
@@ -56,28 +48,22 @@ def run(config: DictConfig) -> list[Path]:
             points = [evaluation.of(sampling) for sampling in samplings]
             finished = evaluation.measure(points, rank, world_size, deadline)
             complete = len(finished) == len(points)
-        if complete and settings.time_rounds:
+        if complete and config.time_rounds:
             try:
-                take_times(finished, settings.time_rounds, settings.time_again and rank == 0, deadline)
+                take_times(finished, config.time_rounds, config.time_again and rank == 0, deadline)
             except OutOfTimeError:
                 print("max_hours is over while timing: the same command again takes the times.")
     if finished and (rank == 0 or any(measurement.finalized for measurement in finished)):
         results = [measurement.result for measurement in finished]
         Console(width=None if sys.stdout.isatty() else 160).print(table_of(results))
         print("\n".join([*notes_on(results), f"Results: {os.path.relpath(evaluation.out)}"]))
-    if not complete and not settings.search:  # whose log says where it stopped
+    if not complete and not config.search:  # whose log says where it stopped
         why = "max_hours is over" if deadline.over else f"process {rank} is done"
         print(f"Not all is measured, {why}: what is left is measured by other processes, or by the same command again.")
     if grid.beyond:
-        print(f"max_images={settings.max_images} leaves {grid.beyond} of the points out: raise it to measure them too.")
+        print(f"max_images={config.max_images} leaves {grid.beyond} of the points out: raise it to measure them too.")
     return [measurement.path for measurement in finished]
 
 
-@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="evaluate")
-def main(config: DictConfig) -> None:
-    """Hydra entry point."""
-    hold(run, config)
-
-
 if __name__ == "__main__":
-    entry_point(main)
+    evaluate.main()

@@ -8,26 +8,20 @@ import os
 import sys
 import webbrowser
 from contextlib import suppress
-from dataclasses import dataclass
 from threading import Event
-from typing import Annotated, Any
+from typing import Annotated
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from dcdit.checks import Bounds, Matches, call_checked, checked
+from dcdit.checks import Bounds, Matches, config, to_plain
 from dcdit.diffusion.settings import Steps
 from dcdit.errors import UserError
-from dcdit.sampling.settings import SamplingPlan
-from dcdit.settings.entry import entry_point, hold, plain
-from dcdit.settings.published import CONFIG_DIR
+from dcdit.sampling.settings import SamplingConfig
+from dcdit.settings.command import command
+from dcdit.settings.compose import given_overrides
 
 
-@checked
-@dataclass(frozen=True)
-class ExploreSettings:
-    """What to serve, and to whom: the keys of ``configs/explore.yaml`` that are its own.
+@config
+class ExploreConfig(SamplingConfig):
+    """What to serve, and to whom: the keys of ``configs/explore.yaml`` and, of sampling, those of its base.
 
     Attributes:
         compare: another checkpoint for the image on the right; None for the same.
@@ -45,23 +39,17 @@ class ExploreSettings:
     browser: bool
     most_steps: Steps
 
-
-def check(config: DictConfig) -> tuple[SamplingPlan, ExploreSettings, dict[str, Any]]:
-    """What ``config`` asks for, and its plain values; UserError if a value is wrong, before anything is loaded."""
-    values = plain(config)
-    plan, own = SamplingPlan.of(values)
-    base = {key: value for key, value in values.items() if key not in own}
-    settings = call_checked(ExploreSettings, own, "")
-    guidance = plan.guidance
-    chosen_there = guidance.drop_schedule is not None or guidance.drop_fraction or guidance.uncond_drop_fraction
-    if plan.budget.given or chosen_there:
-        raise UserError(
-            "budget, guidance.drop_fraction, uncond_drop_fraction and drop_schedule are what the page chooses: leave"
-            " them out"
-        )
-    if guidance.scale == 1 and guidance.weak_checkpoint is not None:
-        raise UserError("guidance.weak_checkpoint needs guidance.scale above 1")
-    return plan, settings, base
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        guidance = self.guidance
+        chosen_there = guidance.drop_schedule is not None or guidance.drop_fraction or guidance.uncond_drop_fraction
+        if self.budget.given or chosen_there:
+            raise UserError(
+                "budget, guidance.drop_fraction, uncond_drop_fraction and drop_schedule are what the page chooses:"
+                " leave them out"
+            )
+        if guidance.scale == 1 and guidance.weak_checkpoint is not None:
+            raise UserError("guidance.weak_checkpoint needs guidance.scale above 1")
 
 
 _HELD = (
@@ -71,28 +59,30 @@ _HELD = (
 """Beginnings of words that hold for every image of the page, and so stand in the commands that it shows."""
 
 
-def run(config: DictConfig) -> None:
+@command("explore")
+def explore(config: ExploreConfig) -> None:
     """Serve the page until interrupted."""
-    plan, settings, base = check(config)
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    names = {"checkpoint": plan.settings.checkpoint, "compare": settings.compare}
-    places = [resolve_checkpoint(name, plan.runs, key) for key, name in names.items() if name is not None]
+    names = {"checkpoint": config.checkpoint, "compare": config.compare}
+    places = [resolve_checkpoint(name, config.paths.runs, key) for key, name in names.items() if name is not None]
     try:
         from dcdit.explorer.page import Page, serving
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "gradio":
             raise
         raise UserError("the explorer needs Gradio: pip install 'dcdit[explore]'") from None
+
     from dcdit.explorer.session import Session
 
-    words = " ".join(word for word in HydraConfig.get().overrides.task if word.startswith(_HELD))
-    session = Session(plan, base, places, settings.most_steps, words)
+    base = to_plain(config)
+    words = " ".join(word for word in given_overrides() if word.startswith(_HELD))
+    session = Session(config, base, places, config.most_steps, words)
     title = f"dcdit: {' and '.join(place.name for place in places)}"
     page = Page(session, title).blocks(base)
-    with suppress(KeyboardInterrupt), serving(page, settings.host, settings.port, settings.share) as address:
+    with suppress(KeyboardInterrupt), serving(page, config.host, config.port, config.share) as address:
         print(f"The explorer is at {address}   (Ctrl-C ends it)", flush=True)
-        if _opens(settings.browser):
+        if _opens(config.browser):
             webbrowser.open(address)
         Event().wait()
 
@@ -102,11 +92,5 @@ def _opens(wanted: bool) -> bool:
     return wanted and (sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)))
 
 
-@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="explore")
-def main(config: DictConfig) -> None:
-    """Hydra entry point."""
-    hold(run, config)
-
-
 if __name__ == "__main__":
-    entry_point(main)
+    explore.main()

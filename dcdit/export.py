@@ -5,23 +5,17 @@ command of dcdit load, and which ``push=<owner>/<repository>`` uploads to the Hu
 ``format=reference`` it writes a file for the authors' own implementation.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import hydra
-from omegaconf import DictConfig
-
-from dcdit.checkpoints.settings import AssumeSettings, WeightsKind
-from dcdit.checks import Matches, call_checked, checked
+from dcdit.checkpoints.settings import AssumeSettings, Paths, WeightsKind
+from dcdit.checks import Matches, config
 from dcdit.errors import UserError
-from dcdit.settings.entry import entry_point, hold, plain
-from dcdit.settings.published import CONFIG_DIR
+from dcdit.settings.command import command
 
 
-@checked
-@dataclass(frozen=True)
-class ExportSettings:
+@config
+class ExportConfig:
     """Configuration of an export: the keys of ``configs/export.yaml``.
 
     Attributes:
@@ -34,6 +28,7 @@ class ExportSettings:
         license, note: contents of the model card.
         push: repository of the hub that the folder is uploaded to; None uploads nothing.
         private: whether a new repository is private.
+        paths: where runs are.
     """
 
     checkpoint: str
@@ -46,6 +41,7 @@ class ExportSettings:
     note: str | None
     push: Annotated[str, Matches(r"[\w.-]+/[\w.-]+", "a repository, such as me/dcdit-b")] | None
     private: bool
+    paths: Paths
 
     def __post_init__(self) -> None:
         if self.format == "reference" and (self.push or self.dtype != "fp32"):
@@ -53,43 +49,30 @@ class ExportSettings:
             raise UserError(f"{key}={value} is for format=dcdit, leave it out")
 
 
-def check(config: DictConfig) -> ExportSettings:
-    """Check ``config`` before anything is loaded; UserError if a value is wrong."""
-    values = plain(config)
-    del values["paths"]
-    return call_checked(ExportSettings, values, "")
-
-
-def run(config: DictConfig) -> Path:
+@command("export")
+def export(config: ExportConfig) -> Path:
     """Export a network as ``config`` says; returns the folder or file."""
-    settings = check(config)
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    source, out = resolve_checkpoint(settings.checkpoint, config.paths.runs), Path(settings.out)
+    source, out = resolve_checkpoint(config.checkpoint, config.paths.runs), Path(config.out)
     from dcdit.checkpoints.export import Card, check_new_file, check_replaceable, push, write_exported, write_reference
     from dcdit.checkpoints.load import read_weights
     from dcdit.reporting.collect import figures_of_checkpoint
     from dcdit.runs.state import command_of
 
-    (check_new_file if settings.format == "reference" else check_replaceable)(out)
-    weights = read_weights(source, settings.assume)
-    if settings.format == "reference":
-        write_reference(out, weights, settings.weights)
+    (check_new_file if config.format == "reference" else check_replaceable)(out)
+    weights = read_weights(source, config.assume)
+    if config.format == "reference":
+        write_reference(out, weights, config.weights)
         print(f"{out}: for the reference implementation")
         return out
-    figures = figures_of_checkpoint(source.home, weights.step, settings.weights)
-    card = Card(settings.license, settings.note, command_of(source.home), figures, settings.push)
-    print(write_exported(out, weights, settings.weights, settings.dtype, card))
-    if settings.push:
-        print(f"{settings.push}: {push(out, settings.push, settings.private)}")
+    figures = figures_of_checkpoint(source.home, weights.step, config.weights)
+    card = Card(config.license, config.note, command_of(source.home), figures, config.push)
+    print(write_exported(out, weights, config.weights, config.dtype, card))
+    if config.push:
+        print(f"{config.push}: {push(out, config.push, config.private)}")
     return out
 
 
-@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="export")
-def main(config: DictConfig) -> None:
-    """Run the command on the configuration that Hydra composed."""
-    hold(run, config)
-
-
 if __name__ == "__main__":
-    entry_point(main)
+    export.main()

@@ -3,24 +3,18 @@
 Prints the FLOPs of a forward pass by component and budget, and those of a whole image.
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from dcdit.checkpoints.settings import AssumeSettings
-from dcdit.checks import Compression, DropFraction, NotEmpty, call_checked, checked
+from dcdit.checkpoints.settings import AssumeSettings, Paths
+from dcdit.checks import Compression, DropFraction, NotEmpty, config
 from dcdit.diffusion.settings import Steps
 from dcdit.errors import UserError
-from dcdit.settings.entry import entry_point, hold, plain
-from dcdit.settings.published import CONFIG_DIR
+from dcdit.settings.command import command
+from dcdit.settings.compose import choice_of, given_overrides
 
 
-@checked
-@dataclass(frozen=True)
-class FlopsSettings:
+@config
+class FlopsConfig:
     """What to count: the keys of ``configs/flops.yaml``.
 
     Attributes:
@@ -32,6 +26,8 @@ class FlopsSettings:
         steps: sampling steps of an image.
         guided: count the unconditional branch too.
         uncond_drop_fraction: tail drop of that branch; None takes the same.
+        paths: where runs are.
+        resolution: of the images; ``model`` says what it makes of it.
     """
 
     model: dict[str, Any]
@@ -42,53 +38,40 @@ class FlopsSettings:
     steps: Steps
     guided: bool
     uncond_drop_fraction: DropFraction | None
+    paths: Paths
+    resolution: dict[str, Any]
 
 
-def check(config: DictConfig) -> FlopsSettings:
-    """What ``config`` asks for; UserError if a value is wrong, the network's own apart."""
-    values = plain(config)
-    del values["resolution"], values["paths"]  # the model says what it makes of the one
-    settings = call_checked(FlopsSettings, values, "")
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    if settings.checkpoint and any(word.split("=")[0].split(".")[0] == "model" for word in given):
-        raise UserError(f"checkpoint={settings.checkpoint}: it says itself what its network is, leave model out")
-    return settings
-
-
-def run(config: DictConfig) -> None:
-    """Print the table."""
-    settings = check(config)
+@command("flops")
+def flops(config: FlopsConfig) -> None:
+    """Print the table; UserError if the network is given twice, or its values are wrong."""
+    if config.checkpoint and any(word.split("=")[0].split(".")[0] == "model" for word in given_overrides()):
+        raise UserError(f"checkpoint={config.checkpoint}: it says itself what its network is, leave model out")
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = resolve_checkpoint(settings.checkpoint, config.paths.runs) if settings.checkpoint else None
+    place = resolve_checkpoint(config.checkpoint, config.paths.runs) if config.checkpoint else None
     from dcdit.compute.table import flops_table
     from dcdit.network import build_network
     from dcdit.runtime.devices import without_memory
     from dcdit.runtime.display import Console
 
-    spec, name = settings.model, settings.checkpoint
+    spec, name = config.model, config.checkpoint
     if place is not None:
         from dcdit.checkpoints.load import describe_weights, read_weights
 
-        found = read_weights(place, settings.assume)
+        found = read_weights(place, config.assume)
         spec = dict(found.model)
     with without_memory():
         network = build_network(spec)
     if place is not None:
         print(f"{place.name}: {describe_weights(found, network, 'ema')}")
     drops = {
-        f"drop {drop:g}": (drop, drop if settings.uncond_drop_fraction is None else settings.uncond_drop_fraction)
-        for drop in settings.drop_fractions
+        f"drop {drop:g}": (drop, drop if config.uncond_drop_fraction is None else config.uncond_drop_fraction)
+        for drop in config.drop_fractions
     }
-    name = name or (HydraConfig.get().runtime.choices["model"] if HydraConfig.initialized() else network.title)
-    Console().print(flops_table(network, name, settings.compression, drops, settings.steps, settings.guided))
-
-
-@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="flops")
-def main(config: DictConfig) -> None:
-    """Hydra entry point."""
-    hold(run, config)
+    name = name or choice_of("model") or network.title
+    Console().print(flops_table(network, name, config.compression, drops, config.steps, config.guided))
 
 
 if __name__ == "__main__":
-    entry_point(main)
+    flops.main()

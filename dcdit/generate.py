@@ -5,24 +5,18 @@ as ``arr_1``. Images are sampled in chunks that are kept as files: a killed run 
 processes shares the work, and the result is the same file.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
-
-from dcdit.checks import Images, call_checked, checked
+from dcdit.checks import Images, config
 from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
-from dcdit.sampling.settings import Labels, SamplingPlan
-from dcdit.settings.entry import entry_point, hold, plain
-from dcdit.settings.published import CONFIG_DIR
+from dcdit.sampling.settings import Labels, SamplingConfig
+from dcdit.settings.command import command
 
 
-@checked
-@dataclass(frozen=True)
-class GenerateSettings:
-    """What to generate: the keys of ``configs/generate.yaml`` that are its own.
+@config
+class GenerateConfig(SamplingConfig):
+    """What to generate: the keys of ``configs/generate.yaml`` and, of sampling, those of its base.
 
     Attributes:
         out: folder for the results.
@@ -39,38 +33,26 @@ class GenerateSettings:
     png: bool
 
 
-def check(config: DictConfig) -> tuple[SamplingPlan, GenerateSettings]:
-    """What ``config`` asks for; UserError if a value is wrong, before anything is loaded."""
-    plan, own = SamplingPlan.of(plain(config))
-    return plan, call_checked(GenerateSettings, own, "")
-
-
-def run(config: DictConfig) -> Path:
+@command("generate")
+def generate(config: GenerateConfig) -> Path:
     """Generate what ``config`` asks for; returns the folder."""
-    plan, settings = check(config)
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = resolve_checkpoint(plan.settings.checkpoint, plan.runs)
+    place = resolve_checkpoint(config.checkpoint, config.paths.runs)
     from dcdit.sampling.archive import ImageArchive
     from dcdit.sampling.setup import set_up_sampling
 
-    out, (rank, world_size) = Path(settings.out), processes()
-    sampling = set_up_sampling(plan, place)
-    archive = ImageArchive(sampling, out, settings.count, settings.chunk_size, settings.png, settings.labels)
+    out, (rank, world_size) = Path(config.out), processes()
+    sampling = set_up_sampling(config, place)
+    archive = ImageArchive(sampling, out, config.count, config.chunk_size, config.png, config.labels)
     with resumable(rank, "sampling", "chunk", out) as display:
         complete = archive.run(rank, world_size, display)
     if complete and (archive.job.finalized or rank == 0):
-        print(f"{settings.count} images: {archive.npz}, what they are: {archive.summary}")
+        print(f"{config.count} images: {archive.npz}, what they are: {archive.summary}")
     elif not complete:
         print(f"Process {rank} is done; what is left is sampled by other processes, or by the same command again.")
     return out
 
 
-@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="generate")
-def main(config: DictConfig) -> None:
-    """Hydra entry point."""
-    hold(run, config)
-
-
 if __name__ == "__main__":
-    entry_point(main)
+    generate.main()

@@ -5,17 +5,12 @@ Prints a summary, checks every byte, and decodes some latents into a picture.
 
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydra
-from omegaconf import DictConfig
-
-from dcdit.checks import Natural, Positive, call_checked, checked
+from dcdit.checks import Natural, Positive, config
 from dcdit.errors import UserError
-from dcdit.settings.entry import entry_point, hold, plain
-from dcdit.settings.published import CONFIG_DIR
+from dcdit.settings.command import command
 
 if TYPE_CHECKING:
     from dcdit.data.manifest import Manifest
@@ -23,10 +18,19 @@ if TYPE_CHECKING:
 _FOR_STATISTICS = 1000  # samples of which mean and deviation are taken, where elements differ in scale
 
 
-@checked
-@dataclass(frozen=True)
-class InspectSettings:
-    """The keys of ``configs/inspect_latents.yaml``."""
+@config
+class InspectConfig:
+    """What to look at: the keys of ``configs/inspect_latents.yaml``.
+
+    Attributes:
+        directory, cache, cache_gb, allow_pipe: see :class:`dcdit.data.storage.Location`.
+        split: name of the split.
+        verify: read every byte, not only the samples shown.
+        images: samples to decode into a picture; 0 makes none.
+        picture: PNG to write; None takes ``latents_<directory>_<split>.png`` here.
+        autoencoder: decode with this one; None takes the one that the manifest names.
+        device: ``auto`` or a torch device.
+    """
 
     directory: str
     split: str
@@ -40,14 +44,9 @@ class InspectSettings:
     allow_pipe: bool
 
 
-def check(config: DictConfig) -> InspectSettings:
-    """The settings in ``config``; UserError if a value is wrong, before anything is read."""
-    return call_checked(InspectSettings, plain(config), "")
-
-
-def run(config: DictConfig) -> None:
+@command("inspect_latents")
+def inspect_latents(config: InspectConfig) -> None:
     """Print a summary, check, and decode; :class:`UserError` if anything is corrupt."""
-    settings = check(config)
     from dcdit.data.decoder import load_decoder, network_latents
     from dcdit.data.inspection import channels_table, first_samples, latents_table, network_statistics, verify
     from dcdit.data.storage import Location
@@ -55,20 +54,20 @@ def run(config: DictConfig) -> None:
     from dcdit.runtime.display import Console
     from dcdit.sampling.figures import save_grid
 
-    parent = Location(settings.directory, settings.cache, settings.cache_gb, settings.allow_pipe)
-    location = parent.below(settings.split)
+    place = Location(config.directory, config.cache, config.cache_gb, config.allow_pipe)
+    location = place.below(config.split)
     manifest = location.manifest()
-    findings = verify(location, manifest, Console(stderr=True)) if settings.verify else None
-    stored = first_samples(location, manifest, max(_FOR_STATISTICS, settings.images))
+    findings = verify(location, manifest, Console(stderr=True)) if config.verify else None
+    stored = first_samples(location, manifest, max(_FOR_STATISTICS, config.images))
     network = network_statistics(manifest, stored)
     Console().print(latents_table(location, manifest, network, findings), channels_table(manifest, network))
     if manifest.latent_shape[1] == manifest.latent_shape[2]:
-        print(f"To train on them: {training_command(settings, manifest)}")
-    if settings.images:
-        picture = Path(settings.picture or f"latents_{Path(settings.directory).name}_{settings.split}.png")
+        print(f"To train on them: {training_command(config, manifest)}")
+    if config.images:
+        picture = Path(config.picture or f"latents_{Path(config.directory).name}_{config.split}.png")
         picture.parent.mkdir(parents=True, exist_ok=True)
-        decode = load_decoder(manifest.spec, pick_device(settings.device), settings.autoencoder)
-        shown = network_latents(stored[: settings.images], manifest, None)
+        decode = load_decoder(manifest.spec, pick_device(config.device), config.autoencoder)
+        shown = network_latents(stored[: config.images], manifest, None)
         save_grid(decode(shown), max(1, round(len(shown) ** 0.5)), picture)
         print(f"The first {len(shown)} latents, decoded: {picture}")
     if findings and findings.faults:
@@ -79,16 +78,16 @@ def run(config: DictConfig) -> None:
         )
 
 
-def training_command(settings: InspectSettings, manifest: "Manifest") -> str:
+def training_command(config: InspectConfig, manifest: "Manifest") -> str:
     """A command that trains on the latents as they are: they are not of the default's shape or classes."""
     channels, grid, _ = manifest.latent_shape
-    overrides = {"data.directory": settings.directory, "model.grid": grid, "model.channels": channels}
-    overrides["model.num_classes"] = len(manifest.classes)
-    if settings.cache:
-        overrides["data.cache"] = settings.cache
-    if settings.allow_pipe:
-        overrides["data.allow_pipe"] = "true"
-    return " ".join(["python -m dcdit.train experiment=b_n4", *(_format_override(*item) for item in overrides.items())])
+    words = {"data.directory": config.directory, "model.grid": grid, "model.channels": channels}
+    words["model.num_classes"] = len(manifest.classes)
+    if config.cache:
+        words["data.cache"] = config.cache
+    if config.allow_pipe:
+        words["data.allow_pipe"] = "true"
+    return " ".join(["python -m dcdit.train experiment=b_n4", *(_format_override(*item) for item in words.items())])
 
 
 def _format_override(key: str, value: object) -> str:
@@ -97,11 +96,5 @@ def _format_override(key: str, value: object) -> str:
     return shlex.quote(f"{key}={value}" if plain else f"{key}='{value}'")
 
 
-@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="inspect_latents")
-def main(config: DictConfig) -> None:
-    """Hydra entry point."""
-    hold(run, config)
-
-
 if __name__ == "__main__":
-    entry_point(main)
+    inspect_latents.main()

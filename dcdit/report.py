@@ -4,21 +4,15 @@ Reads what ``dcdit.evaluate`` and training left in and below the given folders, 
 no other file, the plots, and the measurements as CSV and JSON.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import hydra
-from omegaconf import DictConfig
-
-from dcdit.checks import NotEmpty, call_checked, checked
-from dcdit.settings.entry import entry_point, hold, plain
-from dcdit.settings.published import CONFIG_DIR
+from dcdit.checks import NotEmpty, config
+from dcdit.settings.command import command
 
 
-@checked
-@dataclass(frozen=True)
-class ReportSettings:
+@config
+class ReportConfig:
     """What to report on: the keys of ``configs/report.yaml``.
 
     Attributes:
@@ -32,21 +26,16 @@ class ReportSettings:
     title: str
 
 
-def check(config: DictConfig) -> ReportSettings:
-    """What ``config`` asks for; UserError if a value is wrong, before anything is read."""
-    return call_checked(ReportSettings, plain(config), "")
-
-
-def run(config: DictConfig) -> Path:
+@command("report", paths=True)
+def report(config: ReportConfig) -> Path:
     """Write the report; returns the page."""
-    settings = check(config)
     from dcdit.reporting.collect import find_results, read_results
     from dcdit.reporting.histories import histories_below
     from dcdit.reporting.page import write_report
 
-    histories = histories_below(settings.runs)
-    results, left_out = find_results(settings.runs) if histories else read_results(settings.runs)
-    page = write_report(results, histories, Path(settings.out), settings.title, left_out)
+    histories = histories_below(config.runs)
+    results, left_out = find_results(config.runs) if histories else read_results(config.runs)
+    page = write_report(results, histories, Path(config.out), config.title, left_out)
     runs = len({result.run for result in results})
     for reason in left_out:
         print(f"Left out: {reason}")
@@ -55,11 +44,5 @@ def run(config: DictConfig) -> Path:
     return page
 
 
-@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="report")
-def main(config: DictConfig) -> None:
-    """Hydra entry point."""
-    hold(run, config)
-
-
 if __name__ == "__main__":
-    entry_point(main, paths=True)
+    report.main()

@@ -4,15 +4,12 @@ import shutil
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import hydra
-from omegaconf import DictConfig
 from rich.live import Live
 
-from dcdit.checks import Bounds, NotEmpty, call_checked, checked
+from dcdit.checks import Bounds, NotEmpty, config
 from dcdit.errors import UserError
 from dcdit.runs.progress import (
     RunProgress,
@@ -26,15 +23,11 @@ from dcdit.runs.progress import (
 from dcdit.runs.state import State
 from dcdit.runtime.display import Console
 from dcdit.runtime.terminal import lost
-from dcdit.settings.entry import entry_point, hold, plain
-from dcdit.settings.published import CONFIG_DIR
-
-FLAGS = {"--watch": "watch=true"}
+from dcdit.settings.command import command
 
 
-@checked
-@dataclass(frozen=True)
-class StatusSettings:
+@config
+class StatusConfig:
     """What to look at: the keys of ``configs/status.yaml``.
 
     Attributes:
@@ -48,35 +41,31 @@ class StatusSettings:
     every: Annotated[float, Bounds(0.2, 3600, hint="seconds between two looks")]
 
 
-def check(config: DictConfig) -> StatusSettings:
-    """What ``config`` asks for; UserError if a value is wrong, before anything is read."""
-    return call_checked(StatusSettings, plain(config), "")
-
-
-def read_progress(settings: StatusSettings) -> dict[Path, RunProgress]:
+def read_progress(config: StatusConfig) -> dict[Path, RunProgress]:
     """How far the runs are, by their directories; UserError if there are none."""
-    for folder in settings.runs:
+    for folder in config.runs:
         if not Path(folder).is_dir():
             raise UserError(f"runs={folder} is no directory")
-    runs = {path: progress_of(path, name) for path, name in named_runs(settings.runs).items()}
+    runs = {path: progress_of(path, name) for path, name in named_runs(config.runs).items()}
     if not runs:
-        raise UserError(f"runs={', '.join(settings.runs)}: no runs there, python -m dcdit.train makes them")
+        raise UserError(f"runs={', '.join(config.runs)}: no runs there, python -m dcdit.train makes them")
     return runs
 
 
-def run(config: DictConfig) -> list[RunProgress]:
+@command("status", paths=True, flags={"--watch": "watch=true"})
+def status(config: StatusConfig) -> list[RunProgress]:
     """Print a table of the runs, or keep a view of them up to date; returns how far they are."""
-    settings, console = check(config), Console()
-    if settings.watch:
-        runs = list(watch(settings, console).values())
+    console = Console()
+    if config.watch:
+        runs = list(watch(config, console).values())
     else:
-        runs = list(read_progress(settings).values())
+        runs = list(read_progress(config).values())
         console.print(progress_table(runs))
     print_reasons(runs)
     return runs
 
 
-def watch(settings: StatusSettings, console: Console) -> dict[Path, RunProgress]:
+def watch(config: StatusConfig, console: Console) -> dict[Path, RunProgress]:
     """Keep a view up to date until all runs have ended, or until Ctrl-C; returns what was shown last.
 
     As long as no run has begun it waits, for one may be starting.
@@ -86,7 +75,7 @@ def watch(settings: StatusSettings, console: Console) -> dict[Path, RunProgress]
     with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
             with suppress(UserError):  # no folder yet, or no run
-                runs = read_progress(settings)
+                runs = read_progress(config)
             goes_on = bool({State.RUNNING, State.QUEUED, State.WAITING} & {run.state for run in runs.values()})
             sizes = [size_on_disk(path) for path in runs]
             free = shutil.disk_usage(next(iter(runs), Path())).free
@@ -95,15 +84,9 @@ def watch(settings: StatusSettings, console: Console) -> dict[Path, RunProgress]
             if (went_on and not goes_on) or lost(sys.stdout):
                 break
             went_on = goes_on
-            time.sleep(settings.every)
+            time.sleep(config.every)
     return runs
 
 
-@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="status")
-def main(config: DictConfig) -> None:
-    """Hydra entry point."""
-    hold(run, config)
-
-
 if __name__ == "__main__":
-    entry_point(main, paths=True, flags=FLAGS)
+    status.main()

@@ -8,12 +8,11 @@ import math
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
 
 from dcdit.cluster import job
 from dcdit.errors import UserError
@@ -21,52 +20,26 @@ from dcdit.runs.failure import describe_failure, note_failure
 from dcdit.runs.resume import resuming_command, task_overrides
 from dcdit.runs.state import Outcome, State
 from dcdit.runtime.processes import lost_process, rank, say
-from dcdit.settings.entry import entry_point, explain, hold, plain, show
-from dcdit.settings.published import CONFIG_DIR
-from dcdit.training.settings import GROUPS, TrainPlan
+from dcdit.settings.command import command
+from dcdit.settings.errors import explain, print_error
+from dcdit.training.settings import TrainConfig
 
 PATIENCE = 180.0
 """Seconds that a job waits for the one before it to let go of the run: a node that died holds locks for a while."""
 
 
-def check(config: DictConfig) -> TrainPlan:
-    """What ``config`` asks for; UserError if a value is wrong, the network's and the callbacks' own apart."""
-    return TrainPlan.of(plain(config, sections=GROUPS))
-
-
-def run(config: DictConfig, run_dir: Path, sweeping: bool = False) -> Outcome:
-    """Train what ``config`` asks for in ``run_dir``; returns how it ended."""
-    plan = check(config)
-    from dcdit.training.batching import check_local_sweep
-    from dcdit.training.run import train
-
-    if sweeping and not job.is_inside_job():
-        check_local_sweep(plan)
-    try:
-        return train(config, run_dir, PATIENCE if job.is_inside_job() else 0.0, job.is_inside_job())
-    except UserError:
-        command = None if sweeping or plan.run.ckpt_path != "last" else resuming_command(run_dir, task_overrides())
-        if command:  # apart from the message, whose frame would break it into lines
-            say(f"{os.path.relpath(run_dir)} was started with other settings. To go on with those:\n{command}")
-        raise
-
-
-@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="train")
-def main(config: DictConfig) -> float | None:
-    """Hydra entry point; returns the validation loss for sweepers that optimise it."""
-    return hold(run_and_note, config)
-
-
-def run_and_note(config: DictConfig) -> float | None:
-    """Run what ``config`` asks for, and write down how it ended where that is not done yet.
+def note_ending(run: Callable[[], Outcome]) -> float | None:
+    """Call ``run`` in a job of Hydra, and write down how the run ended where that is not done yet.
 
     In a sweep a failed run is reported and counts as NaN; the others go on.
+
+    Returns:
+        The validation loss, for sweepers that optimise it.
     """
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    run_dir, sweeping = Path(HydraConfig.get().runtime.output_dir), is_sweep()
     try:
         job.mark_unfinished(run_dir)
-        outcome = run(config, run_dir, sweeping)
+        outcome = run()
     except Exception as error:
         outcome = note_error(error, run_dir, sweeping)
         if not sweeping:
@@ -75,6 +48,31 @@ def run_and_note(config: DictConfig) -> float | None:
     if outcome.state is State.INTERRUPTED and sweeping:
         raise KeyboardInterrupt  # whoever stops a run of a sweep does not ask for the next one
     return outcome.metrics.get("val/diffusion_loss") if outcome.state is State.FINISHED else math.nan
+
+
+@command("train", around=note_ending)
+def train(config: TrainConfig) -> Outcome:
+    """Train what ``config`` asks for in ``config.run_dir``; returns how it ended."""
+    from dcdit.training.batching import check_local_sweep
+    from dcdit.training.run import run_training
+
+    sweeping = is_sweep()
+    if sweeping and not job.is_inside_job():
+        check_local_sweep(config)
+    try:
+        return run_training(config, PATIENCE if job.is_inside_job() else 0.0, job.is_inside_job())
+    except UserError:
+        again = None
+        if not sweeping and config.ckpt_path == "last":
+            again = resuming_command(Path(config.run_dir), task_overrides())
+        if again:  # apart from the message, whose frame would break it into lines
+            say(f"{os.path.relpath(config.run_dir)} was started with other settings. To go on with those:\n{again}")
+        raise
+
+
+def is_sweep() -> bool:
+    """Whether this is one of several runs of a command line."""
+    return bool(HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def note_error(error: Exception, run_dir: Path, sweeping: bool) -> Outcome:
@@ -86,7 +84,7 @@ def note_error(error: Exception, run_dir: Path, sweeping: bool) -> Outcome:
         note_failure(error, run_dir, task_overrides(), sweeping, together)
     if sweeping:
         reason = "another process of the run is gone; its output says why" if lost else explain(error)
-        show(f"{os.path.relpath(run_dir)}: {reason or describe_failure(error)}")
+        print_error(f"{os.path.relpath(run_dir)}: {reason or describe_failure(error)}")
         if reason is None:
             traceback.print_exception(error)
     return Outcome(State.LOST if lost else State.FAILED)
@@ -94,6 +92,6 @@ def note_error(error: Exception, run_dir: Path, sweeping: bool) -> Outcome:
 
 if __name__ == "__main__":
     # by its name, under which the processes of a job find it
-    from dcdit.train import main as command
+    from dcdit.train import train as named
 
-    entry_point(command)
+    named.main()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.configs import TINY, compose_config
 
-from dcdit.settings.entry import register_resolvers
+from dcdit.settings.compose import register_resolvers
 
 register_resolvers()
 
@@ -70,7 +70,7 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(digits: Path, tmp_path: Path):
     """Run a tiny digits training in a directory; returns the run directory."""
-    from dcdit.training.run import train
+    from support.configs import train
 
     def run(name: str, *overrides: str) -> Path:
         run_dir = tmp_path / name
@@ -85,7 +85,7 @@ def tiny(digits: Path, tmp_path: Path):
 @pytest.fixture(scope="session")
 def three_steps(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps that all tests share: not to be written to."""
-    from dcdit.training.run import train
+    from support.configs import train
 
     run_dir = tmp_path_factory.mktemp("shared") / "trained"
     run_dir.mkdir()

@@ -56,8 +56,9 @@ FORBIDDEN = {
     "checkpoints": ("lightning", "hydra"),
     "sampling": ("lightning", "hydra", "omegaconf"),
     "explorer": ("lightning", "hydra", "omegaconf"),
-    "evaluation": ("lightning",),
+    "evaluation": ("lightning", "hydra", "omegaconf"),
     "reporting": ("lightning", "hydra", "omegaconf"),
+    "training": ("hydra", "omegaconf"),
     "runs": ("torch", "lightning"),
     "settings": ("torch", "lightning"),
     "runtime": ("lightning", "hydra", "omegaconf"),
@@ -67,7 +68,7 @@ FORBIDDEN = {
 """Packages that a room does not know, not even within a function."""
 
 LATE = {
-    "settings/entry.py": {"torch"},  # cpu_precision looks at the CPU when it is asked for
+    "settings/compose.py": {"torch"},  # cpu_precision looks at the CPU when it is asked for
     "runtime/devices.py": {"torch"},
 }
 

@@ -11,15 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from support.configs import TINY
+from support.configs import TINY, call, train
 
 from dcdit import evaluate, flops, generate, report, sample
 from dcdit.cluster.settings import cluster_of, sbatch_parameters
 from dcdit.errors import UserError
-from dcdit.settings.entry import plain
-from dcdit.settings.published import CONFIG_DIR
-from dcdit.training.run import train
-from dcdit.training.settings import TrainPlan
+from dcdit.settings.compose import CONFIG_DIR, configuration_of
+from dcdit.training.settings import TrainConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 BLOCK = re.compile(r"^`(\S+)` \((new|added)\)\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -124,22 +122,22 @@ def test_a_third_network_goes_through_every_command(follow, trained, tmp_path, d
         train(composed(*words, f"data.directory={digits}", *model[:2], "run_name=x", "multi_budget=wide"), tmp_path)
 
     places = (f"checkpoint={last}", f"out={tmp_path}/out", *FEW)
-    sample.run(composed(*places, "per_class=1", name="sample"))
+    call(sample, composed(*places, "per_class=1", name="sample"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"samples.png", "latents.npz"}
-    generate.run(composed(*places[:1], f"out={tmp_path}/many", *FEW, "count=6", name="generate"))
+    call(generate, composed(*places[:1], f"out={tmp_path}/many", *FEW, "count=6", name="generate"))
     assert json.loads((tmp_path / "many" / "samples.json").read_text())["keep_ratio"] is None
-    flops.run(composed("model=unet_digits", name="flops"))
+    call(flops, composed("model=unet_digits", name="flops"))
     assert "coarse" in capsys.readouterr().out
     for override in ("budget.fraction=0.5", "guidance.drop_fraction=0.5"):
         with pytest.raises(UserError, match=r"U-Net (has one fixed cost|drops no tokens)"):
-            sample.run(composed(*places, override, name="sample"))
+            call(sample, composed(*places, override, name="sample"))
 
     reference = (f"reference={digits}/val", "features=digits", "count=40", f"cache={tmp_path}/cache")
-    (path,) = evaluate.run(composed(*places[:1], *reference, *FEW, name="evaluate"))
+    (path,) = call(evaluate, composed(*places[:1], *reference, *FEW, name="evaluate"))
     result = json.loads(path.read_text())
     assert result["network"] == {"title": "U-Net", "routes": False}
     assert "keep_ratio" not in result
-    page = report.run(composed(f"runs=[{run_dir}]", f"out={tmp_path}/report", name="report"))
+    page = call(report, composed(f"runs=[{run_dir}]", f"out={tmp_path}/report", name="report"))
     assert "U-Net" in page.read_text()
 
 
@@ -149,7 +147,7 @@ def test_a_router(follow, trained, tmp_path):
     _, last = trained(composed, *model, "trainer.max_steps=3")
     weights = torch.load(last, weights_only=True)["current_model_state"]
     assert {"network.router.scale", "network.router.offset"} <= set(weights)
-    out = sample.run(composed(f"checkpoint={last}", f"out={tmp_path}/out", "per_class=1", *FEW, name="sample"))
+    out = call(sample, composed(f"checkpoint={last}", f"out={tmp_path}/out", "per_class=1", *FEW, name="sample"))
     assert (out / "boundaries.png").is_file()
     with pytest.raises(UserError, match=r"model\.router='gradeint' is not one of predictability, cosine, gradient"):
         trained(composed, *model[:-1], "model.router=gradeint")
@@ -186,7 +184,7 @@ def test_a_sampler_by_name(follow, tiny, tmp_path):
     composed = follow("A sampler")
     last = tiny("run", "trainer.max_steps=2") / "checkpoints" / "last.ckpt"
     words = (f"checkpoint={last}", f"out={tmp_path}/out", "sampler=naive", "per_class=1", *FEW)
-    assert (sample.run(composed(*words, name="sample")) / "samples.png").is_file()
+    assert (call(sample, composed(*words, name="sample")) / "samples.png").is_file()
 
 
 def test_a_data_source(follow, trained, tmp_path):
@@ -201,22 +199,22 @@ def test_a_metric_and_a_feature_network(follow, tiny, tmp_path, digits, capsys):
     last = tiny("run", "trainer.max_steps=2") / "checkpoints" / "last.ckpt"
     composed = follow("A metric")
     places = (f"checkpoint={last}", f"reference={digits}/val", f"cache={tmp_path}/cache", "count=40", *FEW)
-    (path,) = evaluate.run(composed(*places, "features=digits", "metrics=[fid,mean]", name="evaluate"))
+    (path,) = call(evaluate, composed(*places, "features=digits", "metrics=[fid,mean]", name="evaluate"))
     result = json.loads(path.read_text())
     assert result["metrics"]["mean_distance"] > 0
     assert "mean" in capsys.readouterr().out
-    page = report.run(composed(f"runs=[{last.parents[1]}]", f"out={tmp_path}/report", name="report"))
+    page = call(report, composed(f"runs=[{last.parents[1]}]", f"out={tmp_path}/report", name="report"))
     assert f"{result['metrics']['mean_distance']:.4g}" in page.read_text()
     shutil.rmtree(tmp_path / "configs")
     composed = follow("A feature network")
     own = ("features=own", "features.module._target_=my_features.Coarse", "features.size=8", "metrics=[fid,kid]")
-    (path,) = evaluate.run(composed(*places, *own, f"out={tmp_path}/own", name="evaluate"))
+    (path,) = call(evaluate, composed(*places, *own, f"out={tmp_path}/own", name="evaluate"))
     assert json.loads(path.read_text())["plan"]["features"]["name"] == "Coarse"
 
 
 def test_a_cluster_site(follow, tmp_path):
     composed = follow("A cluster site")
-    plan = TrainPlan.of(plain(composed("experiment=b_n4", "cluster=mysite"), without="hydra"))
+    plan = configuration_of(TrainConfig, composed("experiment=b_n4", "cluster=mysite"))
     parameters = sbatch_parameters(cluster_of(plan), "b_n4", tmp_path)
     assert (parameters["constraint"], parameters["gpus_per_node"], parameters["time"]) == ("a100", 4, 720)
     assert parameters["setup"] == ["module load cuda"]

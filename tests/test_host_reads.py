@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from support.configs import PLAIN_DIT, TINY, compose_config, perturb
+from support.configs import PLAIN_DIT, TINY, compose_config, perturb, train
 from support.pretend_cuda import CUDA, MixedDevicesError, PretendCuda
 
 from dcdit.checkpoints.load import Model
@@ -21,7 +21,6 @@ from dcdit.diffusion.settings import DDIM, DDPM, DPMSolver, Euler, EulerMaruyama
 from dcdit.network import build_network
 from dcdit.network.routing import Routing
 from dcdit.sampling.generate import generate
-from dcdit.training.run import train
 
 SIZES = {"grid": 8, "channels": 1, "num_classes": 5, "width": 32, "depth": 2, "heads": 2}
 NETWORKS = {"dcdit": {"name": "dcdit", "groups": 4, **SIZES}, "dit": {"name": "dit", **SIZES}}

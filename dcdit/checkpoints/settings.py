@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
-from dcdit.checks import Bounds, Count, OneOf, Size, checked, conform, shown
+from dcdit.checks import Bounds, Count, OneOf, Size, checked, config, conform, shown
 from dcdit.data.latents import LatentScale, LatentShift
 from dcdit.diffusion.settings import PROCESSES
 from dcdit.errors import UserError
@@ -33,6 +33,19 @@ def length_of(kind: str) -> float | None:
     """Relative length of the average that a :data:`WeightsKind` names; None for ``ema`` and ``raw``."""
     _, at, length = kind.partition("@")
     return float(length) if at else None
+
+
+@config
+class Paths:
+    """Where things are: ``configs/paths/default.yaml``.
+
+    Attributes:
+        data: folder of data sets.
+        runs: folder of all runs.
+    """
+
+    data: str
+    runs: str
 
 
 @checked

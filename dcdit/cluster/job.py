@@ -15,7 +15,7 @@ from types import FrameType
 from dcdit.runs.state import State
 from dcdit.runtime.processes import processes
 from dcdit.runtime.signals import STOP_SIGNALS
-from dcdit.settings.entry import prepare
+from dcdit.settings.command import set_up_process
 
 MARK = ".unfinished"
 QUEUED_AGAIN, FAILED_FOR_GOOD = 75, 1
@@ -28,7 +28,7 @@ def enter_job() -> None:
     """Note that this process belongs to a job, and handle signals instead of submitit, which would queue it again."""
     global _inside
     _inside = True
-    prepare()
+    set_up_process()
     logging.getLogger("submitit").propagate = False  # it prints by itself
     # Until training takes them over there is nothing to save.
     for signum in set(STOP_SIGNALS) - {signal.SIGINT}:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
+from dcdit.checks import call_checked
 from dcdit.cluster.settings import ClusterSettings, cluster_of, read_cluster, sbatch_parameters
 from dcdit.errors import UserError
 from dcdit.runs.changes import changes
@@ -24,9 +25,9 @@ from dcdit.runs.progress import progress_of
 from dcdit.runs.resume import checkpoints_in, is_finished
 from dcdit.runs.state import QUEUED_NAME, RunState, State
 from dcdit.runtime.processes import say
-from dcdit.settings.entry import plain
+from dcdit.settings.compose import plain_values
 from dcdit.training.build import check_network, match_compute
-from dcdit.training.settings import GROUPS, TrainPlan
+from dcdit.training.settings import TrainConfig
 
 FOLDER = ".submitit"
 MISSED_POLLS = 3
@@ -71,7 +72,11 @@ def launch(
     """
     sweep_dir = Path(configs[0].hydra.sweep.dir)
     try:
-        clusters = [cluster_of(plan) for plan in plans_of(configs)]
+        checked = [read_config(config) for config in configs]
+        valid = [config for config in checked if isinstance(config, TrainConfig)]
+        if not valid:
+            raise next(error for error in checked if isinstance(error, UserError))
+        clusters = [cluster_of(config) for config in valid]
         if any(other != clusters[0] for other in clusters):
             raise UserError("cluster.*: all runs of a sweep are one job array and need the same; submit them apart")
     except UserError:
@@ -85,7 +90,7 @@ def launch(
         remove_empty_sweep(sweep_dir)
         raise SystemExit(0)
     state = Singleton.get_state()
-    due = [number for number, run in enumerate(runs) if needs_job(run, configs[number], overrides[number])]
+    due = [number for number, run in enumerate(runs) if needs_job(run, checked[number], overrides[number])]
     arguments = [(list(overrides[n]), "hydra.sweep.dir", first + n, f"job_id_for_{first + n}", state) for n in due]
     if due:
         names = submit(job, arguments, folder, parameters, [runs[n] for n in due])
@@ -98,39 +103,46 @@ def launch(
     return [job_return(*outcome) for outcome in zip(runs, overrides, configs, strict=True)]
 
 
-def plans_of(configs: Sequence[DictConfig]) -> list[TrainPlan]:
-    """The plans of all valid configurations; UserError if none is valid. :func:`needs_job` reports the others."""
-    plans, failures = [], []
-    for config in configs:
-        values = plain(config, without="hydra", sections=GROUPS)
-        read_cluster(values)  # first, for other keys follow from these
-        try:
-            plans.append(TrainPlan.of(values))
-        except UserError as error:
-            failures.append(error)
-    if not plans:
-        raise failures[0]
-    return plans
+def read_config(values: DictConfig) -> TrainConfig | UserError:
+    """Return a configuration, or what is wrong with it, which :func:`needs_job` reports.
+
+    Raises:
+        UserError: if it is the cluster that is wrong.
+    """
+    plain = plain_values(TrainConfig, values)
+    read_cluster(plain["cluster"])  # first, for other keys follow from these
+    try:
+        return call_checked(TrainConfig, plain, "")
+    except UserError as error:
+        return error
 
 
-def needs_job(run: Path, config: DictConfig, overrides: Sequence[str]) -> bool:
-    """Whether a run needs a job; if not, says why, and records an error of its configuration in its directory."""
+def needs_job(run: Path, checked: TrainConfig | UserError, overrides: Sequence[str]) -> bool:
+    """Whether a run needs a job; if not, says why, and records an error of its configuration in its directory.
+
+    Args:
+        run: its directory.
+        checked: its configuration, or what is wrong with it.
+        overrides: the command-line overrides that it was composed from.
+    """
     name = os.path.relpath(run)
     if is_held(run):
         say(f"{name} is being trained right now: left alone")
         return False
     try:
-        plan = match_compute(TrainPlan.of(plain(config, without="hydra", sections=GROUPS)))
-        check_network(plan)
+        if isinstance(checked, UserError):
+            raise checked
+        config = match_compute(checked)
+        check_network(config)
         before = RunState.read(run)
         if before is not None and before.settings and checkpoints_in(run / "checkpoints"):
-            changes(before.settings, plan.recorded, before.step, by_itself=True)
+            changes(before.settings, config.recorded, before.step, by_itself=True)
     except UserError as error:
         run.mkdir(parents=True, exist_ok=True)
         note_failure(error, run, tuple(overrides), sweeping=True)
         say(f"{name}: {error}")
         return False
-    if is_finished(before, plan.trainer.max_steps):
+    if is_finished(before, config.trainer.max_steps):
         say(f"{name} is finished: left alone")
         return False
     if (run / QUEUED_NAME).exists():

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from dcdit.checks import Count, Natural, Positive, call_checked, checked
 from dcdit.cluster.job import MARK
 from dcdit.errors import UserError
 from dcdit.training.batching import accumulation
-from dcdit.training.settings import TrainPlan
+from dcdit.training.settings import TrainConfig
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
@@ -58,18 +57,18 @@ class ClusterSettings:
                 raise UserError(f"env.{name}={value!r} is no variable of a shell")
 
 
-def read_cluster(values: Mapping[str, Any]) -> ClusterSettings:
-    """The ``cluster`` section of a composed configuration's plain values; UserError if a value is wrong."""
-    return call_checked(ClusterSettings, values.get("cluster"), "cluster")
+def read_cluster(section: Any) -> ClusterSettings:
+    """The checked section ``cluster`` of plain values; UserError if a value is wrong."""
+    return call_checked(ClusterSettings, section, "cluster")
 
 
-def cluster_of(plan: TrainPlan) -> ClusterSettings:
-    """The checked ``cluster`` of a plan that runs on SLURM.
+def cluster_of(config: TrainConfig) -> ClusterSettings:
+    """The checked ``cluster`` of a configuration that runs on SLURM.
 
     Raises:
         UserError: if a value is wrong, or the trainer would use other processes than the job has.
     """
-    cluster, trainer = read_cluster(plan.values), plan.trainer
+    cluster, trainer = read_cluster(config.cluster), config.trainer
     for key, value, name in (
         ("devices", trainer.devices, "tasks_per_node"),
         ("num_nodes", trainer.num_nodes, "nodes"),
@@ -89,7 +88,7 @@ def cluster_of(plan: TrainPlan) -> ClusterSettings:
             f"cluster.gpus_per_node={cluster.gpus_per_node}, but trainer.accelerator=cpu would leave them idle: set"
             " cluster.gpus_per_node=0 and cluster.tasks_per_node to the processes of a node, or take trainer=gpu"
         )
-    accumulation(plan, cluster.nodes * cluster.tasks_per_node)
+    accumulation(config, cluster.nodes * cluster.tasks_per_node)
     return cluster
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from dcdit.checks import call_checked, shown
+from dcdit.checks import shown, to_plain
 from dcdit.errors import UserError
-from dcdit.evaluation.settings import EvaluateSettings
-from dcdit.sampling.settings import SamplingPlan
+from dcdit.evaluation.settings import EvaluateConfig, EvaluateSettings
+from dcdit.sampling.settings import SamplingConfig
 
 _PLURALS = {"drop_fraction": "drop_fractions", "uncond_drop_fraction": "uncond_drop_fractions"}
 
@@ -28,34 +28,34 @@ class EvaluationGrid:
         beyond: how many points ``max_images`` leaves out.
     """
 
-    settings: EvaluateSettings
-    points: list[SamplingPlan]
+    settings: EvaluateConfig
+    points: list[SamplingConfig]
     left_out: list[str]
     beyond: int
 
 
-def grid_of(values: Mapping[str, Any]) -> EvaluationGrid:
-    """All combinations of the lists in the plain values of a composed configuration.
+def grid_of(settings: EvaluateConfig) -> EvaluationGrid:
+    """All combinations of the lists in a configuration.
 
     Raises:
         UserError: naming key, value and remedy.
     """
+    values = to_plain(settings)
     kinds, caches, weaks, scales = (_listed(values, key) for key in LISTS)
     alone = {"weights": kinds[0], "guidance.weak": None, "guidance.scale": 1.0}
     alone |= {} if caches[0] is None else {"sampler.cache": caches[0]}
-    first, own = SamplingPlan.of(_with(values, alone))
-    settings = call_checked(EvaluateSettings, own, "")
+    first = SamplingConfig.of(_with(values, alone))
     _check_budget(settings, first)
     drops: list[float | None] = [*settings.drop_fractions] if settings.drop_fractions else [None]
     weak_drops: list[float | None] = [*settings.uncond_drop_fractions] if settings.uncond_drop_fractions else [None]
-    points: dict[str, SamplingPlan] = {}
+    points: dict[str, SamplingConfig] = {}
     left_out: list[str] = []
     for weights, cache, weak, weak_drop, drop, scale in product(kinds, caches, weaks, weak_drops, drops, scales):
         chosen = {"weights": weights, "guidance.weak": weak, "guidance.scale": scale}
         chosen |= {} if cache is None else {"sampler.cache": cache}
         chosen |= {} if drop is None else {"guidance.drop_fraction": drop}
         chosen |= {} if weak_drop is None else {"guidance.uncond_drop_fraction": weak_drop}
-        unguided, _ = SamplingPlan.of(_with(values, {**chosen, "guidance.scale": 1.0}))
+        unguided = SamplingConfig.of(_with(values, {**chosen, "guidance.scale": 1.0}))
         guidance = unguided.guidance
         if scale != 1 and guidance.guiding_equals_main:
             left_out.append(
@@ -63,7 +63,7 @@ def grid_of(values: Mapping[str, Any]) -> EvaluationGrid:
                 f" {guidance.uncond_drop_fraction or 0:g}: the guiding branch would be no weaker, and guide nowhere"
             )
             continue
-        plan, _ = SamplingPlan.of(_with(values, chosen))
+        plan = SamplingConfig.of(_with(values, chosen))
         plan = replace(plan, guidance=plan.guidance.canonical)
         points.setdefault(repr(plan), plan)
     if not points:
@@ -77,7 +77,7 @@ def grid_of(values: Mapping[str, Any]) -> EvaluationGrid:
     return EvaluationGrid(settings, within, list(dict.fromkeys(left_out)), len(points) - len(within))
 
 
-def _within(points: list[SamplingPlan], settings: EvaluateSettings) -> list[SamplingPlan]:
+def _within(points: list[SamplingConfig], settings: EvaluateSettings) -> list[SamplingConfig]:
     """As many of the points as ``max_images`` allows; a search counts for itself."""
     if settings.max_images is None or settings.search:
         return points
@@ -89,7 +89,7 @@ def _within(points: list[SamplingPlan], settings: EvaluateSettings) -> list[Samp
     return points[: settings.max_images // settings.count]
 
 
-def _check_budget(settings: EvaluateSettings, plan: SamplingPlan) -> None:
+def _check_budget(settings: EvaluateSettings, plan: SamplingConfig) -> None:
     """Raise :class:`UserError` where a budget is given twice, or a search has nothing to search."""
     others = plan.budget.given or plan.guidance.drop_fraction or plan.guidance.drop_schedule
     if settings.drop_fractions is not None and others:

@@ -147,7 +147,7 @@ class Measurement:
         self.sampling, self.reference, self.network, self.metrics = sampling, reference, reference.network, metrics
         count, chunk_size = count or settings.count, settings.chunk_size
         self.shown, self.out = min(settings.shown, chunk_size, count), out
-        seed, classes = sampling.plan.settings.seed, sampling.model.network.num_classes
+        seed, classes = sampling.plan.seed, sampling.model.network.num_classes
         self.labels = labels_of(settings.labels, count, classes, seed)
         plan = {
             **sampling.described(),

@@ -1,14 +1,11 @@
 """All points of an evaluation: what they share, measured by any number of processes, and timed in turns."""
 
-import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-import hydra
 import torch
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig
-from omegaconf.errors import MissingMandatoryValue
 from rich.progress import track
 
 from dcdit.errors import UserError
@@ -19,28 +16,12 @@ from dcdit.evaluation.metrics import compare_with
 from dcdit.evaluation.settings import EvaluateSettings
 from dcdit.runtime.display import Console, Display
 from dcdit.sampling.setup import Sampling
+from dcdit.settings.instantiate import instantiated
 
 
-def build_features(spec: DictConfig, device: torch.device) -> FeatureNetwork:
+def build_features(spec: Mapping[str, Any], device: torch.device) -> FeatureNetwork:
     """Build the feature network that the user's configuration names; raise UserError if it cannot be had."""
-    try:
-        network = hydra.utils.instantiate(spec)
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from None
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        root: BaseException = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        target = re.search(r"Error locating target '([^']+)'", str(error))
-        if target:
-            raise UserError(
-                f"features.module._target_={target[1]} cannot be imported ({root}): name it as module.Class, and have"
-                " Python find the module, in the current folder or in one that PYTHONPATH names"
-            ) from error
-        text = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith("full_key"))
-        raise UserError(f"features: {text}" + (f" ({root})" if root is not error else "")) from error
+    network = instantiated(spec, "features")
     if not isinstance(network, FeatureNetwork):
         raise UserError(
             f"features: {type(network).__name__} is no FeatureNetwork: give your module as features=own"
@@ -55,19 +36,18 @@ class Evaluation:
     Args:
         sampling: of one of the points.
         settings: what to measure.
-        features: the feature network, for Hydra to build.
 
     Raises:
         UserError: naming key, value and remedy, if something cannot be had.
     """
 
-    def __init__(self, sampling: Sampling, settings: EvaluateSettings, features: DictConfig) -> None:
+    def __init__(self, sampling: Sampling, settings: EvaluateSettings) -> None:
         self.settings = settings
         device = sampling.model.device
         size = sampling.decode.size(device)
-        decoding = (sampling.plan.settings.autoencoder, sampling.plan.settings.rounding)
+        decoding = (sampling.plan.autoencoder, sampling.plan.rounding)
         images = open_images(settings.reference, size, device, *decoding, network=sampling.model.latents)
-        self.network = build_features(features, device)  # which may be a download: after what was given is checked
+        self.network = build_features(settings.features, device)  # perhaps a download: after the checks
         comparison = compare_with(
             images,
             self.network,

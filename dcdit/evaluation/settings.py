@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from dcdit.checks import Bounds, Count, DropFraction, Images, NotEmpty, OneOf, Positive, Shown, checked
-from dcdit.sampling.settings import Labels
+from dcdit.checks import Bounds, Count, DropFraction, Images, NotEmpty, OneOf, Positive, Shown, config
+from dcdit.sampling.settings import Labels, SamplingKeys
 
 
 class Figure(NamedTuple):
@@ -84,8 +84,7 @@ def figures_of_metrics(metrics: Sequence[str]) -> list[Figure]:
 DropFractions = Annotated[list[DropFraction], NotEmpty("name at least one, such as 0")]
 
 
-@checked
-@dataclass(frozen=True)
+@config
 class EvaluateSettings:
     """What to measure: the keys of ``configs/evaluate.yaml`` that are not about sampling.
 
@@ -127,3 +126,16 @@ class EvaluateSettings:
     time_rounds: Annotated[int, Bounds(0, 1000, hint="3 are enough on a quiet machine")]
     time_again: bool
     cache: str | None
+
+
+@config
+class EvaluateConfig(EvaluateSettings, SamplingKeys):
+    """The keys of ``configs/evaluate.yaml``; of those of sampling, some take lists, see :mod:`dcdit.evaluation.grid`.
+
+    Attributes:
+        weights, sampler, guidance: as of :class:`dcdit.sampling.settings.SamplingConfig`, or with lists of values.
+    """
+
+    weights: str | list[str]
+    sampler: dict[str, Any]
+    guidance: dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from dcdit.checks import Bounds, DropFraction, Natural, NonNegative, Positive, Seed, checked
 from dcdit.diffusion.settings import SAMPLERS, Steps
 from dcdit.errors import UserError
-from dcdit.sampling.settings import SamplingPlan
+from dcdit.sampling.settings import SamplingConfig
 
 Meet = Literal["drop", "schedule", "fraction", "tflops"]
 """What sets the budget: a drop fraction, one that follows the timesteps, a fraction of the full cost, or TFLOPs."""
@@ -67,7 +67,7 @@ class Choice:
             guidance["uncond_drop_fraction"] = self.guiding_drop
         return {"sampler": {"steps": self.steps, "cache": self.cache}, "guidance": guidance, "budget": budget}
 
-    def plan(self, base: Mapping[str, Any]) -> SamplingPlan:
+    def plan(self, base: Mapping[str, Any]) -> SamplingConfig:
         """The plan of sampling.
 
         Args:
@@ -83,7 +83,7 @@ class Choice:
         sampler = {**clip, **self._own(base), **chosen["sampler"], "name": self.sampler}
         values = {**base, "seed": self.seed, "sampler": sampler}
         values |= {name: {**base[name], **chosen[name]} for name in ("guidance", "budget")}
-        return SamplingPlan.of(values)[0]
+        return SamplingConfig.of(values)
 
     def _own(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """Keys that only some samplers have, such as ``shift``, where the command named this one."""

@@ -25,7 +25,7 @@ from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.figures import Moment, Recorder, decoded, panels
 from dcdit.sampling.overlays import Pixels, enlarged
 from dcdit.sampling.pictures import animation_frames
-from dcdit.sampling.settings import SamplingPlan
+from dcdit.sampling.settings import SamplingConfig
 from dcdit.sampling.setup import Sampling, at_budget, calibration_of, load, sampling_of
 
 STRIP = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -137,7 +137,7 @@ class Session:
 
     def __init__(
         self,
-        plan: SamplingPlan,
+        plan: SamplingConfig,
         base: Mapping[str, Any],
         places: Sequence[CheckpointSource],
         most_steps: int,
@@ -164,7 +164,7 @@ class Session:
     def sampler(self, side: int) -> str:
         """Name of the sampler that the command asked for."""
         model = self.loaded[side].model
-        return SamplingPlan.of(self.base)[0].sampler.for_process(model.process.settings).name
+        return SamplingConfig.of(self.base).sampler.for_process(model.process.settings).name
 
     def routes(self, side: int) -> bool:
         """Whether the network of a checkpoint drops tokens, and so has budgets."""
@@ -195,7 +195,7 @@ class Session:
 
     def usual_tflops(self, side: int) -> float:
         """What an image costs about, at seven tenths of the full budget and with what the command said of sampling."""
-        plan, model = SamplingPlan.of(self.base)[0], self.loaded[side].model
+        plan, model = SamplingConfig.of(self.base), self.loaded[side].model
         compression = float(model.training.get("compression") or 4)
         evaluation = count(model.network, [model.network.positions / compression] if model.network.routes else []).total
         branches = 1 if plan.guidance.scale == 1 else 2

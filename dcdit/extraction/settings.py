@@ -1,14 +1,13 @@
 """The configuration of ``dcdit.extract``. No torch here, so that mistakes show at once."""
 
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Annotated, Literal
 
-from dcdit.checks import Bounds, Matches, Natural, Seed, Workers, checked
+from dcdit.checks import Bounds, Matches, Natural, Seed, Workers, config
 from dcdit.data.latents import Normalise
 
 
-@checked
-@dataclass(frozen=True)
+@config
 class ExtractionSettings:
     """The keys of ``configs/extract.yaml`` on which the bytes of the shards depend, beside images and autoencoder."""
 
@@ -26,10 +25,22 @@ class ExtractionSettings:
     threads: Annotated[int, Bounds(1, 1024)] | None
 
 
-@checked
-@dataclass(frozen=True)
-class ExtractSettings:
-    """The other keys of ``configs/extract.yaml``: what is extracted, where to, and how."""
+@config
+class ExtractConfig(ExtractionSettings):
+    """What to extract, and where: the keys of ``configs/extract.yaml`` and, of what shapes the bytes, of its base.
+
+    Attributes:
+        source: folder with a subfolder per class; or webdataset shards, as a folder or a path with braces.
+        out: the shards go to ``<out>/<split>``.
+        split: name of the split.
+        classes: of webdataset shards: their number, or a text file with one name per line; None takes those of the
+            train split in ``out``.
+        autoencoder: see :func:`dcdit.data.autoencoder.load_autoencoder`.
+        strict: stop at the first image that cannot be used.
+        corrupt_limit: images that each process skips before it stops.
+        device: ``auto`` or a torch device.
+        num_workers: processes that decode images; None takes this process's share of the cores.
+    """
 
     source: str
     out: str
@@ -40,3 +51,8 @@ class ExtractSettings:
     corrupt_limit: Natural
     device: str
     num_workers: Workers | None
+
+    @property
+    def shaping(self) -> ExtractionSettings:
+        """What shapes the bytes alone."""
+        return ExtractionSettings(**{field.name: getattr(self, field.name) for field in fields(ExtractionSettings)})

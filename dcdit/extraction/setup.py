@@ -16,7 +16,7 @@ from dcdit.data.latents import format_numbers
 from dcdit.data.manifest import MANIFEST_NAME, MOMENTS, SAMPLE, Manifest
 from dcdit.errors import UserError
 from dcdit.extraction.extraction import Extraction
-from dcdit.extraction.settings import ExtractionSettings, ExtractSettings
+from dcdit.extraction.settings import ExtractConfig
 from dcdit.extraction.sources import (
     CORRUPT_TAR,
     FolderSource,
@@ -34,14 +34,11 @@ from dcdit.runtime.processes import cores
 _LISTED = 10  # skipped images named in the extraction_summary
 
 
-def set_up_extraction(
-    wanted: ExtractSettings, settings: ExtractionSettings, directory: Path, rank: int, world_size: int, workers: int
-) -> Extraction:
+def set_up_extraction(config: ExtractConfig, directory: Path, rank: int, world_size: int, workers: int) -> Extraction:
     """One process of the extraction that is asked for.
 
     Args:
-        wanted: images, autoencoder and device.
-        settings: what shapes the bytes; what depends on the device is filled in.
+        config: what was asked for.
         directory: receives shards and manifest.
         rank, world_size: this process among all.
         workers: processes that decode images.
@@ -49,22 +46,22 @@ def set_up_extraction(
     Raises:
         UserError: if there is no such source or autoencoder, or they do not fit the settings.
     """
-    device = pick_device(wanted.device)
+    device, settings = pick_device(config.device), config.shaping  # in which what depends on the device is filled in
     on_gpu = device.type == "cuda"
     if settings.precision == "auto":
         settings = replace(settings, precision="fp16" if on_gpu else "fp32")
     settings = replace(settings, threads=None if on_gpu else settings.threads or cores())
     train = train_split(directory)
-    source = open_source(wanted, settings, directory, train)
+    source = open_source(config, directory, train)
     torch.backends.cudnn.benchmark = False  # it may choose other kernels, and other bits, in every run
-    autoencoder = load_autoencoder(wanted.autoencoder, device)
+    autoencoder = load_autoencoder(config.autoencoder, device)
     if settings.representation == "auto":
         settings = replace(settings, representation=MOMENTS if autoencoder.random else SAMPLE)
     if rank == 0:
         for note in [*source.notes, *_describe_train(directory, train)]:
             print(note, file=sys.stderr)
     return Extraction(
-        directory, source, autoencoder, settings, rank, world_size, workers, wanted.strict, wanted.corrupt_limit, train
+        directory, source, autoencoder, settings, rank, world_size, workers, config.strict, config.corrupt_limit, train
     )
 
 
@@ -95,37 +92,35 @@ def _describe_train(directory: Path, train: Manifest | None) -> list[str]:
     return [f"Classes, scale and shift are those of {directory.parent / 'train'}"]
 
 
-def open_source(
-    wanted: ExtractSettings, settings: ExtractionSettings, directory: Path, train: Manifest | None
-) -> ImageSource:
+def open_source(config: ExtractConfig, directory: Path, train: Manifest | None) -> ImageSource:
     """Folders or webdataset shards, whichever ``source`` names, with the classes of ``train`` if that is given.
 
     Raises:
         UserError: if it is neither, or its classes are others.
     """
-    path = Path(wanted.source)
+    path = Path(config.source)
     out, source = os.path.realpath(directory), os.path.realpath(path)
     if path.is_dir() and Path(out).is_relative_to(source):
         raise UserError(
-            f"out={wanted.out} with split={wanted.split} lies in source={wanted.source}, where the shards would be"
+            f"out={config.out} with split={config.split} lies in source={config.source}, where the shards would be"
             " taken for a class: choose a place outside"
         )
     subfolders = path.is_dir() and any(is_folder(entry) and not is_service(entry.name) for entry in scan(path))
     if path.is_dir() and (subfolders or not any(path.glob("*.tar"))):
-        if wanted.classes is not None:
-            raise UserError(f"classes={wanted.classes} is for webdataset shards; of folders the names are the classes")
-        return FolderSource(path, settings.samples_per_shard, settings.seed, train.classes if train else None)
-    if not path.is_dir() and not wanted.source.endswith(".tar"):
-        raise UserError(f"source={wanted.source} is no folder")
+        if config.classes is not None:
+            raise UserError(f"classes={config.classes} is for webdataset shards; of folders the names are the classes")
+        return FolderSource(path, config.samples_per_shard, config.seed, train.classes if train else None)
+    if not path.is_dir() and not config.source.endswith(".tar"):
+        raise UserError(f"source={config.source} is no folder")
     if train is None:
-        return TarSource(wanted.source, class_names(wanted.classes))
-    names = train.classes if wanted.classes is None else class_names(wanted.classes)
-    if len(names) != len(train.classes) or (isinstance(wanted.classes, str) and names != train.classes):
+        return TarSource(config.source, class_names(config.classes))
+    names = train.classes if config.classes is None else class_names(config.classes)
+    if len(names) != len(train.classes) or (isinstance(config.classes, str) and names != train.classes):
         raise UserError(
-            f"classes={wanted.classes} are not the {len(train.classes)} classes of {directory.parent / 'train'}, which"
+            f"classes={config.classes} are not the {len(train.classes)} classes of {directory.parent / 'train'}, which"
             " hold for all splits: leave classes out"
         )
-    return TarSource(wanted.source, train.classes)
+    return TarSource(config.source, train.classes)
 
 
 def class_names(classes: int | str | None) -> tuple[str, ...]:

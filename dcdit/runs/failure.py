@@ -11,7 +11,7 @@ from dcdit.runs.lock import LOCK, is_held
 from dcdit.runs.progress import progress_of
 from dcdit.runs.state import QUEUED_NAME, RunState, State
 from dcdit.runtime.files import UnwritableError
-from dcdit.settings.entry import explain
+from dcdit.settings.errors import explain
 
 
 def describe_failure(error: BaseException) -> str:

@@ -61,7 +61,7 @@ class ImageArchive:
     def __init__(self, sampling: Sampling, out: Path, count: int, chunk_size: int, png: bool, labels: Labels) -> None:
         self.sampling, self.out, self.count, self.png = sampling, out, count, png
         self.npz, self.summary = out / "samples.npz", out / "samples.json"
-        self.labels = labels_of(labels, count, sampling.model.network.num_classes, sampling.plan.settings.seed)
+        self.labels = labels_of(labels, count, sampling.model.network.num_classes, sampling.plan.seed)
         self.plan = {
             **sampling.described(),
             "count": count,

@@ -23,7 +23,7 @@ from dcdit.runtime.memory import keep_freed_memory
 from dcdit.runtime.processes import print_once
 from dcdit.sampling.budget import Calibration, calibrate, remembered
 from dcdit.sampling.generate import OnStep, SampleBatch, generate
-from dcdit.sampling.settings import SamplingPlan
+from dcdit.sampling.settings import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Sampling:
         guiding: model of the guiding branch, if ``guidance.weak_checkpoint`` names one.
     """
 
-    plan: SamplingPlan
+    plan: SamplingConfig
     place: CheckpointSource
     model: Model
     guidance: Guidance
@@ -69,7 +69,7 @@ class Sampling:
     @property
     def batch_size(self) -> int:
         """Samples per forward pass."""
-        return self.plan.settings.batch_size
+        return self.plan.batch_size
 
     def generate(self, labels: Tensor, indices: Sequence[int], on_step: OnStep | None = None) -> Iterator[SampleBatch]:
         """Sample ``indices`` of those that ``labels`` (N,) lists; see :func:`dcdit.sampling.generate.generate`."""
@@ -79,7 +79,7 @@ class Sampling:
             self.sampler,
             labels,
             indices,
-            seed=self.plan.settings.seed,
+            seed=self.plan.seed,
             batch_size=self.batch_size,
             precision=self.precision,
             on_step=on_step,
@@ -104,8 +104,8 @@ class Sampling:
         """What figures must stand beside, as plain values."""
         return {
             "step": self.model.step,
-            "weights": self.plan.settings.weights,
-            "seed": self.plan.settings.seed,
+            "weights": self.plan.weights,
+            "seed": self.plan.seed,
             "precision": self.precision,
             "sampler": self.sampler.settings.spec,
             "guidance": self._guidance(),
@@ -123,25 +123,25 @@ class Sampling:
         return values
 
 
-def set_up_sampling(plan: SamplingPlan, place: CheckpointSource) -> Sampling:
+def set_up_sampling(plan: SamplingConfig, place: CheckpointSource) -> Sampling:
     """Load the checkpoint at ``place``, which ``plan`` names, and meet its budget; see :func:`set_up_all`."""
     return set_up_all([plan], place)[0]
 
 
-def set_up_all(plans: Sequence[SamplingPlan], place: CheckpointSource) -> list[Sampling]:
+def set_up_all(plans: Sequence[SamplingConfig], place: CheckpointSource) -> list[Sampling]:
     """What samples as each of ``plans`` says, which may differ in guidance and weights; whatever they share is one.
 
     Raises:
         UserError: naming key, value and remedy.
     """
     keep_freed_memory()
-    device = pick_device(plans[0].settings.device)
+    device = pick_device(plans[0].device)
     found = read_weights(place, plans[0].assume)
     loaded: dict[str, Loaded] = {}
     for plan in sorted(plans, key=lambda each: each.guidance.scale == 1):  # those that need a guiding branch come first
-        if plan.settings.weights not in loaded:
-            loaded[plan.settings.weights] = _load(found, plan, place, device)
-    samplings = [sampling_of(plan, place, loaded[plan.settings.weights]) for plan in plans]
+        if plan.weights not in loaded:
+            loaded[plan.weights] = _load(found, plan, place, device)
+    samplings = [sampling_of(plan, place, loaded[plan.weights]) for plan in plans]
     return [meet_budget(sampling) if sampling.plan.budget.given else sampling for sampling in samplings]
 
 
@@ -154,27 +154,27 @@ class Loaded:
     guiding: Model | None
 
 
-def load(plan: SamplingPlan, place: CheckpointSource) -> Loaded:
+def load(plan: SamplingConfig, place: CheckpointSource) -> Loaded:
     """What the samplings of plans have in common that differ from ``plan`` in sampler, guidance, budget and seed."""
-    return _load(read_weights(place, plan.assume), plan, place, pick_device(plan.settings.device))
+    return _load(read_weights(place, plan.assume), plan, place, pick_device(plan.device))
 
 
-def _load(found: Weights, plan: SamplingPlan, place: CheckpointSource, device: torch.device) -> Loaded:
-    settings, guidance = plan.settings, plan.guidance
-    if settings.compile:
+def _load(found: Weights, plan: SamplingConfig, place: CheckpointSource, device: torch.device) -> Loaded:
+    guidance = plan.guidance
+    if plan.compile:
         check_compiler("compile", device.type)
-    model = build_model(found, settings.weights, device)
-    print_once(f"{place.name}: {describe_weights(found, model.network, settings.weights)}")
-    set_execution(model.network, compiled=settings.compile)
+    model = build_model(found, plan.weights, device)
+    print_once(f"{place.name}: {describe_weights(found, model.network, plan.weights)}")
+    set_execution(model.network, compiled=plan.compile)
     guiding = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
         guiding = _guiding_model(
-            resolve_checkpoint(guidance.weak_checkpoint, plan.runs, "guidance.weak_checkpoint"), plan, model
+            resolve_checkpoint(guidance.weak_checkpoint, plan.paths.runs, "guidance.weak_checkpoint"), plan, model
         )
-    return Loaded(model, load_decoder(model.latents, device, settings.autoencoder, settings.rounding), guiding)
+    return Loaded(model, load_decoder(model.latents, device, plan.autoencoder, plan.rounding), guiding)
 
 
-def sampling_of(plan: SamplingPlan, place: CheckpointSource, loaded: Loaded) -> Sampling:
+def sampling_of(plan: SamplingConfig, place: CheckpointSource, loaded: Loaded) -> Sampling:
     """What samples as ``plan`` says, but for its budget; UserError if the networks cannot."""
     model = loaded.model
     guiding = loaded.guiding if plan.guidance.weak_checkpoint is not None and plan.guidance.scale != 1 else None
@@ -192,7 +192,7 @@ def sampling_of(plan: SamplingPlan, place: CheckpointSource, loaded: Loaded) -> 
             raise UserError(
                 f"sampler.cache={sampler.settings.cache:g}: {network.title} computes every step: leave the key out"
             )
-    precision = plan.settings.precision
+    precision = plan.precision
     if precision == "auto":
         precision = "bf16" if model.device.type == "cuda" else "fp32"
     return Sampling(plan, place, model, guidance, sampler, loaded.decode, precision, None, guiding)
@@ -238,11 +238,11 @@ def at_budget(sampling: Sampling, found: Calibration) -> Sampling:
     return replace(at_drop, sampler=sampler, calibration=found)
 
 
-def _guiding_model(place: CheckpointSource, plan: SamplingPlan, model: Model) -> Model:
+def _guiding_model(place: CheckpointSource, plan: SamplingConfig, model: Model) -> Model:
     """The model at ``place``, on the device of ``model``; UserError unless it can guide it."""
     found = read_weights(place)
-    guiding = build_model(found, plan.settings.weights, model.device)
-    print_once(f"Guiding branch, {place.name}: {describe_weights(found, guiding.network, plan.settings.weights)}")
+    guiding = build_model(found, plan.weights, model.device)
+    print_once(f"Guiding branch, {place.name}: {describe_weights(found, guiding.network, plan.weights)}")
     for what, its, ours in (
         ("latents of shape", guiding.latents.shape, model.latents.shape),
         ("latents of scale and shift", *(_scale_and_shift(each.latents) for each in (guiding, model))),
@@ -251,7 +251,7 @@ def _guiding_model(place: CheckpointSource, plan: SamplingPlan, model: Model) ->
     ):
         if its != ours:
             raise UserError(f"{place.argument} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind")
-    set_execution(guiding.network, compiled=plan.settings.compile)
+    set_execution(guiding.network, compiled=plan.compile)
     return guiding
 
 

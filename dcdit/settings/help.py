@@ -1,7 +1,6 @@
 """``--help`` of a command: what it does, what can be chosen in its groups, and what can be set."""
 
 import re
-import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -15,12 +14,10 @@ _BASES = {"data": ("default",), "trainer": ("default",)}
 """What the choices of a group share, and is none itself."""
 
 
-def show_help(module: str) -> None:
-    """Print the help of the command in ``module``: its documentation, its groups, and its own file of keys."""
-    command = sys.modules[module]
-    name = Path(str(command.__file__)).stem
+def show_help(name: str, documentation: str) -> None:
+    """Print the help of a command: its documentation, its groups, and its own file of keys."""
     file = Path(CONFIG_DIR, f"{name}.yaml")
-    lines = [(command.__doc__ or "").strip(), "", "Groups (choose with group=choice):"]
+    lines = [documentation.strip(), "", "Groups (choose with group=choice):"]
     for group, choice in groups_of(file).items():
         lines.append(f"  {group:14} {' '.join(choices(group))}" + (f"   (now: {choice})" if choice else ""))
         if group == "sampler":  # few keys, and what one looks for

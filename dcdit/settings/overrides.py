@@ -2,8 +2,11 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from antlr4 import InputStream
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -11,20 +14,19 @@ from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 
-from dcdit.checks import visible
+from dcdit.checks import Named, annotations, visible
 from dcdit.errors import UserError
 from dcdit.settings.help import choices, group_names
 
 TEXT_KEYS = frozenset(
     {
-        *("account", "assume.diffusion", "autoencoder", "baseline", "cache", "checkpoint", "ckpt_path", "classes"),
-        *("compare", "constraint", "device", "dir", "directory", "dirpath", "entity", "features.model", "folder"),
-        *("group", "host", "id", "license", "name", "note", "notes", "out", "partition", "paths.data", "picture"),
-        *("project", "push", "qos", "reference", "router", "run_dir", "run_id", "run_name", "runs", "save_dir"),
-        *("setup", "source", "split", "subdir", "tags", "teacher", "title", "weak_checkpoint", "weights"),
+        *("account", "autoencoder", "cache", "classes", "constraint", "dir", "directory", "dirpath", "entity"),
+        *("features.model", "folder", "group", "id", "name", "notes", "partition", "project", "qos", "reference"),
+        *("router", "save_dir", "setup", "subdir", "tags", "weak_checkpoint", "weights"),
     }
 )
-"""Keys of texts, by their last part or last two. In their values Hydra would find numbers: 2026_11_26, 1e5, true."""
+"""Keys of texts, by their last part or last two, that no class of a configuration names, and ``classes``, which may be
+numbers too. In their values Hydra would find numbers: 2026_11_26, 1e5, true."""
 
 _NUMBER_KEYS = frozenset({"sampler.cache", "ratio.group"})
 """Keys of numbers, by their last two parts, that share the last part with a key of text."""
@@ -48,19 +50,23 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
     return [*others, f"runs=[{','.join(json.dumps(path) for path in paths)}]"] if paths else others
 
 
-def quoted(arguments: Sequence[str]) -> list[str]:
+def quoted(arguments: Sequence[str], config: Callable[..., Any] | None = None) -> list[str]:
     """Command-line words for Hydra, with quotes around what is meant as text.
 
     These are values that Hydra's grammar does not take, such as paths with "=", and words that it would read as numbers
     although they are given for a text, such as ``run_name=2026_11_26``, one by one in lists and sweeps.
 
+    Args:
+        arguments: the words.
+        config: class of the command's configuration, whose annotations say which of its keys are texts.
+
     Raises:
         UserError: if a group is given what is no name of a choice, or a value cannot be read at all.
     """
-    return [word if word.startswith("-") or "=" not in word else _quoted(word) for word in arguments]
+    return [word if word.startswith("-") or "=" not in word else _quoted(word, config) for word in arguments]
 
 
-def _quoted(word: str) -> str:
+def _quoted(word: str, config: Callable[..., Any] | None) -> str:
     key, _, value = word.partition("=")
     place = key.lstrip("+~").partition("@")[0]
     group = "/" in place or place in group_names()
@@ -72,7 +78,7 @@ def _quoted(word: str) -> str:
         return text if _parsed(text) is not None else word
     if group:
         _check_choice(word, place, override)
-    if (group or is_text(place)) and not _OF_NUMBERS.search(value):
+    if (group or is_text(place, config)) and not _OF_NUMBERS.search(value):
         return f"{key}={_numbers_quoted(value)}"
     return word
 
@@ -85,11 +91,44 @@ def _parsed(word: str) -> Override | None:
         return None
 
 
-def is_text(key: str) -> bool:
-    """Whether the value of a key, or each in its list, is a text."""
+def is_text(key: str, config: Callable[..., Any] | None = None) -> bool:
+    """Whether the value of a key, or each in its list, is a text.
+
+    Args:
+        key: with dots.
+        config: class of the configuration that the key is of.
+    """
     parts = key.split(".")
+    hints = [config] if config else []
+    for part in parts:
+        hints = [annotations(kind)[part] for hint in hints for kind in _classes(hint) if part in annotations(kind)]
+    kinds = {kind for hint in hints for kind in _scalars(hint)}
     names = {parts[-1], ".".join(parts[-2:])}
-    return (key + ".").startswith("cluster.env.") or (bool(names & TEXT_KEYS) and not names & _NUMBER_KEYS)
+    named = bool(names & TEXT_KEYS) and not names & _NUMBER_KEYS
+    if kinds:
+        return str in kinds and (named or not kinds & {int, float})
+    return key.startswith("cluster.env.") or named
+
+
+def _classes(hint: Any) -> list[Callable[..., Any]]:
+    """The classes whose keys a section with this annotation may have."""
+    named = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Named)]
+    if named:
+        return list(named[0].table.values())
+    if get_origin(hint) in (Annotated, Union, UnionType):
+        return [kind for argument in get_args(hint) for kind in _classes(argument)]
+    return [hint] if is_dataclass(hint) and isinstance(hint, type) else []
+
+
+def _scalars(hint: Any) -> set[Any]:
+    """What single values an annotation takes: those of lists too, not those of sections."""
+    if get_origin(hint) is Annotated:
+        return _scalars(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType, list, tuple, Sequence):
+        return {kind for argument in get_args(hint) for kind in _scalars(argument)}
+    if get_origin(hint) is Literal:
+        return {int} if any(isinstance(choice, int) for choice in get_args(hint)) else set()
+    return {hint} & {bool, int, float, str}
 
 
 def _numbers_quoted(value: str) -> str:

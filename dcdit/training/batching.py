@@ -10,24 +10,24 @@ from dcdit.data.order import micro_batch
 from dcdit.errors import UserError
 from dcdit.runtime.devices import check_compiler
 from dcdit.runtime.processes import processes
-from dcdit.training.settings import TrainPlan
+from dcdit.training.settings import TrainConfig
 
 
-def world_size(plan: TrainPlan) -> int:
+def world_size(config: TrainConfig) -> int:
     """Processes that the trainer will use."""
-    number = plan.trainer.device_count
+    number = config.trainer.device_count
     if number is None:  # as many as there are
-        number = max(1, torch.cuda.device_count()) if plan.trainer.on_gpu else 1
-    return number * plan.trainer.num_nodes
+        number = max(1, torch.cuda.device_count()) if config.trainer.on_gpu else 1
+    return number * config.trainer.num_nodes
 
 
-def accumulation(plan: TrainPlan, world: int) -> int:
+def accumulation(config: TrainConfig, world: int) -> int:
     """Micro-batches of an optimiser step on each of ``world`` processes, which keep ``data.batch_size`` what it says.
 
     Raises:
         UserError: if the batch cannot be split so.
     """
-    batch, most, steps = plan.batch_size, plan.execution.max_micro_batch, plan.trainer.accumulate_grad_batches
+    batch, most, steps = config.batch_size, config.execution.max_micro_batch, config.trainer.accumulate_grad_batches
     if most is not None and steps != 1:
         raise UserError(
             f"execution.max_micro_batch={most} and trainer.accumulate_grad_batches={steps} are two ways to say how a"
@@ -40,24 +40,24 @@ def accumulation(plan: TrainPlan, world: int) -> int:
     return next(steps for steps in range(-(-own // most), own + 1) if own % steps == 0)
 
 
-def with_accelerator(plan: TrainPlan) -> TrainPlan:
-    """``plan`` with the accelerator that ``auto`` stands for on this machine: what is recorded is what ran."""
-    if plan.trainer.accelerator != "auto":
-        return plan
+def with_accelerator(config: TrainConfig) -> TrainConfig:
+    """``config`` with the accelerator that ``auto`` stands for on this machine: what is recorded is what ran."""
+    if config.trainer.accelerator != "auto":
+        return config
     kind: Literal["cuda", "mps", "cpu"] = "mps" if torch.backends.mps.is_available() else "cpu"
-    return replace(plan, trainer=replace(plan.trainer, accelerator="cuda" if torch.cuda.is_available() else kind))
+    return replace(config, trainer=replace(config.trainer, accelerator="cuda" if torch.cuda.is_available() else kind))
 
 
-def check_precision(plan: TrainPlan) -> None:
+def check_precision(config: TrainConfig) -> None:
     """Raise :class:`UserError` if the trainer would compute in another precision than it says.
 
     Lightning takes bf16 for fp16 on a CPU, and torch's autocast turns itself off where it does not know the type.
     """
-    precision, accelerator = plan.trainer.precision, plan.trainer.accelerator
+    precision, accelerator = config.trainer.precision, config.trainer.accelerator
     half = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(precision).removesuffix("-mixed"))
     if half is None:
         return
-    device = "cuda" if plan.trainer.on_gpu else accelerator
+    device = "cuda" if config.trainer.on_gpu else accelerator
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.autocast(device, half):
@@ -70,10 +70,10 @@ def check_precision(plan: TrainPlan) -> None:
         )
 
 
-def check_devices(plan: TrainPlan) -> None:
+def check_devices(config: TrainConfig) -> None:
     """Raise :class:`UserError` if what is asked for is not there: devices, processes, a compiler."""
-    trainer, started = plan.trainer, processes()[1]
-    if started not in (1, world_size(plan)):
+    trainer, started = config.trainer, processes()[1]
+    if started not in (1, world_size(config)):
         raise UserError(
             f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes}, but {started} processes were"
             " started: set trainer.devices to those of each node"
@@ -87,16 +87,16 @@ def check_devices(plan: TrainPlan) -> None:
         raise UserError(
             "trainer.accelerator=mps: this machine has no usable Apple GPU; train on the CPU with trainer=cpu"
         )
-    check_precision(plan)
-    if plan.execution.compile:
+    check_precision(config)
+    if config.execution.compile:
         check_compiler("execution.compile", "cuda" if trainer.on_gpu else trainer.accelerator)
 
 
-def check_local_sweep(plan: TrainPlan) -> None:
+def check_local_sweep(config: TrainConfig) -> None:
     """Raise :class:`UserError` unless each run of a sweep on this machine is one process."""
-    if world_size(plan) > 1 or processes()[1] > 1:
+    if world_size(config) > 1 or processes()[1] > 1:
         raise UserError(
-            f"trainer.devices={plan.trainer.devices} x trainer.num_nodes={plan.trainer.num_nodes}: runs of a sweep on"
-            " this machine are one process each. Set trainer.devices=1, start each run by itself, or sweep on a cluster"
-            " with cluster=slurm"
+            f"trainer.devices={config.trainer.devices} x trainer.num_nodes={config.trainer.num_nodes}: runs of a sweep"
+            " on this machine are one process each. Set trainer.devices=1, start each run by itself, or sweep on a"
+            " cluster with cluster=slurm"
         )

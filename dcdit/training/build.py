@@ -1,23 +1,19 @@
-"""From a checked plan to what trains: module, data, trainer."""
+"""From a configuration to what trains: module, data, trainer."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
-import hydra
 import lightning.pytorch as pl
-from hydra.errors import InstantiationException
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from omegaconf import DictConfig
-from omegaconf.errors import MissingMandatoryValue
 
-from dcdit.checks import annotations, call_checked, conform, shown, suggestion
+from dcdit.checks import annotations, call_checked, conform, shown, suggestion, to_plain
 from dcdit.compute.matching import steps_matching
 from dcdit.data.datamodule import LatentDataModule
 from dcdit.data.latents import LatentSpec
@@ -25,101 +21,84 @@ from dcdit.errors import UserError
 from dcdit.network import build_network
 from dcdit.runtime.devices import without_memory
 from dcdit.runtime.processes import launched, say
-from dcdit.settings.entry import model_config
+from dcdit.settings.compose import model_config, with_run_id
 from dcdit.settings.help import choices
+from dcdit.settings.instantiate import instantiated
 from dcdit.training.batching import accumulation, world_size
 from dcdit.training.callbacks.checkpoint import AtomicCheckpointIO
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
-from dcdit.training.module import DCDiTModule
-from dcdit.training.settings import TrainPlan
+from dcdit.training.module import DCDiTModule, check_fit
+from dcdit.training.settings import TrainConfig
 
 _OURS = frozenset({"callbacks", "logger", "plugins", "enable_progress_bar"})
 """Arguments of Lightning's Trainer that are built here."""
 
 
-def match_compute(plan: TrainPlan) -> TrainPlan:
-    """``plan`` with as many steps as cost what its baseline does, where it names one.
+def match_compute(config: TrainConfig) -> TrainConfig:
+    """``config`` with as many steps as cost what its baseline does, where it names one.
 
     Raises:
         UserError: if the lengths cannot be matched.
     """
-    baseline, steps = plan.match_compute.baseline, plan.match_compute.steps
+    baseline, steps = config.match_compute.baseline, config.match_compute.steps
     if baseline is None:
-        return plan
+        return config
     if baseline not in choices("model"):
         raise UserError(f"match_compute.baseline={shown(baseline)} is not one of {', '.join(choices('model'))}")
-    spec = plan.values["model"]
+    spec = config.model
     # The baseline sees the same latents, whatever its file says.
     other = model_config(baseline) | {key: spec[key] for key in ("grid", "channels", "num_classes")}
     with without_memory():
         networks = build_network(spec), build_network(other)
-    budgets = plan.multi_budget
-    found = steps_matching(*networks, steps, plan.run.compression, budgets.fractions, budgets.full_budget_steps)
+    budgets = config.multi_budget
+    found = steps_matching(*networks, steps, config.compression, budgets.fractions, budgets.full_budget_steps)
     say(f"{found} steps cost as much as {steps} of {baseline}")
-    return replace(plan, trainer=replace(plan.trainer, max_steps=found))
+    return replace(config, trainer=replace(config.trainer, max_steps=found))
 
 
-def build_module(plan: TrainPlan, latents: LatentSpec | None) -> DCDiTModule:
+def build_module(config: TrainConfig, latents: LatentSpec | None) -> DCDiTModule:
     """The LightningModule; UserError if a value is wrong.
 
     Args:
-        plan: what is trained.
+        config: what is trained.
         latents: what it is trained on; None while that is not known yet.
     """
-    return DCDiTModule(
-        model=plan.values["model"],
-        diffusion=plan.values["diffusion"],
-        latents=latents.to_plain() if latents else {},
-        compression=plan.run.compression,
-        ratio=asdict(plan.ratio),
-        multi_budget=asdict(plan.multi_budget),
-        optimizer=asdict(plan.optimizer),
-        max_steps=plan.trainer.max_steps,
-        seed=plan.run.seed,
-        nonfinite_limit=plan.run.nonfinite_limit,
-        balance_timesteps=plan.run.balance_timesteps,
-        init={},
-    )
+    return DCDiTModule(build_network(config.model), config.diffusion.build(), config, latents)
 
 
-def check_network(plan: TrainPlan) -> None:
-    """Build everything that takes neither data nor memory; UserError if a value is wrong. Cheap at any scale."""
+def check_network(config: TrainConfig) -> None:
+    """Raise :class:`UserError` unless network, process and training fit together. Takes no memory at any scale."""
     with without_memory():
-        build_module(plan, None)
+        check_fit(build_network(config.model), config.diffusion.build(), config)
 
 
-def build_data(plan: TrainPlan) -> LatentDataModule:
+def build_data(config: TrainConfig) -> LatentDataModule:
     """The LightningDataModule; UserError if a value is wrong."""
-    return call_checked(LatentDataModule, plan.values.get("data"), "data")
+    return call_checked(LatentDataModule, config.data, "data")
 
 
-def build_each(nodes: Any, section: str) -> list[Any]:
+def build_each(nodes: Mapping[str, Any] | None, section: str, run_id: str) -> list[Any]:
     """What a section of objects describes, such as callbacks; nodes that are null are left out.
 
+    Args:
+        nodes: what to instantiate, by name.
+        section: its key.
+        run_id: of the run.
+
     Raises:
-        UserError: if one cannot be built, naming its place.
+        UserError: if one cannot be built, naming its key.
     """
-    if nodes is not None and not isinstance(nodes, DictConfig):
-        raise UserError(f"{section}={nodes!r}: {section} is a group and a section, choose one or set its keys")
     found = []
-    for name, node in (nodes or {}).items():
+    for name, node in with_run_id(nodes or {}, run_id).items():
         if node is None:
             continue
-        if not isinstance(node, DictConfig) or "_target_" not in node:
-            raise UserError(f"{section}.{name!s}={node}: it is a section with keys of its own, or null to leave it out")
         where = f"{section}.{name!s}"
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            raise UserError(f"{where}={node}: it is a section with keys of its own, or null to leave it out")
         try:
-            found.append(hydra.utils.instantiate(node))
-        except InstantiationException as error:
-            cause = error.__cause__
-            if isinstance(cause, UserError):
-                raise UserError(_below(where, str(cause))) from cause
-            if isinstance(cause, TypeError | ValueError | ImportError | AttributeError) or cause is None:
-                words = str(cause) if cause else str(error).splitlines()[0]
-                raise UserError(f"{where}: {' '.join(words.split())}") from error
-            raise cause from error
-        except MissingMandatoryValue as error:
-            raise UserError(f"{error.full_key} is not set: give {error.full_key}=...") from None
+            found.append(instantiated(node, where))
+        except UserError as error:
+            raise UserError(_below(where, str(error))) from error
     return found
 
 
@@ -131,34 +110,34 @@ def _below(section: str, message: str) -> str:
 
 
 def build_trainer(
-    plan: TrainPlan, config: DictConfig, interrupt: StopOnInterrupt, opened: Mapping[str, Any] | None = None
+    config: TrainConfig, interrupt: StopOnInterrupt, run_id: str = "", opened: Mapping[str, Any] | None = None
 ) -> pl.Trainer:
     """The Trainer with its callbacks and loggers.
 
     Args:
-        plan: what is trained.
-        config: whose callbacks and loggers are built.
+        config: what is trained.
         interrupt: stops at a signal.
+        run_id: of the run.
         opened: content of the checkpoint that the run goes on from.
 
     Raises:
         UserError: if a value is wrong.
     """
-    callbacks = [*build_each(config.get("callbacks"), "callbacks"), interrupt]
-    loggers = build_each(config.get("logger"), "logger")
-    arguments: dict[str, Any] = {**plan.values["trainer"], **asdict(plan.trainer)}
+    callbacks = [*build_each(config.callbacks, "callbacks", run_id), interrupt]
+    loggers = build_each(config.logger, "logger", run_id)
+    arguments: dict[str, Any] = to_plain(config.trainer)
     known = {key: hint for key, hint in annotations(pl.Trainer).items() if key not in _OURS}
-    for key in arguments.keys() - asdict(plan.trainer).keys():
+    for key in config.trainer.others:
         if key not in known:
             raise UserError(
                 f"trainer.{key}={shown(arguments[key])}: Lightning's Trainer has no such key, or it is not for setting;"
                 f" {suggestion(key, known)}"
             )
         conform(f"trainer.{key}", arguments[key], known[key])
-    arguments["accumulate_grad_batches"] = accumulate = accumulation(plan, world_size(plan))
+    arguments["accumulate_grad_batches"] = accumulate = accumulation(config, world_size(config))
     if isinstance(arguments["val_check_interval"], int):
         arguments["val_check_interval"] *= accumulate  # Lightning counts micro-batches
-    arguments["enable_progress_bar"] = (config.get("callbacks") or {}).get("progress") is not None
+    arguments["enable_progress_bar"] = (config.callbacks or {}).get("progress") is not None
     environment = cluster_environment()
     plugins = [AtomicCheckpointIO(dict(opened) if opened else None), *([environment] if environment else [])]
     return _trainer({**arguments, "callbacks": callbacks, "logger": loggers or False, "plugins": plugins})

@@ -10,18 +10,19 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from dcdit.checks import call_checked
+from dcdit.checks import to_plain
+from dcdit.data.latents import LatentSpec
 from dcdit.data.stream import Batch
 from dcdit.diffusion.loss import DiffusionLoss
-from dcdit.diffusion.process import build_process
+from dcdit.diffusion.process import Process
 from dcdit.errors import TrainingError, UserError
-from dcdit.network import Output, build_network
+from dcdit.network import Network, Output
 from dcdit.training.callbacks.throughput import logging_interval
 from dcdit.training.distillation import Distillation, record_if_matched
 from dcdit.training.metrics import BatchMetrics, over_ranks, routing_metrics, step_metrics
 from dcdit.training.objective import balanced_timesteps, drop_fraction_at, ratio_loss, target_compression
 from dcdit.training.resume import check_same_step, restore_lightning_state, strip_lightning_state
-from dcdit.training.settings import MultiBudgetSettings, OptimizerSettings, RatioSettings
+from dcdit.training.settings import TrainConfig
 
 _ALL_RANKS = 2**32 - 1
 """Stands for a rank in the seed of what all ranks sample alike."""
@@ -51,6 +52,20 @@ class Noisy:
     noise: Tensor
 
 
+def check_fit(network: Network, process: Process, config: TrainConfig) -> None:
+    """Raise :class:`UserError` unless a network can be trained by this process as this configuration says."""
+    process.check_variance(network.variance)
+    if config.multi_budget.fractions and not network.routes:
+        raise UserError(
+            f"multi_budget.fractions={config.multi_budget.fractions}: {network.title} drops no tokens, set"
+            " multi_budget=none"
+        )
+    for part in config.optimizer.lr_scale or ():
+        if part not in network.parts():
+            known = ", ".join(network.parts())
+            raise UserError(f"optimizer.lr_scale: {network.title} has no part {part}, but {known}")
+
+
 class DCDiTModule(pl.LightningModule):
     """Trains a DC-DiT, or a plain DiT, on scaled latents.
 
@@ -58,60 +73,28 @@ class DCDiTModule(pl.LightningModule):
     no random state needs saving for a resumed run to repeat the uninterrupted one.
 
     Args:
-        model: plain mapping for :func:`dcdit.network.build_network`; saved with the checkpoint.
-        diffusion: plain mapping for :func:`dcdit.diffusion.process.build_process`; saved with the checkpoint.
-        latents: plain values of the :class:`dcdit.data.latents.LatentSpec` that is trained on; saved with the
-            checkpoint.
-        compression: target compression N of the router.
-        ratio, multi_budget, optimizer: plain mappings for :class:`RatioSettings`, :class:`MultiBudgetSettings` and
-            :class:`OptimizerSettings`.
-        max_steps: optimiser steps of the whole run, which the learning-rate schedule needs to know.
-        seed: seed of everything random.
-        nonfinite_limit: steps with non-finite gradients in a row after which training stops.
-        balance_timesteps: give each of several ranks about as many tokens.
-        init: what training started from, see :class:`dcdit.training.initial_weights.Start`; empty from scratch.
+        network: what is trained.
+        process: what it is trained by.
+        config: all that is asked for; what names network, process and training is saved with the checkpoint.
+        latents: what it is trained on, saved with the checkpoint; None while that is not known yet.
 
     Raises:
-        UserError: if a value is unknown, of the wrong type or out of range.
+        UserError: if network, process and training do not fit together.
     """
 
-    def __init__(
-        self,
-        model: Mapping[str, Any],
-        diffusion: Mapping[str, Any],
-        latents: Mapping[str, Any],
-        compression: float,
-        ratio: Mapping[str, Any],
-        multi_budget: Mapping[str, Any],
-        optimizer: Mapping[str, Any],
-        max_steps: int,
-        seed: int,
-        nonfinite_limit: int,
-        balance_timesteps: bool,
-        init: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, network: Network, process: Process, config: TrainConfig, latents: LatentSpec | None) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
-        self.network = build_network(model)
-        self.process = build_process(diffusion)
-        self.process.check_variance(self.network.variance)
-        self.compression = compression
-        self.ratio = call_checked(RatioSettings, ratio, "ratio")
-        self.multi_budget = call_checked(MultiBudgetSettings, multi_budget, "multi_budget")
-        self.optimizer = call_checked(OptimizerSettings, optimizer, "optimizer")
-        if self.multi_budget.fractions and not self.network.routes:
-            raise UserError(
-                f"multi_budget.fractions={self.multi_budget.fractions}: {self.network.title} drops no tokens, set"
-                " multi_budget=none"
-            )
-        for part in self.optimizer.lr_scale or ():
-            if part not in self.network.parts():
-                known = ", ".join(self.network.parts())
-                raise UserError(f"optimizer.lr_scale: {self.network.title} has no part {part}, but {known}")
-        self.max_steps = max_steps
-        self.seed = seed
-        self.nonfinite_limit = nonfinite_limit
-        self.balance_timesteps = balance_timesteps
+        check_fit(network, process, config)
+        self.network, self.process = network, process
+        self.compression, self.ratio, self.multi_budget = config.compression, config.ratio, config.multi_budget
+        self.optimizer, self.max_steps, self.seed = config.optimizer, config.trainer.max_steps, config.seed
+        self.nonfinite_limit, self.balance_timesteps = config.nonfinite_limit, config.balance_timesteps
+        names = ("model", "diffusion", "compression", "ratio", "multi_budget", "optimizer", "seed")
+        saved = {name: to_plain(getattr(config, name)) for name in (*names, "nonfinite_limit", "balance_timesteps")}
+        plain_latents = latents.to_plain() if latents else {}
+        self.save_hyperparameters(
+            {**saved, "latents": plain_latents, "max_steps": self.max_steps, "init": {}}, logger=False
+        )
         self.distillation: Distillation | None = None
         """Matches the hidden states of a teacher, which is no part of this module or its checkpoints."""
         self.settings: Mapping[str, Any] = {}

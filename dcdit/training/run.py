@@ -5,14 +5,15 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+import yaml
 
+from dcdit.checks import to_plain
 from dcdit.data.datamodule import LatentDataModule
 from dcdit.data.manifest import Manifest
 from dcdit.errors import UserError
@@ -24,7 +25,7 @@ from dcdit.runs.state import Outcome, RunState, State
 from dcdit.runtime.files import write_json, write_text
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.runtime.processes import rank, say
-from dcdit.settings.entry import plain
+from dcdit.settings.compose import with_run_id
 from dcdit.training.batching import check_devices, with_accelerator, world_size
 from dcdit.training.build import build_data, build_module, build_trainer, check_network, match_compute
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
@@ -32,15 +33,14 @@ from dcdit.training.initial_weights import Start, start_from
 from dcdit.training.loggers import keep_going
 from dcdit.training.module import DCDiTModule
 from dcdit.training.resume import Resumed, check_resumed, open_first_whole
-from dcdit.training.settings import GROUPS, TrainPlan
+from dcdit.training.settings import TrainConfig
 
 
-def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: bool = False) -> Outcome:
-    """Run a composed configuration in ``run_dir``.
+def run_training(config: TrainConfig, patience: float = 0.0, inside_job: bool = False) -> Outcome:
+    """Train in ``config.run_dir``, which is made if it is not there.
 
     Args:
         config: the configuration.
-        run_dir: of the run, which exists.
         patience: seconds to wait for another process that is about to let go of the run.
         inside_job: whether a cluster's job starts the run again if it is interrupted.
 
@@ -50,65 +50,65 @@ def train(config: DictConfig, run_dir: Path, patience: float = 0.0, inside_job: 
     Raises:
         UserError: naming key, value and remedy; everything that can be wrong is checked before the first step.
     """
-    config.run_dir = str(run_dir)
+    run_dir = Path(config.run_dir)
     # 1. Check what was asked for, before any data are written.
-    plan = match_compute(with_accelerator(TrainPlan.of(plain(config, sections=GROUPS))))
-    check_network(plan)
-    settings = {**plan.recorded, "processes": world_size(plan)}
+    config = match_compute(with_accelerator(config))
+    check_network(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    settings = {**config.recorded, "processes": world_size(config)}
     with sole_writer(run_dir, rank(), patience):
         # 2. Look for an earlier part of the run. Nothing of it is written to before all is known to fit.
-        before, paths = RunState.read(run_dir), find_checkpoints(plan.run.ckpt_path, run_dir)
-        by_itself = plan.run.ckpt_path == "auto"
-        anew = paths and plan.run.ckpt_path not in ("auto", "last") and paths[0].name != LAST  # an earlier step, named
-        if paths and before and is_finished(before, plan.trainer.max_steps) and not anew:
+        before, paths = RunState.read(run_dir), find_checkpoints(config.ckpt_path, run_dir)
+        by_itself = config.ckpt_path == "auto"
+        anew = paths and config.ckpt_path not in ("auto", "last") and paths[0].name != LAST  # an earlier step, named
+        if paths and before and is_finished(before, config.trainer.max_steps) and not anew:
             changes(before.settings, settings, before.step, by_itself)
             leave_queue(None, run_dir)
             where = f"{os.path.relpath(run_dir)} is finished, at step {before.step}"
             say(f"{where}: train on with a larger trainer.max_steps")
             return Outcome(State.FINISHED, before.step, before.metrics)
-        if before and not paths and (config.get("callbacks") or {}).get("checkpoint"):
+        if before and not paths and (config.callbacks or {}).get("checkpoint"):
             check_record(before, run_dir)
-        check_devices(plan)
+        check_devices(config)
         resumed = open_first_whole(paths)
         step = resumed.step if resumed else 0
         found = changes(resumed.settings, settings, step, by_itself) if resumed else ()
         state = state_at_start(
             before,
             run_dir,
-            plan.trainer.max_steps,
-            run_id=plan.run.run_id,
-            max_restarts=plan.values["cluster"].get("max_restarts"),
-            batch_size=plan.batch_size,
+            config.trainer.max_steps,
+            run_id=config.run_id,
+            max_restarts=config.cluster.get("max_restarts"),
+            batch_size=config.batch_size,
             settings=settings,
             changed=found,
         )
-        config.run_id = state.id
         # 3. Open the data, and see that the network takes them.
-        data, manifest = open_data(plan)
+        data, manifest = open_data(config)
         # 4. Build what trains.
         keep_freed_memory()
-        pl.seed_everything(plan.run.seed, workers=True, verbose=False)
-        module = build_module(plan, manifest.spec)
+        pl.seed_everything(config.seed, workers=True, verbose=False)
+        module = build_module(config, manifest.spec)
         module.settings = settings
         manifest.spec.check_network(module.network)
         module.network.to(memory_format=torch.channels_last)  # which convolutions prefer, on CPUs and tensor cores
-        set_execution(module.network, plan.execution.compile, plan.execution.activation_checkpointing)
-        begun = start_from(plan.init, module.network, module.process, manifest.spec, plan.values["paths"]["runs"], step)
+        set_execution(module.network, config.execution.compile, config.execution.activation_checkpointing)
+        begun = start_from(config.init, module.network, module.process, manifest.spec, config.paths.runs, step)
         begin(module, begun, resumed)
         interrupt = StopOnInterrupt()
         if resumed:
             check_resumed(resumed, module.network, module.process, manifest)
-        trainer = build_trainer(plan, config, interrupt, resumed.trained.values if resumed else None)
+        trainer = build_trainer(config, interrupt, state.id, resumed.trained.values if resumed else None)
         path, resumed = resumed.path if resumed else None, None  # Lightning gives its memory back
         # 5. Write down what is trained.
         leave_queue(before, run_dir)
         if begun.checkpoint and not step:
             say(begun.describe())
             save_start(begun, run_dir)
-        say(describe_training(module, plan, trainer.world_size, step))
+        say(describe_training(module, config, trainer.world_size, step))
         if found:
             say(describe_changes(found))
-        save_settings(plan, state, trainer, run_dir)
+        save_settings(config, state, trainer, run_dir)
         write_state(state, run_dir)
         # 6. Train.
         for logger in trainer.loggers:
@@ -155,12 +155,12 @@ def save_start(start: Start, run_dir: Path) -> None:
         write_json(run_dir / "init.json", {**start.record, **names})
 
 
-def open_data(plan: TrainPlan) -> tuple[LatentDataModule, Manifest]:
+def open_data(config: TrainConfig) -> tuple[LatentDataModule, Manifest]:
     """The data, written if they write themselves, and their manifest; UserError if they cannot be trained on.
 
     Such as by batches that exceed them, or a validation split of other latents.
     """
-    data = build_data(plan)
+    data = build_data(config)
     data.prepare_data()
     manifest = data.manifest()
     data.validation()
@@ -172,15 +172,15 @@ def open_data(plan: TrainPlan) -> tuple[LatentDataModule, Manifest]:
     return data, manifest
 
 
-def save_settings(plan: TrainPlan, state: RunState, trainer: pl.Trainer, run_dir: Path) -> None:
+def save_settings(config: TrainConfig, state: RunState, trainer: pl.Trainer, run_dir: Path) -> None:
     """Write the resolved configuration beside the checkpoints, and hand it to the loggers."""
+    private = ("cluster",)  # whose account paid
     settings: Mapping[str, Any] = {
-        **{key: value for key, value in plan.values.items() if key != "cluster"},  # whose account paid is private
+        **with_run_id({key: value for key, value in to_plain(config).items() if key not in private}, state.id),
         "run_id": state.id,
-        "trainer": {**plan.values["trainer"], **asdict(plan.trainer)},
     }
     if not rank():
-        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(settings))))
+        write_text(run_dir / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
     for logger in trainer.loggers:
         logger.log_hyperparams(dict(settings))
 
@@ -191,13 +191,13 @@ def end_curves() -> None:
         sys.modules["wandb"].finish()
 
 
-def describe_training(module: DCDiTModule, plan: TrainPlan, world_size: int, began: int) -> str:
+def describe_training(module: DCDiTModule, config: TrainConfig, world_size: int, began: int) -> str:
     """Describe what is trained, on how many processes, and from which step on."""
     parameters = sum(parameter.numel() for parameter in module.network.parameters())
-    where = os.path.relpath(plan.values["run_dir"])
+    where = os.path.relpath(config.run_dir)
     return (
-        f"Training {module.network.title} with {parameters / 1e6:.1f}M parameters for {plan.trainer.max_steps} steps of"
-        f" {plan.batch_size} samples, {plan.trainer.accelerator} {plan.trainer.precision}"
+        f"Training {module.network.title} with {parameters / 1e6:.1f}M parameters for {config.trainer.max_steps} steps"
+        f" of {config.batch_size} samples, {config.trainer.accelerator} {config.trainer.precision}"
         + (f" on {world_size} processes" if world_size > 1 else "")
         + f", in {where}"
         + (f", on from step {began}" if began else "")

@@ -1,31 +1,34 @@
 """What a user may say about training. No torch here, so that mistakes show at once."""
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
-from dcdit.checkpoints.settings import AssumeSettings, WeightsKind
+from dcdit.checkpoints.settings import AssumeSettings, Paths, WeightsKind
 from dcdit.checks import (
     Bounds,
     Compression,
     Count,
     DropFraction,
     Matches,
+    Named,
     Natural,
     NonNegative,
     Positive,
     Seed,
-    build_named,
-    call_checked,
+    WithOthers,
     checked,
+    config,
     conform,
     shown,
+    to_plain,
 )
-from dcdit.diffusion.settings import PROCESSES
+from dcdit.diffusion.settings import PROCESSES, ProcessSettings
 from dcdit.errors import UserError
 from dcdit.runs.changes import leaves, recorded
 from dcdit.runs.state import RunId
+from dcdit.settings.compose import RUN_ID
 
 
 @checked
@@ -125,6 +128,8 @@ Differing = Literal["classes", "grid", "router", "latents"]
 class FromScratch:
     """No weights but fresh ones."""
 
+    name: ClassVar[str] = "none"
+
 
 @checked
 @dataclass(frozen=True)
@@ -139,6 +144,7 @@ class FromWeights:
         assume: what the checkpoint cannot say.
     """
 
+    name: ClassVar[str] = "weights"
     checkpoint: str
     weights: WeightsKind
     adapt: list[Differing]
@@ -159,6 +165,7 @@ class FromTeacher:
         distil_decay: whether the weight falls linearly to 0 over these steps.
     """
 
+    name: ClassVar[str] = "upcycle"
     teacher: str
     weights: WeightsKind
     adapt: list[Differing]
@@ -188,7 +195,7 @@ Endless = Annotated[int, Bounds(-1, 10**12, hint="-1 stands for all")]
 @checked
 @dataclass(frozen=True)
 class TrainerSettings:
-    """Arguments of Lightning's Trainer that have a range; it takes all of its others too, and checks them itself."""
+    """Arguments of Lightning's Trainer that have a range; ``others`` are the rest, which it checks itself."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
     devices: _Devices | list[_Devices] | str
@@ -205,6 +212,7 @@ class TrainerSettings:
     num_sanity_val_steps: Endless
     enable_model_summary: bool
     use_distributed_sampler: bool
+    others: dict[str, Any]
 
     def __post_init__(self) -> None:
         if self.max_epochs == 0:
@@ -235,28 +243,6 @@ class TrainerSettings:
         return None if self.devices == -1 else self.devices
 
 
-@checked
-@dataclass(frozen=True)
-class RunSettings:
-    """The keys at the top of ``configs/train.yaml``."""
-
-    compression: Compression
-    seed: Seed
-    run_name: Annotated[str, Matches(r"(?!(.*/)?\.\.?(/|$)).*\S.*", "a name (for another place there is run_dir)")]
-    run_dir: str
-    ckpt_path: str | None
-    run_id: RunId | None
-    nonfinite_limit: Count
-    balance_timesteps: bool
-
-
-SECTIONS: dict[str, Any] = {
-    "ratio": RatioSettings,
-    "multi_budget": MultiBudgetSettings,
-    "optimizer": OptimizerSettings,
-    "match_compute": MatchComputeSettings,
-    "execution": ExecutionSettings,
-}
 LOGGER_KEYS: dict[str, Any] = {
     "save_dir": str,
     "name": str | None,
@@ -270,71 +256,70 @@ LOGGER_KEYS: dict[str, Any] = {
 }
 """Keys of ``configs/logger`` by their last part. Lightning's loggers check them late, or not at all."""
 
-GROUPS = ("model", "data", "trainer", "cluster")
-"""Sections whose keys others refer to."""
 
-_BUILT_LATER = (
-    "init",
-    "model",
-    "diffusion",
-    "data",
-    "trainer",
-    "callbacks",
-    "logger",
-    "cluster",
-    "paths",
-    "resolution",
-    *SECTIONS,
-)
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """All that is said about training, checked as far as that goes without torch.
+@config
+class TrainConfig:
+    """The keys of ``configs/train.yaml``.
 
     Attributes:
-        run: the keys at the top.
-        init, ratio, multi_budget, optimizer, match_compute, execution, trainer: the sections of those names.
-        values: everything as plain values, for what builds the rest.
+        compression: N, the router is asked to keep 1 / N of the tokens.
+        seed: of all random numbers.
+        run_name: name of the run.
+        run_dir: directory of the run.
+        ckpt_path: ``last`` goes on with the run, ``auto`` does if there is anything to go on from; or a checkpoint.
+        run_id: of the run's curves; None keeps the one it has, or makes one.
+        nonfinite_limit: steps with non-finite gradients in a row after which training stops.
+        balance_timesteps: give each of several processes about as many tokens.
+        ratio, multi_budget, optimizer, match_compute, execution, init, diffusion, trainer: see their classes.
+        model: the network, see :func:`dcdit.network.build_network`, which checks it.
+        data: the arguments of :class:`dcdit.data.datamodule.LatentDataModule`, which checks them.
+        callbacks, logger: what Hydra instantiates, by name; None leaves one out.
+        cluster: see :mod:`dcdit.cluster.settings`.
+        paths: where data and runs are.
+        resolution: of the images; ``model`` says what it makes of it.
+
+    Raises:
+        UserError: naming key, value and remedy.
     """
 
-    run: RunSettings
-    init: InitSettings
+    compression: Compression
+    seed: Seed
+    run_name: Annotated[str, Matches(r"(?!(.*/)?\.\.?(/|$)).*\S.*", "a name (for another place there is run_dir)")]
+    run_dir: str
+    ckpt_path: str | None
+    run_id: RunId | None
+    nonfinite_limit: Count
+    balance_timesteps: bool
+    init: Annotated[InitSettings, Named(INITS)]
+    diffusion: Annotated[ProcessSettings, Named(PROCESSES)]
     ratio: RatioSettings
     multi_budget: MultiBudgetSettings
     optimizer: OptimizerSettings
     match_compute: MatchComputeSettings
     execution: ExecutionSettings
-    trainer: TrainerSettings
-    values: Mapping[str, Any]
+    trainer: Annotated[TrainerSettings, WithOthers(TrainerSettings)]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    callbacks: dict[str, Any] | None
+    logger: dict[str, Any] | None
+    cluster: dict[str, Any]
+    paths: Paths
+    resolution: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for key, value in leaves({"logger": self.logger or {}}):
+            last = key.rpartition(".")[2]
+            if key.count(".") == 2 and last in LOGGER_KEYS and value != RUN_ID:
+                conform(key, value, LOGGER_KEYS[last])
+        if isinstance(self.init, FromTeacher) and self.model.get("name") == "dit":
+            raise UserError("init=upcycle makes a DC-DiT of a plain DiT: choose a dcdit model, such as model=dcdit_xl")
 
     @property
     def batch_size(self) -> int:
         """Samples of an optimiser step over all processes and micro-batches."""
-        return int(conform("data.batch_size", self.values["data"].get("batch_size"), Count))
+        return int(conform("data.batch_size", self.data.get("batch_size"), Count))
 
     @property
     def recorded(self) -> dict[str, Any]:
         """Of all this, by key, what the course of a run depends on."""
-        return recorded({**self.values, "trainer": {**self.values["trainer"], **asdict(self.trainer)}})
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "TrainPlan":
-        """The plan in the plain values of a composed configuration.
-
-        Raises:
-            UserError: naming key, value and remedy.
-        """
-        run = call_checked(RunSettings, {key: values[key] for key in values if key not in _BUILT_LATER}, "")
-        init = build_named(INITS, values.get("init"), "init")
-        build_named(PROCESSES, values.get("diffusion"), "diffusion")
-        sections = {name: call_checked(kind, values.get(name), name) for name, kind in SECTIONS.items()}
-        for place, value in leaves({"logger": values.get("logger") or {}}):
-            _, _, key = place.rpartition(".")
-            if place.count(".") == 2 and key in LOGGER_KEYS:
-                conform(place, value, LOGGER_KEYS[key])
-        trainer = values["trainer"]
-        ranged = {key: value for key, value in trainer.items() if key in TrainerSettings.__dataclass_fields__}
-        if isinstance(init, FromTeacher) and values["model"].get("name") == "dit":
-            raise UserError("init=upcycle makes a DC-DiT of a plain DiT: choose a dcdit model, such as model=dcdit_xl")
-        return cls(run, init, **sections, trainer=call_checked(TrainerSettings, ranged, "trainer"), values=values)
+        return recorded(to_plain(self))

@@ -23,7 +23,7 @@ from dcdit.diffusion.settings import DDPM, GuidanceSettings
 from dcdit.errors import UserError
 from dcdit.network import build_network
 from dcdit.sampling.setup import check_guidance
-from dcdit.settings.entry import model_config
+from dcdit.settings.compose import model_config
 
 HEADS = AssumeSettings(heads=4)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.configs import TINY, compose_config, plan_of
+from support.configs import TINY, compose_config, config_of
 from support.processes import Command, end, ranks, run
 from support.runs import assert_same_end, load, wait_for
 
@@ -17,11 +17,11 @@ from dcdit.errors import UserError
 from dcdit.runs.progress import progress_of
 from dcdit.runs.state import RunState, State
 from dcdit.runtime.processes import lost_process
-from dcdit.settings.entry import plain
+from dcdit.settings.compose import configuration_of
 from dcdit.training.batching import accumulation, world_size
 from dcdit.training.build import build_trainer
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
-from dcdit.training.settings import TrainPlan
+from dcdit.training.settings import TrainConfig
 
 pytest.importorskip("submitit", reason="the extra slurm is not installed")
 from dcdit.cluster.settings import cluster_of
@@ -83,7 +83,7 @@ def test_the_script_is_shown_without_a_slurm(tmp_path):
 )
 def test_disagreements_are_found_before_anything_is_submitted(overrides, message):
     with pytest.raises(UserError) as caught:
-        cluster_of(plan_of("experiment=digits", *CPU, *overrides))
+        cluster_of(config_of("experiment=digits", *CPU, *overrides))
     assert message in str(caught.value)
 
 
@@ -99,8 +99,8 @@ def test_a_refused_submission_is_one_message(tmp_path):
 def test_the_trainer_follows_the_cluster():
     config = compose_config("experiment=xl_n4", "cluster=slurm_multinode", "cluster.nodes=3", "cluster.gpus_per_node=4")
     assert (config.trainer.devices, config.trainer.num_nodes, config.ckpt_path) == (4, 3, "auto")
-    assert world_size(TrainPlan.of(plain(config))) == 12
-    cluster_of(plan_of("experiment=xl_n4", "cluster=slurm", "cluster.gpus_per_node=2"))
+    assert world_size(configuration_of(TrainConfig, config)) == 12
+    cluster_of(config_of("experiment=xl_n4", "cluster=slurm", "cluster.gpus_per_node=2"))
 
 
 @pytest.mark.parametrize(
@@ -109,25 +109,25 @@ def test_the_trainer_follows_the_cluster():
 )
 def test_the_batch_stays_what_it_is(batch, world, most, steps):
     given = f"execution.max_micro_batch={'null' if most is None else most}"
-    plan = plan_of("experiment=digits", f"data.batch_size={batch}", given)
+    plan = config_of("experiment=digits", f"data.batch_size={batch}", given)
     assert accumulation(plan, world) == steps
     assert batch % (world * steps) == 0
 
 
 def test_impossible_splits_are_refused():
-    plan = plan_of("experiment=digits", "data.batch_size=10", "execution.max_micro_batch=2")
+    plan = config_of("experiment=digits", "data.batch_size=10", "execution.max_micro_batch=2")
     with pytest.raises(UserError, match=r"data\.batch_size=10 cannot be split over 4 processes"):
         accumulation(plan, 4)
-    both = plan_of("experiment=digits", "execution.max_micro_batch=2", "trainer.accumulate_grad_batches=2")
+    both = config_of("experiment=digits", "execution.max_micro_batch=2", "trainer.accumulate_grad_batches=2")
     with pytest.raises(UserError, match="two ways to say"):
         accumulation(both, 1)
     with pytest.raises(UserError, match=r"max_micro_batch=0 is not a positive number"):
-        plan_of("experiment=digits", "execution.max_micro_batch=0")
+        config_of("experiment=digits", "execution.max_micro_batch=0")
 
 
 def test_validations_are_counted_in_optimiser_steps(tiny):
     config = compose_config(*TINY, "execution.max_micro_batch=2", "trainer.val_check_interval=3")
-    trainer = build_trainer(TrainPlan.of(plain(config)), config, StopOnInterrupt())
+    trainer = build_trainer(configuration_of(TrainConfig, config), StopOnInterrupt())
     assert (trainer.accumulate_grad_batches, trainer.val_check_interval) == (4, 12)
     run = tiny("run", "execution.max_micro_batch=4", "trainer.max_steps=4", "trainer.val_check_interval=2")
     assert load(run)["global_step"] == 4
@@ -223,14 +223,14 @@ def test_auto_does_not_go_on_with_another_experiment(tiny):
 
 
 def test_only_runs_that_need_a_job_get_one(tiny, tmp_path, monkeypatch, caplog):
-    from dcdit.cluster.launch import needs_job, note_gone
+    from dcdit.cluster.launch import needs_job, note_gone, read_config
     from dcdit.runs.lock import sole_writer
     from dcdit.runs.state import QUEUED_NAME
 
     finished = tiny("finished", "trainer.max_steps=2")
 
     def due(run, *overrides):
-        return needs_job(run, compose_config(*TINY, *CPU, "trainer.max_steps=2", *overrides), overrides)
+        return needs_job(run, read_config(compose_config(*TINY, *CPU, "trainer.max_steps=2", *overrides)), overrides)
 
     assert not due(finished)
     assert due(finished, "trainer.max_steps=3")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.configs import PLAIN_DIT, compose_config
+from support.configs import PLAIN_DIT, call, compose_config
 from support.features import CORNERS, Corners, archive_arrays
 from support.hub import offline
 from support.processes import Command, end, ranks
@@ -34,7 +34,7 @@ def run(trained_run, tmp_path, digits):
     def to(*overrides: str, out: str | None = None) -> dict[float, dict]:
         places = [f"checkpoint={checkpoint}", f"reference={digits}/val", f"cache={tmp_path}/cache"]
         places += [f"out={tmp_path / out}"] if out else []
-        files = evaluate.run(compose_config(*places, *SETTINGS, *overrides, name="evaluate"))
+        files = call(evaluate, compose_config(*places, *SETTINGS, *overrides, name="evaluate"))
         results = [json.loads(file.read_text()) for file in files]
         return {result["plan"]["guidance"]["drop_fraction"]: result for result in results}
 
@@ -91,7 +91,7 @@ def test_the_figures_are_those_of_the_images_that_generate_writes(run, tmp_path,
     result = run()[0.0]
     places = (f"checkpoint={run.checkpoint}", f"out={tmp_path}/images")
     settings = ("count=44", "chunk_size=15", "sampler.steps=3", "sampler.clip=true", "batch_size=5")
-    folder = generate.run(compose_config(*places, *settings, name="generate"))
+    folder = call(generate, compose_config(*places, *settings, name="generate"))
     network = DigitsClassifier()
     with np.load(folder / "samples.npz") as stored:
         seen = network(torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2))
@@ -361,7 +361,7 @@ def test_the_published_way_as_the_documentation_types_it(run, archive, monkeypat
     (archive.parent / "runs").mkdir()
     (archive.parent / "runs" / "b_n4").symlink_to(SHIPPED["digits"])
     config = compose_config(*command.split(), *SETTINGS, *ALL, "cache=cache", "metrics=null", name="evaluate")
-    (file,) = evaluate.run(config)
+    (file,) = call(evaluate, config)
     result = json.loads(file.read_text())
     assert result["plan"]["reference"]["published"] == ["features", "spatial"]
     assert result["plan"]["labels"] == "random"
@@ -369,7 +369,7 @@ def test_the_published_way_as_the_documentation_types_it(run, archive, monkeypat
         *("24 images instead of 50,000", "features of Corners instead of inception-v3-compat"),
         "precision and recall against 40 images instead of 10,000",
     ]
-    folder = generate.run(compose_config(command.split()[0], "out=out", "count=24", *SETTINGS[2:], name="generate"))
+    folder = call(generate, compose_config(command.split()[0], "out=out", "count=24", *SETTINGS[2:], name="generate"))
     with np.load(folder / "samples.npz") as stored, np.load(archive) as reference:
         seen = [x.double().numpy() for x in Corners()(torch.from_numpy(stored["arr_0"]).permute(0, 3, 1, 2))]
         real = Corners()(torch.from_numpy(reference["arr_0"]).permute(0, 3, 1, 2))[0].double().numpy()

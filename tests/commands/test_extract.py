@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from support.commands import typed
-from support.configs import TINY, compose_config
+from support.configs import TINY, call, compose_config, train
 from support.damage import sign
 from support.processes import Command, end, ranks
 from support.runs import assert_same_end, load, logged, start, wait_for
@@ -28,7 +28,6 @@ from dcdit.errors import UserError
 from dcdit.extraction.extraction import Extraction
 from dcdit.extraction.sources import Item
 from dcdit.runtime.processes import cores
-from dcdit.training.run import train
 
 
 def write_images(root: Path, count: int, classes: int = 3) -> Path:
@@ -61,7 +60,7 @@ def run(images, tiny_vae, tmp_path):
             "batch_size=5",
             "num_workers=0",
         )
-        extract.run(compose_config(*arguments, *overrides, name="extract"))
+        call(extract, compose_config(*arguments, *overrides, name="extract"))
         return tmp_path / out / "train"
 
     return extract_to
@@ -162,8 +161,9 @@ def test_latents_normalised_by_channel_from_images_to_samples(run, tiny_vae, tmp
     torch.testing.assert_close(seen.mean((0, 2, 3)), torch.zeros(4), atol=0.05, rtol=0)
     torch.testing.assert_close(seen.std((0, 2, 3)), torch.ones(4), atol=0.05, rtol=0)
     capsys.readouterr()
-    inspect_latents.run(
-        compose_config(f"directory={folder.parent}", f"picture={tmp_path}/x.png", name="inspect_latents")
+    call(
+        inspect_latents,
+        compose_config(f"directory={folder.parent}", f"picture={tmp_path}/x.png", name="inspect_latents"),
     )
     said = capsys.readouterr().out
     assert "of each channel of these latents" in said
@@ -176,7 +176,7 @@ def test_latents_normalised_by_channel_from_images_to_samples(run, tiny_vae, tmp
     latents = load(trained)["hyper_parameters"]["latents"]
     assert (tuple(latents["scale"]), tuple(latents["shift"])) == (manifest.scale, manifest.shift)
     asked = (f"checkpoint={trained}", f"out={tmp_path}/samples", "sampler.steps=3", "per_class=1", "guidance.scale=2")
-    out = sample.run(compose_config(*asked, name="sample"))
+    out = call(sample, compose_config(*asked, name="sample"))
     with Image.open(out / "samples.png") as picture:
         assert picture.size[0] >= 32
 
@@ -197,7 +197,7 @@ def test_latents_normalised_by_channel_from_images_to_samples(run, tiny_vae, tmp
     statistics = {"mean": [0.5] * 4, "deviation": [1.0] * 4}
     sign(path, **(original | {"normalise": "autoencoder", "scale": 1.0, "shift": 0.0, "statistics": statistics}))
     with pytest.raises(UserError, match=r"manifest\.json: its statistics are not those of the latents"):
-        inspect_latents.run(compose_config(f"directory={folder.parent}", "images=0", name="inspect_latents"))
+        call(inspect_latents, compose_config(f"directory={folder.parent}", "images=0", name="inspect_latents"))
 
 
 def test_what_does_not_fit_the_latents_is_told_before_anything_is_encoded(run, tiny_vae, tmp_path):
@@ -510,7 +510,7 @@ def test_other_splits_take_classes_scale_and_shift_of_train(run, images, tmp_pat
     val = manifest_of(tmp_path / "out" / "val")
     assert (val.classes, val.scale, val.shift, val.normalise) == (train.classes, train.scale, train.shift, "train")
     assert {note["label"] for note in notes(tmp_path / "out" / "val")} == {0, 2}
-    inspect_latents.run(compose_config(f"directory={tmp_path}/out", "split=val", "images=0", name="inspect_latents"))
+    call(inspect_latents, compose_config(f"directory={tmp_path}/out", "split=val", "images=0", name="inspect_latents"))
     assert "of the train split" in " ".join(capsys.readouterr().out.split())
     run("out", f"source={few}", "split=val")
     assert "Everything is there already" in capsys.readouterr().out
@@ -637,8 +637,11 @@ def test_a_killed_extraction_goes_on_with_the_same_bytes(tmp_path, tiny_vae):
 
 def test_images_to_shards_to_training_to_images(run, tmp_path, capsys):
     folder = run("latents", "hflip=true")
-    inspect_latents.run(
-        compose_config(f"directory={folder.parent}", f"picture={tmp_path}/grid.png", "images=4", name="inspect_latents")
+    call(
+        inspect_latents,
+        compose_config(
+            f"directory={folder.parent}", f"picture={tmp_path}/grid.png", "images=4", name="inspect_latents"
+        ),
     )
     printed = capsys.readouterr().out
     assert "50, each also flipped" in printed
@@ -651,14 +654,15 @@ def test_images_to_shards_to_training_to_images(run, tmp_path, capsys):
     model = ["model.channels=4", "model.num_classes=3", "data.source=null", f"data.directory={folder.parent}"]
     arguments = [*TINY, *model, "data.num_workers=2", "trainer.max_steps=2"]
     train(compose_config(*arguments), trained)
-    out = sample.run(
+    out = call(
+        sample,
         compose_config(
             f"checkpoint={trained}/checkpoints/last.ckpt",
             f"out={tmp_path}/samples",
             "sampler.steps=3",
             "per_class=1",
             name="sample",
-        )
+        ),
     )
     with Image.open(out / "samples.png") as picture:
         assert picture.size[0] >= 32
@@ -676,7 +680,7 @@ def test_images_to_shards_to_training_to_images(run, tmp_path, capsys):
             train(compose_config(*arguments[:-1], "trainer.max_steps=4", "ckpt_path=last"), trained)
     sign(path, **(original | {"fingerprint": "0" * 16}))
     with pytest.raises(UserError, match=r"has weights \w+, the latents were made with 0{16}"):
-        inspect_latents.run(compose_config(f"directory={folder.parent}", name="inspect_latents"))
+        call(inspect_latents, compose_config(f"directory={folder.parent}", name="inspect_latents"))
 
 
 MOMENTS = ["model.channels=4", "model.num_classes=3", "data.source=null", "optimizer.schedule=constant"]
@@ -745,5 +749,5 @@ def test_inspection_finds_damage(run, tmp_path, capsys):
         file.seek(place)
         file.write(b"\x00\x01\x02")
     with pytest.raises(UserError, match=r"2 faults.*\n.*shard-000002.tar: the checksum of the file.*\n.*sample 4"):
-        inspect_latents.run(compose_config(f"directory={folder.parent}", "images=0", name="inspect_latents"))
+        call(inspect_latents, compose_config(f"directory={folder.parent}", "images=0", name="inspect_latents"))
     assert "2 faults" in capsys.readouterr().out

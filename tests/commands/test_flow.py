@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from support.configs import PLAIN_DIT, compose_config, plan_of
+from support.configs import PLAIN_DIT, call, compose_config, config_of
 
 from dcdit import evaluate, export, generate, sample
 from dcdit.checkpoints.load import load_model, read_trained
@@ -22,10 +22,10 @@ def flow(tiny):
 
 
 def test_a_published_experiment_by_flow_matching():
-    check_network(plan_of("experiment=b_n4", "diffusion=flow"))
-    check_network(plan_of("experiment=b_n4", "diffusion=flow", "model.variance=false"))
+    check_network(config_of("experiment=b_n4", "diffusion=flow"))
+    check_network(config_of("experiment=b_n4", "diffusion=flow", "model.variance=false"))
     with pytest.raises(UserError, match=r"model.variance=false: diffusion=ddpm trains a variance"):
-        check_network(plan_of("experiment=b_n4", "model.variance=false"))
+        check_network(config_of("experiment=b_n4", "model.variance=false"))
 
 
 def test_a_run_that_goes_on_ends_with_the_same_bits(tiny, flow):
@@ -47,11 +47,11 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(tiny, flow):
 def test_every_sampler_with_guidance_budget_and_pictures(flow, tmp_path, digits, sampler):
     words = (f"checkpoint={flow}", f"sampler={sampler}", "sampler.steps=3", "sampler.clip=true", "guidance.scale=2")
     extra = ("guidance.uncond_drop_fraction=0.5", "guidance.interval=[100,900]", "guidance.drop_fraction=0.2")
-    folder = sample.run(compose_config(*words, *extra, "per_class=1", f"out={tmp_path}/pictures", name="sample"))
+    folder = call(sample, compose_config(*words, *extra, "per_class=1", f"out={tmp_path}/pictures", name="sample"))
     assert {"samples.png", "latents.npz", "boundaries.png"} <= {path.name for path in folder.iterdir()}
     points = ("features=digits", "count=40", f"reference={digits}/val", f"cache={tmp_path}/cache", "time_rounds=1")
     budgets = ("drop_fractions=[0,0.5]", f"out={tmp_path}/figures")
-    for file in evaluate.run(compose_config(*words, *points, *budgets, name="evaluate")):
+    for file in call(evaluate, compose_config(*words, *points, *budgets, name="evaluate")):
         result = json.loads(file.read_text())
         assert result["plan"]["sampler"]["name"] == sampler
         kept = result["keep_ratio"]
@@ -67,18 +67,18 @@ def test_samplers_of_the_other_process_are_refused_before_anything_is_sampled(fl
     ):
         config = compose_config(f"checkpoint={run}", f"sampler={sampler}", f"out={tmp_path}/x", name="generate")
         with pytest.raises(UserError, match=f"sampler={sampler} does not fit .* take sampler={fitting}"):
-            generate.run(config)
+            call(generate, config)
     assert not (tmp_path / "x").exists()
 
 
 def test_an_exported_network_says_what_it_was_trained_for(flow, tmp_path):
-    folder = export.run(compose_config(f"checkpoint={flow}", f"out={tmp_path}/exported", name="export"))
+    folder = call(export, compose_config(f"checkpoint={flow}", f"out={tmp_path}/exported", name="export"))
     config = json.loads((folder / "config.json").read_text())
     assert config["diffusion"]["process"] == "flow"
     assert load_model(folder).process.spec == load_model(flow).process.spec
     words = ("sampler=ddim", f"out={tmp_path}/x")
     with pytest.raises(UserError, match="does not fit a network that was trained with diffusion=flow"):
-        sample.run(compose_config(f"checkpoint={folder}", *words, name="sample"))
+        call(sample, compose_config(f"checkpoint={folder}", *words, name="sample"))
 
 
 def test_without_variance_channels(tiny, tmp_path):
@@ -88,7 +88,7 @@ def test_without_variance_channels(tiny, tmp_path):
         assert network(torch.zeros(1, 1, 8, 8), torch.tensor([500.0]), torch.tensor([1])).prediction.shape[1] == 1
         out = f"out={tmp_path}/{name}_images"
         words = (f"checkpoint={run}", "sampler=heun", "sampler.steps=2", "guidance.scale=2", "per_class=1", out)
-        sample.run(compose_config(*words, name="sample"))
+        call(sample, compose_config(*words, name="sample"))
 
 
 def test_fid_while_training(tiny, digits):
@@ -106,7 +106,7 @@ def test_what_is_said_at_the_end_can_be_typed(tiny, tmp_path, caplog):
         run = tiny(process, f"diffusion={process}", "trainer.max_steps=1")
         (word,) = caplog.text.split("python -m dcdit.sample ")[-1].split()
         assert word == f"checkpoint={os.path.relpath(run)}"
-        sample.run(compose_config(word, "sampler.steps=2", f"out={tmp_path}/{process}_images", name="sample"))
+        call(sample, compose_config(word, "sampler.steps=2", f"out={tmp_path}/{process}_images", name="sample"))
 
 
 def test_weights_and_teachers_of_the_other_process(tiny, trained_run, caplog):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.configs import compose_config
+from support.configs import call, compose_config
 from support.damage import damaged
 
 from dcdit import generate, sample
@@ -24,7 +24,7 @@ def run(trained_run, tmp_path):
     def to(out: str, *overrides: str) -> Path:
         places = (f"checkpoint={checkpoint}", f"out={tmp_path / out}")
         settings = ("count=22", "chunk_size=8", "sampler.steps=3", "batch_size=4", "sampler.clip=true")
-        return generate.run(compose_config(*places, *settings, *overrides, name="generate"))
+        return call(generate, compose_config(*places, *settings, *overrides, name="generate"))
 
     to.checkpoint = checkpoint
     return to
@@ -48,7 +48,7 @@ def test_what_the_file_holds(run, tmp_path):
 
     # the same images as `dcdit.sample` draws: sample i of (seed, i)
     arguments = (f"checkpoint={run.checkpoint}", f"out={tmp_path}/sampled", "sampler.steps=3", "sampler.clip=true")
-    sampled = sample.run(compose_config(*arguments, "per_class=1", "batch_size=4", name="sample"))
+    sampled = call(sample, compose_config(*arguments, "per_class=1", "batch_size=4", name="sample"))
     with np.load(sampled / "latents.npz") as stored:
         expected = ((stored["latents"] + 1) * 127.5 + 0.5).clip(0, 255).astype(np.uint8)
     assert np.array_equal(images[:10, :, :, 0], expected[:, 0])
@@ -157,7 +157,7 @@ def test_a_budget_is_calibrated_once(tiny, tmp_path, capsys):
     torch.save(stored, checkpoint)
     settings = ("count=20", "chunk_size=20", "sampler.steps=5", "budget.fraction=0.8", "budget.by=drop")
     arguments = (f"checkpoint={checkpoint}", f"out={tmp_path}/some", *settings)
-    folder = generate.run(compose_config(*arguments, name="generate"))
+    folder = call(generate, compose_config(*arguments, name="generate"))
     assert "Budget: drop fraction 0." in capsys.readouterr().out
     figures = json.loads((folder / "samples.json").read_text())
     found = figures["calibration"]
@@ -165,7 +165,7 @@ def test_a_budget_is_calibrated_once(tiny, tmp_path, capsys):
     assert figures["tflops_per_image"] == pytest.approx(0.8 * found["full_tflops"], rel=0.03)
     store = checkpoint.parents[1] / "budgets.json"
     before = store.read_bytes()
-    generate.run(compose_config(*arguments[:1], f"out={tmp_path}/again", *settings, name="generate"))
+    call(generate, compose_config(*arguments[:1], f"out={tmp_path}/again", *settings, name="generate"))
     assert store.read_bytes() == before
     with pytest.raises(UserError, match=r"budget.fraction=0.01 cannot be met by drops alone: from .* of the full cost"):
-        generate.run(compose_config(*arguments, "budget.fraction=0.01", name="generate"))
+        call(generate, compose_config(*arguments, "budget.fraction=0.01", name="generate"))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.commands import typed
-from support.configs import PLAIN_DIT, compose_config
+from support.configs import PLAIN_DIT, call, compose_config
 
 from dcdit import evaluate, report
 from dcdit.checks import visible
@@ -47,9 +47,7 @@ LOOK = """<script>addEventListener("load", () => {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, digits):
     """Two seeds of a DC-DiT at two budgets, and a plain DiT, measured."""
-    from support.configs import TINY
-
-    from dcdit.training.run import train
+    from support.configs import TINY, train
 
     root = tmp_path_factory.mktemp("runs")
     for name, drops, overrides in (
@@ -63,12 +61,12 @@ def runs(tmp_path_factory, digits):
         config = compose_config("checkpoint=x", f"reference={digits}/val", *SETTINGS, name="evaluate")
         config.checkpoint, config.cache = str(run / "checkpoints" / "last.ckpt"), str(root / "cache")
         config.drop_fractions = json.loads(drops)
-        evaluate.run(config)
+        call(evaluate, config)
     return root
 
 
 def written(runs: Path, out: Path, *overrides: str) -> Path:
-    return report.run(compose_config(f"runs=[{runs}]", f"out={out}", *overrides, name="report"))
+    return call(report, compose_config(f"runs=[{runs}]", f"out={out}", *overrides, name="report"))
 
 
 def test_seeds_are_one_curve_and_baselines_points(runs):
@@ -301,7 +299,7 @@ def test_mistakes(tmp_path):
         written(tmp_path, tmp_path / "report")
     assert find_results([str(tmp_path)]) == ([], [])
     with pytest.raises(UserError, match="runs is not set"):
-        report.run(compose_config(name="report"))
+        call(report, compose_config(name="report"))
     assert not (tmp_path / "report").exists()
 
 
@@ -362,7 +360,7 @@ def test_what_a_stranger_may_call_a_run_is_shown_as_it_is(runs, tmp_path):
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(values))
         file.with_suffix(".png").symlink_to(secret)
-    page = report.run(compose_config(f"runs=[{tmp_path}/stranger]", f"out={tmp_path}/report", name="report"))
+    page = call(report, compose_config(f"runs=[{tmp_path}/stranger]", f"out={tmp_path}/report", name="report"))
     text = page.read_text()
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from support.configs import PLAIN_DIT, TINY, compose_config
+from support.configs import PLAIN_DIT, TINY, call, compose_config, train
 from support.runs import STATE, assert_same_end, differences, load, logged, start, wait_for
 
 from dcdit.errors import UserError
 from dcdit.runs.resume import checkpoints_in
-from dcdit.training.run import train
 
 
 @pytest.fixture(scope="module", params=["32-true", "bf16-mixed"])
@@ -174,9 +173,9 @@ def test_sampling_from_a_run(trained_run, tmp_path):
     def sample(out: str, *overrides: str):
         places = [f"checkpoint={run}/checkpoints/last.ckpt", f"out={tmp_path / out}"]
         arguments = [*places, "sampler.steps=4", "per_class=2"]
-        from dcdit.sample import run as run_sample
+        from dcdit import sample
 
-        return run_sample(compose_config(*arguments, "precision=fp32", *overrides, name="sample"))
+        return call(sample, compose_config(*arguments, "precision=fp32", *overrides, name="sample"))
 
     folder = sample("one", "guidance.scale=2", "guidance.uncond_drop_fraction=0.5")
     assert {p.name for p in folder.iterdir()} == {"samples.png", "boundaries.png", "latents.npz"}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
-from support.configs import compose_config
+from support.configs import call, compose_config
 
 from dcdit.compute.flops import count
 from dcdit.errors import UserError
@@ -81,7 +81,7 @@ def test_what_cannot_be_counted():
 def test_the_table_as_users_print_it(capsys):
     from dcdit import flops
 
-    flops.run(compose_config("model=dcdit_s", "guided=true", "uncond_drop_fraction=0.9", name="flops"))
+    call(flops, compose_config("model=dcdit_s", "guided=true", "uncond_drop_fraction=0.9", name="flops"))
     printed = capsys.readouterr().out
     for words in (
         "residual projection",
@@ -90,7 +90,7 @@ def test_the_table_as_users_print_it(capsys):
         "TFLOPs per image, 250 steps, guided",
     ):
         assert words in printed
-    flops.run(compose_config("model=dit_xl_2", name="flops"))
+    call(flops, compose_config("model=dit_xl_2", name="flops"))
     assert "59.33" in capsys.readouterr().out
     for override, message in (
         ("compression=1", "compression=1 must be greater than 1"),
@@ -99,4 +99,4 @@ def test_the_table_as_users_print_it(capsys):
         ("drop_fractions=[]", "asks for nothing"),
     ):
         with pytest.raises(UserError, match=message):
-            flops.run(compose_config(override, name="flops"))
+            call(flops, compose_config(override, name="flops"))

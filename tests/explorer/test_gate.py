@@ -5,10 +5,11 @@ import socket
 from urllib.parse import urlsplit
 
 import pytest
-from support.configs import compose_config
+from support.configs import check, compose_config
 
 from dcdit import explore
 from dcdit.checkpoints.resolve import resolve_checkpoint
+from dcdit.checks import to_plain
 from dcdit.errors import UserError
 
 pytest.importorskip("gradio", reason="the extra `explore` is not installed")
@@ -24,8 +25,9 @@ JOIN, RUN = "/gradio_api/queue/join", "/gradio_api/run/predict"
 
 @pytest.fixture(scope="module")
 def blocks():
-    plan, settings, base = explore.check(compose_config("sampler.steps=4", name="explore"))
-    session = Session(plan, base, [resolve_checkpoint("digits", plan.runs)], settings.most_steps)
+    settings = plan = check(explore, compose_config("sampler.steps=4", name="explore"))
+    base = to_plain(plan)
+    session = Session(plan, base, [resolve_checkpoint("digits", plan.paths.runs)], settings.most_steps)
     return Page(session, "dcdit: digits").blocks(base)
 
 
@@ -207,7 +209,9 @@ def test_names_of_strangers(blocks, monkeypatch):
     page = blocks.fns[number_of(blocks, "update")].fn.__self__
     hostile = "\ud800\x1b[2J\u202e<img src=x onerror=alert(1)>![a](http://192.0.2.1/)"
     monkeypatch.setattr(page.session, "classes", lambda side: [hostile] * 10)
-    other = Page(page.session, hostile).blocks(explore.check(compose_config("sampler.steps=2", name="explore"))[2])
+    other = Page(page.session, hostile).blocks(
+        to_plain(check(explore, compose_config("sampler.steps=2", name="explore")))
+    )
     with serving(other, "127.0.0.1", None, share=False) as address, httpx.Client(trust_env=False) as client:
         text = client.get(address).text
         body = request_of(other, "update", *values(other, "update"))

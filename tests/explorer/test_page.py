@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.configs import compose_config
+from support.configs import call, check, compose_config
 
 from dcdit import explore, sample
 from dcdit.checkpoints.resolve import resolve_checkpoint
+from dcdit.checks import to_plain
 from dcdit.evaluation.features import DigitsClassifier
 
 pytest.importorskip("gradio", reason="the extra `explore` is not installed")
@@ -30,8 +31,9 @@ PATIENCE = 60_000  # milliseconds; of a machine that does other things beside
 
 @pytest.fixture(scope="module")
 def address():
-    plan, settings, base = explore.check(compose_config("sampler.steps=8", "seed=3", name="explore"))
-    session = Session(plan, base, [resolve_checkpoint("digits", plan.runs)], settings.most_steps)
+    settings = plan = check(explore, compose_config("sampler.steps=8", "seed=3", name="explore"))
+    base = to_plain(plan)
+    session = Session(plan, base, [resolve_checkpoint("digits", plan.paths.runs)], settings.most_steps)
     blocks = Page(session, "dcdit: digits").blocks(base)
     with serving(blocks, "127.0.0.1", None, share=False) as found:
         yield found
@@ -286,7 +288,7 @@ def test_the_commands_make_the_same_images(new_page, tmp_path, monkeypatch):
     for name, line in zip("AB", page.locator("#commands textarea").input_value().splitlines(), strict=True):
         program, command, *words = shlex.split(line)
         assert (program, command) == ("dcdit", "sample")
-        out = sample.run(compose_config(*words, "frames=0", name="sample"))
+        out = call(sample, compose_config(*words, "frames=0", name="sample"))
         assert out.resolve() == tmp_path / "explored" / name
         stored = torch.from_numpy(np.load(out / "latents.npz")["latents"])[0, 0]
         expected = ((stored + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8).numpy()

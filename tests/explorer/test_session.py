@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.configs import PLAIN_DIT, compose_config
+from support.configs import PLAIN_DIT, check, compose_config
 
 from dcdit import explore
 from dcdit.checkpoints.resolve import resolve_checkpoint
+from dcdit.checks import to_plain
 from dcdit.errors import UserError
 from dcdit.explorer.choice import Choice
 from dcdit.explorer.session import STRIP, Session, StoppedError, difference
@@ -16,7 +17,8 @@ CHOICE = Choice(label=3, seed=5, sampler="ddim", steps=6, scale=2.0)
 
 
 def session_of(*checkpoints, most_steps=50):
-    plan, _, base = explore.check(compose_config(f"checkpoint={checkpoints[0]}", name="explore"))
+    plan = check(explore, compose_config(f"checkpoint={checkpoints[0]}", name="explore"))
+    base = to_plain(plan)
     return Session(plan, base, [resolve_checkpoint(str(each), "runs") for each in checkpoints], most_steps)
 
 
@@ -156,7 +158,7 @@ def test_a_flow_network(tiny):
 
 def test_what_the_command_said_of_a_sampler_holds():
     config = compose_config("sampler=euler", "sampler.shift=3", "sampler.clip=true", name="explore")
-    _, _, base = explore.check(config)
+    base = to_plain(check(explore, config))
     euler, heun = (replace(CHOICE, sampler=name) for name in ("euler", "heun"))
     assert (euler.plan(base).sampler.shift, heun.plan(base).sampler.shift) == (3.0, 1.0)
     assert "sampler.shift=3 sampler.clip=true" in euler.command(base, "x", "y")
@@ -173,4 +175,4 @@ def test_mistakes_before_anything_is_loaded():
         (["most_steps=2000"], "most_steps=2000 is outside"),
     ):
         with pytest.raises(UserError, match=message):
-            explore.check(compose_config(*words, name="explore"))
+            check(explore, compose_config(*words, name="explore"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.configs import TINY, compose_config
+from support.configs import TINY, call, compose_config, train
 from support.damage import damaged, damages, nothing_outside, repack, rewrite
 from support.runs import differences, load
 
@@ -23,7 +23,6 @@ from dcdit.checkpoints.read import read_checkpoint
 from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.errors import UserError
 from dcdit.runs.state import RunState
-from dcdit.training.run import train
 
 
 @pytest.fixture
@@ -59,10 +58,11 @@ def test_paths_in_a_checkpoint_are_not_used(last, digits, tmp_path):
 def test_text_where_a_number_belongs_becomes_no_path(last, digits, tmp_path):
     rewrite(last, lambda values: values.update(global_step="/../../X/x"))
     with nothing_outside(tmp_path), pytest.raises(UserError, match=r"global_step='/\.\./\.\./X/x' is not a whole"):
-        evaluate.run(
+        call(
+            evaluate,
             compose_config(
                 f"checkpoint={last}", f"reference={digits}/val", "features=digits", "count=4", name="evaluate"
-            )
+            ),
         )
     assert not (tmp_path / "X").exists()
 

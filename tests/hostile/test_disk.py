@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from support.configs import compose_config
+from support.configs import call, compose_config
 from support.damage import damaged, damages, nothing_outside
 
 from dcdit import generate, status
@@ -90,7 +90,7 @@ def test_a_folder_that_is_read_only_is_found_before_work_begins(trained_run, tmp
     monkeypatch.setattr("dcdit.sampling.generate.generate", lambda *a, **k: called.append(1))
     arguments = (f"checkpoint={trained_run}/checkpoints/last.ckpt", f"out={out}", "count=4")
     with pytest.raises(UserError, match=r"out=.*cannot be written \(Permission denied\)") as caught:
-        generate.run(compose_config(*arguments, name="generate"))
+        call(generate, compose_config(*arguments, name="generate"))
     assert "make room" not in str(caught.value)
     assert not called
 
@@ -99,7 +99,7 @@ def test_runs_of_others_can_be_looked_at(trained_run, monkeypatch):
     """Asked with nothing but reading allowed."""
     with nothing_outside():
         assert progress_of(trained_run, "x").state is State.FINISHED
-        status.run(compose_config(f"runs=[{trained_run}]", name="status"))
+        call(status, compose_config(f"runs=[{trained_run}]", name="status"))
 
 
 def test_a_run_directory_of_a_stranger_is_shown_or_said(trained_run, tmp_path, capsys):
@@ -112,7 +112,7 @@ def test_a_run_directory_of_a_stranger_is_shown_or_said(trained_run, tmp_path, c
     (folder / "bad" / "state.json").write_text('{"state": "finished", "step": "/etc"}')
     (folder / "bad" / "logs" / "version_x").mkdir(parents=True)
     (folder / "bad" / "logs" / "version_x" / "metrics.csv").write_bytes(b"\xff\x00")
-    found = {each.name: each for each in status.run(compose_config(f"runs=[{folder}]", name="status"))}
+    found = {each.name: each for each in call(status, compose_config(f"runs=[{folder}]", name="status"))}
     assert found["good"].state is State.FINISHED
     assert found["bad"].state is State.CORRUPT
     assert "state.json" in found["bad"].reason

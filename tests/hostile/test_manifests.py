@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from support.commands import typed
-from support.configs import compose_config
+from support.configs import call, compose_config
 from support.damage import damaged, damages, nothing_outside, sign
 from support.numbered import flat, stream, write_numbers
 
@@ -128,7 +128,7 @@ def test_latents_that_are_not_finite_are_corrupt_samples(tiny, tmp_path):
     values[[3, 17]] = np.nan
     place = latents(tmp_path / "data", values)
     with pytest.raises(UserError, match=r"(?s)2 faults.*its latent is not finite") as caught:
-        inspect_latents.run(compose_config(f"directory={place}", f"picture={tmp_path}/x.png", name="inspect_latents"))
+        call(inspect_latents, compose_config(f"directory={place}", f"picture={tmp_path}/x.png", name="inspect_latents"))
     assert "key 00000017" in str(caught.value)
     with pytest.raises(UserError, match=r"could not be read \(data\.corrupt_limit=1\).*its latent is not finite"):
         tiny("run", *TWO_CLASSES, f"data.directory={place}", "trainer.max_steps=8", "data.corrupt_limit=1")
@@ -138,7 +138,7 @@ def test_latents_far_from_deviation_one_are_told(tiny, tmp_path, caplog, capsys)
     place = latents(tmp_path / "data", 4 * normal(32))
     tiny("run", *TWO_CLASSES, f"data.directory={place}", "trainer.max_steps=1")
     assert re.search(r"have deviation [34]\.?\d* in channel 0 where", caplog.text)
-    inspect_latents.run(compose_config(f"directory={place}", f"picture={tmp_path}/x.png", name="inspect_latents"))
+    call(inspect_latents, compose_config(f"directory={place}", f"picture={tmp_path}/x.png", name="inspect_latents"))
     assert "are scale and" in " ".join(capsys.readouterr().out.split())
     usual = latents(tmp_path / "usual", normal(32))
     caplog.clear()

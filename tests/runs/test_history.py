@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from support.commands import typed
-from support.configs import compose_config
+from support.configs import check, compose_config
 
 from dcdit import status
 from dcdit.errors import UserError
@@ -83,7 +83,7 @@ def test_watching_ends_with_the_last_run(trained_run, tmp_path, monkeypatch):
     monkeypatch.setattr(status, "time", SimpleNamespace(sleep=sleep, strftime=time.strftime))  # other threads sleep too
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=160)
-    settings = status.check(compose_config(f"runs=[{tmp_path}]", "watch=true", "every=0.5", name="status"))
+    settings = check(status, compose_config(f"runs=[{tmp_path}]", "watch=true", "every=0.5", name="status"))
     with sole_writer(trained_run, 0):
         found = status.watch(settings, console)
     assert looks == [0.5, 0.5]
@@ -110,7 +110,7 @@ def test_watching_waits_for_what_is_about_to_begin(trained_run, tmp_path, capsys
     assert "waiting for a run to go on" in result.out
     assert "Ctrl-C ends this" in result.out
     with pytest.raises(UserError, match=r"every=0 is outside \[0.2, 3600\]: seconds between two looks"):
-        status.check(compose_config("runs=[x]", "every=0", name="status"))
+        check(status, compose_config("runs=[x]", "every=0", name="status"))
 
 
 def _link_in_a_circle(path):
@@ -152,7 +152,7 @@ def test_what_is_no_file_hides_no_other_run(tmp_path, kind):
     before = signal.signal(signal.SIGALRM, lambda *ignored: pytest.fail("it hangs"))
     signal.alarm(30)
     try:
-        seen = status.read_progress(status.check(compose_config(f"runs=[{tmp_path}/runs]", name="status")))
+        seen = status.read_progress(check(status, compose_config(f"runs=[{tmp_path}/runs]", name="status")))
         courses = {course.path.name for course in histories_below([f"{tmp_path}/runs"])}
         find_results([f"{tmp_path}/runs"])
         for path in seen:

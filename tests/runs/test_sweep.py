@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.commands import typed
-from support.configs import TINY, compose_config
+from support.configs import TINY, call, compose_config, train
 from support.processes import run as run_command
 from support.runs import load, start, wait_for
 
@@ -19,7 +19,6 @@ from dcdit.runs.lock import is_held, sole_writer
 from dcdit.runs.progress import progress_of, runs_below
 from dcdit.runs.state import RunState, State
 from dcdit.runs.sweep import constant_keys
-from dcdit.training.run import train
 
 
 def sweep(tmp_path, digits, *overrides):
@@ -93,7 +92,7 @@ def test_the_state_of_runs(tiny, tmp_path, capsys):
     state = RunState.read(tmp_path / "died")
     replace(state, state=State.RUNNING, max_steps=1000).write(tmp_path / "died")
     found = {
-        each.name.rsplit("/", 1)[-1]: each for each in status.run(compose_config(f"runs=[{tmp_path}]", name="status"))
+        each.name.rsplit("/", 1)[-1]: each for each in call(status, compose_config(f"runs=[{tmp_path}]", name="status"))
     }
     assert (found["finished"].state.value, found["finished"].step, found["finished"].max_steps) == ("finished", 3, 3)
     assert found["finished"].loss > 0
@@ -107,9 +106,9 @@ def test_the_state_of_runs(tiny, tmp_path, capsys):
     assert "finished" in shown
     assert runs_below(tmp_path) == [tmp_path / "died", finished]
     with pytest.raises(UserError, match="no runs there"):
-        status.run(compose_config(f"runs=[{tmp_path}/finished/checkpoints]", name="status"))
+        call(status, compose_config(f"runs=[{tmp_path}/finished/checkpoints]", name="status"))
     with pytest.raises(UserError, match="is no directory"):
-        status.run(compose_config("runs=[nowhere]", name="status"))
+        call(status, compose_config("runs=[nowhere]", name="status"))
 
 
 def test_sigterm_saves_and_the_run_goes_on(tmp_path, digits):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.configs import compose_config
+from support.configs import call, compose_config
 
 from dcdit import sample
 from dcdit.errors import UserError
@@ -72,7 +72,7 @@ def test_pictures_stand_beside_each_other():
 @pytest.mark.parametrize("form", ["gif", "webp"])
 def test_a_trajectory_that_moves(three_steps, tmp_path, form):
     words = (f"checkpoint={three_steps}", "classes=[1,2]", "per_class=2", "sampler=ddim", "sampler.steps=6")
-    out = sample.run(compose_config(*words, f"animation={form}", f"out={tmp_path}/pictures", name="sample"))
+    out = call(sample, compose_config(*words, f"animation={form}", f"out={tmp_path}/pictures", name="sample"))
     with Image.open(out / f"trajectory.{form}") as moving:
         assert moving.n_frames == 7  # each evaluation, and the image
         frames = []
@@ -95,7 +95,7 @@ def test_a_network_without_router_has_a_trajectory_too(tiny, tmp_path):
 
     run = tiny("plain", "trainer.max_steps=2", *PLAIN_DIT)
     words = (f"checkpoint={run}", "classes=[0]", "per_class=1", "sampler.steps=3", "animation=gif")
-    out = sample.run(compose_config(*words, name="sample"))
+    out = call(sample, compose_config(*words, name="sample"))
     assert {path.name for path in out.iterdir()} == {"samples.png", "latents.npz", "trajectory.gif"}
 
 
@@ -106,7 +106,7 @@ def test_earlier_pictures_are_kept(tmp_path):
     words = ("checkpoint=digits", f"out={tmp_path}", "classes=[0]", "per_class=1", "sampler.steps=1")
     calls: list[dict[str, bytes]] = []
     for number, more in enumerate((["animation=gif"], ["frames=0"], [])):
-        sample.run(compose_config(*words, f"seed={number}", *more, name="sample"))
+        call(sample, compose_config(*words, f"seed={number}", *more, name="sample"))
         newest = {name: content for name, content in files().items() if "/" not in name}
         calls.append(newest)
     assert [set(call) for call in calls] == [
@@ -114,9 +114,9 @@ def test_earlier_pictures_are_kept(tmp_path):
         {"samples.png", "latents.npz"},
         {"samples.png", "latents.npz", "boundaries.png"},
     ]
-    for number, call in enumerate(calls[:-1], 1):
+    for number, sampled in enumerate(calls[:-1], 1):
         kept = {name: content for name, content in files().items() if name.startswith(f"earlier/{number:04d}/")}
-        assert kept == {f"earlier/{number:04d}/{name}": content for name, content in call.items()}
+        assert kept == {f"earlier/{number:04d}/{name}": content for name, content in sampled.items()}
 
 
 @pytest.mark.parametrize(
@@ -129,5 +129,5 @@ def test_earlier_pictures_are_kept(tmp_path):
 def test_pictures_that_no_memory_holds_are_refused_before_sampling(tmp_path, monkeypatch, words, message):
     monkeypatch.setattr("dcdit.sampling.setup.generate", lambda *ignored, **options: pytest.fail("sampled"))
     with pytest.raises(UserError, match=message):
-        sample.run(compose_config("checkpoint=digits", f"out={tmp_path}/out", *words, name="sample"))
+        call(sample, compose_config("checkpoint=digits", f"out={tmp_path}/out", *words, name="sample"))
     assert not (tmp_path / "out").exists()

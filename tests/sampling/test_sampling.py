@@ -17,7 +17,7 @@ from dcdit.errors import NotFiniteError, UserError
 from dcdit.network import DCDiT, DiT
 from dcdit.sampling.budget import calibrate, remembered
 from dcdit.sampling.generate import SampleBatch, generate
-from dcdit.sampling.settings import SamplingPlan
+from dcdit.sampling.settings import SamplingConfig
 from dcdit.sampling.setup import Sampling, check_guidance
 
 LATENTS = LatentSpec((1, 8, 8), IDENTITY, 1.0, 0.0, tuple("abcde"))
@@ -170,9 +170,15 @@ def test_budgets_that_cannot_be(model):
             calibrate(model, plain, SAMPLER, target, 16, "fp32")
     values = {"sampler": {"name": "ddpm", "steps": 6}, "guidance": {"drop_fraction": 0.1}, "budget": {"fraction": 0.8}}
     settings = {"checkpoint": "x", "weights": "ema", "seed": 0, "batch_size": 1, "device": "cpu", "precision": "fp32"}
-    others = {"autoencoder": None, "rounding": "round", "compile": False, "assume": {}, "paths": {"runs": "runs"}}
+    others = {
+        "autoencoder": None,
+        "rounding": "round",
+        "compile": False,
+        "assume": {},
+        "paths": {"data": "data", "runs": "runs"},
+    }
     with pytest.raises(UserError, match="are what it replaces"):
-        SamplingPlan.of({**values, **settings, **others})
+        SamplingConfig.of({**values, **settings, **others})
 
 
 def test_what_was_calibrated_is_remembered(model, tmp_path):

@@ -5,18 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import typed
-from support.configs import TINY, compose_config, plan_of
+from support.configs import TINY, check, compose_config, config_of
 from support.processes import run
 
 from dcdit.diffusion.settings import DDPM, NoiseDiffusion
 from dcdit.errors import UserError
 from dcdit.evaluation.grid import grid_of
-from dcdit.settings import entry
-from dcdit.settings.entry import cpu_precision, plain
+from dcdit.evaluation.settings import EvaluateConfig
+from dcdit.settings import compose
+from dcdit.settings.compose import configuration_of, cpu_precision
 from dcdit.settings.overrides import quoted
 from dcdit.settings.published import AUTOENCODER, CONFIG_DIR
 from dcdit.training.build import build_module, match_compute
-from dcdit.training.settings import TrainPlan
+from dcdit.training.settings import TrainConfig
 
 EXPERIMENTS = sorted(path.stem for path in Path(CONFIG_DIR, "experiment").glob("*.yaml"))
 GROUPS = (
@@ -38,7 +39,7 @@ NAMED = {"digits", "s_n4", "b_n4", "l_n4", "xl_n4", "b_n16", "b_n4_512", "xl_n4_
 def test_every_experiment_composes_and_builds(experiment):
     config = compose_config(f"experiment={experiment}")
     with torch.device("meta"):
-        module = build_module(TrainPlan.of(plain(config)), None)
+        module = build_module(configuration_of(TrainConfig, config), None)
     assert next(module.network.parameters()).device.type == "meta"
     assert config.run_name == experiment
     opening = Path(CONFIG_DIR, "experiment", f"{experiment}.yaml").read_text().splitlines()
@@ -61,13 +62,13 @@ def test_experiments_say_how_their_published_figures_are_measured(experiment):
     assert len(found) == (2 if "guidance 1.25" in text else 1)
     for words in found:
         assert words[0] == f"checkpoint=runs/{experiment}"
-        grid = grid_of(plain(compose_config(*words, name="evaluate")))
-        assert (grid.settings.count, grid.settings.labels, grid.points[0].settings.rounding) == (
+        grid = grid_of(configuration_of(EvaluateConfig, compose_config(*words, name="evaluate")))
+        assert (grid.settings.count, grid.settings.labels, grid.points[0].rounding) == (
             50_000,
             "random",
             "round",
         )
-        assert grid.points[0].settings.precision == "fp32"
+        assert grid.points[0].precision == "fp32"
         assert grid.points[0].sampler.for_process(NoiseDiffusion()) == DDPM(250)
         drops = re.findall(r" at drop fraction (\d(?:\.\d)?)", text.split("guidance 1.25")[0])
         if "guidance.scale=1.25" in words:
@@ -97,12 +98,12 @@ def test_matched_lengths_and_resolutions():
 
 
 def test_a_run_as_long_as_its_baseline_costs(tmp_path):
-    matched = match_compute(plan_of("experiment=b_n4", "match_compute.baseline=dit_b_2"))
+    matched = match_compute(config_of("experiment=b_n4", "match_compute.baseline=dit_b_2"))
     assert matched.trainer.max_steps == pytest.approx(408_071, rel=0.01)
     always = ("match_compute.steps=2", "multi_budget.full_budget_steps=0")
-    small = match_compute(plan_of(*TINY, "match_compute.baseline=dit_s_2", *always))
+    small = match_compute(config_of(*TINY, "match_compute.baseline=dit_s_2", *always))
     assert small.trainer.max_steps > 100  # a far larger network, on the same small grid
-    late = plan_of("experiment=b_n4", "match_compute.baseline=dit_b_2", "multi_budget.full_budget_steps=90000000")
+    late = config_of("experiment=b_n4", "match_compute.baseline=dit_b_2", "multi_budget.full_budget_steps=90000000")
     with pytest.raises(UserError, match=r"multi_budget.full_budget_steps=90000000 .* take fewer than"):
         match_compute(late)
 
@@ -111,7 +112,7 @@ def test_cpu_precision_follows_the_processor(tmp_path, monkeypatch):
     native = any((torch.cpu.get_capabilities() or {}).get(name) for name in ("amx_bf16", "avx512_bf16"))
     assert compose_config("trainer=cpu").trainer.precision == ("bf16-mixed" if native else "32-true")
     cpu = tmp_path / "cpuinfo"
-    monkeypatch.setattr(entry, "_CPU", cpu)
+    monkeypatch.setattr(compose, "_CPU", cpu)
     for flags, precision in (
         ("sse avx512f avx512_bf16 fma", "bf16-mixed"),
         ("amx_bf16", "bf16-mixed"),
@@ -128,7 +129,7 @@ def test_cpu_precision_follows_the_processor(tmp_path, monkeypatch):
     "value", ["a=b/last.ckpt", "a#b", "a b", "grün/日本.ckpt", "it's", "a(1).ckpt", "back\\slash", "a{b"]
 )
 def test_any_path_can_be_given_without_quotes_of_its_own(tmp_path, capsys, value):
-    assert compose_config(*quoted([f"ckpt_path={value}"])).ckpt_path == value
+    assert compose_config(*quoted([f"ckpt_path={value}"], TrainConfig)).ckpt_path == value
     result = typed(capsys, tmp_path, "sample", f"checkpoint={value}")
     assert result.status == 2
     assert "mismatched" not in result.words
@@ -199,7 +200,7 @@ def test_a_debug_run_of_a_full_size_experiment(tmp_path):
 def test_numbers_of_images_that_no_memory_holds_are_refused(command, words):
     module = import_module(f"dcdit.{command}")
     with pytest.raises(UserError, match=words[-1].split("=")[0]):
-        module.check(compose_config("checkpoint=x", *words, name=command))
+        check(module, compose_config("checkpoint=x", *words, name=command))
 
 
 @pytest.mark.parametrize(("value", "folder"), [(None, "runs"), ("", "runs"), ("elsewhere", "elsewhere")])
@@ -208,4 +209,4 @@ def test_a_variable_that_is_set_to_nothing_is_not_set(monkeypatch, value, folder
         monkeypatch.delenv("DCDIT_RUNS", raising=False)
     else:
         monkeypatch.setenv("DCDIT_RUNS", value)
-    assert plain(compose_config("experiment=digits"))["paths"]["runs"] == folder
+    assert config_of("experiment=digits").paths.runs == folder

@@ -22,19 +22,19 @@ from dcdit.diffusion.settings import (
     Heun,
     NoiseDiffusion,
 )
-from dcdit.evaluation.settings import EvaluateSettings
-from dcdit.extraction.settings import ExtractionSettings, ExtractSettings
+from dcdit.evaluation.settings import EvaluateConfig
+from dcdit.extraction.settings import ExtractConfig, ExtractionSettings
 from dcdit.network import DCDiT, DiT
-from dcdit.sampling.settings import SamplingSettings
+from dcdit.sampling.settings import SamplingConfig
 from dcdit.training import settings
 from dcdit.training.callbacks import EMA, Checkpoint, PowerEMA, ProgressBar
 from dcdit.training.callbacks.fid import FIDSettings
 
 ONE_HOME = (
-    *(sample.SampleSettings, generate.GenerateSettings, EvaluateSettings, report.ReportSettings, status.StatusSettings),
-    *(flops.FlopsSettings, ExtractSettings, ExtractionSettings, inspect_latents.InspectSettings),
+    *(sample.SampleConfig, generate.GenerateConfig, EvaluateConfig, report.ReportConfig, status.StatusConfig),
+    *(flops.FlopsConfig, ExtractConfig, ExtractionSettings, inspect_latents.InspectConfig),
     *(
-        SamplingSettings,
+        SamplingConfig,
         ClusterSettings,
         LatentDataModule,
         EMA,
@@ -42,9 +42,10 @@ ONE_HOME = (
         Checkpoint,
         ProgressBar,
         FIDSettings,
-        ema.EMASettings,
+        ema.EMAConfig,
     ),
-    *(settings.RunSettings, settings.TrainerSettings, *settings.SECTIONS.values()),
+    *(settings.TrainConfig, settings.TrainerSettings, settings.RatioSettings, settings.MultiBudgetSettings),
+    *(settings.OptimizerSettings, settings.MatchComputeSettings, settings.ExecutionSettings),
 )
 """What only configurations build: no defaults beside those of the files."""
 

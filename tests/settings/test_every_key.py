@@ -6,12 +6,14 @@ from importlib import import_module
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from support import configs
 from support.configs import compose_config
 
 from dcdit import checks
 from dcdit.network import build_network
 from dcdit.runtime.devices import without_memory
-from dcdit.settings.entry import USER_ERROR_STATUS, answer, plain
+from dcdit.settings.compose import plain
+from dcdit.settings.errors import USER_ERROR_STATUS, exit_with_message
 from dcdit.settings.overrides import is_text
 
 CHECKPOINT = "checkpoint=x"
@@ -104,7 +106,7 @@ LISTS_MAY_BE_EMPTY = {"multi_budget.fractions", "cluster.setup", "callbacks.powe
 def check(command: str, config: DictConfig, key: str = "") -> None:
     """All that a command checks before it opens a file; of training, what ``key`` concerns."""
     if command != "train":
-        settings = import_module(f"dcdit.{command}").check(config)
+        settings = configs.check(import_module(f"dcdit.{command}"), config)
         if command == "flops":
             with without_memory():
                 build_network(settings.model)
@@ -115,15 +117,15 @@ def check(command: str, config: DictConfig, key: str = "") -> None:
     from dcdit.training.callbacks.interrupt import StopOnInterrupt
 
     if "slurm" in str(config.cluster):
-        read_cluster(plain(config, without="hydra"))
-    plan = match_compute(train.check(config))
+        read_cluster(plain(config)["cluster"])
+    plan = match_compute(configs.check(train, config))
     if key.partition(".")[0] not in ("callbacks", "logger", "trainer", "cluster"):
         check_network(plan)
         build_data(plan)
-    if plan.values["cluster"]["name"] != "local":
+    if plan.cluster["name"] != "local":
         cluster_of(plan)
     if key.partition(".")[0] not in ("model", "optimizer", "ratio", "multi_budget"):
-        build_trainer(plan, config, StopOnInterrupt())
+        build_trainer(plan, StopOnInterrupt())
 
 
 def leaves(node: DictConfig, path: str = "") -> Iterator[tuple[str, object]]:
@@ -145,7 +147,7 @@ def outcome(command: str, config: DictConfig, capsys, key: str = "") -> str | No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.exit", lambda code: exits.append(code))
         exits: list[int] = []
-        answer(lambda: check(command, config, key))
+        exit_with_message(lambda: check(command, config, key))
         status = exits[0] if exits else 0
     if not status:
         return None
@@ -191,6 +193,7 @@ def test_no_value_passes_in_silence_or_ends_in_a_traceback(command, overrides, c
         return read_as_text(name, value)
 
     monkeypatch.setitem(checks._PLAIN, str, noted)
+    cls = getattr(import_module(f"dcdit.{command}"), command).config
     for number, (key, default) in enumerate(found.items()):
         extremes = {f"extreme {n}": EXTREMES[n % len(EXTREMES)] for n in (number, number + 3)}
         for name, value in {**MANY, "another number": A_NUMBER, **extremes}.items():
@@ -203,7 +206,7 @@ def test_no_value_passes_in_silence_or_ends_in_a_traceback(command, overrides, c
             elif said is not None and value != A_NUMBER and key not in LIGHTNINGS_OWN:  # others may have to agree
                 wrong += [f"{key}={value}: {said}"] * (len(said) > 600 or last not in said)
         number_wanted = isinstance(default, int | float) or key in NULL_BUT_NUMBER
-        if is_text(key) if number_wanted else key in texts and not is_text(key):
+        if is_text(key, cls) if number_wanted else key in texts and not is_text(key, cls):
             wrong.append(f"{key}: dcdit.settings.overrides.TEXT_KEYS is wrong about it")
     assert not wrong, "\n".join(wrong)
 

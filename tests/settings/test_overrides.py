@@ -16,17 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.fabric.connector import _PRECISION_INPUT
 from support.commands import typed
-from support.configs import TINY, compose_config, plan_of
+from support.configs import TINY, compose_config, config_of
 
-from dcdit.checks import conform
+from dcdit.__main__ import COMMANDS
+from dcdit.checks import annotations, conform
 from dcdit.errors import UserError
-from dcdit.settings.entry import plain
+from dcdit.settings.compose import configuration_of
 from dcdit.settings.help import group_names
-from dcdit.settings.overrides import TEXT_KEYS, quoted
+from dcdit.settings.overrides import TEXT_KEYS, is_text, quoted
 from dcdit.training.batching import check_devices, with_accelerator
 from dcdit.training.build import build_trainer
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
-from dcdit.training.settings import TrainPlan
+from dcdit.training.settings import TrainConfig
 
 NUMBERS = st.one_of(
     st.sampled_from(["true", "FALSE", "off", "no", "nan", "inf", "-Inf", "0x10", "1_000", "1e5", ".5", "5.", "007"]),
@@ -37,21 +38,33 @@ NUMBERS = st.one_of(
 )
 
 
-def value_of(word):
+CONFIGS = [getattr(import_module(f"dcdit.{name}"), name).config for name in COMMANDS]
+OF_TEXT = [(None, key) for key in sorted(TEXT_KEYS)]
+"""Keys of text with the class of their configuration: of sections that no class describes, and all others."""
+OF_TEXT += [(config, key) for config in CONFIGS for key in annotations(config) if is_text(key, config)]
+OF_TEXT += [
+    (CONFIGS[0], "init.teacher"),
+    (CONFIGS[0], "match_compute.baseline"),
+    (CONFIGS[1], "guidance.weak_checkpoint"),
+]
+
+
+def value_of(word, config=None):
     """What Hydra makes of a word."""
-    return OverridesParser.create().parse_override(quoted([word])[0]).value()
+    return OverridesParser.create().parse_override(quoted([word], config)[0]).value()
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(sorted(TEXT_KEYS)), NUMBERS, NUMBERS)
-def test_words_that_look_like_numbers_stay_as_they_are_typed(key, word, other):
-    assert value_of(f"{key}={word}") == word
-    assert value_of(f"+a.{key}={word}") == word
+@given(st.sampled_from(OF_TEXT), NUMBERS, NUMBERS)
+def test_words_that_look_like_numbers_stay_as_they_are_typed(where, word, other):
+    config, key = where
+    assert value_of(f"{key}={word}", config) == word
+    assert config or value_of(f"+a.{key}={word}") == word
     if max(len(word), len(other)) < 100:
-        assert value_of(f"{key}=[{word}, {other},'x y']") == [word, other, "x y"]
+        assert value_of(f"{key}=[{word}, {other},'x y']", config) == [word, other, "x y"]
         for sweep in (f"{word},{other}", f"choice({word},{other})"):
-            parsed = OverridesParser.create().parse_override(quoted([f"{key}={sweep}"])[0])
-            assert [value_of(f"{key}={each}") for each in parsed.sweep_string_iterator()] == [word, other]
+            parsed = OverridesParser.create().parse_override(quoted([f"{key}={sweep}"], config)[0])
+            assert [value_of(f"{key}={each}", config) for each in parsed.sweep_string_iterator()] == [word, other]
 
 
 @pytest.mark.parametrize("key", ["optimizer.lr", "seed", "guidance.scale", "sampler.cache", "ratio.group", "x.y"])
@@ -101,9 +114,9 @@ def test_precisions_and_accelerators_train_or_are_refused(capsys):
     for precision, accelerator in product([*precisions, None, "fp12"], ["auto", "cpu", "gpu", "cuda", "mps", "tpu"]):
         config.trainer.precision, config.trainer.accelerator = precision, accelerator
         try:
-            plan = with_accelerator(TrainPlan.of(plain(config)))
+            plan = with_accelerator(configuration_of(TrainConfig, config))
             check_devices(plan)
-            trainer = build_trainer(plan, config, StopOnInterrupt())
+            trainer = build_trainer(plan, StopOnInterrupt())
         except UserError as error:
             refused.append(str(error))
         else:
@@ -157,4 +170,4 @@ def test_keys_of_wandb_need_no_plus(monkeypatch):
     assert (wandb.offline, list(wandb.tags), wandb.group) == (True, ["a", "1_2"], "2026_1")
     for word in ("logger.wandb.offline=5", "logger.wandb.tags=5", "logger.wandb.group=[a]", "logger.csv.save_dir=null"):
         with pytest.raises(UserError, match=word.partition("=")[0]):
-            plan_of(*TINY, "logger=wandb", word)
+            config_of(*TINY, "logger=wandb", word)

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from dcdit.settings.entry import entry_point
-
 
 class Result(NamedTuple):
     status: int
@@ -33,8 +31,7 @@ def typed(capsys: pytest.CaptureFixture, folder: Path, command: str, *words: str
         patch.chdir(folder)
         patch.setattr(sys, "argv", [f"{command}.py", *words])
         try:
-            flags = getattr(module, "FLAGS", None)
-            entry_point(module.main, paths=command in ("report", "status"), flags=flags)
+            getattr(module, command).main()
         except SystemExit as leaving:
             status = leaving.code or 0
         finally:

@@ -3,6 +3,8 @@
 import os
 from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -10,10 +12,12 @@ from omegaconf import DictConfig
 
 from dcdit.checkpoints.foreign import infer_network
 from dcdit.checkpoints.settings import AssumeSettings
+from dcdit.evaluation.grid import grid_of
 from dcdit.network import DCDiT, build_network
-from dcdit.settings.entry import plain
-from dcdit.settings.published import CONFIG_DIR
-from dcdit.training.settings import TrainPlan
+from dcdit.runs.state import Outcome
+from dcdit.settings.compose import CONFIG_DIR, configuration_of
+from dcdit.training.run import run_training
+from dcdit.training.settings import TrainConfig
 
 TINY = (
     "experiment=digits",
@@ -45,9 +49,30 @@ def compose_config(*overrides: str, name: str = "train") -> DictConfig:
         return compose(name, overrides=list(overrides))
 
 
-def plan_of(*overrides: str) -> TrainPlan:
-    """A training plan."""
-    return TrainPlan.of(plain(compose_config(*overrides)))
+def config_of(*overrides: str) -> TrainConfig:
+    """The typed configuration of a training."""
+    return configuration_of(TrainConfig, compose_config(*overrides))
+
+
+def check(module: ModuleType, values: DictConfig) -> Any:
+    """The typed configuration of the command in ``module``, with all that is checked before anything is opened."""
+    name = module.__name__.rpartition(".")[2]
+    config = configuration_of(getattr(module, name).config, values)
+    if name == "evaluate":
+        grid_of(config)
+    return config
+
+
+def call(module: ModuleType, values: DictConfig) -> Any:
+    """Call the command in ``module`` as a function."""
+    command = getattr(module, module.__name__.rpartition(".")[2])
+    return command(configuration_of(command.config, values))
+
+
+def train(values: DictConfig, run_dir: Path) -> Outcome:
+    """Train in ``run_dir``."""
+    values.run_dir = str(run_dir)
+    return run_training(configuration_of(TrainConfig, values))
 
 
 def golden_folders() -> dict[str, Path]:

@@ -93,8 +93,6 @@ def end(processes: list[Command]) -> None:
 def _run(folder: Path, said: Path, command: str, words: tuple[str, ...], environment: dict[str, str]) -> None:
     import torch
 
-    from dcdit.settings.entry import entry_point
-
     # It may have children of its own, forked as those of a program are: they watch it, and end when it does.
     multiprocessing.current_process()._config["daemon"] = False
     multiprocessing.set_start_method("fork", force=True)
@@ -106,7 +104,7 @@ def _run(folder: Path, said: Path, command: str, words: tuple[str, ...], environ
     sys.argv = [f"{command}.py", *words]
     status = None
     try:
-        entry_point(import_module(f"dcdit.{command}").main, paths=command in ("report", "status"))
+        getattr(import_module(f"dcdit.{command}"), command).main()
     except SystemExit as leaving:
         status = leaving.code
     sys.exit(status)  # here, where what the command held is gone, as at the end of a program

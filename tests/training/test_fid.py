@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support.configs import PLAIN_DIT, TINY, compose_config
+from support.configs import PLAIN_DIT, TINY, call, compose_config, train
 from support.processes import end, ranks
 from support.runs import assert_same_end
 
 from dcdit import evaluate
 from dcdit.errors import UserError
 from dcdit.training.callbacks.fid import FID as FIDCallback
-from dcdit.training.run import train
 
 FID = (
     "callbacks=fid",
@@ -48,7 +47,7 @@ def evaluated(run: Path, tmp_path: Path, digits: Path, weights: str = "ema") -> 
     settings = ("features=digits", "count=40", "batch_size=8", "drop_fractions=[0,0.5]", "metrics=[fid]")
     sampler = ("sampler=ddim", "sampler.steps=3", "sampler.clip=true", "precision=fp32")
     config = compose_config(*places, *settings, *sampler, f"weights={weights}", name="evaluate")
-    results = [json.loads(path.read_text()) for path in evaluate.run(config)]
+    results = [json.loads(path.read_text()) for path in call(evaluate, config)]
     return {result["plan"]["guidance"]["drop_fraction"]: result for result in results}
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.configs import PLAIN_DIT, TINY, compose_config
+from support.configs import PLAIN_DIT, TINY, compose_config, train
 from support.runs import differences, load
 
 from dcdit.checkpoints.foreign import reference_state
@@ -15,7 +15,6 @@ from dcdit.network import DCDiT
 from dcdit.network.packing import make_packing
 from dcdit.training.callbacks import EMA
 from dcdit.training.distillation import Distillation, HiddenStates, covering, record_hidden_states
-from dcdit.training.run import train
 
 STILL = ("optimizer.lr=1e-12", "optimizer.lr_warmup_steps=0", "trainer.max_steps=1")
 UPCYCLE = ("init=upcycle", "init.distil_steps=4", "trainer.max_steps=6", "callbacks.checkpoint.every_n_steps=1")

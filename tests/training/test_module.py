@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from support.configs import TINY, perturb, plan_of
+from support.configs import TINY, config_of, perturb
 
 from dcdit.errors import UserError
 from dcdit.training.build import build_module
@@ -19,7 +19,7 @@ class Trainer:
 
 @pytest.fixture
 def module(monkeypatch):
-    module = build_module(plan_of(*TINY, "optimizer.lr_warmup_steps=0"), None)
+    module = build_module(config_of(*TINY, "optimizer.lr_warmup_steps=0"), None)
     monkeypatch.setattr(type(module), "trainer", Trainer())
     monkeypatch.setattr(type(module), "global_rank", 0, raising=False)
     module.logged = {}
@@ -118,9 +118,9 @@ def test_validation_leaves_the_random_state_alone(module):
 )
 def test_wrong_values(override, message):
     with pytest.raises(UserError, match=message):
-        build_module(plan_of(*TINY, override), None)
+        build_module(config_of(*TINY, override), None)
 
 
 def test_an_unknown_schedule_is_named():
     with pytest.raises(UserError, match=r"optimizer.schedule='cosien'"):
-        plan_of(*TINY, "optimizer.schedule=cosien")
+        config_of(*TINY, "optimizer.schedule=cosien")

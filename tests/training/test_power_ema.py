@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.configs import compose_config
+from support.configs import call, check, compose_config
 from support.damage import damaged
 
 from dcdit import ema, sample
@@ -103,15 +103,16 @@ def test_training_keeps_them_and_any_command_takes_them(tiny, tmp_path, capsys):
     for name, parameter in load_model(run, "ema@0.05").network.named_parameters():
         torch.testing.assert_close(parameter, kept[name], atol=1e-6, rtol=1e-5)
     # as folders, and where weights are chosen
-    folders = ema.run(compose_config(f"checkpoint={run}", "length=[0.05,0.08]", name="ema"))
+    folders = call(ema, compose_config(f"checkpoint={run}", "length=[0.05,0.08]", name="ema"))
     assert [folder.relative_to(run).as_posix() for folder in folders] == ["ema/0.05", "ema/0.08"]
     shown = capsys.readouterr().out
     assert "EMA weights of length 0.08 (of 8 averages, " in shown
     written = load_model(folders[1]).network
     for name, parameter in found.named_parameters():
         assert torch.equal(parameter, written.get_parameter(name))
-    sample.run(
-        compose_config(f"checkpoint={run}", "weights=ema@0.08", "sampler.steps=2", f"out={tmp_path}/x", name="sample")
+    call(
+        sample,
+        compose_config(f"checkpoint={run}", "weights=ema@0.08", "sampler.steps=2", f"out={tmp_path}/x", name="sample"),
     )
     with pytest.raises(UserError, match=r"weights=ema@<length>, <length>=0.9 is outside \[0.005, 0.28\]"):
         load_model_with("ema@0.9")
@@ -121,7 +122,7 @@ def test_training_keeps_them_and_any_command_takes_them(tiny, tmp_path, capsys):
 
 def load_model_with(weights):
     config = compose_config("checkpoint=x", f"weights={weights}", name="sample")
-    sample.check(config)
+    check(sample, config)
 
 
 def test_the_ordinary_average_and_the_weights_do_not_notice(tiny):

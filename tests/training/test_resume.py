@@ -11,7 +11,7 @@ from typing import get_args
 import lightning.pytorch as pl
 import pytest
 import torch
-from support.configs import TINY, compose_config, plan_of
+from support.configs import TINY, compose_config, config_of, train
 from support.damage import rewrite
 from support.processes import Command
 from support.runs import differences, load, logged, start, wait_for
@@ -23,12 +23,11 @@ from dcdit.runs.changes import KINDS, Kind, kind_of, leaves
 from dcdit.runs.progress import progress_of
 from dcdit.runs.state import RunState, State
 from dcdit.runtime.signals import STOP_SIGNALS, interrupt, shielded
-from dcdit.settings.entry import plain
+from dcdit.settings.compose import plain
 from dcdit.settings.help import choices
 from dcdit.training.batching import check_devices, check_precision, with_accelerator
 from dcdit.training.callbacks import EMA, Checkpoint, LossWatch, StopOnInterrupt
 from dcdit.training.module import DCDiTModule
-from dcdit.training.run import train
 from dcdit.training.settings import Precision
 
 
@@ -41,7 +40,7 @@ def test_every_key_has_a_kind():
     groups = ("model", "data", "trainer", "multi_budget", "callbacks", "logger", "cluster", "experiment")
     for group in groups:
         for choice in choices(group):
-            for key, _ in leaves(plain(compose_config(f"{group}={choice}"), without="hydra")):
+            for key, _ in leaves(plain(compose_config(f"{group}={choice}"))):
                 kind_of(key)
     with pytest.raises(UserError, match=r"recorded with 'surprise\.x', which no configuration has"):
         kind_of("surprise.x")
@@ -380,7 +379,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_record(tiny
 @pytest.mark.parametrize("name", ["../x", "a/../../x", ".."])
 def test_a_name_of_a_run_is_no_way_out_of_the_runs(name):
     with pytest.raises(UserError, match="run_name="):
-        plan_of("experiment=digits", f"run_name='{name}'")
+        config_of("experiment=digits", f"run_name='{name}'")
 
 
 # ---- what is wrong in silence --------------------------------------------------------------------------------------
@@ -520,7 +519,7 @@ def test_what_is_recorded_is_what_computes(precision, accelerator, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     try:
         plan = with_accelerator(
-            plan_of("experiment=digits", f"trainer.precision={precision}", f"trainer.accelerator={accelerator}")
+            config_of("experiment=digits", f"trainer.precision={precision}", f"trainer.accelerator={accelerator}")
         )
         check_devices(plan)
     except UserError as error:
@@ -538,6 +537,6 @@ def test_what_is_recorded_is_what_computes(precision, accelerator, monkeypatch):
 def test_autocast_that_turns_itself_off_is_refused(precision, monkeypatch):
     """As on an old macOS, which does not know bf16."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    plan = plan_of("experiment=digits", f"trainer.precision={precision}", "trainer.accelerator=mps")
+    plan = config_of("experiment=digits", f"trainer.precision={precision}", "trainer.accelerator=mps")
     with pytest.raises(UserError, match=f"trainer.precision={precision}: trainer.accelerator=mps would compute"):
         check_precision(plan)

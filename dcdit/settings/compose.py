@@ -1,0 +1,131 @@
+"""From the words of a command line, or of a Python program, to a typed configuration. Hydra is known here."""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dcdit.checks import WithOthers, annotations, call_checked
+from dcdit.errors import UserError
+from dcdit.settings.published import CONFIG_DIR
+
+C = TypeVar("C")
+
+RUN_ID = "{run_id}"
+"""Stands in texts of a configuration for the run's id, which is known when the run's directory has been read."""
+
+_CPU = Path("/proc/cpuinfo")
+
+
+def cpu_precision() -> str:
+    """``bf16-mixed`` where the CPU multiplies bfloat16 natively (AMX, AVX512-BF16), else ``32-true``."""
+    try:  # where that says it, torch need not be waited for
+        known = set(_CPU.read_text().split())
+        native = bool(known & {"amx_bf16", "avx512_bf16"})
+    except OSError:
+        import torch
+
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        native = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return "bf16-mixed" if native else "32-true"
+
+
+def register_resolvers() -> None:
+    """Register the resolvers that our configuration files use, such as ``${cpu_precision:}``."""
+    # A variable that is set to nothing is one that is not set: "/" is no folder of runs.
+    OmegaConf.register_new_resolver("environment", lambda name, default: os.environ.get(name) or default, replace=True)
+    OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
+    OmegaConf.register_new_resolver("relpath", os.path.relpath, replace=True)
+    OmegaConf.register_new_resolver("unquoted", lambda text: re.sub("['\"]", "", text), replace=True)
+
+
+def configuration_of(cls: Callable[..., C], values: DictConfig) -> C:
+    """The configuration that composed values describe.
+
+    Args:
+        cls: its class, see :func:`dcdit.checks.config`.
+        values: may have Hydra's own section.
+
+    Raises:
+        UserError: naming key, value and remedy.
+    """
+    return call_checked(cls, plain_values(cls, values), "")
+
+
+def plain_values(cls: Callable[..., Any], values: DictConfig) -> dict[str, Any]:
+    """The plain values of which :func:`configuration_of` makes a configuration; UserError if a section is none."""
+    hints = annotations(cls)
+    optional = [name for name, hint in hints.items() if any(map(_is_open_section, get_args(hint)))]
+    found = plain(values, [name for name, hint in hints.items() if _is_open_section(hint)])
+    return {**dict.fromkeys(optional), **found}  # None where ``~logger`` took it away
+
+
+def _is_open_section(hint: Any) -> bool:
+    """Whether an annotation is of a section whose keys the class does not all know; others may refer to them."""
+    others = get_origin(hint) is Annotated and any(isinstance(each, WithOthers) for each in get_args(hint))
+    return others or (get_origin(hint) or hint) in (dict, Mapping)
+
+
+def plain(config: DictConfig, sections: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a composed configuration without Hydra's section, interpolations resolved.
+
+    Args:
+        config: the configuration.
+        sections: what must be a section, for others refer to its keys.
+
+    Raises:
+        UserError: if a section is none, or something cannot be resolved.
+    """
+    for name in sections:
+        if not isinstance(config.get(name), DictConfig):
+            raise UserError(f"{name}={config.get(name)}: {name} is a section, choose one of its group or set its keys")
+    unnamed = "run_id" in config and config.run_id is None
+    try:
+        if "hydra" in config or unnamed:
+            config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        if unnamed:
+            config.run_id = RUN_ID
+        values: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    return {str(key): value for key, value in values.items()} | ({"run_id": None} if unnamed else {})
+
+
+def with_run_id(value: Any, run_id: str) -> Any:
+    """Plain values, in whose texts the run's id stands where ``${run_id}`` stood."""
+    if isinstance(value, Mapping):
+        return {key: with_run_id(element, run_id) for key, element in value.items()}
+    if isinstance(value, list):
+        return [with_run_id(element, run_id) for element in value]
+    return value.replace(RUN_ID, run_id) if isinstance(value, str) else value
+
+
+def compose_values(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The composed ``configs/<name>.yaml``; raises Hydra's errors, with the choices, if an override is wrong."""
+    register_resolvers()
+    if GlobalHydra.instance().is_initialized():  # inside a command
+        return compose(name, overrides=list(overrides))
+    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """The plain values of ``configs/model/<name>.yaml``; raises Hydra's error, with the choices, if there is none."""
+    return plain(compose_values("flops", [f"model={name}"]).model)
+
+
+def given_overrides() -> list[str]:
+    """The overrides of the command line that is run; none in a Python program."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def choice_of(group: str) -> str | None:
+    """What the command that is run has chosen of a group; None in a Python program."""
+    return str(HydraConfig.get().runtime.choices[group]) if HydraConfig.initialized() else None

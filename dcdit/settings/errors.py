@@ -1,0 +1,97 @@
+"""How a command tells errors: what a user did wrong is one message; what they did not is a traceback."""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+)
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from dcdit.checks import suggestion
+from dcdit.errors import TrainingError, UserError
+from dcdit.runtime import terminal
+
+USER_ERROR_STATUS = 2
+
+
+def exit_with_message(run: Callable[[], Any]) -> None:
+    """Call ``run``; what a user did wrong becomes one message on stderr and exit status 2."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print_error(message)
+        sys.exit(USER_ERROR_STATUS)
+    loss = terminal.lost(sys.stdout)
+    if loss is not None and not terminal.nobody_reads(loss):
+        print_error(f"stdout: {loss}. The command is done, but not all that it said is there")
+        sys.exit(USER_ERROR_STATUS)
+
+
+def explain(error: BaseException) -> str | None:
+    """What to tell a user about ``error``; None if it is no mistake of theirs, and whoever mends it wants the trace."""
+    if isinstance(error, ConfigCompositionException | MissingConfigException):
+        return _explain_override(error)
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        full_key = re.search(r"^full_key: (\S+)", str(error), flags=re.MULTILINE)
+        return f"{full_key[1]}: {error.__cause__}" if full_key else str(error.__cause__)
+    if isinstance(error, UserError | TrainingError | HydraException | OmegaConfBaseException):
+        return str(error)
+    origin = type(error).__module__
+    if origin.startswith("lightning.") and type(error).__name__ == "MisconfigurationException":
+        return str(error)
+    if origin.startswith("wandb."):
+        key = " Or set WANDB_API_KEY, or WANDB_MODE=offline, in the environment" if "api" in str(error).lower() else ""
+        return f"logger=wandb: {error}{key}"
+    if isinstance(error, OSError):
+        where = error.filename if isinstance(error.filename, str) else _origin(error)
+        return f"{where}: {error.strerror or error}"
+    return None
+
+
+def _origin(error: BaseException) -> str:
+    """The module and line of this package that an error came through last."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__", "")
+        if str(name).startswith("dcdit"):
+            found = f"{name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found or type(error).__name__
+
+
+def print_error(message: str) -> None:
+    """Print ``message`` in a red box on stderr."""
+    from rich.panel import Panel
+    from rich.text import Text
+
+    from dcdit.runtime.display import Console
+
+    Console(stderr=True).print(Panel(Text(message.strip()), title="dcdit", border_style="red"))
+
+
+def _explain_override(error: ConfigCompositionException | MissingConfigException) -> str:
+    """Hydra's message about a wrong override, with the key that was probably meant."""
+    cause = error.__cause__
+    message = str(error).splitlines()[0]
+    if isinstance(error, MissingConfigException):
+        options = ", ".join(error.options or [])
+        return f"{message}" + (f"\navailable: {options}" if options else "")
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
+        given = [word for word in sys.argv[1:] if word.split("=")[0].lstrip("+~") == cause.full_key]
+        known = [str(key) for key in cause.parent_node]
+        remedy = suggestion(str(cause.key), known) if known else f"to add it say +{cause.full_key}=..."
+        return f"{given[0] if given else cause.full_key}: there is no such key, {remedy}"
+    return f"{message}\n{cause or ''}"
