@@ -15,15 +15,7 @@ from dcdit.settings.command import command
 
 @config
 class EMAConfig:
-    """Configuration of averages: the keys of ``configs/ema.yaml``.
-
-    Attributes:
-        checkpoint: a run, or one of its checkpoints.
-        length: length of each average, relative to the length of training.
-        out: folder that gets a folder for each average; None takes ``ema`` in the run's directory.
-        dtype: type of the numbers in the files.
-        paths: where runs are.
-    """
+    """The configuration of ``dcdit.ema``; ``configs/ema.yaml`` describes each key."""
 
     checkpoint: str
     length: Annotated[list[Length], NotEmpty("name at least one, such as 0.05")] | Length

@@ -23,7 +23,7 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
     grid = grid_of(config)
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = resolve_checkpoint(config.checkpoint, config.paths.runs)
+    source = resolve_checkpoint(config.checkpoint, config.paths.runs)
     from dcdit.evaluation.images import check_place
     from dcdit.evaluation.measure import Deadline, OutOfTimeError
     from dcdit.evaluation.points import Evaluation, take_times
@@ -36,7 +36,7 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
     for combination in grid.left_out if rank == 0 else ():
         print(f"Left out: {combination}")
     check_place(config.reference)
-    samplings = set_up_all(grid.points, place)
+    samplings = set_up_all(grid.points, source)
     evaluation = Evaluation(samplings[0], config)
     with resumable(rank, "evaluating", "chunk", evaluation.out):
         if config.search:

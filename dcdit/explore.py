@@ -21,16 +21,7 @@ from dcdit.settings.compose import given_overrides
 
 @config
 class ExploreConfig(SamplingConfig):
-    """What to serve, and to whom: the keys of ``configs/explore.yaml`` and, of sampling, those of its base.
-
-    Attributes:
-        compare: another checkpoint for the image on the right; None for the same.
-        host: address that the page is served at; the default answers this machine alone.
-        port: None takes the first free one from 7860.
-        share: a public address of Gradio's as well.
-        browser: open one.
-        most_steps: that the page lets anyone ask for.
-    """
+    """The configuration of ``dcdit.explore``; ``configs/explore.yaml`` describes each key."""
 
     compare: str | None
     host: Annotated[str, Matches(r"[\w.:-]+", "an address, such as 127.0.0.1, or 0.0.0.0 for everyone")]
@@ -65,7 +56,7 @@ def explore(config: ExploreConfig) -> None:
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
     names = {"checkpoint": config.checkpoint, "compare": config.compare}
-    places = [resolve_checkpoint(name, config.paths.runs, key) for key, name in names.items() if name is not None]
+    sources = [resolve_checkpoint(name, config.paths.runs, key) for key, name in names.items() if name is not None]
     try:
         from dcdit.explorer.page import Page, serving
     except ImportError as error:
@@ -77,8 +68,8 @@ def explore(config: ExploreConfig) -> None:
 
     base = to_plain(config)
     words = " ".join(word for word in given_overrides() if word.startswith(_HELD))
-    session = Session(config, base, places, config.most_steps, words)
-    title = f"dcdit: {' and '.join(place.name for place in places)}"
+    session = Session(config, base, sources, config.most_steps, words)
+    title = f"dcdit: {' and '.join(source.name for source in sources)}"
     page = Page(session, title).blocks(base)
     with suppress(KeyboardInterrupt), serving(page, config.host, config.port, config.share) as address:
         print(f"The explorer is at {address}   (Ctrl-C ends it)", flush=True)

@@ -16,20 +16,7 @@ from dcdit.settings.command import command
 
 @config
 class ExportConfig:
-    """Configuration of an export: the keys of ``configs/export.yaml``.
-
-    Attributes:
-        checkpoint: name of the weights, see ``resolve_checkpoint``.
-        assume: what the user says about a file of another program.
-        weights: EMA weights, raw ones, or an average of another length, see :data:`WeightsKind`.
-        out: folder to write, or file with ``format=reference``.
-        format: dcdit's, or that of the authors' implementation.
-        dtype: type of the numbers in ``model.safetensors``.
-        license, note: contents of the model card.
-        push: repository of the hub that the folder is uploaded to; None uploads nothing.
-        private: whether a new repository is private.
-        paths: where runs are.
-    """
+    """The configuration of ``dcdit.export``; ``configs/export.yaml`` describes each key."""
 
     checkpoint: str
     assume: AssumeSettings

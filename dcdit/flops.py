@@ -15,20 +15,7 @@ from dcdit.settings.compose import choice_of, given_overrides
 
 @config
 class FlopsConfig:
-    """What to count: the keys of ``configs/flops.yaml``.
-
-    Attributes:
-        model: the network, see :func:`dcdit.network.build_network`.
-        checkpoint: count its network instead, see ``resolve_checkpoint``.
-        assume: what it cannot say.
-        compression: the router keeps 1 / N of the positions before any drop.
-        drop_fractions: tail drops, one column each.
-        steps: sampling steps of an image.
-        guided: count the unconditional branch too.
-        uncond_drop_fraction: tail drop of that branch; None takes the same.
-        paths: where runs are.
-        resolution: of the images; ``model`` says what it makes of it.
-    """
+    """The configuration of ``dcdit.flops``; ``configs/flops.yaml`` describes each key."""
 
     model: dict[str, Any]
     checkpoint: str | None
@@ -49,22 +36,22 @@ def flops(config: FlopsConfig) -> None:
         raise UserError(f"checkpoint={config.checkpoint}: it says itself what its network is, leave model out")
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = resolve_checkpoint(config.checkpoint, config.paths.runs) if config.checkpoint else None
+    source = resolve_checkpoint(config.checkpoint, config.paths.runs) if config.checkpoint else None
     from dcdit.compute.table import flops_table
     from dcdit.network import build_network
     from dcdit.runtime.devices import without_memory
     from dcdit.runtime.display import Console
 
     spec, name = config.model, config.checkpoint
-    if place is not None:
+    if source is not None:
         from dcdit.checkpoints.load import describe_weights, read_weights
 
-        found = read_weights(place, config.assume)
-        spec = dict(found.model)
+        weights = read_weights(source, config.assume)
+        spec = dict(weights.model)
     with without_memory():
         network = build_network(spec)
-    if place is not None:
-        print(f"{place.name}: {describe_weights(found, network, 'ema')}")
+    if source is not None:
+        print(f"{source.name}: {describe_weights(weights, network, 'ema')}")
     drops = {
         f"drop {drop:g}": (drop, drop if config.uncond_drop_fraction is None else config.uncond_drop_fraction)
         for drop in config.drop_fractions

@@ -16,15 +16,7 @@ from dcdit.settings.command import command
 
 @config
 class GenerateConfig(SamplingConfig):
-    """What to generate: the keys of ``configs/generate.yaml`` and, of sampling, those of its base.
-
-    Attributes:
-        out: folder for the results.
-        count: number of images.
-        chunk_size: images of a task; what a kill loses at most, on each process.
-        labels: which classes they are of.
-        png: write each image as a PNG too.
-    """
+    """The configuration of ``dcdit.generate``; ``configs/generate.yaml`` describes each key."""
 
     out: str
     count: Images
@@ -38,12 +30,12 @@ def generate(config: GenerateConfig) -> Path:
     """Generate what ``config`` asks for; returns the folder."""
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = resolve_checkpoint(config.checkpoint, config.paths.runs)
+    source = resolve_checkpoint(config.checkpoint, config.paths.runs)
     from dcdit.sampling.archive import ImageArchive
     from dcdit.sampling.setup import set_up_sampling
 
     out, (rank, world_size) = Path(config.out), processes()
-    sampling = set_up_sampling(config, place)
+    sampling = set_up_sampling(config, source)
     archive = ImageArchive(sampling, out, config.count, config.chunk_size, config.png, config.labels)
     with resumable(rank, "sampling", "chunk", out) as display:
         complete = archive.run(rank, world_size, display)

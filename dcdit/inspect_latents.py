@@ -20,17 +20,7 @@ _FOR_STATISTICS = 1000  # samples of which mean and deviation are taken, where e
 
 @config
 class InspectConfig:
-    """What to look at: the keys of ``configs/inspect_latents.yaml``.
-
-    Attributes:
-        directory, cache, cache_gb, allow_pipe: see :class:`dcdit.data.storage.Location`.
-        split: name of the split.
-        verify: read every byte, not only the samples shown.
-        images: samples to decode into a picture; 0 makes none.
-        picture: PNG to write; None takes ``latents_<directory>_<split>.png`` here.
-        autoencoder: decode with this one; None takes the one that the manifest names.
-        device: ``auto`` or a torch device.
-    """
+    """The configuration of ``dcdit.inspect_latents``; ``configs/inspect_latents.yaml`` describes each key."""
 
     directory: str
     split: str
@@ -54,8 +44,7 @@ def inspect_latents(config: InspectConfig) -> None:
     from dcdit.runtime.display import Console
     from dcdit.sampling.figures import save_grid
 
-    place = Location(config.directory, config.cache, config.cache_gb, config.allow_pipe)
-    location = place.below(config.split)
+    location = Location(config.directory, config.cache, config.cache_gb, config.allow_pipe).below(config.split)
     manifest = location.manifest()
     findings = verify(location, manifest, Console(stderr=True)) if config.verify else None
     stored = first_samples(location, manifest, max(_FOR_STATISTICS, config.images))
@@ -81,13 +70,13 @@ def inspect_latents(config: InspectConfig) -> None:
 def training_command(config: InspectConfig, manifest: "Manifest") -> str:
     """A command that trains on the latents as they are: they are not of the default's shape or classes."""
     channels, grid, _ = manifest.latent_shape
-    words = {"data.directory": config.directory, "model.grid": grid, "model.channels": channels}
-    words["model.num_classes"] = len(manifest.classes)
+    overrides = {"data.directory": config.directory, "model.grid": grid, "model.channels": channels}
+    overrides["model.num_classes"] = len(manifest.classes)
     if config.cache:
-        words["data.cache"] = config.cache
+        overrides["data.cache"] = config.cache
     if config.allow_pipe:
-        words["data.allow_pipe"] = "true"
-    return " ".join(["python -m dcdit.train experiment=b_n4", *(_format_override(*item) for item in words.items())])
+        overrides["data.allow_pipe"] = "true"
+    return " ".join(["python -m dcdit.train experiment=b_n4", *(_format_override(*item) for item in overrides.items())])
 
 
 def _format_override(key: str, value: object) -> str:

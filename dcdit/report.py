@@ -13,13 +13,7 @@ from dcdit.settings.command import command
 
 @config
 class ReportConfig:
-    """What to report on: the keys of ``configs/report.yaml``.
-
-    Attributes:
-        runs: folders with runs or results in or below them, or single results.
-        out: folder for the report.
-        title: of the page.
-    """
+    """The configuration of ``dcdit.report``; ``configs/report.yaml`` describes each key."""
 
     runs: Annotated[list[str], NotEmpty("name folders with results, such as runs/b_n4")]
     out: str

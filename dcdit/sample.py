@@ -13,15 +13,7 @@ from dcdit.settings.command import command
 
 @config
 class SampleConfig(SamplingConfig):
-    """What to sample: the keys of ``configs/sample.yaml`` and, of sampling, those of its base.
-
-    Attributes:
-        out: folder for the results; None takes ``samples`` in the run's directory.
-        classes: labels or class names; None takes the first ten.
-        per_class: samples of each class.
-        frames: columns of ``boundaries.png``; 0 leaves the picture out.
-        animation: the way of the first sample from noise to image as a ``gif`` or ``webp``; None for none.
-    """
+    """The configuration of ``dcdit.sample``; ``configs/sample.yaml`` describes each key."""
 
     out: str | None
     classes: Annotated[list[Natural | str], NotEmpty("name at least one class")] | None
@@ -35,11 +27,11 @@ def sample(config: SampleConfig) -> Path:
     """Sample what ``config`` asks for, write latents and pictures, and return their folder."""
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
-    place = resolve_checkpoint(config.checkpoint, config.paths.runs)
+    source = resolve_checkpoint(config.checkpoint, config.paths.runs)
     from dcdit.sampling.pictures import sample_to_folder
     from dcdit.sampling.setup import set_up_sampling
 
-    sampling = set_up_sampling(config, place)
+    sampling = set_up_sampling(config, source)
     out = Path(config.out) if config.out else sampling.place.home / "samples"
     print(sample_to_folder(sampling, config.classes, config.per_class, config.frames, config.animation, out))
     return out

@@ -28,13 +28,7 @@ from dcdit.settings.command import command
 
 @config
 class StatusConfig:
-    """What to look at: the keys of ``configs/status.yaml``.
-
-    Attributes:
-        runs: directories of runs, or folders with runs below them.
-        watch: keep the view up to date until all runs have ended.
-        every: seconds between two updates.
-    """
+    """The configuration of ``dcdit.status``; ``configs/status.yaml`` describes each key."""
 
     runs: Annotated[list[str], NotEmpty("name a folder, such as runs")]
     watch: bool

@@ -93,13 +93,13 @@ class NoiseProcess(Process):
 
     @override
     def loss(self, prediction: Tensor, x0: Tensor, xt: Tensor, noise: Tensor, t: Tensor) -> DiffusionLoss:
-        found = diffusion_loss(self.tables, prediction, x0, xt, noise, t)
+        loss = diffusion_loss(self.tables, prediction, x0, xt, noise, t)
         if self.settings.weighting == "min_snr":
             variance = per_sample(self.tables.sqrt_one_minus_alpha_bar, t).flatten().square()
             snr = (1 - variance) / variance
             weight = min_snr_weight(snr, 1 / snr, self.settings.snr_gamma)
-            return DiffusionLoss(found.mse, found.vlb, weight)
-        return found
+            return DiffusionLoss(loss.mse, loss.vlb, weight)
+        return loss
 
     @override
     def clean(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:

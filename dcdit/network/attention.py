@@ -45,8 +45,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
 def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, longest: int) -> Tensor:
     """All samples in one masked call; a call per sample costs more than short padding (2 to 4 times at 16 to 36)."""
     batch = len(packing.lengths)
-    place = torch.arange(len(q), device=q.device) - packing.cu_seqlens[:-1].long().index_select(0, packing.sample)
-    slot = packing.sample * longest + place
+    offset = torch.arange(len(q), device=q.device) - packing.cu_seqlens[:-1].long().index_select(0, packing.sample)
+    slot = packing.sample * longest + offset
 
     def pad(x: Tensor) -> Tensor:  # (T, heads, d_head) -> (B, heads, longest, d_head)
         padded = x.new_zeros(batch * longest, *x.shape[1:]).index_copy(0, slot, x)

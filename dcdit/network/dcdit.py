@@ -184,9 +184,9 @@ class DCDiT(Network):
         computed = torch.tensor(rows, dtype=torch.int64, device=features.device)
         fresh = features.new_empty(0, *features.shape[1:]).flatten(1, 2).float()
         if rows:
-            some = routing.of(computed)
-            packing = make_packing(some.mask, [packing.lengths[row] for row in rows])
-            fresh = self.spread(features[computed], c[computed], some, packing)
+            remaining = routing.of(computed)
+            packing = make_packing(remaining.mask, [packing.lengths[row] for row in rows])
+            fresh = self.spread(features[computed], c[computed], remaining, packing)
         return cache.complete(fresh, computed)
 
     def combine(self, spread: Tensor, features: Tensor, routing: Routing) -> Tensor:

@@ -63,8 +63,8 @@ def plain_values(cls: Callable[..., Any], values: DictConfig) -> dict[str, Any]:
     """The plain values of which :func:`configuration_of` makes a configuration; UserError if a section is none."""
     hints = annotations(cls)
     optional = [name for name, hint in hints.items() if any(map(_is_open_section, get_args(hint)))]
-    found = plain(values, [name for name, hint in hints.items() if _is_open_section(hint)])
-    return {**dict.fromkeys(optional), **found}  # None where ``~logger`` took it away
+    values_by_name = plain(values, [name for name, hint in hints.items() if _is_open_section(hint)])
+    return {**dict.fromkeys(optional), **values_by_name}  # None where ``~logger`` took it away
 
 
 def _is_open_section(hint: Any) -> bool:

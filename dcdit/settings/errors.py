@@ -63,13 +63,13 @@ def explain(error: BaseException) -> str | None:
 
 def _origin(error: BaseException) -> str:
     """The module and line of this package that an error came through last."""
-    found, trace = "", error.__traceback__
+    location, trace = "", error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_globals.get("__name__", "")
         if str(name).startswith("dcdit"):
-            found = f"{name}:{trace.tb_lineno}"
+            location = f"{name}:{trace.tb_lineno}"
         trace = trace.tb_next
-    return found or type(error).__name__
+    return location or type(error).__name__
 
 
 def print_error(message: str) -> None:

@@ -1,102 +1,127 @@
-"""``--help`` of a command: what it does, what can be chosen in its groups, and what can be set."""
+"""``--help`` of a command: what it does, the choices of its groups, and its keys with their descriptions.
 
-import re
-from collections.abc import Sequence
+The configuration files are the one place that describes each key, in a comment behind its value.
+"""
+
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
+import yaml
 
 from dcdit.settings.published import CONFIG_DIR
 
 _BASES = {"data": ("default",), "trainer": ("default",)}
-"""What the choices of a group share, and is none itself."""
+"""Files of a group that its choices share; they are no choices themselves."""
+
+_INCLUDED = ("sampling", "assume")
+"""Groups whose one file is part of a command's keys, not a choice."""
+
+_HIDDEN = ("hydra", "paths", "local", *_INCLUDED)
+
+
+class Key(NamedTuple):
+    """A key of a configuration file.
+
+    Attributes:
+        line: the line of the file that sets it, without indentation.
+        children: the lines of the keys below it, by name.
+    """
+
+    line: str
+    children: dict[str, str]
 
 
 def show_help(name: str, documentation: str) -> None:
-    """Print the help of a command: its documentation, its groups, and its own file of keys."""
+    """Print the help of a command.
+
+    Args:
+        name: of the command, and of its file in ``configs``.
+        documentation: what the command does.
+    """
     file = Path(CONFIG_DIR, f"{name}.yaml")
     lines = [documentation.strip(), "", "Groups (choose with group=choice):"]
     for group, choice in groups_of(file).items():
         lines.append(f"  {group:14} {' '.join(choices(group))}" + (f"   (now: {choice})" if choice else ""))
-        if group == "sampler":  # few keys, and what one looks for
-            keys = list(OmegaConf.load(Path(CONFIG_DIR, group, "auto.yaml")))
+        if group == "sampler":  # few keys, which users look for
+            keys = keys_of(Path(CONFIG_DIR, group, "auto.yaml"))
             lines.append(f"  {'':17} {', '.join(f'{group}.{key}' for key in keys if key != 'name')}")
     lines += ["", "Keys (set with key=value; below a group, with group.key=value):", ""]
-    lines += [f"  {line}" for line in _keys(file)]
+    after_section = False
+    for key in keys_of(file).values():
+        lines += [""] * (after_section or bool(key.children))
+        lines += [f"  {key.line}", *(f"    {line}" for line in key.children.values())]
+        after_section = bool(key.children)
     lines += ["", f"All keys with their values: python -m dcdit.{name} --cfg job. Hydra's own options: --hydra-help"]
     print("\n".join(lines))
 
 
-def groups_of(file: Path) -> dict[str, Any]:
-    """The groups that a command's file names in its defaults, and those of the files it includes whole."""
-    found: dict[str, Any] = {}
-    for entry in OmegaConf.to_container(OmegaConf.load(file)).get("defaults", []):  # type: ignore[union-attr]
-        if not isinstance(entry, dict):
-            continue
-        ((key, choice),) = entry.items()
-        words = str(key).split()
-        group = words[-1].split("@")[0].lstrip("/")
-        if "override" in words or group.startswith("hydra"):
-            continue
-        if group == "sampling":  # part of the command rather than a choice
-            found |= groups_of(Path(CONFIG_DIR, group, f"{choice}.yaml"))
-        elif group not in ("paths", "local", "assume"):
-            found[group] = choice
-    return found
+def groups_of(file: Path) -> dict[str, str | None]:
+    """The groups of a command's file, and what it chooses of each."""
+    groups: dict[str, str | None] = {}
+    for group, choice in _defaults(file):
+        if group == "sampling":
+            groups |= groups_of(Path(CONFIG_DIR, group, f"{choice}.yaml"))
+        elif group.partition("/")[0] not in _HIDDEN:
+            groups[group] = choice
+    return groups
 
 
 @cache
 def group_names() -> frozenset[str]:
-    """The names of all groups, of whichever command."""
+    """The names of the groups of all commands."""
     folders = {path.parent.relative_to(CONFIG_DIR) for path in Path(CONFIG_DIR).rglob("*.yaml")}
     return frozenset(folder.as_posix() for folder in folders - {Path()})
 
 
 def choices(group: str) -> list[str]:
     """The choices of a group."""
-    found = {path.stem for path in Path(CONFIG_DIR, group).glob("*.yaml")}
-    return sorted(found - set(_BASES.get(group, ())))
+    names = {path.stem for path in Path(CONFIG_DIR, group).glob("*.yaml")}
+    return sorted(names - set(_BASES.get(group, ())))
 
 
-def _keys(file: Path) -> list[str]:
-    """The lines of a configuration file between its defaults and what concerns Hydra."""
-    text = re.sub(r"(?m)^defaults:\n(?:[ -].*\n|#.*\n)*", "", file.read_text())
-    text = re.sub(r"(?ms)^hydra:.*", "", text)
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    included = re.findall(r"^ +- /?(sampling|assume)(?:@assume)?: (\w+)", file.read_text(), flags=re.M)
-    for group, choice in included:
-        own = Path(CONFIG_DIR, group, f"{choice}.yaml")
-        if group == "assume":
-            lines += ["", f"assume:  {own.read_text().splitlines()[0]}", *(f"  {line}" for line in _keys(own))]
-        else:
-            lines = _merged(lines, _keys(own))
-    return "\n".join(lines).strip().splitlines()
+def keys_of(file: Path) -> dict[str, Key]:
+    """The keys of a configuration file and of those that it includes, without what is Hydra's."""
+    lines = file.read_text().splitlines()
+    root = yaml.compose("\n".join(lines))
+    assert isinstance(root, yaml.MappingNode)
+    keys: dict[str, Key] = {}
+    for name, node in root.value:
+        if name.value not in ("defaults", "hydra"):
+            block = node.value if isinstance(node, yaml.MappingNode) and not node.flow_style else []
+            children = {child.value: lines[child.start_mark.line].strip() for child, _ in block}
+            keys[name.value] = Key(lines[name.start_mark.line], children)
+    for group, choice in _defaults(file):
+        if group in _INCLUDED:
+            included = Path(CONFIG_DIR, group, f"{choice}.yaml")
+            keys = _merged(keys, keys_of(included)) if group == "sampling" else {**keys, group: _section(included)}
+    return keys
 
 
-def _merged(own: Sequence[str], included: Sequence[str]) -> list[str]:
-    """Lines of a file and of one that it includes: what both name stands once, where that does, as the first says."""
-    said = {path: line for path, line in zip(_paths(own), own, strict=True) if path and line.partition(":")[2].strip()}
-    known = _paths(included)
-    twice = set(said) & set(known)
-    rest = [line for path, line in zip(_paths(own), own, strict=True) if path not in twice]
-    # a section of which nothing is left
-    rest = [line for line, after in zip(rest, [*rest[1:], ""], strict=True) if not _empty(line, after)]
-    return [*rest, "", *(said[path] if path in twice else line for path, line in zip(known, included, strict=True))]
+def _section(file: Path) -> Key:
+    """A file whose keys stand in a section of its group's name, and whose first line describes them."""
+    children = {name: key.line for name, key in keys_of(file).items()}
+    return Key(f"{file.parent.name}:  {file.read_text().splitlines()[0]}", children)
 
 
-def _empty(line: str, after: str) -> bool:
-    """Whether a line begins a section of which nothing follows."""
-    return bool(re.fullmatch(r"\w+:\s*", line)) and not after.startswith(" ")
+def _merged(own: dict[str, Key], included: dict[str, Key]) -> dict[str, Key]:
+    """The keys of a file and of one that it includes: the file's own values, and the included one's descriptions."""
+    merged = {name: key for name, key in own.items() if name not in included}
+    for name, key in included.items():
+        mine = own.get(name, key)
+        children = {child: _described(line, key.children.get(child, "")) for child, line in mine.children.items()}
+        merged[name] = Key(_described(mine.line, key.line), key.children | children)
+    return merged
 
 
-def _paths(lines: Sequence[str]) -> list[str]:
-    """For each line the key that it sets, sections included; nothing for one that sets none."""
-    found, section = [], ""
-    for line in lines:
-        key = re.match(r"( *)(\w+):", line)
-        if key and not key[1]:
-            section = key[2]
-        found.append("" if not key else section if not key[1] else f"{section}.{key[2]}")
-    return found
+def _described(line: str, other: str) -> str:
+    """A line that sets a key, with the comment of another line that sets it if it has none itself."""
+    column = other.find("#")
+    return line if "#" in line or column < 0 else f"{line:{column - 1}} {other[column:]}"
+
+
+def _defaults(file: Path) -> list[tuple[str, Any]]:
+    """The groups in a file's list of defaults with their choices; one that overrides another choice comes after it."""
+    content = yaml.safe_load(file.read_text())
+    entries = [item for entry in content.get("defaults", []) if isinstance(entry, dict) for item in entry.items()]
+    return [(key.split()[-1].partition("@")[0].lstrip("/"), choice) for key, choice in entries]

@@ -68,8 +68,8 @@ def quoted(arguments: Sequence[str], config: Callable[..., Any] | None = None) -
 
 def _quoted(word: str, config: Callable[..., Any] | None) -> str:
     key, _, value = word.partition("=")
-    place = key.lstrip("+~").partition("@")[0]
-    group = "/" in place or place in group_names()
+    name = key.lstrip("+~").partition("@")[0]
+    group = "/" in name or name in group_names()
     override = _parsed(word)
     if override is None:
         escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", value)
@@ -77,8 +77,8 @@ def _quoted(word: str, config: Callable[..., Any] | None) -> str:
         text = f"{key}='{escaped}{chr(92) * trailing}'"
         return text if _parsed(text) is not None else word
     if group:
-        _check_choice(word, place, override)
-    if (group or is_text(place, config)) and not _OF_NUMBERS.search(value):
+        _check_choice(word, name, override)
+    if (group or is_text(name, config)) and not _OF_NUMBERS.search(value):
         return f"{key}={_numbers_quoted(value)}"
     return word
 
@@ -112,7 +112,7 @@ def is_text(key: str, config: Callable[..., Any] | None = None) -> bool:
 
 def _classes(hint: Any) -> list[Callable[..., Any]]:
     """The classes whose keys a section with this annotation may have."""
-    named = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Named)]
+    named = [choice for choice in getattr(hint, "__metadata__", ()) if isinstance(choice, Named)]
     if named:
         return list(named[0].table.values())
     if get_origin(hint) in (Annotated, Union, UnionType):

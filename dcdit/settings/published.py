@@ -20,5 +20,5 @@ AUTOENCODER, LATENT_SCALE = "stabilityai/sd-vae-ft-ema", 0.18215
 def published_scales() -> dict[str, dict[str, Any]]:
     """Width, depth and heads of DC-DiT by scale."""
     folder = Path(CONFIG_DIR, "model")
-    found: dict[str, Any] = {scale: OmegaConf.load(folder / f"dcdit_{scale}.yaml") for scale in SCALES}
-    return {scale: {key: values.get(key) for key in ("width", "depth", "heads")} for scale, values in found.items()}
+    configs: dict[str, Any] = {scale: OmegaConf.load(folder / f"dcdit_{scale}.yaml") for scale in SCALES}
+    return {scale: {key: values.get(key) for key in ("width", "depth", "heads")} for scale, values in configs.items()}

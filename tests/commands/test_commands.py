@@ -59,10 +59,18 @@ def test_help_shows_the_groups_of_the_command_and_its_keys(tmp_path, capsys, com
     for group in groups:
         assert set(choices(group)) <= set(shown[group].split())
     keys = result.out.split("Keys (")[1]
-    assert re.search(r"^  \w+: .*$", keys, flags=re.MULTILINE)
+    lines = re.findall(r"^ +\w+:.*$", keys, flags=re.MULTILINE)
+    assert lines
+    assert [line for line in lines if " #" not in line] == [], "each key is described"
     named = re.findall(r"^  (\w+):", keys, flags=re.MULTILINE)
     assert len(named) == len(set(named))
     assert ("sampler.cache" in result.out) == ("sampler" in groups)
+
+
+def test_help_names_the_choice_that_a_command_makes_instead_of_the_shared_one(tmp_path, capsys):
+    assert re.search(r"sampler .*\(now: few\)", typed(capsys, tmp_path, "explore", "--help").out)
+    keys = typed(capsys, tmp_path, "explore", "--help").out.split("Keys (")[1]
+    assert re.search(r"^  checkpoint: digits +# a file, .*$", keys, flags=re.MULTILINE)
 
 
 def test_what_is_no_command_is_answered_with_the_list():
