@@ -1,18 +1,12 @@
-"""Check values against annotations: one mechanism for configurations, constructors and library calls.
-
-A range is part of the annotation, ``steps: Annotated[int, Bounds(low=1)]``, and :func:`checked` lets a class check its
-arguments against its annotations. Every failure is a :class:`dcdit.errors.UserError` that names value and remedy.
-"""
+"""Check and convert a value, or the arguments of a call, by annotations."""
 
 import difflib
 import inspect
 import math
 import re
-import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, wraps
-from itertools import islice
 from types import MappingProxyType, NoneType, UnionType
 from typing import (
     TYPE_CHECKING,
@@ -31,182 +25,12 @@ from dcdit.errors import UserError
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
+from dcdit.checks.messages import shown
 
 T = TypeVar("T")
+
+
 Class = TypeVar("Class", bound=type)
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """An annotation: the number lies in a range.
-
-    Attributes:
-        low, high: the ends of the range; None where it has no end.
-        open_low, open_high: whether the end itself is excluded.
-        hint: what the number means, or what to take instead; messages end with it.
-    """
-
-    low: float | None = None
-    high: float | None = None
-    open_low: bool = False
-    open_high: bool = False
-    hint: str = ""
-
-    def check(self, name: str, value: float) -> None:
-        """Raise :class:`UserError` unless ``value`` lies in the range."""
-        above = self.low is None or value > self.low or (value == self.low and not self.open_low)
-        below = self.high is None or value < self.high or (value == self.high and not self.open_high)
-        if not (above and below):
-            reason = self._reason(below and self.high is not None and self.high >= 10**7)
-            raise UserError(f"{name}={shown(value)} {reason}" + (f": {self.hint}" if self.hint else ""))
-
-    def _reason(self, omit_high: bool) -> str:
-        """Say why a value is refused; ``omit_high`` leaves out an upper end that is no practical limit."""
-        if self.low is not None and self.high is not None and not omit_high:
-            brackets = "(["[not self.open_low], ")]"[not self.open_high]
-            return f"is outside {brackets[0]}{shown(self.low)}, {shown(self.high)}{brackets[1]}"
-        if self.low is None:
-            return f"exceeds {shown(self.high)}"
-        if self.low == 0:
-            return "is not positive" if self.open_low else "is negative"
-        if self.low == 1 and not self.open_low:
-            return "is not a positive number"
-        return f"must be greater than {shown(self.low)}" if self.open_low else f"is below {shown(self.low)}"
-
-
-@dataclass(frozen=True)
-class NotEmpty:
-    """An annotation: the list has elements.
-
-    Attributes:
-        hint: what to give instead of an empty list.
-    """
-
-    hint: str
-
-    def check(self, name: str, value: Sequence[object]) -> None:
-        """Raise :class:`UserError` if ``value`` has no elements."""
-        if not len(value):
-            raise UserError(f"{name}=[] asks for nothing: {self.hint}")
-
-
-@dataclass(frozen=True, eq=False)
-class OneOf:
-    """An annotation: the text is a name in a table; names may be added to the table later.
-
-    Attributes:
-        table: the allowed names.
-    """
-
-    table: Mapping[str, object]
-
-    def check(self, name: str, value: str) -> None:
-        """Raise :class:`UserError` unless ``value`` is in the table."""
-        if value not in self.table:
-            raise UserError(f"{name}={shown(value)} is not one of {', '.join(self.table)}")
-
-
-@dataclass(frozen=True)
-class Matches:
-    """An annotation: the text matches a pattern.
-
-    Attributes:
-        pattern: regular expression for the whole text.
-        hint: a description of the pattern.
-    """
-
-    pattern: str
-    hint: str
-
-    def check(self, name: str, value: str) -> None:
-        """Raise :class:`UserError` unless all of ``value`` matches the pattern."""
-        if not re.fullmatch(self.pattern, value):
-            raise UserError(f"{name}={shown(value)} is not {self.hint}")
-
-
-HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
-"""``<owner>/<repository>`` of the Hugging Face hub, as a regular expression."""
-
-Count = Annotated[int, Bounds(1, 10**12)]
-Images = Annotated[int, Bounds(1, 10**7, hint="it is a number of images")]
-Columns = Annotated[int, Bounds(0, 100, hint="it is a number of columns of a picture")]
-Shown = Annotated[int, Bounds(1, 100, hint="it is a number of images of one picture")]
-Size = Annotated[int, Bounds(1, 65_536)]
-Grid = Annotated[int, Bounds(1, 512, hint="it is the side of the latent grid: 32 at 256px, 64 at 512px")]
-Depth = Annotated[int, Bounds(1, 1_000)]
-Natural = Annotated[int, Bounds(0, 10**12)]
-Seed = Annotated[int, Bounds(0, 2**32 - 1)]  # NumPy's and Lightning's bound
-Workers = Annotated[int, Bounds(0, 128, hint="it is a number of reading processes; as many as there are cores do")]
-Positive = Annotated[float, Bounds(0, 1e38, open_low=True)]
-NonNegative = Annotated[float, Bounds(0, 1e38)]
-Number = Annotated[float, Bounds(-1e38, 1e38)]
-"""A number that float32 can hold."""
-DropFraction = Annotated[
-    float,
-    Bounds(0, 1, open_high=True, hint="it is the share of kept tokens to drop, 0 keeps all of them, 0.9 a tenth"),
-]
-Compression = Annotated[
-    float, Bounds(1, 10**7, open_low=True, hint="N = 4 asks the router to keep a quarter of the tokens")
-]
-Name = Annotated[str, Matches("[^\0\ud800-\udfff]*", "a text without null bytes and lone surrogates")]
-Digest = Annotated[str, Matches("[0-9a-f]{64}", "a digest of 64 hexadecimal digits")]
-MlpRatio = Annotated[float, Bounds(0, 256, open_low=True, hint="4 as published")]
-LabelDropout = Annotated[float, Bounds(0, 1, open_high=True, hint="it is a probability, 0.1 as published")]
-TimeFraction = Annotated[float, Bounds(0, 1, open_low=True, hint="0.1 is a tenth of the time")]
-
-
-LONGEST_SHOWN = 240
-"""Maximum number of characters of a value in a message."""
-
-
-class _Brief(reprlib.Repr):
-    """``repr`` in bounded time and length, however deep a file's values are nested or shared."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 4, LONGEST_SHOWN, LONGEST_SHOWN, 60
-        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 16
-
-    def repr_dict(self, x: Mapping[object, object], level: int) -> str:
-        if level <= 0:
-            return "{...}"
-        items = [f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}" for key in islice(x, self.maxdict)]
-        return "{" + ", ".join(items + ["..."] * (len(x) > self.maxdict)) + "}"
-
-    repr_OrderedDict = repr_dict  # noqa: N815 (reprlib's spelling)
-
-    def repr_int(self, x: int, level: int) -> str:
-        return repr(x) if abs(x) < 10**self.maxlong else f"a number of {x.bit_length()} bits"
-
-
-_brief = _Brief()
-
-
-def shown(value: object) -> str:
-    """Format a value as a user would write it, on one line of at most 240 characters; text is in quotes."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e16:
-        return str(int(value))
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = visible(_brief.repr(value))
-    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
-
-
-def visible(text: str) -> str:
-    """Escape in ``text`` what could steer a terminal, so that it can be printed on one line.
-
-    Escaped are control characters, line ends and tabs among them, marks that turn the direction of writing, and lone
-    surrogates.
-    """
-    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class if it has none, for use in our messages."""
-    return visible((str(error).splitlines() or [type(error).__name__])[0][:LONGEST_SHOWN])
-
-
-_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @overload
@@ -539,20 +363,3 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: to_plain(element) for key, element in value.items()}
     return [to_plain(element) for element in value] if isinstance(value, list | tuple) else value
-
-
-_CREDENTIALS = re.compile(r"(://)[^/@\s]*:[^/@\s]*@")
-
-
-def without_credentials(text: str) -> str:
-    """Replace the user and password of each URL in ``text`` by ``...``."""
-    return _CREDENTIALS.sub(r"\1...@", text)
-
-
-def check_credentials(url: str) -> None:
-    """Raise :class:`UserError` if a URL holds a password: it would stand in every file that a run writes."""
-    if _CREDENTIALS.search(url):
-        raise UserError(
-            f"{without_credentials(url)} holds a password, which would be written into the run's files: put"
-            " it into ~/.netrc (machine, login, password), and leave it out here"
-        )

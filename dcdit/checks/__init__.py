@@ -1,0 +1,47 @@
+"""Check values against annotations: one mechanism for configurations, constructors and library calls.
+
+Every failure is a :class:`dcdit.errors.UserError` that names the value and the remedy.
+"""
+
+from dcdit.checks.conform import (
+    MISSING,
+    Named,
+    WithOthers,
+    annotations,
+    build_named,
+    call_checked,
+    checked,
+    config,
+    conform,
+    is_plain_whole,
+    suggestion,
+    to_plain,
+)
+from dcdit.checks.constraints import (
+    HUB_ID,
+    Bounds,
+    Columns,
+    Compression,
+    Count,
+    Depth,
+    Digest,
+    DropFraction,
+    Grid,
+    Images,
+    LabelDropout,
+    Matches,
+    MlpRatio,
+    Name,
+    Natural,
+    NonNegative,
+    NotEmpty,
+    Number,
+    OneOf,
+    Positive,
+    Seed,
+    Shown,
+    Size,
+    TimeFraction,
+    Workers,
+)
+from dcdit.checks.messages import LONGEST_SHOWN, check_credentials, reason_of, shown, visible, without_credentials
