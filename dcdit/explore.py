@@ -58,7 +58,8 @@ def explore(config: ExploreConfig) -> None:
     names = {"checkpoint": config.checkpoint, "compare": config.compare}
     sources = [resolve_checkpoint(name, config.paths.runs, key) for key, name in names.items() if name is not None]
     try:
-        from dcdit.explorer.page import Page, serving
+        from dcdit.explorer.page import Page
+        from dcdit.explorer.serving import serving
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "gradio":
             raise

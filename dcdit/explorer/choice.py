@@ -1,4 +1,4 @@
-"""What a person may choose on the explorer's page: it becomes a plan of sampling, and a command for a terminal."""
+"""What a person may choose on the explorer's page: it becomes a configuration, and a command for a terminal."""
 
 import shlex
 from collections.abc import Mapping
@@ -12,6 +12,9 @@ from dcdit.sampling.settings import SamplingConfig
 
 Meet = Literal["drop", "schedule", "fraction", "tflops"]
 """What sets the budget: a drop fraction, one that follows the timesteps, a fraction of the full cost, or TFLOPs."""
+_NOISE = 1000
+"""The timestep of pure noise; 999 of DDPM is as good as that."""
+
 GuidanceScale = Annotated[float, Bounds(0, 20, hint="1 is no guidance, 2 to 4 make the class clearer")]
 
 
@@ -67,8 +70,8 @@ class Choice:
             guidance["uncond_drop_fraction"] = self.guiding_drop
         return {"sampler": {"steps": self.steps, "cache": self.cache}, "guidance": guidance, "budget": budget}
 
-    def plan(self, base: Mapping[str, Any]) -> SamplingConfig:
-        """The plan of sampling.
+    def config(self, base: Mapping[str, Any]) -> SamplingConfig:
+        """The configuration of sampling.
 
         Args:
             base: the plain values of a composed configuration, changed in what was chosen.
@@ -94,29 +97,18 @@ class Choice:
         """The command for a terminal that makes the same image.
 
         Args:
-            base: as of :meth:`plan`.
+            base: as of :meth:`config`.
             checkpoint: what it is made with.
             out: folder for it.
         """
-        chosen = self.sections()
-        overrides = [
-            f"checkpoint={checkpoint}",
-            f"classes=[{self.label}]",
-            "per_class=1",
-            f"seed={self.seed}",
-            f"out={out}",
-        ]
-        overrides += [f"sampler={self.sampler}", f"sampler.steps={self.steps}"]
+        overrides = [f"checkpoint={checkpoint}", f"classes=[{self.label}]", "per_class=1", f"seed={self.seed}"]
+        overrides += [f"out={out}", f"sampler={self.sampler}", f"sampler.steps={self.steps}"]
         overrides += [f"sampler.{key}={_value(value)}" for key, value in self._own(base).items()]
         overrides += ["sampler.clip=true"] if base["sampler"].get("clip") else []
         overrides += [f"sampler.cache={self.cache:g}"] if self.cache else []
         for name in ("guidance", "budget"):
-            overrides += [f"{name}.{key}={_value(value)}" for key, value in chosen[name].items() if value]
+            overrides += [f"{name}.{key}={_value(value)}" for key, value in self.sections()[name].items() if value]
         return " ".join(["dcdit", "sample", *map(shlex.quote, overrides)])
-
-
-_NOISE = 1000
-"""The timestep of pure noise; 999 of DDPM is as good as that."""
 
 
 def _value(value: Any) -> str:

@@ -6,12 +6,13 @@ import json
 import logging
 import re
 import socket
-from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -28,32 +29,6 @@ _SCALARS = (str, int, float, bool, type(None))
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Event:
-    """What happens on the page when a control is used.
-
-    Attributes:
-        inputs: number of values that it takes.
-        queued: whether it waits for its turn.
-    """
-
-    inputs: int
-    queued: bool
-
-
-class RefusedError(Exception):
-    """A request is not answered.
-
-    Args:
-        status: of HTTP.
-        reason: in one sentence, for whoever asked.
-    """
-
-    def __init__(self, status: HTTPStatus, reason: str) -> None:
-        super().__init__(reason)
-        self.status, self.reason = status, reason
-
-
 class Gate:
     """An ASGI application that hands the page's own requests to Gradio, and refuses all others.
 
@@ -62,14 +37,21 @@ class Gate:
     leads to this machine; the headers ``Host`` and ``Origin`` tell these.
 
     Args:
-        app: what answers.
-        hosts: names and addresses that the page is served at; may grow.
+        app: Gradio's application.
+        host: name or address that it listens at; where that means all addresses of this machine, each of them and the
+            machine's own name are answered to.
+        functions: Gradio's functions of the page, by number.
+
+    Attributes:
+        hosts: names and addresses that the page is served at, in lower case; may grow.
         any_address: whether each numeric address is one of them.
-        events: of the page, by number.
     """
 
-    def __init__(self, app: ASGIApp, hosts: set[str], any_address: bool, events: Mapping[int, Event]) -> None:
-        self.app, self.hosts, self.any_address, self.events = app, hosts, any_address, events
+    def __init__(self, app: ASGIApp, host: str, functions: Mapping[int, Any]) -> None:
+        self.app, self.functions = app, functions
+        self.any_address = _is_address(host) and ipaddress.ip_address(host).is_unspecified
+        names = (socket.gethostname(), socket.getfqdn()) if self.any_address else ()
+        self.hosts = {name.lower() for name in ("localhost", "127.0.0.1", "::1", host, *names)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, see ASGI."""
@@ -84,45 +66,40 @@ class Gate:
             await send(message)
 
         try:
-            await self.app(*await self._admitted(scope, receive), send_noting)
-        except RefusedError as error:
-            response = PlainTextResponse(f"{error.reason}\n", error.status, {"connection": "close"})
+            await self.app(*await self._admit(scope, receive), send_noting)
+        except _RefusedError as error:
+            response = PlainTextResponse(f"{error.detail}\n", error.status_code, {"connection": "close"})
             await response(scope, receive, send)
         except Exception as error:  # Gradio's, about a request: its trace would fill the log whenever a visitor likes
             log.debug("%s: %r", scope["path"], error)
             if not started:
                 await PlainTextResponse("This cannot be answered.\n", HTTPStatus.BAD_REQUEST)(scope, receive, send)
 
-    async def _admitted(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
-        """The request as Gradio sees it; raises :class:`RefusedError`."""
+    async def _admit(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
+        """Return the request as Gradio is to see it; raises :class:`_RefusedError`."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self._is_known(host):
-            raise RefusedError(
+            raise _RefusedError(
                 HTTPStatus.MISDIRECTED_REQUEST,
                 "The explorer does not answer to this name: open it by its address, or start it with host=NAME.",
             )
         if origin is not None and urlsplit(origin).netloc != host:
-            raise RefusedError(HTTPStatus.FORBIDDEN, "The explorer answers its own page alone.")
+            raise _RefusedError(HTTPStatus.FORBIDDEN, "The explorer answers its own page alone.")
         method, path = scope["method"], scope["path"]
         if method in ("GET", "HEAD") and _READ.fullmatch(path) and ".." not in path:
-            if path != "/gradio_api/queue/data":
-                scope = {**scope, "query_string": b""}
-            return scope, receive
+            return scope if path == "/gradio_api/queue/data" else {**scope, "query_string": b""}, receive
         if method != "POST" or path not in (_JOIN, _RUN):
-            raise RefusedError(HTTPStatus.NOT_FOUND, "The explorer has a page and nothing else.")
-        body = self._event(await _body(headers, receive), queued=path == _JOIN)
+            raise _RefusedError(HTTPStatus.NOT_FOUND, "The explorer has a page and nothing else.")
+        body = self._event(await _read_body(headers, Request(scope, receive)), queued=path == _JOIN)
         kept = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"transfer-encoding")]
-        kept += [(b"content-length", str(len(body)).encode())]
+        kept.append((b"content-length", str(len(body)).encode()))
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def receive_again() -> MutableMapping[str, Any]:
-            nonlocal body
-            if body:
-                body, sent = b"", body
-                return {"type": "http.request", "body": sent, "more_body": False}
-            return await receive()
+        async def receive_checked() -> MutableMapping[str, Any]:
+            return messages.pop() if messages else await receive()
 
-        return {**scope, "headers": kept, "query_string": b""}, receive_again
+        return {**scope, "headers": kept, "query_string": b""}, receive_checked
 
     def _is_known(self, host: str) -> bool:
         """Whether the header ``Host`` names what the page is served at."""
@@ -134,42 +111,46 @@ class Gate:
     def _event(self, body: bytes, queued: bool) -> bytes:
         """The request for an event, with nothing in it but what the page sends."""
         try:
-            asked = json.loads(body, parse_constant=int)  # NaN and Infinity are no whole numbers: ValueError
-            index, data, session = asked["fn_index"], asked["data"], asked["session_hash"]
+            content = json.loads(body, parse_constant=int)  # NaN and Infinity are no whole numbers: ValueError
+            index, data, session = content["fn_index"], content["data"], content["session_hash"]
+            function = self.functions[index]
             known = (
-                self.events[index] == Event(len(data), queued)
+                function.queue == queued
                 and isinstance(data, list)
+                and len(data) == len(function.inputs)
                 and all(isinstance(value, _SCALARS) for value in data)
                 and _SESSION.fullmatch(session)
             )
         except (ValueError, TypeError, LookupError, RecursionError):
             known = None
         if not known:
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "This is no request of the explorer's page.")
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, "This is no request of the explorer's page.")
         return json.dumps({"fn_index": index, "data": data, "session_hash": session}).encode()
 
 
-async def _body(headers: Mapping[str, str], receive: Receive) -> bytes:
+class _RefusedError(HTTPException):
+    """A request is not answered: its status of HTTP, and the reason in one sentence."""
+
+
+async def _read_body(headers: Mapping[str, str], request: Request) -> bytes:
     """The body of a request, counted while it comes: a sender need not say its length, or may lie."""
-    too_large = RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"A request has {LARGEST_BODY} bytes at most.")
+    too_large = _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"A request has {LARGEST_BODY} bytes at most.")
     length = headers.get("content-length", "0")
     if len(length) > 9 or int(length) > LARGEST_BODY:
         raise too_large
 
-    async def received() -> bytes:
-        body, more = b"", True
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
+    async def read() -> bytes:
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
             if len(body) > LARGEST_BODY:
                 raise too_large
         return body
 
     try:
-        return await asyncio.wait_for(received(), _SECONDS_FOR_BODY)
+        return await asyncio.wait_for(read(), _SECONDS_FOR_BODY)
     except asyncio.TimeoutError:
-        raise RefusedError(HTTPStatus.REQUEST_TIMEOUT, "The request took too long.") from None
+        raise _RefusedError(HTTPStatus.REQUEST_TIMEOUT, "The request took too long.") from None
 
 
 def _is_address(name: str) -> bool:
@@ -177,19 +158,3 @@ def _is_address(name: str) -> bool:
         return bool(ipaddress.ip_address(name))
     except ValueError:
         return False
-
-
-def gate(app: ASGIApp, host: str, functions: Mapping[int, Any]) -> Gate:
-    """The gate before ``app``.
-
-    Args:
-        app: Gradio's.
-        host: name or address that it listens at; where that means all addresses of this machine, it answers to each
-            and to the machine's own name.
-        functions: Gradio's, of the page.
-    """
-    everywhere = _is_address(host) and ipaddress.ip_address(host).is_unspecified
-    names: Iterable[str] = (socket.gethostname(), socket.getfqdn()) if everywhere else ()
-    hosts = {name.lower() for name in ("localhost", "127.0.0.1", "::1", host, *names)}
-    events = {number: Event(len(function.inputs), function.queue) for number, function in functions.items()}
-    return Gate(app, hosts, everywhere, events)

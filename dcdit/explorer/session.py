@@ -128,28 +128,28 @@ class Session:
     """One or two loaded checkpoints, and the images, times and budgets that were sampled with them last.
 
     Args:
-        plan: what holds for all of them, see :class:`Choice`.
-        base: the plain values that it was made of.
-        places: of the checkpoints.
-        most_steps: of a sampler.
-        overrides: of the command line, for the commands that the page shows.
+        config: the configuration of sampling, of which each :class:`Choice` changes a part.
+        base: the plain values of ``config``.
+        sources: the checkpoints.
+        most_steps: the most steps that anyone may ask for.
+        overrides: words of the command line for the commands that the page shows.
     """
 
     def __init__(
         self,
-        plan: SamplingConfig,
+        config: SamplingConfig,
         base: Mapping[str, Any],
-        places: Sequence[CheckpointSource],
+        sources: Sequence[CheckpointSource],
         most_steps: int,
         overrides: str = "",
     ) -> None:
         keep_freed_memory()
-        self.base, self.places, self.most_steps, self.overrides = base, places, most_steps, overrides
-        self.loaded = [load(plan, place) for place in places]
+        self.base, self.sources, self.most_steps, self.overrides = base, sources, most_steps, overrides
+        self.loaded = [load(config, source) for source in sources]
         self._times: _RecentlyUsed[deque[float]] = _RecentlyUsed(_KEPT)
         self._full: _RecentlyUsed[GeneratedImage] = _RecentlyUsed(8)
         self._budgets: _RecentlyUsed[Calibration] = _RecentlyUsed(_KEPT)
-        for side in range(len(places)):  # the first run is a slow one, and no measure of anything
+        for side in range(len(sources)):  # the first run is a slow one, and no measure of anything
             self._sample(side, Choice(0, 0, self.sampler(side), 2, 1.0), lambda *_: None, "")
         self._times = _RecentlyUsed(_KEPT)
 
@@ -172,8 +172,8 @@ class Session:
 
     def command(self, side: int, choice: Choice, out: str) -> str:
         """The words for a terminal that make the same image in the folder ``out``."""
-        place = self.places[side]
-        name = str(Path(place.name).resolve()) if Path(place.name).exists() else place.name
+        name = self.sources[side].name
+        name = str(Path(name).resolve()) if Path(name).exists() else name
         return " ".join(filter(None, [choice.command(self.base, name, out), self.overrides]))
 
     def generate(self, side: int, choice: Choice, on_progress: OnProgress) -> GeneratedImage:
@@ -195,16 +195,16 @@ class Session:
 
     def usual_tflops(self, side: int) -> float:
         """What an image costs about, at seven tenths of the full budget and with what the command said of sampling."""
-        plan, model = SamplingConfig.of(self.base), self.loaded[side].model
+        config, model = SamplingConfig.of(self.base), self.loaded[side].model
         compression = float(model.training.get("compression") or 4)
         evaluation = count(model.network, [model.network.positions / compression] if model.network.routes else []).total
-        branches = 1 if plan.guidance.scale == 1 else 2
-        return float(f"{0.7 * evaluation * plan.sampler.steps * branches / 1e12:.2g}")
+        branches = 1 if config.guidance.scale == 1 else 2
+        return float(f"{0.7 * evaluation * config.sampler.steps * branches / 1e12:.2g}")
 
     def strip(self, side: int, choice: Choice, on_progress: OnProgress) -> list[tuple[str, Pixels]]:
         """The same seed at seven budgets, with words for each."""
         if not self.routes(side):
-            raise UserError(f"{self.places[side].run} has one budget: its network drops no tokens")
+            raise UserError(f"{self.sources[side].run} has one budget: its network drops no tokens")
         pictures = []
         for drop in STRIP:
             generated = self._sample(side, replace(choice, meet="drop", drop=drop), on_progress, f"ρ {drop:g}")
@@ -221,10 +221,10 @@ class Session:
             raise UserError(f"steps={choice.steps}: the page takes at most {self.most_steps}, or start it with more")
         if choice.label >= len(self.classes(side)):
             known = len(self.classes(side))
-            raise UserError(f"class {choice.label}: {self.places[side].run} knows the classes 0 to {known - 1}")
-        plan = choice.plan(self.base)
-        sampling = sampling_of(plan, self.places[side], self.loaded[side])
-        if not plan.budget.given:
+            raise UserError(f"class {choice.label}: {self.sources[side].run} knows the classes 0 to {known - 1}")
+        config = choice.config(self.base)
+        sampling = sampling_of(config, self.sources[side], self.loaded[side])
+        if not config.budget.given:
             return sampling
         key = (side, replace(choice, label=0, seed=0))
         return at_budget(sampling, self._budgets.get(key, lambda: calibration_of(sampling)))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dcdit.checks import visible
 from dcdit.compute.table import format_flops
+from dcdit.errors import UserError
 from dcdit.explorer.session import GeneratedImage, difference
 from dcdit.sampling.overlays import Pixels, enlarged, side_by_side
 
@@ -61,9 +62,9 @@ def png(pixels: Pixels) -> str:
     return _source(file.getvalue(), "image/png")
 
 
-def image(name: str, generated: GeneratedImage, words: str) -> str:
+def image(name: str, generated: GeneratedImage, class_name: str) -> str:
     """The finished image of one side."""
-    alt = f"{name}: class {words}, seed {generated.choice.seed}, {generated.title}"
+    alt = f"{name}: class {class_name}, seed {generated.choice.seed}, {generated.title}"
     return str(_fragments.picture(png(enlarged(generated.image, 256)), f"{name}: {short(generated)}", alt))
 
 
@@ -79,27 +80,31 @@ def short(generated: GeneratedImage) -> str:
 def difference_of(one: GeneratedImage, two: GeneratedImage) -> str:
     """Where two images differ, white where most."""
     try:
-        found = difference(one.image, two.image)
-    except ValueError as error:
+        pixels = difference(one.image, two.image)
+    except UserError as error:
         return message(str(error))
-    share = found.mean() / 255
-    words = f"|A − B|: {share:.2%} of the range on average"
-    return str(_fragments.picture(png(enlarged(found, 256)), words, f"difference of A and B, {words}"))
+    caption = f"|A − B|: {pixels.mean() / 255:.2%} of the range on average"
+    return str(_fragments.picture(png(enlarged(pixels, 256)), caption, f"difference of A and B, {caption}"))
 
 
-def moment(name: str, generated: GeneratedImage, place: float) -> str:
-    """One evaluation of the network, at a ``place`` between 0, noise, and 1, the image."""
-    index = round(place * (len(generated.moments) - 1))
-    at = generated.moments[index]
+def moment(name: str, generated: GeneratedImage, time: float) -> str:
+    """One evaluation of the network, at a ``time`` between 0, noise, and 1, the image."""
+    index = round(time * (len(generated.moments) - 1))
+    boundaries = generated.moments[index].boundaries
     cost = format_flops(generated.step_flops[index])
-    words = f"{name}: evaluation {index + 1} of {len(generated.moments)}, {cost}"
-    if at.boundaries is not None:
-        words += f", {at.boundaries.words}"
-        if at.boundaries.mask.any():
-            words += "; orange: kept, blue: dropped by the tail drop, grey: left to encoder and decoder"
+    caption = f"{name}: evaluation {index + 1} of {len(generated.moments)}, {cost}"
+    if boundaries is not None:
+        caption += f", {boundaries.words}"
+        if boundaries.mask.any():
+            caption += "; orange: kept, blue: dropped by the tail drop, grey: left to encoder and decoder"
         else:
-            words += " from an evaluation before: no token ran, and none was dropped"
-    return str(_fragments.pictures([(png(picture), said) for said, picture in generated.at(index)], words))
+            caption += " from an evaluation before: no token ran, and none was dropped"
+    return _row(generated.at(index), caption)
+
+
+def _row(pictures: Sequence[tuple[str, Pixels]], caption: str) -> str:
+    """Pictures beside each other, each with its own caption before it in ``pictures``."""
+    return str(_fragments.pictures([(png(picture), own) for own, picture in pictures], caption))
 
 
 def _share(value: float, full: float) -> str:
@@ -110,8 +115,8 @@ def numbers(generated_images: Sequence[GeneratedImage]) -> str:
     """A table of what the images cost and lost, beside the same images at the full budget."""
     rows: dict[str, list[str]] = {}
 
-    def add(words: str, cell: str) -> None:
-        rows.setdefault(words, []).append(cell)
+    def add(heading: str, cell: str) -> None:
+        rows.setdefault(heading, []).append(cell)
 
     for generated in generated_images:
         full = generated.full or generated
@@ -135,19 +140,19 @@ def curves(generated_images: Sequence[GeneratedImage]) -> str:
 
     drawn = []
     style: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
-    for words in ("tokens kept and ρ, %", "GFLOPs of an evaluation"):
+    for title in ("tokens kept and ρ, %", "GFLOPs of an evaluation"):
         with plt.rc_context({**style, "svg.fonttype": "none"}):
             figure, axes = plt.subplots(figsize=(4.6, 2.5), layout="constrained")
             for name, generated, colour, line in zip(NAMES, generated_images, _COLOURS, ("-", "--"), strict=False):
-                timesteps = [each.timestep for each in generated.moments]
-                if words.startswith("GFLOPs"):
+                timesteps = [moment.timestep for moment in generated.moments]
+                if title.startswith("GFLOPs"):
                     axes.plot(timesteps, np.divide(generated.step_flops, 1e9), line, c=colour, marker=".", label=name)
                 elif generated.tokens:
                     axes.plot(timesteps, np.multiply(generated.tokens, 100), line, c=colour, marker=".", label=name)
                     axes.plot(
                         timesteps, np.multiply(generated.drops, 100), ":", c=colour, lw=1, label=f"ρ of {name}, %"
                     )
-            axes.set(xlabel="timestep: from noise to image", ylabel=words, ylim=(0, None))
+            axes.set(xlabel="timestep: from noise to image", ylabel=title, ylim=(0, None))
             axes.invert_xaxis()
             axes.spines[["top", "right"]].set_visible(False)
             axes.patch.set_alpha(0)
@@ -158,35 +163,32 @@ def curves(generated_images: Sequence[GeneratedImage]) -> str:
             plt.close(figure)
         text = file.getvalue()
         tag = text[text.index("<svg") :].replace(_INK, "currentColor")
-        drawn.append(tag.replace("<svg", f'<svg role="img" aria-label="{words} over the timesteps"', 1))
-    return (
-        f'<div class="dcdit-row dcdit-plots">{"".join(f"<figure class=dcdit>{each}</figure>" for each in drawn)}</div>'
-    )
+        drawn.append(tag.replace("<svg", f'<svg role="img" aria-label="{title} over the timesteps"', 1))
+    figures = "".join(f"<figure class=dcdit>{svg}</figure>" for svg in drawn)
+    return f'<div class="dcdit-row dcdit-plots">{figures}</div>'
 
 
 def downloads(generated_images: Sequence[GeneratedImage]) -> str:
     """Links that save the finished images as PNG, pixel by pixel."""
-    links = []
-    for name, generated in zip(NAMES, generated_images, strict=False):
-        links.append((png(enlarged(generated.image, 1)), _file(generated, f"{name}.png"), f"{name} as PNG"))
+    links = [
+        (png(enlarged(generated.image, 1)), _file(generated, f"{name}.png"), f"{name} as PNG")
+        for name, generated in zip(NAMES, generated_images, strict=False)
+    ]
     return str(_fragments.downloads(links))
 
 
 def animated(name: str, generated: GeneratedImage, file: Path) -> str:
     """An animation that was saved as ``file``, and a link that saves it."""
-    kind = {".gif": "image/gif", ".webp": "image/webp"}[file.suffix]
-    words = f"save {name} as {file.suffix[1:].upper()}"
-    source = _source(file.read_bytes(), kind)
-    return str(
-        _fragments.saved(source, _file(generated, f"{name}{file.suffix}"), words, f"{name}: from noise to image")
-    )
+    source = _source(file.read_bytes(), f"image/{file.suffix[1:]}")
+    link = f"save {name} as {file.suffix[1:].upper()}"
+    file_name = _file(generated, f"{name}{file.suffix}")
+    return str(_fragments.saved(source, file_name, link, f"{name}: from noise to image"))
 
 
 def strip(pictures: Sequence[tuple[str, Pixels]]) -> str:
     """The same seed at several budgets, and a link that saves all in one picture."""
-    row = _fragments.pictures([(png(picture), words) for words, picture in pictures], "The same seed by A's settings")
     link = (png(side_by_side(pictures)), "seven_budgets.png", "all in one PNG")
-    return str(row + _fragments.downloads([link]))
+    return _row(pictures, "The same seed by A's settings") + str(_fragments.downloads([link]))
 
 
 def heading(title: str) -> str:
@@ -194,9 +196,9 @@ def heading(title: str) -> str:
     return str(_fragments.heading(title))
 
 
-def message(words: str, problem: bool = True) -> str:
+def message(text: str, problem: bool = True) -> str:
     """A message about what went wrong or is going on."""
-    return str(_fragments.message("problem" if problem else "", words))
+    return str(_fragments.message("problem" if problem else "", text))
 
 
 def _file(generated: GeneratedImage, ending: str) -> str:

@@ -16,8 +16,9 @@ pytest.importorskip("gradio", reason="the extra `explore` is not installed")
 
 import httpx
 
-from dcdit.explorer.gate import LARGEST_BODY, gate
-from dcdit.explorer.page import Page, serving
+from dcdit.explorer.gate import LARGEST_BODY, Gate
+from dcdit.explorer.page import Page
+from dcdit.explorer.serving import serving
 from dcdit.explorer.session import Session
 
 JOIN, RUN = "/gradio_api/queue/join", "/gradio_api/run/predict"
@@ -25,9 +26,9 @@ JOIN, RUN = "/gradio_api/queue/join", "/gradio_api/run/predict"
 
 @pytest.fixture(scope="module")
 def blocks():
-    settings = plan = check(explore, compose_config("sampler.steps=4", name="explore"))
-    base = to_plain(plan)
-    session = Session(plan, base, [resolve_checkpoint("digits", plan.paths.runs)], settings.most_steps)
+    config = check(explore, compose_config("sampler.steps=4", name="explore"))
+    base = to_plain(config)
+    session = Session(config, base, [resolve_checkpoint("digits", config.paths.runs)], config.most_steps)
     return Page(session, "dcdit: digits").blocks(base)
 
 
@@ -128,7 +129,7 @@ def test_other_websites_are_refused(ask, address, blocks):
     ],
 )
 def test_which_names_are_known(host, answered, refused):
-    known = gate(lambda *_: None, host, {})._is_known
+    known = Gate(lambda *_: None, host, {})._is_known
     assert all(map(known, answered))
     assert not any(map(known, refused))
 

@@ -23,7 +23,8 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no browser")
 
-from dcdit.explorer.page import Page, serving
+from dcdit.explorer.page import Page
+from dcdit.explorer.serving import serving
 from dcdit.explorer.session import Session
 
 PATIENCE = 60_000  # milliseconds; of a machine that does other things beside
@@ -31,9 +32,9 @@ PATIENCE = 60_000  # milliseconds; of a machine that does other things beside
 
 @pytest.fixture(scope="module")
 def address():
-    settings = plan = check(explore, compose_config("sampler.steps=8", "seed=3", name="explore"))
-    base = to_plain(plan)
-    session = Session(plan, base, [resolve_checkpoint("digits", plan.paths.runs)], settings.most_steps)
+    config = check(explore, compose_config("sampler.steps=8", "seed=3", name="explore"))
+    base = to_plain(config)
+    session = Session(config, base, [resolve_checkpoint("digits", config.paths.runs)], config.most_steps)
     blocks = Page(session, "dcdit: digits").blocks(base)
     with serving(blocks, "127.0.0.1", None, share=False) as found:
         yield found

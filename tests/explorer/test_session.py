@@ -17,9 +17,9 @@ CHOICE = Choice(label=3, seed=5, sampler="ddim", steps=6, scale=2.0)
 
 
 def session_of(*checkpoints, most_steps=50):
-    plan = check(explore, compose_config(f"checkpoint={checkpoints[0]}", name="explore"))
-    base = to_plain(plan)
-    return Session(plan, base, [resolve_checkpoint(str(each), "runs") for each in checkpoints], most_steps)
+    config = check(explore, compose_config(f"checkpoint={checkpoints[0]}", name="explore"))
+    base = to_plain(config)
+    return Session(config, base, [resolve_checkpoint(str(each), "runs") for each in checkpoints], most_steps)
 
 
 def quiet(done, steps, what):
@@ -160,7 +160,7 @@ def test_what_the_command_said_of_a_sampler_holds():
     config = compose_config("sampler=euler", "sampler.shift=3", "sampler.clip=true", name="explore")
     base = to_plain(check(explore, config))
     euler, heun = (replace(CHOICE, sampler=name) for name in ("euler", "heun"))
-    assert (euler.plan(base).sampler.shift, heun.plan(base).sampler.shift) == (3.0, 1.0)
+    assert (euler.config(base).sampler.shift, heun.config(base).sampler.shift) == (3.0, 1.0)
     assert "sampler.shift=3 sampler.clip=true" in euler.command(base, "x", "y")
     assert "shift" not in heun.command(base, "x", "y")
 

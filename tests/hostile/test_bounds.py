@@ -28,11 +28,11 @@ from dcdit.sampling.budget import Calibration
 
 
 def checked_classes() -> list[type]:
-    """Every class of the package that checks its constructor's arguments."""
+    """Every class of the package that checks its constructor's arguments; what needs Gradio has none."""
     modules = [
         importlib.import_module(module.name)
         for module in pkgutil.walk_packages(dcdit.__path__, "dcdit.")
-        if not module.name.endswith(("__main__", "explorer.page"))  # which starts what serves pages
+        if not module.name.endswith(("__main__", "explorer.controls", "explorer.page", "explorer.serving"))
     ]
     classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
     own = [kind for kind in classes if kind.__module__.startswith("dcdit.")]
