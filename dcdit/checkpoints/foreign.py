@@ -119,14 +119,9 @@ def _describe(
     for name, rank in ranks.items():
         if name not in weights or weights[name].ndim != rank or not weights[name].numel():
             raise UserError(f"{names.theirs(name)} is not a tensor of {rank} dimensions: this is no {names.title}")
-    table, embed = weights["condition.label.table.weight"], weights["embed.weight"]
+    table, embed, fc1 = (weights[name] for name in ranks)
     width, channels = table.shape[1], embed.shape[1]
-    if assume.heads and assume.heads != known.get("heads", assume.heads):
-        raise UserError(f"assume.heads={assume.heads}: its configuration says {known['heads']}, leave assume.heads out")
-    published_heads = {scale["width"]: scale["heads"] for scale in published_scales().values()}
-    heads = assume.heads or known.get("heads") or published_heads.get(width)
-    if heads is None:
-        raise UserError(f"width {width} is no published scale, and no shape tells the heads: give assume.heads=...")
+    heads = _number_of_heads(width, assume.heads, known.get("heads"))
     num_classes = _number_of_classes(len(table), assume.num_classes, known.get("num_classes"))
     spec: dict[str, Any] = {
         "name": names.network,
@@ -135,7 +130,7 @@ def _describe(
         "num_classes": num_classes,
         "width": width,
         "depth": 1 + max(int(name[len(block) + 1 :].split(".")[0]) for name in weights if name.startswith(f"{block}.")),
-        "mlp_ratio": weights[f"{block}.0.mlp.fc1.weight"].shape[0] / width,
+        "mlp_ratio": fc1.shape[0] / width,
         **known,
         "heads": heads,
     }
@@ -148,12 +143,17 @@ def _describe(
         sigma = assume.smoothing_sigma
         spec["encoder_width"] = embed.shape[0]
         spec["smoothing_sigma"] = (2.0 if grid == 64 else 1.0) if sigma is None else sigma or None
-        outputs = channels
     else:
         spec["patch"] = embed.shape[2]
-        outputs = channels * spec["patch"] ** 2
-    if "output.linear.bias" in weights and weights["output.linear.bias"].shape == (outputs,):
+    bias = weights.get("output.linear.bias")
+    if bias is not None and bias.shape == (channels * spec.get("patch", 1) ** 2,):
         spec["variance"] = False
+    _check_described(names, spec, weights, process_of(assume)["name"])
+    return ForeignNetwork(names, spec, weights)
+
+
+def _check_described(names: NameMap, spec: Mapping[str, Any], weights: Mapping[str, Tensor], diffusion: str) -> None:
+    """Raise :class:`UserError` unless ``weights`` are those of the network ``spec``, and ``diffusion`` can use it."""
     differences = [
         f"{names.theirs(name)} has shape {shape} instead of {expected}"
         for name, shape, expected in differing_shapes(shapes_of(weights), shapes_of_spec(spec))
@@ -163,13 +163,36 @@ def _describe(
             f"its shapes are not those of one {names.title}, {len(differences)} differ:"
             f" {', '.join(differences[:_MAX_NAMED])}"
         )
-    diffusion = process_of(assume)["name"]
     if spec.get("variance") is False and build_process({"name": diffusion}).needs_variance:
         raise UserError(
             f"it predicts no variance, which diffusion={diffusion} has: if it was trained by flow matching,"
             " assume.diffusion=flow says so"
         )
-    return ForeignNetwork(names, spec, weights)
+
+
+def _number_of_heads(width: int, assumed: int | None, known: int | None) -> int:
+    """Number of attention heads that user, file or publication say, for no shape tells it; UserError if none does."""
+    if assumed and known and assumed != known:
+        raise UserError(f"assume.heads={assumed}: its configuration says {known}, leave assume.heads out")
+    published = {scale["width"]: scale["heads"] for scale in published_scales().values()}
+    heads: int | None = assumed or known or published.get(width)
+    if heads is None:
+        raise UserError(f"width {width} is no published scale, and no shape tells the heads: give assume.heads=...")
+    return heads
+
+
+def _number_of_classes(rows: int, assumed: int | None, known: int | None) -> int:
+    """Number of classes of a label table, of what user and file say; UserError if it does not fit the ``rows``."""
+    number = known if assumed is None else assumed
+    if number is None:
+        number = rows if rows == _PUBLISHED_CLASSES else rows - 1
+    elif number not in (rows - 1, rows):
+        source = f"config.json: num_embeds_ada_norm={known}" if assumed is None else f"assume.num_classes={assumed}"
+        raise UserError(
+            f"{source}, but the label table has {rows} rows: {rows - 1} classes and a null class, or {rows} classes"
+            " and none"
+        )
+    return conform("num_classes", number, Count)
 
 
 def process_of(assume: AssumeSettings) -> Mapping[str, Any]:
@@ -200,20 +223,6 @@ def describe_guesses(model: Mapping[str, Any], assume: AssumeSettings) -> list[s
             f" if it was trained {other} one, give assume.num_classes={rows if has_null_class else rows - 1}"
         )
     return guesses
-
-
-def _number_of_classes(rows: int, assumed: int | None, known: int | None) -> int:
-    """Number of classes of a label table, of what user and file say; UserError if it does not fit the ``rows``."""
-    source = f"config.json: num_embeds_ada_norm={known}" if assumed is None else f"assume.num_classes={assumed}"
-    number = assumed if assumed is not None else known
-    if number is not None and number not in (rows - 1, rows):
-        raise UserError(
-            f"{source}, but the label table has {rows} rows: {rows - 1} classes and a null class, or {rows} classes"
-            " and none"
-        )
-    if number is None:
-        number = rows if rows == _PUBLISHED_CLASSES else rows - 1
-    return conform("num_classes", number, Count)
 
 
 def infer_network(state: Mapping[str, Tensor], assume: AssumeSettings) -> ForeignNetwork:

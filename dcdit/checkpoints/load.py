@@ -96,12 +96,6 @@ class Weights:
         """The diffusion process that the network was trained for; the published one where the file names none."""
         return build_process(self.training.get("diffusion", PUBLISHED_PROCESS))
 
-    @property
-    def scale(self) -> str:
-        """The published scale that the network's sizes are, such as ``XL``; empty if they are none."""
-        sizes = {key: self.model.get(key) for key in ("width", "depth", "heads")}
-        return next((name.upper() for name, values in published_scales().items() if values == sizes), "")
-
 
 @dataclass(frozen=True)
 class TrainingCheckpoint(Weights):
@@ -182,8 +176,10 @@ def build_model(weights: Weights, kind: WeightsKind, device: torch.device | str 
 
 def network_title(network: Network, weights: Weights) -> str:
     """The network's title with its published scale, if it has one: ``DC-DiT-XL``, ``DiT-XL/2``."""
+    sizes = {key: weights.model.get(key) for key in ("width", "depth", "heads")}
+    scale = next((f"-{name.upper()}" for name, published in published_scales().items() if published == sizes), "")
     name, slash, patch = network.title.partition("/")
-    return name + (f"-{weights.scale}" if weights.scale else "") + slash + patch
+    return f"{name}{scale}{slash}{patch}"
 
 
 def describe_kind(kind: WeightsKind) -> str:
@@ -221,7 +217,7 @@ def _read_source(path: Path, assume: AssumeSettings) -> Weights:
     if path.is_dir():
         return _read_folder(path, assume)
     if path.suffix == ".safetensors":
-        return _infer_weights({"ema": read_tensors(path)}, None, assume)
+        return _infer_weights({"ema": read_tensors(path)}, assume)
     values = read_checkpoint(path, legacy=path.suffix != ".ckpt")
     if "hyper_parameters" in values or path.suffix == ".ckpt":
         weights = _check_trained(values, path)
@@ -232,7 +228,8 @@ def _read_source(path: Path, assume: AssumeSettings) -> Weights:
         for kind, key in (("ema", "ema"), ("raw", "model"))
         if values.get(key)
     }
-    return _infer_weights(states or {"ema": conform("state", values, dict[str, Tensor])}, values.get("opt"), assume)
+    states = states or {"ema": conform("state", values, dict[str, Tensor])}
+    return _infer_weights(states, assume, _adam_step(values.get("opt")))
 
 
 def read_trained(path: str | PathLike[str]) -> TrainingCheckpoint:
@@ -310,8 +307,7 @@ def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
                 if file.suffix == ".safetensors"
                 else conform(file.name, read_checkpoint(file, legacy=True), dict[str, Tensor])
             )
-        network = describe_diffusers(config, state, assume)
-        return _foreign_weights(network, {"ema": network.weights}, None, assume)
+        return _foreign_weights({"ema": describe_diffusers(config, state, assume)}, assume)
     config = read_config(folder)
     model = conform("network", config["network"], dict[str, Any])
     state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
@@ -333,22 +329,22 @@ def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
     )
 
 
-def _infer_weights(states: Mapping[str, Mapping[str, Tensor]], optimizer: Any, assume: AssumeSettings) -> Weights:
+def _infer_weights(
+    states: Mapping[str, Mapping[str, Tensor]], assume: AssumeSettings, step: int | None = None
+) -> Weights:
     """Weights of which the file holds names and shapes alone; the first of ``states`` describes the network."""
     networks = {kind: infer_network(state, assume) for kind, state in states.items()}
-    first = next(iter(networks.values()))
-    for guess in describe_guesses(first.spec, assume):
+    for guess in describe_guesses(next(iter(networks.values())).spec, assume):
         say(guess)
-    return _foreign_weights(
-        first, {kind: network.weights for kind, network in networks.items()}, _adam_step(optimizer), assume
-    )
+    return _foreign_weights(networks, assume, step)
 
 
 def _foreign_weights(
-    network: ForeignNetwork, states: Mapping[str, Mapping[str, Tensor]], step: int | None, assume: AssumeSettings
+    networks: Mapping[str, ForeignNetwork], assume: AssumeSettings, step: int | None = None
 ) -> Weights:
-    """Weights of another program, with what the user or the publication says about them."""
-    model = network.spec
+    """Weights of another program, by kind, with what the user or the publication says about them."""
+    network = next(iter(networks.values()))
+    model, states = network.spec, {kind: inferred.weights for kind, inferred in networks.items()}
     training = {"model": model, **({"diffusion": process_of(assume)} if assume.diffusion is not None else {})}
     latents = published_latents(model, assume)
     return Weights(network.names.title, model, latents, step, states.get("ema"), states.get("raw"), training, False)

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dcdit.checks import HUB_ID, visible
 from dcdit.errors import UserError
@@ -140,12 +141,16 @@ def weights_of_folder(folder: Path) -> list[Path]:
     return [folder / name for name in _weights_beside_config(os.listdir(folder), "")]
 
 
-def _download(address: str, argument: str) -> Path:
-    """Download the file or folder at an address of the hub; returns its path in the cache of huggingface_hub.
+class _HubAddress(NamedTuple):
+    """A file or folder of a repository on the hub, the whole repository where ``path`` is empty."""
 
-    Raises:
-        UserError: beginning with ``argument``, if there is no such checkpoint, or neither hub nor cache can be read.
-    """
+    repository: str
+    path: str
+    revision: str | None
+
+
+def _parse_address(address: str, argument: str) -> _HubAddress:
+    """Split an address of the hub; UserError, beginning with ``argument``, if it is none."""
     match = _HUB.fullmatch(address)
     two_revisions = match and match["early"] and match["late"]
     if not match or two_revisions or {".", ".."} & set(re.split("[/@]", address)) or not address.isprintable():
@@ -153,70 +158,85 @@ def _download(address: str, argument: str) -> Path:
             f"{argument} is no address: write hf://<owner>/<repository>[/<file or folder>][@<revision>], such"
             " as hf://amd/DynamicChunkingDiT/S-256"
         )
-    repository, revision = match["repository"], match["early"] or match["late"]
-    path = (match["path"] or "").strip("/")
+    return _HubAddress(match["repository"], (match["path"] or "").strip("/"), match["early"] or match["late"])
+
+
+def _download(address: str, argument: str) -> Path:
+    """Download the file or folder at an address of the hub; returns its path in the cache of huggingface_hub.
+
+    Raises:
+        UserError: beginning with ``argument``, if there is no such checkpoint, or neither hub nor cache can be read.
+    """
+    from huggingface_hub import hf_hub_download
+
+    parts = _parse_address(address, argument)
+    check_hub_answers()
+    try:
+        names, cached = _list_files(parts)
+        target, files = _pick_below(parts, names, argument)
+        options: dict[str, Any] = {"revision": parts.revision, "local_files_only": cached}
+        local = [Path(hf_hub_download(parts.repository, file, **options)) for file in files]
+    except UserError as error:
+        raise error if str(error).startswith(argument) else UserError(f"{argument}: {error}") from error
+    except Exception as error:  # huggingface_hub raises whatever a malformed answer provokes
+        raise UserError(f"{argument}: {_describe_hub_error(error, parts, argument)}") from error
+    return local[0] if target == files[0] else local[0].parent
+
+
+def _list_files(address: _HubAddress) -> tuple[list[str], bool]:
+    """Names of the files in a repository, and whether the cache lists them because the hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
     from huggingface_hub.hf_api import RepoFile
 
-    check_hub_answers()
-    api = HfApi()
-
-    def download(names: list[str], cached: bool) -> Path:
-        target, files = _pick_below(path, names, f"{argument}: {repository}", argument)
-        local = [
-            Path(api.hf_hub_download(repository, name, revision=revision, local_files_only=cached)) for name in files
-        ]
-        return local[0] if target == files[0] else local[0].parent
-
+    api, revision = HfApi(), address.revision
     try:
-        try:
-            tree = list(islice(api.list_repo_tree(repository, recursive=True, revision=revision), _MAX_FILES + 1))
-        except (hub.RevisionNotFoundError, hub.RepositoryNotFoundError):
-            raise
-        except (hub.HTTPError, hub.OfflineModeIsEnabled, OSError):  # what fails from here on has this as its context
-            folder = Path(api.snapshot_download(repository, revision=revision, local_files_only=True))
-            return download([file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()], True)
-        if len(tree) > _MAX_FILES:
-            raise UserError(f"{repository} has more than {_MAX_FILES} files")
-        return download([file.path for file in tree if isinstance(file, RepoFile)], False)
-    except hub.RevisionNotFoundError as error:
-        raise UserError(f"{argument}: {repository} has no revision {revision}") from error
-    except hub.GatedRepoError as error:
-        raise UserError(
-            f"{argument}: its owners ask you to accept their terms: do so on the page of {repository}, then `hf auth"
-            " login`"
-        ) from error
-    except hub.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{argument}: the hub has no {repository}, or you may not see it: log in with `hf auth login`"
-        ) from error
-    except hub.HFValidationError as error:
-        raise UserError(f"{argument}: {repository} is no name of a repository: {cause_of(error)}") from error
-    except (hub.HTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+        tree = list(islice(api.list_repo_tree(address.repository, recursive=True, revision=revision), _MAX_FILES + 1))
+    except (hub.RevisionNotFoundError, hub.RepositoryNotFoundError):
+        raise
+    except (hub.HTTPError, hub.OfflineModeIsEnabled, OSError):  # what fails from here on has this as its context
+        folder = Path(api.snapshot_download(address.repository, revision=revision, local_files_only=True))
+        return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()], True
+    if len(tree) > _MAX_FILES:
+        raise UserError(f"{address.repository} has more than {_MAX_FILES} files")
+    return [file.path for file in tree if isinstance(file, RepoFile)], False
+
+
+def _describe_hub_error(error: Exception, address: _HubAddress, argument: str) -> str:
+    """Say why nothing came from the hub, and what the user can do."""
+    from huggingface_hub import errors as hub
+
+    repository, path, revision = address
+    if isinstance(error, hub.RevisionNotFoundError):
+        return f"{repository} has no revision {revision}"
+    if isinstance(error, hub.GatedRepoError):
+        return f"its owners ask you to accept their terms: do so on the page of {repository}, then `hf auth login`"
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return f"the hub has no {repository}, or you may not see it: log in with `hf auth login`"
+    if isinstance(error, hub.HFValidationError):
+        return f"{repository} is no name of a repository: {cause_of(error)}"
+    if isinstance(error, hub.HTTPError | hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled | OSError):
         pattern = path if not path or path.endswith(_SUFFIXES) else f"{path}/*"
         where = f" {shlex.quote(pattern)}" if pattern else ""
-        raise UserError(
-            f"{argument}: the hub cannot be reached ({cause_of(error)}), and the files are not in its cache here. Where"
-            f" it can be reached, `hf download {repository}{where} --local-dir weights`; then copy the folder and give"
+        return (
+            f"the hub cannot be reached ({cause_of(error)}), and the files are not in its cache here. Where it can be"
+            f" reached, `hf download {repository}{where} --local-dir weights`; then copy the folder and give"
             f" {argument.partition('=')[0]}=weights{f'/{path}' if path else ''}"
-        ) from error
-    except UserError as error:
-        raise error if str(error).startswith(argument) else UserError(f"{argument}: {error}") from error
-    except Exception as error:  # huggingface_hub raises whatever a malformed answer provokes
-        raise UserError(
-            f"{argument}: the hub's answer cannot be understood ({type(error).__name__}: {cause_of(error)}): is"
-            " HF_ENDPOINT the address of a hub?"
-        ) from error
+        )
+    return (
+        f"the hub's answer cannot be understood ({type(error).__name__}: {cause_of(error)}): is HF_ENDPOINT the address"
+        " of a hub?"
+    )
 
 
-def _pick_below(path: str, names: list[str], repository: str, argument: str) -> tuple[str, list[str]]:
-    """Choose the checkpoint at and below ``path`` of a repository, as :func:`choose_files` does in a folder."""
+def _pick_below(address: _HubAddress, names: list[str], argument: str) -> tuple[str, list[str]]:
+    """Choose the checkpoint at and below a path of a repository, as :func:`choose_files` does in a folder."""
+    path = address.path
     if path in names:
         return path, [path]
     prefix = f"{path}/" if path else ""
     inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     if not inside:
-        raise UserError(f"{repository} holds no {path}; it holds {_top_names(names)}")
+        raise UserError(f"{argument}: {address.repository} holds no {path}; it holds {_top_names(names)}")
     target, files = choose_files(inside, argument)
     return (f"{prefix}{target}".removesuffix("/.") or "."), [f"{prefix}{name}" for name in files]
