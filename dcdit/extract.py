@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dcdit.extraction.settings import ExtractConfig
 from dcdit.runtime.display import resumable
-from dcdit.runtime.processes import cores, local_processes, processes
+from dcdit.runtime.processes import cores, launched, processes
 from dcdit.settings.command import command
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def extract(config: ExtractConfig) -> "Manifest | None":
     rank, world_size = processes()
     workers = config.num_workers
     if workers is None:
-        workers = max(1, cores() // local_processes())
+        workers = max(1, cores() // max(1, launched().local_size))
     directory = Path(config.out) / config.split
     extraction = set_up_extraction(config, directory, rank, world_size, workers)
     with resumable(rank, "encoding", "shard", directory) as display:

@@ -70,17 +70,9 @@ def check_replaceable(out: Path) -> None:
 def write_exported(
     out: Path, weights: Weights, kind: WeightsKind, dtype: Literal["fp32", "bf16", "fp16"], card: Card
 ) -> str:
-    """Write an exported folder, completely or not at all, in the place of an earlier export.
+    """Write weights of a ``kind`` to the folder ``out``, completely or not at all, in the place of an earlier export.
 
-    Args:
-        out: the folder; it is made if needed.
-        weights: the weights to export.
-        kind: EMA weights, raw ones, or an average of a length.
-        dtype: type of the numbers in the file.
-        card: further contents of the model card.
-
-    Returns:
-        A line that describes the network and names the folder.
+    Returns a line that describes the network and names the folder.
 
     Raises:
         UserError: if the folder holds anything but an export, cannot be written, or a weight does not fit ``dtype``.

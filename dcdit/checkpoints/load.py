@@ -99,11 +99,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class TrainingCheckpoint(Weights):
-    """A checkpoint of ``dcdit.train``, read completely and checked.
-
-    Attributes:
-        values: everything that the file holds, as plain values and tensors.
-    """
+    """A checkpoint of ``dcdit.train``, read completely and checked; ``values`` is everything that the file holds."""
 
     latents: LatentSpec
     step: int
@@ -112,13 +108,10 @@ class TrainingCheckpoint(Weights):
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network, its latents and its diffusion process.
+    """A trained network in evaluation mode, with the latents and the diffusion process that it was trained for.
 
     Attributes:
-        network: the network, in evaluation mode.
-        latents: the latents that it was trained on.
         step: optimiser steps trained; None if unknown.
-        process: the diffusion process that it was trained for.
         training: hyper-parameters of its training, as far as they are known.
     """
 

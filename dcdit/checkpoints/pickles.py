@@ -36,24 +36,14 @@ DTYPES = {
 
 @dataclass(frozen=True, eq=False)
 class Foreign:
-    """Stands for a class that a pickle names, and for its objects; it holds and does nothing.
-
-    Attributes:
-        name: name of the class.
-    """
+    """Stands for a class that a pickle names, and for its objects; it holds nothing but the name, and does nothing."""
 
     name: str
 
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """The numbers of one tensor or several.
-
-    Attributes:
-        record: the file's name for the storage.
-        dtype: type of the numbers.
-        elements: number of elements.
-    """
+    """The numbers of one tensor or several: so many ``elements``, in the file's ``record`` of that name."""
 
     record: str
     dtype: torch.dtype
@@ -81,16 +71,15 @@ class StoredTensor:
 
     def __post_init__(self) -> None:
         axes, numbers = len(self.size), (self.offset, *self.size, *self.stride)
-        if axes != len(self.stride) or axes > _MAX_AXES or not all(map(_small, numbers)):
+        if not isinstance(self.storage, Storage):
+            raise ValueError("a tensor does not say where its numbers are")
+        small = all(isinstance(number, int) and 0 <= number < 1 << 48 for number in numbers)
+        if axes != len(self.stride) or axes > _MAX_AXES or not small:
             raise ValueError("a tensor has a shape that is none")
         elements = math.prod(self.size)
         end = self.offset + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True)) + 1
         if elements > self.storage.elements or (elements and end > self.storage.elements):
             raise ValueError(f"a tensor says to have {elements} elements, which are not there")
-
-
-def _small(number: object) -> bool:
-    return isinstance(number, int) and 0 <= number < 1 << 48
 
 
 def unpickle(file: BytesIO) -> tuple[Any, dict[str, Storage]]:
@@ -144,8 +133,7 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, Storage] = {}
         known = pickle._Unpickler.dispatch
-        own = {code: getattr(type(self), name) for code, name in _OWN.items()}
-        self.codes = _Counted({code[0]: own.get(code, known[code[0]]) for code in _CODES})
+        self.codes = _Counted({code[0]: _OWN.get(code, known[code[0]]) for code in _CODES})
         self.dispatch = self.codes  # type: ignore[misc]  # of this object, which counts for itself
 
     def find_class(self, module: str, name: str) -> Foreign:
@@ -219,28 +207,22 @@ class _Unpickler(pickle._Unpickler):
 
 
 _OWN = {
-    pickle.REDUCE: "_build",
-    pickle.NEWOBJ: "_build",
-    pickle.BUILD: "_drop_state",
-    pickle.APPEND: "_append",
-    pickle.APPENDS: "_append_all",
-    pickle.SETITEM: "_set_item",
-    pickle.SETITEMS: "_set_items",
+    pickle.REDUCE: _Unpickler._build,
+    pickle.NEWOBJ: _Unpickler._build,
+    pickle.BUILD: _Unpickler._drop_state,
+    pickle.APPEND: _Unpickler._append,
+    pickle.APPENDS: _Unpickler._append_all,
+    pickle.SETITEM: _Unpickler._set_item,
+    pickle.SETITEMS: _Unpickler._set_items,
 }
 
 _HARMFUL = {"os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "builtins.eval", "builtins.exec"}
 """Modules and functions that no checkpoint needs: they are not called either, but their author is not to be trusted."""
 
 
-def _tensor(storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> StoredTensor:
-    if not isinstance(storage, Storage):
-        raise ValueError("a tensor does not say where its numbers are")
-    return StoredTensor(storage, offset, size, stride)
-
-
 _MAKERS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor": StoredTensor,
+    "torch._utils._rebuild_tensor_v2": lambda *arguments: StoredTensor(*arguments[:4]),
     "torch._utils._rebuild_parameter": lambda tensor, *ignored: tensor,
     "torch.Size": lambda sizes: sizes,
 }

@@ -25,14 +25,11 @@ class Choice:
 
     Attributes:
         label: number of its class.
-        seed: of its noise.
-        sampler, steps: what samples it.
-        scale: of guidance.
-        meet: what sets the budget.
+        scale: guidance scale.
+        meet: what sets the budget; the fields for others are without effect.
         drop: drop fraction, of ``drop``; of ``schedule`` the one among pure noise.
         drop_last: of ``schedule`` the one at the image.
-        fraction, tflops: the budgets of those names.
-        by: what meets these: drops, reuse of features, or both.
+        by: what meets the budgets ``fraction`` and ``tflops``: drops, reuse of features, or both.
         guiding_drop: drop fraction of the guiding branch; None for that of the main one.
         cache: threshold of feature caching; 0 for none.
     """
@@ -71,10 +68,7 @@ class Choice:
         return {"sampler": {"steps": self.steps, "cache": self.cache}, "guidance": guidance, "budget": budget}
 
     def config(self, base: Mapping[str, Any]) -> SamplingConfig:
-        """The configuration of sampling.
-
-        Args:
-            base: the plain values of a composed configuration, changed in what was chosen.
+        """The configuration of sampling: ``base``, plain values of a composed one, changed in what was chosen.
 
         Raises:
             UserError: naming the value and the remedy.
@@ -94,13 +88,7 @@ class Choice:
         return {key: value for key, value in given.items() if key not in ("name", "steps", "clip", "cache")}
 
     def command(self, base: Mapping[str, Any], checkpoint: str, out: str) -> str:
-        """The command for a terminal that makes the same image.
-
-        Args:
-            base: as of :meth:`config`.
-            checkpoint: what it is made with.
-            out: folder for it.
-        """
+        """The command for a terminal that makes the same image in the folder ``out``; ``base`` as of :meth:`config`."""
         overrides = [f"checkpoint={checkpoint}", f"classes=[{self.label}]", "per_class=1", f"seed={self.seed}"]
         overrides += [f"out={out}", f"sampler={self.sampler}", f"sampler.steps={self.steps}"]
         overrides += [f"sampler.{key}={_value(value)}" for key, value in self._own(base).items()]

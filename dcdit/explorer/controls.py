@@ -1,7 +1,6 @@
 """The controls of one side of the explorer's page: they are drawn, and what a browser sends of them is read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import gradio as gr
@@ -15,6 +14,9 @@ from dcdit.explorer.session import Session
 EVENT: dict[str, Any] = {"api_visibility": "private", "preprocess": False}
 """Options of every event. Values come as they were typed: what is wrong with them we say ourselves, by name."""
 SILENT: dict[str, Any] = {"show_progress": "hidden", **EVENT}
+
+ImageRequest = tuple[int, Choice]
+"""What one side requests: the number of a checkpoint, and the settings of an image."""
 
 _BY = [("reuse and drops", "both"), ("drops alone", "drop"), ("reuse alone", "cache")]
 _USED = {
@@ -56,14 +58,6 @@ class Controls(NamedTuple):
     scale: Any
 
 
-@dataclass(frozen=True)
-class ImageRequest:
-    """What one side requests: the number of a checkpoint, and the settings of an image."""
-
-    checkpoint: int
-    choice: Choice
-
-
 def request_of(name: str, checkpoints: int, label: Any, seed: Any, values: Sequence[Any]) -> ImageRequest:
     """Read the request of one side.
 
@@ -96,7 +90,7 @@ def request_of(name: str, checkpoints: int, label: Any, seed: Any, values: Seque
         cache=controls.cache,
         **{control: getattr(controls, control) for control in used},
     )
-    return ImageRequest(checkpoint, choice)
+    return checkpoint, choice
 
 
 def _whole(value: Any) -> Any:

@@ -94,18 +94,16 @@ class Page:
                 for name, side_values in zip(view.NAMES, (values[:half], values[half:]), strict=True):
                     wanted = request_of(name, len(self.session.sources), label, seed, side_values)
                     generated = shown_images.get(wanted) or self.session.generate(
-                        wanted.checkpoint, wanted.choice, partial(_report, on_progress, name)
+                        *wanted, partial(_report, on_progress, name)
                     )
                     pairs.append((wanted, generated))
         except (StoppedError, UserError) as error:
             kept = " The page shows what was there before." if isinstance(error, StoppedError) else ""
             return [gr.skip()] * (_OUTPUTS - 1) + [view.message(f"{error}{kept}")]
-        requests, images = zip(*pairs, strict=True)
-        classes = [self.session.classes(wanted.checkpoint)[wanted.choice.label] for wanted in requests]
-        commands = [
-            self.session.command(wanted.checkpoint, wanted.choice, f"explored/{name}")
-            for name, wanted in zip(view.NAMES, requests, strict=True)
-        ]
+        images, classes, commands = [generated for _, generated in pairs], [], []
+        for name, ((number, choice), _) in zip(view.NAMES, pairs, strict=True):
+            classes.append(self.session.classes(number)[choice.label])
+            commands.append(self.session.command(number, choice, f"explored/{name}"))
         return [
             tuple(pairs),
             *map(view.image, view.NAMES, images, classes),
@@ -134,7 +132,7 @@ class Page:
         try:
             wanted = request_of("A", len(self.session.sources), label, seed, values)
             with self._job(request) as on_progress:
-                return view.strip(self.session.strip(wanted.checkpoint, wanted.choice, on_progress))
+                return view.strip(self.session.strip(*wanted, on_progress))
         except (StoppedError, UserError) as error:
             return view.message(str(error))
 

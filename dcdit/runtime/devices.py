@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from dcdit.checks import reason_of, shown
 from dcdit.errors import UserError
-from dcdit.runtime.processes import local_rank
+from dcdit.runtime.processes import launched
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -41,7 +41,7 @@ def pick_device(name: str) -> torch.device:
         UserError: if it is not there, or computes nothing (``meta``).
     """
     if name == "auto":
-        name = f"cuda:{local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{launched().local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     try:
         numbers = torch.ones(2, device=name)
         numbers.sum().item()  # a device without memory has no value to return
@@ -53,9 +53,8 @@ def pick_device(name: str) -> torch.device:
 def check_compiler(key: str, device: str) -> None:
     """Raise :class:`UserError` unless torch.compile finds what it needs for a kind of device.
 
-    Args:
-        key: of the configuration that asks for compiled code.
-        device: ``cpu``, which takes a C++ compiler; ``cuda``, which takes Triton and a C compiler; others are let pass.
+    On ``cpu`` that is a C++ compiler, on ``cuda`` Triton and a C compiler; other devices are let pass. ``key`` is the
+    configuration key that asks for compiled code.
     """
     languages = {
         "cpu": ("C++", "CXX", ["clang++" if sys.platform == "darwin" else "g++"]),

@@ -34,9 +34,9 @@ class Display:
     """A progress bar in a terminal; elsewhere a line for every finished task.
 
     Args:
-        rank: of this process; only the first has a bar.
-        verb: what is being done to images.
-        noun: what a task of the job makes.
+        rank: rank of this process; only the first has a bar.
+        verb: what is being done to images, such as ``encoding``.
+        noun: what a task of the job makes, such as ``shard``.
 
     Attributes:
         started: whether this process has looked for tasks to do.
@@ -69,10 +69,7 @@ class Display:
     def start(self, tasks: int, done: int, images: int | None) -> None:
         """Start the bar and the clock.
 
-        Args:
-            tasks: of this process.
-            done: how many of them are done already.
-            images: that are left to do; None if that is not known.
+        Of this process's ``tasks`` so many are ``done`` already; ``images`` are left, None if that is not known.
         """
         if done:
             print(f"Continuing: {done} of {tasks} {self._noun}s of process {self._rank} are done", file=sys.stderr)
@@ -103,11 +100,7 @@ class Display:
 
 @contextmanager
 def resumable(rank: int, verb: str, noun: str, out: Path) -> Iterator[Display]:
-    """Show the progress of a resumable job; if it ends early, say that the same command goes on from there.
-
-    Args:
-        rank, verb, noun: see :class:`Display`.
-        out: folder of the results, for messages.
+    """Show the progress of a resumable job in ``out``; if it ends early, say that the same command goes on from there.
 
     Raises:
         UserError: if files cannot be read or written.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_DRAFT = re.compile(r"\..+\.(?P<host>.+)-(?P<process>\d+)-\d+\.part")
+_DRAFT = re.compile(r"\..+\.(?P<host>.+)-(?P<process>\d{1,9})-\d+\.part")
 _numbers = count()
 _swept: set[Path] = set()
 
@@ -73,11 +73,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         UnwritableError: if it cannot be written, naming the file and the remedy.
     """
     _sweep(path.parent)
-    draft = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.part")
-    try:
+    draft = _draft_of(path)
+    with _explaining(path):
         raw = _Raw(draft, "x")
-    except OSError as error:
-        raise UnwritableError(describe_write_error(path, error)) from error
     try:
         with _Draft(raw, 1 << 20) as file:
             yield file
@@ -110,23 +108,33 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()
     _sweep(folder.parent)
-    draft = folder.with_name(f".{folder.name}.{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.part")
+    draft = _draft_of(folder)
     try:
-        try:
+        with _explaining(folder):
             draft.mkdir()
-        except OSError as error:
-            raise UnwritableError(describe_write_error(folder, error)) from error
         yield draft
-        try:
+        with _explaining(folder, remedy=": choose a folder within it"):
             if folder.exists():
                 _exchange(draft, folder)
             else:
                 draft.rename(folder)
             _sync(folder.parent)
-        except OSError as error:
-            raise UnwritableError(f"{describe_write_error(folder, error)}: choose a folder within it") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _draft_of(path: Path) -> Path:
+    """A new name beside ``path`` that tells which process of which machine writes there, see :func:`_sweep`."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.part")
+
+
+@contextmanager
+def _explaining(path: Path, key: str = "", remedy: str = "") -> Iterator[None]:
+    """Raise an OSError of the block as an UnwritableError of ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise UnwritableError(f"{key}{describe_write_error(path, error)}{remedy}") from error
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -158,20 +166,14 @@ def describe_write_error(path: Path, error: OSError) -> str:
 def make_writable_folder(folder: Path, key: str) -> None:
     """Make ``folder`` and check that files can be written there, before any work is done for it.
 
-    Args:
-        folder: the folder.
-        key: the configuration key that named it, for messages.
-
     Raises:
-        UnwritableError: if it cannot be made or written, naming key, folder and remedy.
+        UnwritableError: if it cannot be made or written; the message begins with ``key``.
     """
-    try:
+    with _explaining(folder, f"{key}: "):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{socket.gethostname()}-{os.getpid()}-{next(_numbers)}.part"
+        probe = _draft_of(folder / "probe")
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise UnwritableError(f"{key}: {describe_write_error(folder, error)}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -204,10 +206,6 @@ def _no_formula(value: T) -> T | str:
 def open_regular(path: Path, max_bytes: int | None = None) -> BinaryIO:
     """Open a regular file for reading bytes; reading a FIFO would wait for ever, and a device never ends.
 
-    Args:
-        path: the file.
-        max_bytes: largest size that is accepted; None accepts any.
-
     Raises:
         FileNotFoundError: if there is no such file.
         UserError: if it is no regular file, is larger than ``max_bytes``, or may not be read.
@@ -220,12 +218,13 @@ def open_regular(path: Path, max_bytes: int | None = None) -> BinaryIO:
         raise UserError(f"{visible(str(path))} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise UserError(f"{path} is no regular file")
-    if max_bytes is not None and status.st_size > max_bytes:
-        os.close(descriptor)
-        raise UserError(f"{path} has {status.st_size} bytes: at most {max_bytes} are read there")
-    return os.fdopen(descriptor, "rb")
+        reason = "is no regular file"
+    elif max_bytes is not None and status.st_size > max_bytes:
+        reason = f"has {status.st_size} bytes: at most {max_bytes} are read there"
+    else:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise UserError(f"{path} {reason}")
 
 
 def open_archive(file: BinaryIO) -> zipfile.ZipFile:
@@ -273,16 +272,11 @@ def read_json(path: Path, kind: object, remedy: str) -> Any: ...
 
 
 def read_json(path: Path, kind: Any, remedy: str) -> Any:
-    """Read a JSON file that dcdit wrote, as an instance of ``kind``.
-
-    Args:
-        path: the file.
-        kind: an annotation of the values that it must hold, see :func:`dcdit.checks.conform`.
-        remedy: what the user can do if it holds others.
+    """Read a JSON file that dcdit wrote, as an instance of the annotation ``kind``, see :func:`dcdit.checks.conform`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        UserError: if it holds other values, naming file, key and remedy.
+        UserError: if it holds other values, naming file and key; the message ends with ``remedy``.
     """
     with open_regular(path, limits.TEXT_BYTES) as file:
         content = file.read()
@@ -318,16 +312,11 @@ def read_array_header(file: IO[bytes]) -> "tuple[tuple[int, ...], np.dtype[Any]]
 
 
 def read_arrays(path: Path, names: Sequence[str], remedy: str) -> "dict[str, NDArray[Any]]":
-    """Read arrays of numbers from an uncompressed ``.npz`` file that dcdit wrote; checksums are verified.
-
-    Args:
-        path: the file.
-        names: names of the arrays.
-        remedy: what the user can do if the file is damaged.
+    """Read arrays of numbers by name from an uncompressed ``.npz`` file that dcdit wrote; checksums are verified.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        UserError: if it is damaged, lacks an array, or a number in it is not finite.
+        UserError: if it is damaged, lacks an array, or a number in it is not finite; the message ends with ``remedy``.
     """
     import numpy as np
 
@@ -386,8 +375,6 @@ def _sweep(folder: Path) -> None:
 def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # it may be another user's
     return True

@@ -46,12 +46,12 @@ class ResumableJob(Generic[Record]):
     Processes share nothing else. If a record cannot be read, or its part is not what it was, the task is done again.
 
     Args:
-        kind: of the records.
-        directory: of the results, which exists.
+        kind: class of the records.
+        directory: folder of the results, which exists.
         name: what the job is called in messages, and in the name of its folder of records.
         fingerprint: plain values that must be the same whenever the job is continued; ``source``, if there is one, maps
             names to states.
-        tasks: how many tasks there are.
+        tasks: number of tasks.
     """
 
     def __init__(
@@ -67,11 +67,7 @@ class ResumableJob(Generic[Record]):
         return FileLock(self.directory / f".{self.name.partition('-')[0]}.lock")
 
     def check_fingerprint(self) -> None:
-        """Write the fingerprint, or compare it with the one that is there; call under the lock.
-
-        Raises:
-            UserError: naming the first difference.
-        """
+        """Write the fingerprint, or :meth:`compare` it with the one that is there; call under the lock."""
         path = self.work / "plan.json"
         remedy = f"delete {self.work}, which begins the {self.name} anew"
         try:

@@ -15,23 +15,23 @@ _LOST = re.compile(
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started as one of several.
+    """How this process was started.
 
     Attributes:
-        by: ``torchrun`` or ``srun``.
+        by: ``torchrun`` or ``srun``; empty if it was started alone.
         rank, world_size: this process among all.
         local_rank, local_size: this process among those of its machine.
     """
 
-    by: str
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
+    by: str = ""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
 
 
-def launched() -> Launch | None:
-    """How this process was started as one of several; None if it was started alone."""
+def launched() -> Launch:
+    """How this process was started: alone, or as one of several."""
     variable = os.environ.get
     if "TORCHELASTIC_RUN_ID" in os.environ:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -43,13 +43,13 @@ def launched() -> Launch | None:
         local_size = int(tasks) if tasks.isdigit() else 1
         rank, size, local_rank = (int(variable(f"SLURM_{name}", "0")) for name in ("PROCID", "NTASKS", "LOCALID"))
         return Launch("srun", rank, size, local_rank, local_size)
-    return None
+    return Launch()
 
 
 def processes() -> tuple[int, int]:
     """The rank of this process and the number of processes; (0, 1) if it was started alone."""
     launch = launched()
-    return (launch.rank, launch.world_size) if launch else (0, 1)
+    return launch.rank, launch.world_size
 
 
 def rank() -> int:
@@ -58,18 +58,6 @@ def rank() -> int:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return 0
-
-
-def local_rank() -> int:
-    """The rank of this process among those of its machine."""
-    launch = launched()
-    return launch.local_rank if launch else 0
-
-
-def local_processes() -> int:
-    """How many processes were started on this machine."""
-    launch = launched()
-    return max(1, launch.local_size) if launch else 1
 
 
 def say(message: str) -> None:

@@ -17,12 +17,9 @@ from dcdit.runtime.files import file_digest, open_regular
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """Read the tensors of a ``.safetensors`` file by name; floating-point ones become float32.
 
-    Args:
-        path: the file.
-        sha256: digest that its content must have; None accepts any.
-
     Raises:
-        UserError: if the file is missing, damaged or not a regular file, or holds complex or non-finite numbers.
+        UserError: if the file is missing, damaged or not a regular file, holds complex or non-finite numbers, or has
+            another digest than ``sha256``.
     """
     try:
         with open_regular(path) as file:
@@ -53,10 +50,7 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
 def load_state_strict(module: nn.Module, state: Mapping[str, Tensor], assign: bool = False) -> None:
     """Load ``state`` into ``module``: names, shapes and kinds of numbers must agree, and all numbers be finite.
 
-    Args:
-        module: the network.
-        state: parameters and buffers by the module's names.
-        assign: take over the tensors themselves, for a module that was built without memory.
+    With ``assign`` it takes over the tensors themselves, for a module that was built without memory.
 
     Raises:
         UserError: naming the first parameter that is missing, unknown, of another shape, or not finite.

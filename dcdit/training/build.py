@@ -155,6 +155,6 @@ def _trainer(arguments: Mapping[str, Any]) -> pl.Trainer:
 def cluster_environment() -> ClusterEnvironment | None:
     """Whoever started this process as one of several, for Lightning. Queueing again is not its business."""
     launch = launched()
-    if launch is not None:
+    if launch.by:
         return TorchElasticEnvironment() if launch.by == "torchrun" else SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment() if SLURMEnvironment.detect() else None  # inside an allocation, but not by srun

@@ -162,10 +162,11 @@ def test_drafts_of_the_dead_are_removed_and_of_the_living_are_not(tmp_path):
     dead = subprocess.run(["true"]), 2**22 - 3
     names = {"dead": f".x.json.{host}-{dead[1]}-0.part", "alive": f".x.json.{host}-{os.getpid()}-0.part"}
     names["elsewhere"] = ".x.json.another-1-0.part"
+    names["no process"] = f".x.json.{host}-{10**30}-0.part"
     for name in names.values():
         (tmp_path / name).touch()
     write_json(tmp_path / "y.json", 1)
-    assert {each.name for each in tmp_path.iterdir()} == {"y.json", names["alive"], names["elsewhere"]}
+    assert {each.name for each in tmp_path.iterdir()} == {"y.json", *list(names.values())[1:]}
 
 
 def test_an_interrupted_write_leaves_what_was_there(tmp_path):
