@@ -11,7 +11,7 @@ from contextlib import suppress
 from threading import Event
 from typing import Annotated
 
-from dcdit.checks import Bounds, Matches, config, to_plain
+from dcdit.checks import Bounds, Matches, config
 from dcdit.diffusion.settings import Steps
 from dcdit.errors import UserError
 from dcdit.sampling.settings import SamplingConfig
@@ -67,11 +67,10 @@ def explore(config: ExploreConfig) -> None:
 
     from dcdit.explorer.session import Session
 
-    base = to_plain(config)
     words = " ".join(word for word in given_overrides() if word.startswith(_HELD))
-    session = Session(config, base, sources, config.most_steps, words)
+    session = Session(config, sources, config.most_steps, words)
     title = f"dcdit: {' and '.join(source.name for source in sources)}"
-    page = Page(session, title).blocks(base)
+    page = Page(session, title).blocks()
     with suppress(KeyboardInterrupt), serving(page, config.host, config.port, config.share) as address:
         print(f"The explorer is at {address}   (Ctrl-C ends it)", flush=True)
         if _opens(config.browser):

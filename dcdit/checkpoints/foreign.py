@@ -304,18 +304,15 @@ def published_latents(spec: Mapping[str, Any], assume: AssumeSettings) -> Latent
         UserError: if the network does not take such latents.
     """
     channels, grid, classes = (int(spec[key]) for key in ("channels", "grid", "num_classes"))
-    autoencoder, scale = assume.autoencoder, assume.scale
-    if autoencoder == IDENTITY:
-        scale = scale or 1.0
-    elif autoencoder is None and channels != 4:
+    if assume.autoencoder is None and channels != 4:
         raise UserError(
             f"the network takes latents of {channels} channels, the published ones have 4: say what they are with"
             " assume.autoencoder=... and assume.scale=..."
         )
     return LatentSpec(
         (channels, grid, grid),
-        autoencoder or AUTOENCODER,
-        scale or LATENT_SCALE,
+        assume.autoencoder or AUTOENCODER,
+        assume.scale or (1.0 if assume.autoencoder == IDENTITY else LATENT_SCALE),
         assume.shift or 0.0,
         imagenet_classes() if classes == _PUBLISHED_CLASSES else tuple(map(str, range(classes))),
     )

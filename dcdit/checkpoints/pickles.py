@@ -169,15 +169,6 @@ class _Unpickler(pickle._Unpickler):
         else:
             self.stack.append(make(*arguments) if make else Foreign(kind.name))
 
-    def _drop_state(self) -> None:
-        self.stack.pop()
-
-    def _append(self) -> None:
-        self._extend([self.stack.pop()])
-
-    def _append_all(self) -> None:
-        self._extend(self.pop_mark())  # type: ignore[attr-defined]
-
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self._set([(key, value)])
@@ -206,12 +197,12 @@ class _Unpickler(pickle._Unpickler):
                 target[key] = value
 
 
-_OWN = {
+_OWN: dict[bytes, Callable[[Any], object]] = {
     pickle.REDUCE: _Unpickler._build,
     pickle.NEWOBJ: _Unpickler._build,
-    pickle.BUILD: _Unpickler._drop_state,
-    pickle.APPEND: _Unpickler._append,
-    pickle.APPENDS: _Unpickler._append_all,
+    pickle.BUILD: lambda unpickler: unpickler.stack.pop(),  # the state of an object is dropped
+    pickle.APPEND: lambda unpickler: unpickler._extend([unpickler.stack.pop()]),
+    pickle.APPENDS: lambda unpickler: unpickler._extend(unpickler.pop_mark()),
     pickle.SETITEM: _Unpickler._set_item,
     pickle.SETITEMS: _Unpickler._set_items,
 }

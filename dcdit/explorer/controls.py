@@ -98,18 +98,11 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def draw_controls(name: str, session: Session, drop: float, base: dict[str, Any]) -> Controls:
-    """Draw the controls of side ``name``.
-
-    Args:
-        name: ``A`` or ``B``.
-        session: the checkpoints to choose from.
-        drop: drop fraction to begin with, where the network drops tokens.
-        base: the plain values of the configuration, which the other controls begin with.
-    """
+def draw_controls(name: str, session: Session, drop: float) -> Controls:
+    """Draw the controls of side ``name``; they begin with the session's configuration, and ``drop`` if it routes."""
     several = len(session.sources) > 1
     number = view.NAMES.index(name) if several else 0
-    sampler_keys, most = base["sampler"], session.most_steps
+    config, most = session.config, session.most_steps
     with gr.Group():
         choices = [(visible(source.run), index) for index, source in enumerate(session.sources)]
         checkpoint = gr.Radio(choices, value=number, label=f"{name}: checkpoint", visible=several)
@@ -124,14 +117,14 @@ def draw_controls(name: str, session: Session, drop: float, base: dict[str, Any]
         label, usual = f"{_LABELS['tflops']} (0.001 is a GFLOP)", session.usual_tflops(number)
         tflops = gr.Number(usual, label=label, visible=False, elem_id=f"tflops_{name}")
         by = gr.Radio(_BY, value="both", label=_LABELS["by"], visible=False)
-        scale = _slider(1, 10, base["guidance"]["scale"], 0.25, "guidance scale, 1 for none")
+        scale = _slider(1, 10, config.guidance.scale, 0.25, "guidance scale, 1 for none")
         label = "with guidance: the branch without class has a ρ of its own (Lite-CFG)"
         own_guiding_drop = gr.Checkbox(False, label=label)
         guiding_drop = _slider(0, 0.95, 0.9, 0.05, "its ρ", visible=False)
-        cache = _slider(0, 2, sampler_keys["cache"], 0.05, "feature caching: threshold, 0 for none")
+        cache = _slider(0, 2, config.sampler.cache, 0.05, "feature caching: threshold, 0 for none")
         samplers = sorted({name for index in range(len(session.sources)) for name in session.samplers(index)})
         sampler = gr.Dropdown(samplers, value=session.sampler(number), label="sampler")
-        steps = _slider(2, most, min(most, sampler_keys["steps"]), 1, "steps", elem_id=f"steps_{name}")
+        steps = _slider(2, most, min(most, config.sampler.steps), 1, "steps", elem_id=f"steps_{name}")
 
     def update_controls(chosen: Any) -> list[Any]:
         """Show the controls that count for what sets the budget, and hide the others."""

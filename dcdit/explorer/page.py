@@ -148,12 +148,8 @@ class Page:
                 animations.append(view.animated(name, generated, file))
         return animations or [view.message("There is no image yet.")] * 2
 
-    def blocks(self, base: dict[str, Any]) -> gr.Blocks:
-        """Draw the page, and connect its controls with what happens.
-
-        Args:
-            base: the plain values of the configuration, which the controls begin with.
-        """
+    def blocks(self) -> gr.Blocks:
+        """Draw the page, and connect its controls, which begin with the session's configuration, with what happens."""
         with gr.Blocks(title=self.title, analytics_enabled=False, fill_width=True) as page:
             gr.HTML(view.heading(self.title))
             gr.Markdown(_ABOUT)
@@ -163,7 +159,7 @@ class Page:
                 between = gr.HTML(elem_id="difference")
             with gr.Row():
                 with gr.Column(scale=2, min_width=280):
-                    settings, seeded = self._draw_settings(base)
+                    settings, seeded = self._draw_settings()
                     status = gr.HTML(elem_id="status", min_height=70)
                     gr.Button("stop", size="sm", elem_id="stop").click(self.stop, queue=False, **SILENT)
                 with gr.Column(scale=5, min_width=280):
@@ -186,14 +182,14 @@ class Page:
             page.unload(self.stop)
         return page.queue(max_size=_WAITING, default_concurrency_limit=4, api_open=False)
 
-    def _draw_settings(self, base: dict[str, Any]) -> tuple[list[Any], Any]:
+    def _draw_settings(self) -> tuple[list[Any], Any]:
         """Draw class, seed and the controls of both sides; returns these, and the event of another seed."""
         names = [(visible(name), number) for number, name in enumerate(self.session.classes(0))]
         with gr.Group():
             label = gr.Dropdown(names, value=0, label="class", elem_id="label")
-            seed = gr.Number(base["seed"], label="seed", precision=0, elem_id="seed")
+            seed = gr.Number(self.session.config.seed, label="seed", precision=0, elem_id="seed")
             another = gr.Button("another seed", size="sm", elem_id="another")
-        sides = [draw_controls(name, self.session, drop, base) for name, drop in zip(view.NAMES, (0, 0.5), strict=True)]
+        sides = [draw_controls(name, self.session, drop) for name, drop in zip(view.NAMES, (0, 0.5), strict=True)]
         return [label, seed, *sides[0], *sides[1]], another.click(_next_seed, seed, seed, **SILENT)
 
     def _draw_course(self, known: Any) -> tuple[Any, list[Any]]:

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dcdit.checkpoints.resolve import CheckpointSource
+from dcdit.checks import to_plain
 from dcdit.compute.flops import count
 from dcdit.compute.table import format_flops
 from dcdit.diffusion.samplers import Step
@@ -129,7 +130,6 @@ class Session:
 
     Args:
         config: the configuration of sampling, of which each :class:`Choice` changes a part.
-        base: the plain values of ``config``.
         sources: the checkpoints.
         most_steps: the most steps that anyone may ask for.
         overrides: words of the command line for the commands that the page shows.
@@ -138,13 +138,13 @@ class Session:
     def __init__(
         self,
         config: SamplingConfig,
-        base: Mapping[str, Any],
         sources: Sequence[CheckpointSource],
         most_steps: int,
         overrides: str = "",
     ) -> None:
         keep_freed_memory()
-        self.base, self.sources, self.most_steps, self.overrides = base, sources, most_steps, overrides
+        self.config, self.sources, self.most_steps, self.overrides = config, sources, most_steps, overrides
+        self.base = to_plain(config)
         self.loaded = [load(config, source) for source in sources]
         self._times: _RecentlyUsed[deque[float]] = _RecentlyUsed(_KEPT)
         self._full: _RecentlyUsed[GeneratedImage] = _RecentlyUsed(8)
@@ -164,7 +164,7 @@ class Session:
     def sampler(self, side: int) -> str:
         """Name of the sampler that the command asked for."""
         model = self.loaded[side].model
-        return SamplingConfig.of(self.base).sampler.for_process(model.process.settings).name
+        return self.config.sampler.for_process(model.process.settings).name
 
     def routes(self, side: int) -> bool:
         """Whether the network of a checkpoint drops tokens, and so has budgets."""
@@ -195,7 +195,7 @@ class Session:
 
     def usual_tflops(self, side: int) -> float:
         """What an image costs about, at seven tenths of the full budget and with what the command said of sampling."""
-        config, model = SamplingConfig.of(self.base), self.loaded[side].model
+        config, model = self.config, self.loaded[side].model
         compression = float(model.training.get("compression") or 4)
         evaluation = count(model.network, [model.network.positions / compression] if model.network.routes else []).total
         branches = 1 if config.guidance.scale == 1 else 2

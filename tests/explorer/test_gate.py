@@ -9,7 +9,6 @@ from support.configs import check, compose_config
 
 from dcdit import explore
 from dcdit.checkpoints.resolve import resolve_checkpoint
-from dcdit.checks import to_plain
 from dcdit.errors import UserError
 
 pytest.importorskip("gradio", reason="the extra `explore` is not installed")
@@ -27,9 +26,8 @@ JOIN, RUN = "/gradio_api/queue/join", "/gradio_api/run/predict"
 @pytest.fixture(scope="module")
 def blocks():
     config = check(explore, compose_config("sampler.steps=4", name="explore"))
-    base = to_plain(config)
-    session = Session(config, base, [resolve_checkpoint("digits", config.paths.runs)], config.most_steps)
-    return Page(session, "dcdit: digits").blocks(base)
+    session = Session(config, [resolve_checkpoint("digits", config.paths.runs)], config.most_steps)
+    return Page(session, "dcdit: digits").blocks()
 
 
 @pytest.fixture(scope="module")
@@ -210,9 +208,7 @@ def test_names_of_strangers(blocks, monkeypatch):
     page = blocks.fns[number_of(blocks, "update")].fn.__self__
     hostile = "\ud800\x1b[2J\u202e<img src=x onerror=alert(1)>![a](http://192.0.2.1/)"
     monkeypatch.setattr(page.session, "classes", lambda side: [hostile] * 10)
-    other = Page(page.session, hostile).blocks(
-        to_plain(check(explore, compose_config("sampler.steps=2", name="explore")))
-    )
+    other = Page(page.session, hostile).blocks()
     with serving(other, "127.0.0.1", None, share=False) as address, httpx.Client(trust_env=False) as client:
         text = client.get(address).text
         body = request_of(other, "update", *values(other, "update"))

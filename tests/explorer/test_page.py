@@ -15,7 +15,6 @@ from support.configs import call, check, compose_config
 
 from dcdit import explore, sample
 from dcdit.checkpoints.resolve import resolve_checkpoint
-from dcdit.checks import to_plain
 from dcdit.evaluation.features import DigitsClassifier
 
 pytest.importorskip("gradio", reason="the extra `explore` is not installed")
@@ -33,9 +32,8 @@ PATIENCE = 60_000  # milliseconds; of a machine that does other things beside
 @pytest.fixture(scope="module")
 def address():
     config = check(explore, compose_config("sampler.steps=8", "seed=3", name="explore"))
-    base = to_plain(config)
-    session = Session(config, base, [resolve_checkpoint("digits", config.paths.runs)], config.most_steps)
-    blocks = Page(session, "dcdit: digits").blocks(base)
+    session = Session(config, [resolve_checkpoint("digits", config.paths.runs)], config.most_steps)
+    blocks = Page(session, "dcdit: digits").blocks()
     with serving(blocks, "127.0.0.1", None, share=False) as found:
         yield found
 

@@ -18,8 +18,7 @@ CHOICE = Choice(label=3, seed=5, sampler="ddim", steps=6, scale=2.0)
 
 def session_of(*checkpoints, most_steps=50):
     config = check(explore, compose_config(f"checkpoint={checkpoints[0]}", name="explore"))
-    base = to_plain(config)
-    return Session(config, base, [resolve_checkpoint(str(each), "runs") for each in checkpoints], most_steps)
+    return Session(config, [resolve_checkpoint(str(each), "runs") for each in checkpoints], most_steps)
 
 
 def quiet(done, steps, what):
