@@ -136,11 +136,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        config: SamplingConfig,
-        sources: Sequence[CheckpointSource],
-        most_steps: int,
-        overrides: str = "",
+        self, config: SamplingConfig, sources: Sequence[CheckpointSource], most_steps: int, overrides: str = ""
     ) -> None:
         keep_freed_memory()
         self.config, self.sources, self.most_steps, self.overrides = config, sources, most_steps, overrides
@@ -163,8 +159,7 @@ class Session:
 
     def sampler(self, side: int) -> str:
         """Name of the sampler that the command asked for."""
-        model = self.loaded[side].model
-        return self.config.sampler.for_process(model.process.settings).name
+        return self.config.sampler.for_process(self.loaded[side].model.process.settings).name
 
     def routes(self, side: int) -> bool:
         """Whether the network of a checkpoint drops tokens, and so has budgets."""
@@ -195,11 +190,11 @@ class Session:
 
     def usual_tflops(self, side: int) -> float:
         """What an image costs about, at seven tenths of the full budget and with what the command said of sampling."""
-        config, model = self.config, self.loaded[side].model
+        model, network = self.loaded[side].model, self.loaded[side].model.network
         compression = float(model.training.get("compression") or 4)
-        evaluation = count(model.network, [model.network.positions / compression] if model.network.routes else []).total
-        branches = 1 if config.guidance.scale == 1 else 2
-        return float(f"{0.7 * evaluation * config.sampler.steps * branches / 1e12:.2g}")
+        evaluation = count(network, [network.positions / compression] if network.routes else []).total
+        branches = 1 if self.config.guidance.scale == 1 else 2
+        return float(f"{0.7 * evaluation * self.config.sampler.steps * branches / 1e12:.2g}")
 
     def strip(self, side: int, choice: Choice, on_progress: OnProgress) -> list[tuple[str, Pixels]]:
         """The same seed at seven budgets, with words for each."""
@@ -219,9 +214,9 @@ class Session:
         """The networks and settings that sample a choice."""
         if choice.steps > self.most_steps:
             raise UserError(f"steps={choice.steps}: the page takes at most {self.most_steps}, or start it with more")
-        if choice.label >= len(self.classes(side)):
-            known = len(self.classes(side))
-            raise UserError(f"class {choice.label}: {self.sources[side].run} knows the classes 0 to {known - 1}")
+        last = len(self.classes(side)) - 1
+        if choice.label > last:
+            raise UserError(f"class {choice.label}: {self.sources[side].run} knows the classes 0 to {last}")
         config = choice.config(self.base)
         sampling = sampling_of(config, self.sources[side], self.loaded[side])
         if not config.budget.given:
@@ -247,14 +242,13 @@ class Session:
         times.append(1000 * (time.perf_counter() - begin))
         cost = SamplingCost.of(batch)
         moments = recorder.rows[0]
-        routed = [moment.boundaries.mask.mean() for moment in moments if moment.boundaries is not None]
         return GeneratedImage(
             choice,
             sampling,
             f"{sampling.words}, {format_flops(cost.flops)}",
             sampling.images(batch)[0].permute(1, 2, 0).cpu().numpy(),
             moments,
-            [float(share) for share in routed],
+            [float(moment.boundaries.mask.mean()) for moment in moments if moment.boundaries is not None],
             [sampling.guidance.settings.drop_at(timestep)[0] for timestep in timesteps],
             batch.step_flops[:, 0].tolist(),
             cost.flops,
