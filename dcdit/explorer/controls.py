@@ -38,6 +38,7 @@ _LABELS = {
     "steps": "steps",
     "scale": "guidance scale",
 }
+"""What messages, and mostly the page too, call controls and the ways to set the budget."""
 
 
 class Controls(NamedTuple):
