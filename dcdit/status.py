@@ -16,6 +16,7 @@ from dcdit.runs.progress import (
     live_view,
     named_runs,
     print_reasons,
+    print_table,
     progress_of,
     progress_table,
     size_on_disk,
@@ -54,7 +55,7 @@ def status(config: StatusConfig) -> list[RunProgress]:
         runs = list(watch(config, console).values())
     else:
         runs = list(read_progress(config).values())
-        console.print(progress_table(runs))
+        print_table(progress_table(runs), console)
     print_reasons(runs)
     return runs
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Group
+from rich.measure import measure_renderables
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +16,7 @@ from dcdit.errors import UserError
 from dcdit.runs.history import history_of, sparkline
 from dcdit.runs.lock import is_held
 from dcdit.runs.state import QUEUED_NAME, STATE_NAME, RunState, State
+from dcdit.runtime.display import Console
 
 _LONGEST_REASON = 2000
 """Characters; the file may hold anything."""
@@ -28,13 +30,11 @@ class RunProgress:
         name: of the run, below the folder that was asked about.
         state: queued if a job waits for its turn, lost if it says running and no process is, waiting if it has not
             begun, corrupt if its file cannot be read.
-        step, max_steps: optimiser steps.
         loss: the diffusion loss of training: of the last step if the run has ended, else the last logged.
         rate: images per second, the last logged.
         seconds_left: at that rate; None if nothing tells.
-        reason: of a failure.
         metrics: the last value of each validation metric; at the end of a run, of every metric.
-        losses: the course of the loss.
+        losses: the loss at all logged steps.
         keep_ratio: the last logged; None without router.
     """
 
@@ -144,6 +144,18 @@ def progress_table(runs: Sequence[RunProgress]) -> Table:
     return table
 
 
+def print_table(table: Table, console: Console) -> None:
+    """Print a table whose first column may be folded; as a line for each row where the others would not fit."""
+    cells = [[column.header, *column.cells] for column in table.columns]
+    widths = [measure_renderables(console, console.options, column).minimum for column in cells]
+    if min(widths[0], 8) + sum(widths[1:]) + 3 * len(widths) + 1 <= console.width:  # 3: a border and its padding
+        console.print(table)
+        return
+    (_, *headings), *rows = zip(*cells, strict=True)
+    for name, *values in rows:
+        print(f"{name}: {', '.join(f'{heading} {value}' for heading, value in zip(headings, values, strict=True))}")
+
+
 def print_reasons(runs: Sequence[RunProgress]) -> None:
     """Print why runs failed, a line for each."""
     for run in runs:
@@ -178,8 +190,7 @@ def live_view(runs: Sequence[RunProgress], sizes: Sequence[int], free: int, time
     """The view that ``dcdit status --watch`` keeps up to date: two lines for each run, at least 80 characters wide.
 
     Args:
-        runs: the runs.
-        sizes: bytes that each has on disk.
+        sizes: bytes that each run has on disk.
         free: bytes that are free there.
         time: of day.
     """

@@ -8,7 +8,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 from rich.table import Table
 
-from dcdit.runs.progress import RunProgress, format_state, print_reasons, progress_of, runs_below
+from dcdit.runs.progress import RunProgress, format_state, print_reasons, print_table, progress_of, runs_below
 from dcdit.runs.state import State
 from dcdit.runtime.display import Console
 from dcdit.runtime.files import write_csv
@@ -56,7 +56,7 @@ class SweepSummary(Callback):
         if not runs:
             return
         write_summary(runs, folder / SUMMARY)
-        Console().print(sweep_table(runs))
+        print_table(sweep_table(runs), Console())
         print_reasons(runs)
         unfinished = sum(run.state is not State.FINISHED for run in runs)
         print(f"{len(runs)} runs{f', {unfinished} of them not finished' if unfinished else ''}: {folder / SUMMARY}")
@@ -67,18 +67,12 @@ class SweepSummary(Callback):
 def write_summary(runs: Sequence[RunProgress], path: Path) -> None:
     """Write a CSV file with one row for each run."""
     metrics = sorted({name for run in runs for name in run.metrics})
+    fields = ("step", "max_steps", "reason")
     rows = [
-        {
-            "run": run.name,
-            "state": run.state.value,
-            "step": run.step,
-            "max_steps": run.max_steps,
-            "reason": run.reason,
-            **run.metrics,
-        }
+        {"run": run.name, "state": run.state.value, **{key: getattr(run, key) for key in fields}, **run.metrics}
         for run in runs
     ]
-    write_csv(path, ["run", "state", "step", "max_steps", "reason", *metrics], rows)
+    write_csv(path, ["run", "state", *fields, *metrics], rows)
 
 
 def sweep_table(runs: Sequence[RunProgress]) -> Table:

@@ -160,7 +160,15 @@ def describe_write_error(path: Path, error: OSError) -> str:
         return f"{path} cannot be written ({os.strerror(error.errno)}): choose another place, or have it made writable"
     if error.errno == errno.ENOENT:
         return f"{path} cannot be written, its folder is gone: was it moved or deleted meanwhile?"
-    return f"{path} cannot be written ({error.strerror or error})"
+    return f"{path} cannot be written ({describe_dangling_link(error) or error.strerror or error})"
+
+
+def describe_dangling_link(error: OSError) -> str:
+    """Say where the link leads that a folder was to be made in place of; empty for any other error."""
+    link = error.filename
+    if error.errno != errno.EEXIST or not isinstance(link, str) or not os.path.islink(link) or os.path.exists(link):
+        return ""
+    return f"{link} is a symbolic link to {os.readlink(link)}, which does not exist: make that, or name another place"
 
 
 def make_writable_folder(folder: Path, key: str) -> None:

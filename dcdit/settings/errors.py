@@ -17,6 +17,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from dcdit.checks import suggestion
 from dcdit.errors import TrainingError, UserError
 from dcdit.runtime import terminal
+from dcdit.runtime.files import describe_dangling_link
 
 USER_ERROR_STATUS = 2
 
@@ -57,7 +58,7 @@ def explain(error: BaseException) -> str | None:
         return f"logger=wandb: {error}{key}"
     if isinstance(error, OSError):
         where = error.filename if isinstance(error.filename, str) else _origin(error)
-        return f"{where}: {error.strerror or error}"
+        return describe_dangling_link(error) or f"{where}: {error.strerror or error}"
     return None
 
 
@@ -94,4 +95,10 @@ def _explain_override(error: ConfigCompositionException | MissingConfigException
         known = [str(key) for key in cause.parent_node]
         remedy = suggestion(str(cause.key), known) if known else f"to add it say +{cause.full_key}=..."
         return f"{given[0] if given else cause.full_key}: there is no such key, {remedy}"
+    if ambiguous := re.fullmatch(r"Ambiguous value for argument '(.*)'", message):
+        key, _, value = ambiguous[1].replace("'", "").partition("=")
+        return (
+            f"{key}={value}: values with commas between them are a sweep, which needs -m. One text that has a comma"
+            f" needs quotes, \"{key}='{value}'\"; a list needs brackets, {key}=[{value}]"
+        )
     return f"{message}\n{cause or ''}"

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -111,6 +112,16 @@ def test_the_state_of_runs(tiny, tmp_path, capsys):
         call(status, compose_config("runs=[nowhere]", name="status"))
 
 
+def test_the_state_of_runs_in_a_narrow_terminal(trained_run, capsys, monkeypatch):
+    for columns, is_table in (("80", True), ("40", False), ("10", False)):
+        monkeypatch.setenv("COLUMNS", columns)
+        call(status, compose_config(f"runs=[{trained_run}]", name="status"))
+        shown = capsys.readouterr().out
+        assert ("┃" in shown) == is_table
+        if not is_table:
+            assert f"{trained_run}: state finished, step 3 of 3, diffusion loss " in shown
+
+
 def test_sigterm_saves_and_the_run_goes_on(tmp_path, digits):
     run = tmp_path / "run"
     settings = ("trainer.max_steps=2000", "callbacks.checkpoint.every_n_steps=1000")
@@ -157,6 +168,14 @@ def test_old_checkpoints_go_and_milestones_stay(tiny):
     assert load(run)["global_step"] == 13
     with pytest.raises(Exception, match="keep=0 is not a positive number"):
         tiny("wrong", "callbacks.checkpoint.keep=0")
+
+
+def test_a_link_that_leads_nowhere_is_told(tmp_path, capsys, monkeypatch):
+    (tmp_path / "runs").symlink_to(tmp_path / "gone")
+    monkeypatch.setenv("DCDIT_RUNS", str(tmp_path / "runs"))
+    result = typed(capsys, tmp_path, "train", *TINY)
+    assert result.status == 2
+    assert re.search("runs is a symbolic link to .*gone, which does not exist: make that, or name", result.words)
 
 
 def test_a_refused_command_leaves_nothing(tmp_path, capsys):

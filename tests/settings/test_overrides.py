@@ -54,6 +54,16 @@ def value_of(word, config=None):
     return OverridesParser.create().parse_override(quoted([word], config)[0]).value()
 
 
+@pytest.mark.parametrize("value", ["x,y", "1,2"])
+def test_a_comma_outside_of_a_sweep_is_told_with_its_remedies(capsys, tmp_path, value):
+    result = typed(capsys, tmp_path, "train", "experiment=digits", f"run_name={value}")
+    assert result.status == 2
+    assert f"run_name={value}: values with commas between them are a sweep, which needs -m" in result.words
+    assert f"""needs quotes, "run_name='{value}'"; a list needs brackets, run_name=[{value}]""" in result.words
+    result = typed(capsys, tmp_path, "train", "experiment=digits", f"run_name='{value}'", "--cfg", "job")
+    assert f"run_name: {value}" in result.out.replace("'", "")
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(OF_TEXT), NUMBERS, NUMBERS)
 def test_words_that_look_like_numbers_stay_as_they_are_typed(where, word, other):
