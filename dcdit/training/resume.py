@@ -32,7 +32,6 @@ class Resumed:
     """A checkpoint that a run goes on from.
 
     Attributes:
-        path: the file.
         trained: its content.
         settings: what :func:`dcdit.runs.changes.recorded` returned when it was written.
         position: the position in the data.
@@ -83,9 +82,9 @@ def _open(path: Path) -> Resumed:
         position = conform("LatentDataModule", values["LatentDataModule"], StreamState)
         conform("skipped", values["skipped"], Tensor)
         states = conform("optimizer_states", values["optimizer_states"], list[dict[str, Any]])
-        moments = conform("state", states[0]["state"], dict[str, Any])
-        for number, state in moments.items():
+        for number, state in conform("state", states[0]["state"], dict[str, Any]).items():
             conform(f"state.{number}", state, dict[str, Tensor])
+        conform(_UNTOUCHED, states[0].get(_UNTOUCHED, []), list[int])
     except (KeyError, IndexError) as error:
         raise UserError(f"ckpt_path={path} was not written by dcdit.train: it lacks {error}") from None
     except UserError as error:
@@ -95,12 +94,6 @@ def _open(path: Path) -> Resumed:
 
 def check_resumed(resumed: Resumed, network: Network, process: Process, manifest: Manifest) -> None:
     """Check that a run can go on from a checkpoint.
-
-    Args:
-        resumed: the checkpoint.
-        network: that is trained.
-        process: that it is trained for.
-        manifest: of the shards.
 
     Raises:
         UserError: with both values, if network, process, latents or shards differ, or if it contradicts itself.
@@ -136,29 +129,44 @@ def check_resumed(resumed: Resumed, network: Network, process: Process, manifest
             " samples of this epoch would come twice, others never. Point data.directory at the shards it was trained"
             " on, or start another run"
         )
-    moments = resumed.trained.values["optimizer_states"][0]["state"]
+    _check_optimizer_state(resumed, network)
+    if resumed.trained.values["skipped"].shape != (2,):
+        raise UserError(f"ckpt_path={resumed.path}: skipped is not two counts")
+
+
+def _check_optimizer_state(resumed: Resumed, network: Network) -> None:
+    """Raise :class:`UserError` unless each trained parameter has AdamW's state, or none because it never needed one."""
+    optimizer = resumed.trained.values["optimizer_states"][0]
+    untouched = set(optimizer.get(_UNTOUCHED, ()))
     trained = {
         number: (name, parameter.shape)
         for number, (name, parameter) in enumerate(network.named_parameters())
         if parameter.requires_grad
     }
-    for number in (*trained, *(number for number in moments if number not in trained)):
+    for number in {**trained, **optimizer["state"]}:
         name, shape = trained.get(number, (f"number {shown(number)}, which is not trained", None))
-        shapes = {key: tensor.shape for key, tensor in moments.get(number, {}).items()}
-        if shapes != {"step": torch.Size(()), "exp_avg": shape, "exp_avg_sq": shape}:
+        shapes = {key: tensor.shape for key, tensor in optimizer["state"].get(number, {}).items()}
+        of_adamw = {"step": torch.Size(()), "exp_avg": shape, "exp_avg_sq": shape}
+        if shapes != ({} if number in untouched and number in trained else of_adamw):
             raise UserError(
                 f"ckpt_path={resumed.path}: the optimiser's state of parameter {name} is not that of AdamW: take"
                 " another checkpoint of the run"
             )
-    if resumed.trained.values["skipped"].shape != (2,):
-        raise UserError(f"ckpt_path={resumed.path}: skipped is not two counts")
+
+
+_UNTOUCHED = "untouched"
+"""Lists the parameters without state in a checkpoint: such as never had a gradient, for AdamW makes a parameter's
+state at its first. Without that list they could not be told from those whose state was cut off."""
 
 
 def strip_lightning_state(checkpoint: dict[str, Any], settings: Mapping[str, object]) -> None:
     """Remove from a checkpoint what :func:`restore_lightning_state` makes anew, and add what was trained with."""
     for key in ("loops", "lr_schedulers", "epoch", "hparams_name", "pytorch-lightning_version"):
         checkpoint.pop(key, None)
-    checkpoint["optimizer_states"] = [{"state": state["state"]} for state in checkpoint["optimizer_states"]]
+    (optimizer,) = checkpoint["optimizer_states"]
+    numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
+    untouched = [number for number in numbers if number not in optimizer["state"]]
+    checkpoint["optimizer_states"] = [{"state": optimizer["state"], _UNTOUCHED: untouched}]
     checkpoint["settings"] = dict(settings)
 
 
@@ -182,7 +190,7 @@ def restore_lightning_state(
     groups = optimizer.state_dict()["param_groups"]
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
-    checkpoint["optimizer_states"] = [{**checkpoint["optimizer_states"][0], "param_groups": groups}]
+    checkpoint["optimizer_states"] = [{"state": checkpoint["optimizer_states"][0]["state"], "param_groups": groups}]
     position = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
     checkpoint["lr_schedulers"] = [{**schedule.state_dict(), **position}]
     checkpoint["loops"] = {"fit_loop": _fit_loop_state(trainer, step)}

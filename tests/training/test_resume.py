@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from functools import wraps
 from pathlib import Path
 from typing import get_args
 
@@ -14,11 +15,12 @@ import torch
 from support.configs import TINY, compose_config, config_of, train
 from support.damage import rewrite
 from support.processes import Command
-from support.runs import differences, load, logged, start, wait_for
+from support.runs import assert_same_end, differences, load, logged, start, wait_for
 
 from dcdit.checkpoints.load import load_model
 from dcdit.checks import shown
 from dcdit.errors import TrainingError, UserError
+from dcdit.network import DCDiT
 from dcdit.runs.changes import KINDS, Kind, kind_of, leaves
 from dcdit.runs.progress import progress_of
 from dcdit.runs.state import RunState, State
@@ -466,6 +468,46 @@ def test_what_a_checkpoint_says_counts_more_than_its_name(tiny):
     tiny("run", "trainer.max_steps=5", "ckpt_path=last", "callbacks.checkpoint.keep=1")
     assert load(run)["global_step"] == 5
     assert names_in(run) == {"last.ckpt", "step_00000005.ckpt", "step_00000098.ckpt", "abandoned_step_00000099.ckpt"}
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Give networks trainable parameters that no forward pass uses."""
+    construct = DCDiT.__init__
+
+    @wraps(construct)
+    def with_idle(self, *arguments, **named):
+        construct(self, *arguments, **named)
+        self.idle = torch.nn.Linear(3, 3)
+
+    monkeypatch.setattr(DCDiT, "__init__", with_idle)
+
+
+@pytest.mark.usefixtures("idle")
+def test_parameters_without_a_gradient_have_no_state_and_no_other_may_lack_it(tiny):
+    whole = tiny("whole", "trainer.max_steps=4", "optimizer.schedule=constant")
+    parts = tiny("parts", "trainer.max_steps=2", "optimizer.schedule=constant")
+    last = parts / "checkpoints" / "last.ckpt"
+    (optimizer,) = load(parts)["optimizer_states"]
+    names = [name for name, _ in load_model(parts).network.named_parameters()]
+    assert [names[number] for number in optimizer["untouched"]] == ["idle.weight", "idle.bias"]
+    content = last.read_bytes()
+    idle, used = optimizer["untouched"][0], optimizer["state"][0]
+    for damage in (
+        lambda optimizer: optimizer["state"].pop(0),
+        lambda optimizer: optimizer.pop("untouched"),
+        lambda optimizer: optimizer["state"].clear(),
+        lambda optimizer: optimizer["state"].update({idle: used}),
+        lambda optimizer: optimizer.update(untouched=[0, *optimizer["untouched"]]),
+    ):
+        last.unlink()
+        last.write_bytes(content)
+        rewrite(last, lambda values, damage=damage: damage(values["optimizer_states"][0]))
+        with pytest.raises(UserError, match="the optimiser's state of parameter"):
+            tiny("parts", "trainer.max_steps=4", "optimizer.schedule=constant", f"ckpt_path={last}")
+    last.write_bytes(content)
+    tiny("parts", "trainer.max_steps=4", "optimizer.schedule=constant", "ckpt_path=last")
+    assert_same_end(parts, whole)
 
 
 def test_going_back_leaves_the_later_steps_aside(tiny):
