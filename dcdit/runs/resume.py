@@ -78,13 +78,11 @@ def state_at_start(
 
     Args:
         before: the state that the last start left.
-        run_dir: of the run.
         max_steps: of the whole run.
         run_id: of its curves; None keeps the one it has, or makes one.
         max_restarts: restarts without another checkpoint in between after which a run is given up; None never does.
-        batch_size: samples of an optimiser step.
         settings: what is trained with, see :func:`dcdit.runs.changes.recorded`.
-        changed: the values that changed since the run was last started.
+        changed: since the run was last started.
 
     Raises:
         UserError: if it died too often without getting any further.
@@ -124,11 +122,9 @@ def task_overrides() -> tuple[str, ...]:
 
 
 def resuming_command(run_dir: Path, given: Sequence[str]) -> str | None:
-    """The command that goes on with a run as it was last started; None if its overrides are those that are ``given``.
+    """The command that goes on with a run as it was last started; None if its overrides are those of this command.
 
-    Args:
-        run_dir: of the run.
-        given: the overrides of the present command; those that name the run's directory are kept.
+    Those that name the run's directory are taken from this command, whose overrides are ``given``.
     """
     before = RunState.read(run_dir)
     directory, others = _split_overrides(given)
@@ -152,10 +148,7 @@ def write_state(state: RunState, run_dir: Path) -> None:
         state.write(run_dir)
 
 
-def leave_queue(before: RunState | None, run_dir: Path) -> None:
-    """Remove the note that the run is queued, and forget an earlier failure; once for all processes."""
-    queued = run_dir / QUEUED_NAME
-    if not rank() and queued.exists():
-        if before is not None and before.state is not State.RUNNING:
-            write_state(replace(before, state=State.RUNNING, reason="", began=-1), run_dir)
-        queued.unlink()
+def leave_queue(run_dir: Path) -> None:
+    """Remove the note that the run is queued, once for all processes."""
+    if not rank():
+        (run_dir / QUEUED_NAME).unlink(missing_ok=True)

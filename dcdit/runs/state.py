@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-from dcdit.checks import Bounds, Count, Matches, Natural, Number, call_checked, conform
+from dcdit.checks import Count, Matches, Natural, Number, call_checked, conform
 from dcdit.errors import UserError
 from dcdit.runs.changes import Change
 from dcdit.runtime.files import read_json, write_json
@@ -70,7 +70,7 @@ class RunState:
         time: seconds since the epoch.
         overrides: what was given on the command line.
         id: of the run, for services that draw its curves; the same after every resume.
-        began: step of the newest checkpoint when the run was started last; -1 if the last start is no sign of trouble.
+        began: step of the newest checkpoint when the run was started last.
         starts: how often in a row it was started there.
         batch_size: samples of an optimiser step.
         settings: what :func:`dcdit.runs.changes.recorded` says of the configuration.
@@ -86,7 +86,7 @@ class RunState:
     time: Number = field(default_factory=time.time)
     overrides: tuple[str, ...] = ()
     id: RunId = field(default_factory=lambda: secrets.token_hex(4))
-    began: Annotated[int, Bounds(-1, 10**12)] = 0
+    began: Natural = 0
     starts: Count = 1
     batch_size: Natural = 0
     settings: Mapping[str, object] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,11 @@ def world_size(config: TrainConfig) -> int:
     if number is None:  # as many as there are
         number = max(1, torch.cuda.device_count()) if config.trainer.on_gpu else 1
     return number * config.trainer.num_nodes
+
+
+def recorded_settings(config: TrainConfig) -> dict[str, Any]:
+    """What the course of a run depends on, by key, and on how many processes it runs."""
+    return {**config.recorded, "processes": world_size(config)}
 
 
 def accumulation(config: TrainConfig, world: int) -> int:

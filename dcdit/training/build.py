@@ -1,4 +1,4 @@
-"""From a configuration to what trains: module, data, trainer."""
+"""From a configuration to Lightning's trainer, and what is checked of it before."""
 
 import re
 from collections.abc import Mapping
@@ -13,10 +13,8 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 
-from dcdit.checks import annotations, call_checked, conform, shown, suggestion, to_plain
+from dcdit.checks import annotations, conform, shown, suggestion, to_plain
 from dcdit.compute.matching import steps_matching
-from dcdit.data.datamodule import LatentDataModule
-from dcdit.data.latents import LatentSpec
 from dcdit.errors import UserError
 from dcdit.network import build_network
 from dcdit.runtime.devices import without_memory
@@ -27,7 +25,7 @@ from dcdit.settings.instantiate import instantiated
 from dcdit.training.batching import accumulation, world_size
 from dcdit.training.callbacks.checkpoint import AtomicCheckpointIO
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
-from dcdit.training.module import DCDiTModule, check_fit
+from dcdit.training.module import check_fit
 from dcdit.training.settings import TrainConfig
 
 _OURS = frozenset({"callbacks", "logger", "plugins", "enable_progress_bar"})
@@ -51,19 +49,9 @@ def match_compute(config: TrainConfig) -> TrainConfig:
     with without_memory():
         networks = build_network(spec), build_network(other)
     budgets = config.multi_budget
-    found = steps_matching(*networks, steps, config.compression, budgets.fractions, budgets.full_budget_steps)
-    say(f"{found} steps cost as much as {steps} of {baseline}")
-    return replace(config, trainer=replace(config.trainer, max_steps=found))
-
-
-def build_module(config: TrainConfig, latents: LatentSpec | None) -> DCDiTModule:
-    """The LightningModule; UserError if a value is wrong.
-
-    Args:
-        config: what is trained.
-        latents: what it is trained on; None while that is not known yet.
-    """
-    return DCDiTModule(build_network(config.model), config.diffusion.build(), config, latents)
+    equal = steps_matching(*networks, steps, config.compression, budgets.fractions, budgets.full_budget_steps)
+    say(f"{equal} steps cost as much as {steps} of {baseline}")
+    return replace(config, trainer=replace(config.trainer, max_steps=equal))
 
 
 def check_network(config: TrainConfig) -> None:
@@ -72,23 +60,13 @@ def check_network(config: TrainConfig) -> None:
         check_fit(build_network(config.model), config.diffusion.build(), config)
 
 
-def build_data(config: TrainConfig) -> LatentDataModule:
-    """The LightningDataModule; UserError if a value is wrong."""
-    return call_checked(LatentDataModule, config.data, "data")
-
-
 def build_each(nodes: Mapping[str, Any] | None, section: str, run_id: str) -> list[Any]:
-    """What a section of objects describes, such as callbacks; nodes that are null are left out.
-
-    Args:
-        nodes: what to instantiate, by name.
-        section: its key.
-        run_id: of the run.
+    """Instantiate the nodes of a section, such as ``callbacks``; those that are null are left out.
 
     Raises:
         UserError: if one cannot be built, naming its key.
     """
-    found = []
+    objects = []
     for name, node in with_run_id(nodes or {}, run_id).items():
         if node is None:
             continue
@@ -96,17 +74,17 @@ def build_each(nodes: Mapping[str, Any] | None, section: str, run_id: str) -> li
         if not isinstance(node, Mapping) or "_target_" not in node:
             raise UserError(f"{where}={node}: it is a section with keys of its own, or null to leave it out")
         try:
-            found.append(instantiated(node, where))
+            objects.append(instantiated(node, where))
         except UserError as error:
             raise UserError(_below(where, str(error))) from error
-    return found
+    return objects
 
 
 def _below(section: str, message: str) -> str:
     """A message about keys, such as those of a feature network, with the keys that they have below ``section``."""
-    group = re.sub(r"(?<![\w.@])features=", f"features@{section}.features=", message)
-    found = re.sub(r"(?<![\w.@])features\.", f"{section}.features.", group)
-    return found if section in found else f"{section}.{found}"
+    message = re.sub(r"(?<![\w.@])features=", f"features@{section}.features=", message)
+    message = re.sub(r"(?<![\w.@])features\.", f"{section}.features.", message)
+    return message if section in message else f"{section}.{message}"
 
 
 def build_trainer(
@@ -117,7 +95,7 @@ def build_trainer(
     Args:
         config: what is trained.
         interrupt: stops at a signal.
-        run_id: of the run.
+        run_id: of the run, for loggers.
         opened: content of the checkpoint that the run goes on from.
 
     Raises:
@@ -140,10 +118,7 @@ def build_trainer(
     arguments["enable_progress_bar"] = (config.callbacks or {}).get("progress") is not None
     environment = cluster_environment()
     plugins = [AtomicCheckpointIO(dict(opened) if opened else None), *([environment] if environment else [])]
-    return _trainer({**arguments, "callbacks": callbacks, "logger": loggers or False, "plugins": plugins})
-
-
-def _trainer(arguments: Mapping[str, Any]) -> pl.Trainer:
+    arguments |= {"callbacks": callbacks, "logger": loggers or False, "plugins": plugins}
     try:
         return pl.Trainer(**arguments)
     except (TypeError, ValueError, ImportError) as error:  # its own checks
@@ -153,7 +128,7 @@ def _trainer(arguments: Mapping[str, Any]) -> pl.Trainer:
 
 
 def cluster_environment() -> ClusterEnvironment | None:
-    """Whoever started this process as one of several, for Lightning. Queueing again is not its business."""
+    """Tell Lightning who started this process as one of several; it shall not queue jobs again itself."""
     launch = launched()
     if launch.by:
         return TorchElasticEnvironment() if launch.by == "torchrun" else SLURMEnvironment(auto_requeue=False)

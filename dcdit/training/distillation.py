@@ -1,7 +1,7 @@
 """Distillation: the hidden states of a DC-DiT are matched with those of a plain DiT (paper, section 4.4)."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +71,6 @@ class Distillation:
             return 0.0
         return self.weight * (1 - step / self.steps) if self.decay else self.weight
 
-    def to(self, device: torch.device) -> None:
-        """Move the teacher to ``device``."""
-        self.teacher.to(device)
-
     def loss(self, student: HiddenStates, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Mean over the layers of the normalised squared error at the kept positions.
 
@@ -111,11 +107,3 @@ def covering(index: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     sample, position = index // (height * width), index % (height * width)
     row, column = position // width // patch, position % width // patch
     return (sample * (height // patch) + row) * (width // patch) + column
-
-
-def record_if_matched(
-    distillation: Distillation | None, network: nn.Module, step: int
-) -> AbstractContextManager[HiddenStates | None]:
-    """Record hidden states at a step that matches them; else the context yields None."""
-    active = distillation is not None and distillation.weight_at(step) > 0
-    return record_hidden_states(network) if active else nullcontext(None)

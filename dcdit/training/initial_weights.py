@@ -1,14 +1,13 @@
-"""The weights that training starts from: fresh ones, those of a checkpoint, or the blocks of a plain DiT."""
+"""The weights that training starts from: fresh ones, or those of a checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dcdit.checkpoints.load import Weights, describe_weights, read_weights
+from dcdit.checkpoints.load import Model, Weights, describe_weights, read_weights
 from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.checks import shown
-from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.process import Process
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
@@ -16,9 +15,8 @@ from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.processes import say
 from dcdit.runtime.tensors import load_state_strict
 from dcdit.training.distillation import Distillation
-from dcdit.training.settings import FromScratch, FromWeights, InitSettings
-from dcdit.training.transfer import check_architecture, check_latents, match_parameters
-from dcdit.training.upcycling import weights_of_teacher
+from dcdit.training.settings import FromScratch, FromTeacher, FromWeights
+from dcdit.training.transfer import Transfer, check_architecture, check_latents, match_parameters
 
 _NO_CLASS_NAMES = "the file does not name its classes: label i here is taken for label i there"
 
@@ -52,6 +50,15 @@ class Start:
         """What checkpoints say of it, without any path of this machine; empty from scratch."""
         return {"source": self.source, "fingerprint": self.fingerprint} if self.checkpoint else {}
 
+    def record_after(self, before: Mapping[str, str] | None) -> dict[str, str]:
+        """The record of a run that was started from what ``before`` says; UserError if that was something else."""
+        if before and self.checkpoint and before.get("fingerprint") != self.fingerprint:
+            raise UserError(
+                f"init: the run was started from {before.get('source')}, weights {before.get('fingerprint')}; now it is"
+                f" {self.source}, weights {self.fingerprint}. Name the same, or start another run with run_name=..."
+            )
+        return dict(before or self.record)
+
     def describe(self) -> str:
         """Say what became of the parameters, part by part; name by name where it is not all of a part."""
         lines = [f"Starting from {self.checkpoint}, {self.source}: {len(self.loaded)} parameters taken over"]
@@ -75,61 +82,65 @@ def _by_part(names: Sequence[str], others: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(entries))
 
 
-def start_from(
-    settings: InitSettings, network: Network, process: Process, latents: LatentSpec, runs: str, step: int
-) -> Start:
-    """Put the weights that training starts from into ``network``, and freeze what is not trained.
+def start_fresh(settings: FromScratch, model: Model, runs: str) -> Start:
+    """Leave the network as it is."""
+    return Start()
 
-    Args:
-        settings: where from.
-        network: fresh, or about to be loaded from a checkpoint of this very run.
-        process: that it is trained for.
-        latents: what it is trained on.
-        runs: folder of all runs.
-        step: optimiser steps done; above 0 nothing is loaded but the teacher, while it is needed.
 
-    Raises:
-        UserError: naming tensor and both shapes, or key and both values, where something does not fit.
-    """
-    if isinstance(settings, FromScratch):
+def start_from_weights(settings: FromWeights, model: Model, runs: str) -> Start:
+    """Start from the weights of a network of the same kind, see :meth:`InitSettings.start`."""
+    freeze(model.network, settings.freeze)
+    if model.step:
         return Start()
-    freeze(network, settings.freeze)
-    distillation = None
-    if isinstance(settings, FromWeights):
-        if step:
-            return Start()
-        checkpoint = resolve_checkpoint(settings.checkpoint, runs, "init.checkpoint")
-        key, weights = checkpoint.argument, read_weights(checkpoint, settings.assume)
-        check_latents(key, weights, latents, settings.adapt)
-        sizes = check_architecture(key, weights, network, settings.adapt)
-        source: Network = build_network(weights.model)
-        state = dict(weights.of_kind(settings.weights))
-        load_state_strict(source, state)
-        transfer = match_parameters(key, network, state, settings.adapt, sizes)
-    else:
-        if step >= max(1, settings.distil_steps):
-            return Start()
-        checkpoint = resolve_checkpoint(settings.teacher, runs, "init.teacher")
-        key, weights = checkpoint.argument, read_weights(checkpoint, settings.assume)
-        source, transfer = teacher, _ = weights_of_teacher(settings, weights, key, network, latents)
-        if settings.distil_steps and settings.distil_weight:
-            distillation = Distillation(teacher, settings.distil_steps, settings.distil_weight, settings.distil_decay)
-    _check_process(key, weights, process, matched=distillation is not None)
-    if not step:
+    checkpoint = resolve_checkpoint(settings.checkpoint, runs, "init.checkpoint")
+    key, weights = checkpoint.argument, read_weights(checkpoint, settings.assume)
+    check_latents(key, weights, model.latents, settings.adapt)
+    sizes = check_architecture(key, weights, model.network, settings.adapt)
+    network = build_network(weights.model)
+    state = dict(weights.of_kind(settings.weights))
+    load_state_strict(network, state)
+    transfer = match_parameters(key, model.network, state, settings.adapt, sizes)
+    return take_over(Source(key, weights, network, transfer), settings, model)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint whose weights are taken over.
+
+    Attributes:
+        key: names it, for messages.
+        weights: its content.
+        network: the network that they are of.
+        transfer: what is taken over.
+        distillation: matches the hidden states of ``network``; None if nothing does.
+    """
+
+    key: str
+    weights: Weights
+    network: Network
+    transfer: Transfer
+    distillation: Distillation | None = None
+
+
+def take_over(source: Source, settings: FromWeights | FromTeacher, model: Model) -> Start:
+    """Copy what is taken over into the network of ``model``, unless that has done steps already."""
+    _check_process(source.key, source.weights, model.process, matched=source.distillation is not None)
+    transfer = source.transfer
+    if not model.step:
         with torch.no_grad():
-            for name, parameter in network.state_dict().items():
+            for name, parameter in model.network.state_dict().items():
                 if name in transfer.loaded:
                     parameter.copy_(transfer.loaded[name])
     return Start(
-        checkpoint=key,
-        source=describe_weights(weights, source, settings.weights),
-        fingerprint=fingerprint(source),
+        checkpoint=source.key,
+        source=describe_weights(source.weights, source.network, settings.weights),
+        fingerprint=fingerprint(source.network),
         loaded=tuple(transfer.loaded),
         new=tuple(transfer.new),
         left=tuple(transfer.left),
         frozen=tuple(settings.freeze),
-        note="" if weights.has_class_names or "classes" in settings.adapt else _NO_CLASS_NAMES,
-        distillation=distillation,
+        note="" if source.weights.has_class_names or "classes" in settings.adapt else _NO_CLASS_NAMES,
+        distillation=source.distillation,
     )
 
 

@@ -1,7 +1,9 @@
 """The LightningModule: network, diffusion loss, ratio loss and the sampled drop fraction."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,8 +19,9 @@ from dcdit.diffusion.loss import DiffusionLoss
 from dcdit.diffusion.process import Process
 from dcdit.errors import TrainingError, UserError
 from dcdit.network import Network, Output
+from dcdit.training.batching import recorded_settings
 from dcdit.training.callbacks.throughput import logging_interval
-from dcdit.training.distillation import Distillation, record_if_matched
+from dcdit.training.distillation import Distillation, record_hidden_states
 from dcdit.training.metrics import BatchMetrics, over_ranks, routing_metrics, step_metrics
 from dcdit.training.objective import balanced_timesteps, drop_fraction_at, ratio_loss, target_compression
 from dcdit.training.resume import check_same_step, restore_lightning_state, strip_lightning_state
@@ -76,13 +79,23 @@ class DCDiTModule(pl.LightningModule):
         network: what is trained.
         process: what it is trained by.
         config: all that is asked for; what names network, process and training is saved with the checkpoint.
-        latents: what it is trained on, saved with the checkpoint; None while that is not known yet.
+        latents: what it is trained on, saved with the checkpoint.
+        distillation: matches the hidden states of a teacher, and is no part of this module or its checkpoints.
+        init: what the weights came from, saved with the checkpoint.
 
     Raises:
         UserError: if network, process and training do not fit together.
     """
 
-    def __init__(self, network: Network, process: Process, config: TrainConfig, latents: LatentSpec | None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        process: Process,
+        config: TrainConfig,
+        latents: LatentSpec,
+        distillation: Distillation | None = None,
+        init: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         check_fit(network, process, config)
         self.network, self.process = network, process
@@ -91,14 +104,12 @@ class DCDiTModule(pl.LightningModule):
         self.nonfinite_limit, self.balance_timesteps = config.nonfinite_limit, config.balance_timesteps
         names = ("model", "diffusion", "compression", "ratio", "multi_budget", "optimizer", "seed")
         saved = {name: to_plain(getattr(config, name)) for name in (*names, "nonfinite_limit", "balance_timesteps")}
-        plain_latents = latents.to_plain() if latents else {}
         self.save_hyperparameters(
-            {**saved, "latents": plain_latents, "max_steps": self.max_steps, "init": {}}, logger=False
+            {**saved, "latents": latents.to_plain(), "max_steps": self.max_steps, "init": dict(init)}, logger=False
         )
-        self.distillation: Distillation | None = None
-        """Matches the hidden states of a teacher, which is no part of this module or its checkpoints."""
-        self.settings: Mapping[str, Any] = {}
-        """What :func:`dcdit.runs.changes.recorded` says of the configuration; saved with the checkpoint."""
+        self.distillation = distillation
+        self.settings = recorded_settings(config)
+        """What the course of the run depends on; saved with the checkpoint."""
         self.skipped = torch.zeros(2)  # steps skipped: in all, and in a row
         self._batch = BatchMetrics()
 
@@ -108,7 +119,7 @@ class DCDiTModule(pl.LightningModule):
         """Move what is no parameter or buffer to the device."""
         self.process.to(self.device)
         if self.distillation is not None:
-            self.distillation.to(self.device)
+            self.distillation.teacher.to(self.device)
         self.skipped = self.skipped.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -118,14 +129,14 @@ class DCDiTModule(pl.LightningModule):
         torch.manual_seed(self._stream(step, self.global_rank, micro))
         budgets = self.multi_budget
         drop = drop_fraction_at(step, self.seed, budgets.fractions, budgets.full_budget_steps)
-        balanced = None
+        t = None
         if world > 1 and self.balance_timesteps:
             seed = self._stream(step, _ALL_RANKS, micro)
-            balanced = balanced_timesteps(self._draw, seed, world, self.global_rank, len(batch[0])).to(self.device)
+            t = balanced_timesteps(self._draw_times, seed, world, self.global_rank, len(batch[0])).to(self.device)
         if self.distillation is not None and not self.distillation.weight_at(step):
             self._end_distillation()
-        noisy = self._diffuse(batch, balanced)
-        with record_if_matched(self.distillation, self.network, step) as hidden:
+        noisy = self._diffuse(batch, t)
+        with record_hidden_states(self.network) if self.distillation is not None else nullcontext() as hidden:
             output = self.network(noisy.x, noisy.t, noisy.labels, drop)
         diffusion = self._loss(noisy, output)
         loss, metrics = diffusion.total.mean(), step_metrics(diffusion, drop)
@@ -169,14 +180,14 @@ class DCDiTModule(pl.LightningModule):
         size = len(batch[0])
         self.log("val/diffusion_loss", diffusion.total.mean(), sync_dist=True, batch_size=size)
         if output.routing is not None:
-            kept = output.routing.natural_mask.float().mean()
-            self.log("val/keep_ratio", kept, sync_dist=True, batch_size=size)
+            keep_ratio = output.routing.natural_mask.float().mean()
+            self.log("val/keep_ratio", keep_ratio, sync_dist=True, batch_size=size)
 
     def _stream(self, *position: int) -> int:
         """Seed of the random stream at ``position`` (step, rank, micro-batch) of this run."""
         return int(np.random.SeedSequence([self.seed, *position]).generate_state(1, np.uint64)[0])
 
-    def _draw(self, count: int, generator: torch.Generator) -> Tensor:
+    def _draw_times(self, count: int, generator: torch.Generator) -> Tensor:
         """Times of training, on the CPU."""
         return self.process.draw_times(count, generator, torch.device("cpu"))
 
@@ -249,15 +260,19 @@ class DCDiTModule(pl.LightningModule):
     @property
     def ailment(self) -> str:
         """Why a checkpoint of this moment could not be gone on from; empty if it could. Reads from the device."""
-        kept: dict[str, list[Tensor]] = {"weights": list(self.parameters()), "averages of the weights": []}
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-            kept["averages of the weights"] += getattr(callback, "average_tensors", list)()
-        for optimizer in self.trainer.optimizers:
-            kept["moments of the optimizer"] = [each for state in optimizer.state.values() for each in state.values()]
-        for name, tensors in kept.items():
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        states = [state for optimizer in self.trainer.optimizers for state in optimizer.state.values()]
+        saved: dict[str, list[Tensor]] = {
+            "weights": list(self.parameters()),
+            "averages of the weights": [
+                t for callback in callbacks for t in getattr(callback, "average_tensors", list)()
+            ],
+            "moments of the optimizer": [tensor for state in states for tensor in state.values()],
+        }
+        for name, tensors in saved.items():
             # The norm of the largest element alone: sums of squares overflow where no element does.
-            largest = [torch.linalg.vector_norm(each.detach().float(), torch.inf) for each in tensors]
-            if largest and not bool(torch.stack([each.to(self.device) for each in largest]).isfinite().all()):
+            largest = [torch.linalg.vector_norm(tensor.detach().float(), torch.inf) for tensor in tensors]
+            if largest and not bool(torch.stack([norm.to(self.device) for norm in largest]).isfinite().all()):
                 return f"The {name} are not finite"
         in_a_row = int(self.skipped[1])
         return f"None of the last {in_a_row} steps had finite gradients" if in_a_row else ""

@@ -1,24 +1,24 @@
-"""A run from its configuration to its outcome, in phases."""
+"""A run from its configuration to its outcome, in seven phases."""
 
 import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import yaml
 
-from dcdit.checks import to_plain
+from dcdit.checkpoints.load import Model
+from dcdit.checks import call_checked, to_plain
 from dcdit.data.datamodule import LatentDataModule
-from dcdit.data.manifest import Manifest
 from dcdit.errors import UserError
+from dcdit.network import build_network
 from dcdit.network.blocks import set_execution
-from dcdit.runs.changes import changes, describe_changes
+from dcdit.runs.changes import Change, changes, describe_changes
 from dcdit.runs.lock import sole_writer
 from dcdit.runs.resume import LAST, find_checkpoints, is_finished, leave_queue, state_at_start, write_state
 from dcdit.runs.state import Outcome, RunState, State
@@ -26,10 +26,10 @@ from dcdit.runtime.files import write_json, write_text
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.runtime.processes import rank, say
 from dcdit.settings.compose import with_run_id
-from dcdit.training.batching import check_devices, with_accelerator, world_size
-from dcdit.training.build import build_data, build_module, build_trainer, check_network, match_compute
+from dcdit.training.batching import check_devices, recorded_settings, with_accelerator
+from dcdit.training.build import build_trainer, check_network, match_compute
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
-from dcdit.training.initial_weights import Start, start_from
+from dcdit.training.initial_weights import Start
 from dcdit.training.loggers import keep_going
 from dcdit.training.module import DCDiTModule
 from dcdit.training.resume import Resumed, check_resumed, open_first_whole
@@ -50,81 +50,67 @@ def run_training(config: TrainConfig, patience: float = 0.0, inside_job: bool = 
     Raises:
         UserError: naming key, value and remedy; everything that can be wrong is checked before the first step.
     """
-    run_dir = Path(config.run_dir)
-    # 1. Check what was asked for, before any data are written.
     config = match_compute(with_accelerator(config))
     check_network(config)
+    run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    settings = {**config.recorded, "processes": world_size(config)}
     with sole_writer(run_dir, rank(), patience):
-        # 2. Look for an earlier part of the run. Nothing of it is written to before all is known to fit.
-        before, paths = RunState.read(run_dir), find_checkpoints(config.ckpt_path, run_dir)
-        by_itself = config.ckpt_path == "auto"
-        anew = paths and config.ckpt_path not in ("auto", "last") and paths[0].name != LAST  # an earlier step, named
-        if paths and before and is_finished(before, config.trainer.max_steps) and not anew:
-            changes(before.settings, settings, before.step, by_itself)
-            leave_queue(None, run_dir)
-            where = f"{os.path.relpath(run_dir)} is finished, at step {before.step}"
-            say(f"{where}: train on with a larger trainer.max_steps")
-            return Outcome(State.FINISHED, before.step, before.metrics)
-        if before and not paths and (config.callbacks or {}).get("checkpoint"):
-            check_record(before, run_dir)
-        check_devices(config)
-        resumed = open_first_whole(paths)
-        step = resumed.step if resumed else 0
-        found = changes(resumed.settings, settings, step, by_itself) if resumed else ()
-        state = state_at_start(
-            before,
-            run_dir,
-            config.trainer.max_steps,
-            run_id=config.run_id,
-            max_restarts=config.cluster.get("max_restarts"),
-            batch_size=config.batch_size,
-            settings=settings,
-            changed=found,
-        )
-        # 3. Open the data, and see that the network takes them.
-        data, manifest = open_data(config)
-        # 4. Build what trains.
-        keep_freed_memory()
-        pl.seed_everything(config.seed, workers=True, verbose=False)
-        module = build_module(config, manifest.spec)
-        module.settings = settings
-        manifest.spec.check_network(module.network)
-        module.network.to(memory_format=torch.channels_last)  # which convolutions prefer, on CPUs and tensor cores
-        set_execution(module.network, config.execution.compile, config.execution.activation_checkpointing)
-        begun = start_from(config.init, module.network, module.process, manifest.spec, config.paths.runs, step)
-        begin(module, begun, resumed)
-        interrupt = StopOnInterrupt()
-        if resumed:
-            check_resumed(resumed, module.network, module.process, manifest)
-        trainer = build_trainer(config, interrupt, state.id, resumed.trained.values if resumed else None)
-        path, resumed = resumed.path if resumed else None, None  # Lightning gives its memory back
-        # 5. Write down what is trained.
-        leave_queue(before, run_dir)
-        if begun.checkpoint and not step:
-            say(begun.describe())
-            save_start(begun, run_dir)
-        say(describe_training(module, config, trainer.world_size, step))
-        if found:
-            say(describe_changes(found))
-        save_settings(config, state, trainer, run_dir)
-        write_state(state, run_dir)
-        # 6. Train.
-        for logger in trainer.loggers:
-            keep_going(logger)
-        try:
-            trainer.fit(module, data, ckpt_path=path)
-        finally:
-            end_curves()
-        # 7. Write down how it ended.
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        outcome = Outcome(interrupt.outcome(trainer), trainer.global_step, metrics)
-        state = replace(state, state=outcome.state, step=outcome.step, metrics=metrics, time=time.time())
-        write_state(state, run_dir)
-        say(describe_outcome(outcome, run_dir, inside_job))
-        trainer.strategy.barrier()  # a process that leaves a job early takes the others with it
-        return outcome
+        before, checkpoints = RunState.read(run_dir), find_checkpoints(config.ckpt_path, run_dir)
+        if before and has_finished(before, config, checkpoints):
+            return leave_finished(before, config)
+        resumed, changed, state = open_run(config, before, checkpoints)
+        data = open_data(config)
+        training = build_training(config, state, resumed, data)
+        del resumed  # Lightning frees the memory of the checkpoint when nothing else refers to it
+        write_start(training, changed)
+        fit(training)
+        return write_outcome(training, inside_job)
+
+
+def has_finished(before: RunState, config: TrainConfig, checkpoints: Sequence[Path]) -> bool:
+    """Whether nothing of the run is left to do; from an earlier checkpoint that is named, there is."""
+    newest = config.ckpt_path in ("auto", "last") or (bool(checkpoints) and checkpoints[0].name == LAST)
+    return bool(checkpoints) and newest and is_finished(before, config.trainer.max_steps)
+
+
+def leave_finished(before: RunState, config: TrainConfig) -> Outcome:
+    """Say that a run has finished, and return its outcome; UserError if ``config`` is no longer that of the run."""
+    changes(before.settings, recorded_settings(config), before.step, config.ckpt_path == "auto")
+    leave_queue(Path(config.run_dir))
+    where = f"{os.path.relpath(config.run_dir)} is finished, at step {before.step}"
+    say(f"{where}: train on with a larger trainer.max_steps")
+    return Outcome(State.FINISHED, before.step, before.metrics)
+
+
+def open_run(
+    config: TrainConfig, before: RunState | None, checkpoints: Sequence[Path]
+) -> tuple[Resumed | None, tuple[Change, ...], RunState]:
+    """Read the earlier part of a run, if there is one, and compare it with ``config``; writes nothing.
+
+    Returns:
+        The checkpoint that the run goes on from, the values that changed since, and the state of the run from now on.
+
+    Raises:
+        UserError: if the run cannot go on, or this machine cannot do what is asked for.
+    """
+    run_dir = Path(config.run_dir)
+    if before and not checkpoints and (config.callbacks or {}).get("checkpoint"):
+        check_record(before, run_dir)
+    check_devices(config)
+    resumed = open_first_whole(checkpoints)
+    settings = recorded_settings(config)
+    changed = changes(resumed.settings, settings, resumed.step, config.ckpt_path == "auto") if resumed else ()
+    state = state_at_start(
+        before,
+        run_dir,
+        config.trainer.max_steps,
+        run_id=config.run_id,
+        max_restarts=config.cluster.get("max_restarts"),
+        batch_size=config.batch_size,
+        settings=settings,
+        changed=changed,
+    )
+    return resumed, changed, state
 
 
 def check_record(before: RunState, run_dir: Path) -> None:
@@ -136,80 +122,142 @@ def check_record(before: RunState, run_dir: Path) -> None:
         )
 
 
-def begin(module: DCDiTModule, start: Start, resumed: Resumed | None) -> None:
-    """Have the module say what it started from, and match the teacher; UserError if that was another one."""
-    module.distillation = start.distillation
-    before = resumed.trained.training.get("init") if resumed else None
-    if before and start.record and before.get("fingerprint") != start.fingerprint:
-        raise UserError(
-            f"init: the run was started from {before.get('source')}, weights {before.get('fingerprint')}; now it is"
-            f" {start.source}, weights {start.fingerprint}. Name the same, or start another run with run_name=..."
-        )
-    module.hparams["init"] = dict(before or start.record)
-
-
-def save_start(start: Start, run_dir: Path) -> None:
-    """Write down, name by name, what was taken over, what is new and what was left behind."""
-    if not rank():
-        names = {key: list(getattr(start, key)) for key in ("loaded", "new", "left", "frozen")}
-        write_json(run_dir / "init.json", {**start.record, **names})
-
-
-def open_data(config: TrainConfig) -> tuple[LatentDataModule, Manifest]:
-    """The data, written if they write themselves, and their manifest; UserError if they cannot be trained on.
+def open_data(config: TrainConfig) -> LatentDataModule:
+    """Return the data, written if they write themselves; UserError if they cannot be trained on.
 
     Such as by batches that exceed them, or a validation split of other latents.
     """
-    data = build_data(config)
+    data = call_checked(LatentDataModule, config.data, "data")
     data.prepare_data()
-    manifest = data.manifest()
+    samples = data.manifest().samples
     data.validation()
-    if data.batch_size > manifest.samples:
+    if data.batch_size > samples:
         raise UserError(
-            f"data.batch_size={data.batch_size} exceeds the {manifest.samples} samples in {data.location.root}: lower"
+            f"data.batch_size={data.batch_size} exceeds the {samples} samples in {data.location.root}: lower"
             " data.batch_size"
         )
-    return data, manifest
+    return data
 
 
-def save_settings(config: TrainConfig, state: RunState, trainer: pl.Trainer, run_dir: Path) -> None:
+@dataclass(frozen=True)
+class Training:
+    """Everything that training needs, built and compared with the checkpoint that it goes on from.
+
+    Attributes:
+        start: what the weights came from.
+        interrupt: stops at a signal.
+        step: optimiser steps done before.
+        checkpoint: what it goes on from.
+    """
+
+    config: TrainConfig
+    state: RunState
+    start: Start
+    data: LatentDataModule
+    module: DCDiTModule
+    trainer: pl.Trainer
+    interrupt: StopOnInterrupt
+    step: int
+    checkpoint: Path | None
+
+    @property
+    def run_dir(self) -> Path:
+        """The directory of the run."""
+        return Path(self.config.run_dir)
+
+
+def build_training(config: TrainConfig, state: RunState, resumed: Resumed | None, data: LatentDataModule) -> Training:
+    """Build what trains, with the weights that it starts from; UserError if something does not fit."""
+    manifest = data.manifest()
+    keep_freed_memory()
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    network, process = build_network(config.model), config.diffusion.build()
+    manifest.spec.check_network(network)
+    network.to(memory_format=torch.channels_last)  # which convolutions prefer, on CPUs and tensor cores
+    set_execution(network, config.execution.compile, config.execution.activation_checkpointing)
+    step = resumed.step if resumed else 0
+    start = config.init.start(Model(network, manifest.spec, step, process), config.paths.runs)
+    earlier = resumed.trained.training.get("init") if resumed else None
+    module = DCDiTModule(network, process, config, manifest.spec, start.distillation, start.record_after(earlier))
+    if resumed:
+        check_resumed(resumed, network, process, manifest)
+    interrupt = StopOnInterrupt()
+    trainer = build_trainer(config, interrupt, state.id, resumed.trained.values if resumed else None)
+    start = replace(start, distillation=None)  # the module alone holds the teacher, and lets it go
+    checkpoint = resumed.path if resumed else None
+    return Training(config, state, start, data, module, trainer, interrupt, step, checkpoint)
+
+
+def write_start(training: Training, changed: tuple[Change, ...]) -> None:
+    """Say and write down what is trained; nothing was written to the run's directory before."""
+    start, run_dir = training.start, training.run_dir
+    if start.checkpoint and not training.step:
+        say(start.describe())
+        if not rank():
+            names = {key: list(getattr(start, key)) for key in ("loaded", "new", "left", "frozen")}
+            write_json(run_dir / "init.json", {**start.record, **names})
+    say(describe_training(training))
+    if changed:
+        say(describe_changes(changed))
+    write_settings(training)
+    write_state(training.state, run_dir)
+    leave_queue(run_dir)  # after the state: a run that has left the queue with the state of an earlier start has ended
+
+
+def write_settings(training: Training) -> None:
     """Write the resolved configuration beside the checkpoints, and hand it to the loggers."""
     private = ("cluster",)  # whose account paid
-    settings: Mapping[str, Any] = {
-        **with_run_id({key: value for key, value in to_plain(config).items() if key not in private}, state.id),
-        "run_id": state.id,
-    }
+    values = {key: value for key, value in to_plain(training.config).items() if key not in private}
+    settings = {**with_run_id(values, training.state.id), "run_id": training.state.id}
     if not rank():
-        write_text(run_dir / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
-    for logger in trainer.loggers:
-        logger.log_hyperparams(dict(settings))
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        write_text(training.run_dir / "config.yaml", text)
+    for logger in training.trainer.loggers:
+        logger.log_hyperparams(settings)
 
 
-def end_curves() -> None:
-    """The next run of a sweep, in the same process, would go on with this one's curves at wandb."""
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()
+def fit(training: Training) -> None:
+    """Train, without an end if only a logger fails."""
+    for logger in training.trainer.loggers:
+        keep_going(logger)
+    try:
+        training.trainer.fit(training.module, training.data, ckpt_path=training.checkpoint)
+    finally:
+        if "wandb" in sys.modules:  # the next run of a sweep, in this process, would go on with the same curves
+            sys.modules["wandb"].finish()
 
 
-def describe_training(module: DCDiTModule, config: TrainConfig, world_size: int, began: int) -> str:
+def write_outcome(training: Training, inside_job: bool) -> Outcome:
+    """Say and write down how training ended, and return it."""
+    trainer = training.trainer
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    outcome = Outcome(training.interrupt.outcome(trainer), trainer.global_step, metrics)
+    state = replace(training.state, state=outcome.state, step=outcome.step, metrics=metrics, time=time.time())
+    write_state(state, training.run_dir)
+    say(describe_outcome(outcome, training.run_dir, inside_job))
+    trainer.strategy.barrier()  # a process that leaves a job early takes the others with it
+    return outcome
+
+
+def describe_training(training: Training) -> str:
     """Describe what is trained, on how many processes, and from which step on."""
-    parameters = sum(parameter.numel() for parameter in module.network.parameters())
-    where = os.path.relpath(config.run_dir)
+    config, network, processes = training.config, training.module.network, training.trainer.world_size
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     return (
-        f"Training {module.network.title} with {parameters / 1e6:.1f}M parameters for {config.trainer.max_steps} steps"
+        f"Training {network.title} with {parameters / 1e6:.1f}M parameters for {config.trainer.max_steps} steps"
         f" of {config.batch_size} samples, {config.trainer.accelerator} {config.trainer.precision}"
-        + (f" on {world_size} processes" if world_size > 1 else "")
-        + f", in {where}"
-        + (f", on from step {began}" if began else "")
+        + (f" on {processes} processes" if processes > 1 else "")
+        + f", in {os.path.relpath(config.run_dir)}"
+        + (f", on from step {training.step}" if training.step else "")
     )
 
 
 def describe_outcome(outcome: Outcome, run_dir: Path, inside_job: bool) -> str:
     """Describe how the run ended, and the command that comes next."""
     last = run_dir / "checkpoints" / LAST
-    word = shlex.quote(f"checkpoint={os.path.relpath(run_dir)}")
+    checkpoint = shlex.quote(f"checkpoint={os.path.relpath(run_dir)}")
     if outcome.state is State.INTERRUPTED:
         resume = "" if inside_job else " Resume: the same command with ckpt_path=last"
         return f"Stopped and saved at step {outcome.step}.{resume}"
-    sample = f" Sample: python -m dcdit.sample {word}" if last.exists() else ""
+    sample = f" Sample: python -m dcdit.sample {checkpoint}" if last.exists() else ""
     return f"Finished at step {outcome.step}.{sample}"

@@ -1,9 +1,8 @@
 """What a user may say about training. No torch here, so that mistakes show at once."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from dcdit.checkpoints.settings import AssumeSettings, Paths, WeightsKind
 from dcdit.checks import (
@@ -18,29 +17,30 @@ from dcdit.checks import (
     Positive,
     Seed,
     WithOthers,
-    checked,
     config,
     conform,
     shown,
     to_plain,
 )
-from dcdit.diffusion.settings import PROCESSES, ProcessSettings
+from dcdit.diffusion.settings import PROCESSES, NamedSettings, ProcessSettings
 from dcdit.errors import UserError
 from dcdit.runs.changes import leaves, recorded
 from dcdit.runs.state import RunId
 from dcdit.settings.compose import RUN_ID
 
+if TYPE_CHECKING:
+    from dcdit.checkpoints.load import Model
+    from dcdit.training.initial_weights import Start
 
-@checked
-@dataclass(frozen=True)
+
+@config
 class OptimizerSettings:
     """AdamW and its learning-rate schedule.
 
     Attributes:
         lr: peak learning rate.
-        weight_decay: decoupled weight decay.
         schedule: a schedule name of ``diffusers.optimization.get_scheduler``.
-        lr_warmup_steps: linear warm-up of the learning rate; ``constant`` has none, ``constant_with_warmup`` does.
+        lr_warmup_steps: of a linear warm-up, which ``constant`` lacks and ``constant_with_warmup`` has.
         lr_scale: learning rate over ``lr`` by part of the network, see :meth:`dcdit.network.Network.parts`.
     """
 
@@ -51,16 +51,15 @@ class OptimizerSettings:
     lr_scale: dict[str, Positive] | None
 
 
-@checked
-@dataclass(frozen=True)
+@config
 class RatioSettings:
     """The ratio loss.
 
     Attributes:
-        weight: weight of the ratio loss beside the diffusion loss.
+        weight: of the ratio loss beside the diffusion loss.
         group: samples whose keep ratio is averaged before the loss; None takes the whole local batch.
-        curriculum_start: compression that the curriculum starts from; None starts at the target.
-        curriculum_steps: optimiser steps of the curriculum.
+        curriculum_start: compression of the first step; None starts at the target.
+        curriculum_steps: optimiser steps until the target is reached.
     """
 
     weight: NonNegative
@@ -76,13 +75,12 @@ class RatioSettings:
             )
 
 
-@checked
-@dataclass(frozen=True)
+@config
 class MultiBudgetSettings:
     """Multi-budget training: the drop fractions that steps sample from.
 
     Attributes:
-        fractions: set of drop fractions; empty trains at the full budget only.
+        fractions: empty trains at the full budget only.
         full_budget_steps: optimiser steps at the full budget before the first is sampled.
     """
 
@@ -90,8 +88,7 @@ class MultiBudgetSettings:
     full_budget_steps: Natural
 
 
-@checked
-@dataclass(frozen=True)
+@config
 class MatchComputeSettings:
     """Training as long as a baseline costs.
 
@@ -104,8 +101,7 @@ class MatchComputeSettings:
     steps: Count
 
 
-@checked
-@dataclass(frozen=True)
+@config
 class ExecutionSettings:
     """How the same mathematics is run.
 
@@ -123,17 +119,44 @@ class ExecutionSettings:
 Differing = Literal["classes", "grid", "router", "latents"]
 
 
-@checked
-@dataclass(frozen=True)
-class FromScratch:
+class InitSettings(NamedSettings):
+    """What training starts from.
+
+    Attributes:
+        name: its name in :data:`INITS`.
+        implementation: module and function that :meth:`start` calls.
+    """
+
+    implementation: ClassVar[str]
+
+    def start(self, model: "Model", runs: str) -> "Start":
+        """Put the weights that training starts from into a network, and freeze what is not trained.
+
+        Args:
+            model: the fresh network, what it is trained for and on, and the optimiser steps done; after some of them
+                nothing is loaded but the teacher, while it is needed.
+            runs: folder of all runs.
+
+        Raises:
+            UserError: naming tensor and both shapes, or key and both values, where something does not fit.
+        """
+        start: Start = resolve_name(self.implementation)(self, model, runs)
+        return start
+
+    def check_model(self, name: object) -> None:
+        """Raise :class:`UserError` if no model of this ``model.name`` can start so."""
+
+
+@config
+class FromScratch(InitSettings):
     """No weights but fresh ones."""
 
     name: ClassVar[str] = "none"
+    implementation: ClassVar[str] = "dcdit.training.initial_weights:start_fresh"
 
 
-@checked
-@dataclass(frozen=True)
-class FromWeights:
+@config
+class FromWeights(InitSettings):
     """Training that starts from weights that exist: step 0, a new optimiser, a new average.
 
     Attributes:
@@ -145,6 +168,7 @@ class FromWeights:
     """
 
     name: ClassVar[str] = "weights"
+    implementation: ClassVar[str] = "dcdit.training.initial_weights:start_from_weights"
     checkpoint: str
     weights: WeightsKind
     adapt: list[Differing]
@@ -152,9 +176,8 @@ class FromWeights:
     assume: AssumeSettings
 
 
-@checked
-@dataclass(frozen=True)
-class FromTeacher:
+@config
+class FromTeacher(InitSettings):
     """A DC-DiT that takes the blocks and embedders of a plain DiT over, and matches its hidden states for a while.
 
     Attributes:
@@ -166,6 +189,7 @@ class FromTeacher:
     """
 
     name: ClassVar[str] = "upcycle"
+    implementation: ClassVar[str] = "dcdit.training.upcycling:start_from_teacher"
     teacher: str
     weights: WeightsKind
     adapt: list[Differing]
@@ -175,25 +199,23 @@ class FromTeacher:
     distil_weight: NonNegative
     distil_decay: bool
 
+    def check_model(self, name: object) -> None:
+        """Raise :class:`UserError` for a plain DiT, which is no DC-DiT."""
+        if name == "dit":
+            raise UserError("init=upcycle makes a DC-DiT of a plain DiT: choose a dcdit model, such as model=dcdit_xl")
 
-InitSettings = FromScratch | FromWeights | FromTeacher
 
-INITS: dict[str, Callable[..., InitSettings]] = {
-    "none": FromScratch,
-    "weights": FromWeights,
-    "upcycle": FromTeacher,
-}
-"""What ``init.name`` may say."""
+INITS: dict[str, type[InitSettings]] = {kind.name: kind for kind in (FromScratch, FromWeights, FromTeacher)}
+"""What training may start from, by ``init.name``."""
 
 Precision = Literal["bf16-mixed", "16-mixed", "32-true", "bf16", 16, 32]
-"""Of Lightning's, those in which weights and optimiser stay float32, as sampling and resuming expect."""
+"""The precisions of Lightning in which weights and optimiser stay float32, as sampling and resuming expect."""
 
 _Devices = Annotated[int, Bounds(-1, 10**7)]
 Endless = Annotated[int, Bounds(-1, 10**12, hint="-1 stands for all")]
 
 
-@checked
-@dataclass(frozen=True)
+@config
 class TrainerSettings:
     """Arguments of Lightning's Trainer that have a range; ``others`` are the rest, which it checks itself."""
 
@@ -235,8 +257,8 @@ class TrainerSettings:
         if isinstance(self.devices, str):
             if self.devices == "auto":
                 return None
-            indices = [word for word in self.devices.split(",") if word.strip()]
-            if not all(re.fullmatch(r" *-?[0-9]{1,8} *", word) for word in indices) or not indices:
+            indices = [index for index in self.devices.split(",") if index.strip()]
+            if not all(re.fullmatch(r" *-?[0-9]{1,8} *", index) for index in indices) or not indices:
                 raise UserError(f"trainer.devices={shown(self.devices)} is no number, list of indices or auto")
             alone = "," not in self.devices
             return (None if indices == ["-1"] else int(indices[0])) if alone else len(indices)
@@ -263,20 +285,15 @@ class TrainConfig:
 
     Attributes:
         compression: N, the router is asked to keep 1 / N of the tokens.
-        seed: of all random numbers.
-        run_name: name of the run.
-        run_dir: directory of the run.
         ckpt_path: ``last`` goes on with the run, ``auto`` does if there is anything to go on from; or a checkpoint.
         run_id: of the run's curves; None keeps the one it has, or makes one.
         nonfinite_limit: steps with non-finite gradients in a row after which training stops.
         balance_timesteps: give each of several processes about as many tokens.
-        ratio, multi_budget, optimizer, match_compute, execution, init, diffusion, trainer: see their classes.
         model: the network, see :func:`dcdit.network.build_network`, which checks it.
         data: the arguments of :class:`dcdit.data.datamodule.LatentDataModule`, which checks them.
         callbacks, logger: what Hydra instantiates, by name; None leaves one out.
         cluster: see :mod:`dcdit.cluster.settings`.
-        paths: where data and runs are.
-        resolution: of the images; ``model`` says what it makes of it.
+        resolution: of the images; other sections refer to it.
 
     Raises:
         UserError: naming key, value and remedy.
@@ -311,8 +328,7 @@ class TrainConfig:
             last = key.rpartition(".")[2]
             if key.count(".") == 2 and last in LOGGER_KEYS and value != RUN_ID:
                 conform(key, value, LOGGER_KEYS[last])
-        if isinstance(self.init, FromTeacher) and self.model.get("name") == "dit":
-            raise UserError("init=upcycle makes a DC-DiT of a plain DiT: choose a dcdit model, such as model=dcdit_xl")
+        self.init.check_model(self.model.get("name"))
 
     @property
     def batch_size(self) -> int:
@@ -321,5 +337,5 @@ class TrainConfig:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """Of all this, by key, what the course of a run depends on."""
+        """The values that the course of a run depends on, by key."""
         return recorded(to_plain(self))

@@ -4,38 +4,43 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from dcdit.checkpoints.load import Weights
+from dcdit.checkpoints.load import Model, read_weights
+from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.checks import shown
-from dcdit.data.latents import LatentSpec
 from dcdit.errors import UserError
 from dcdit.network import DiT, Network, build_network
 from dcdit.runtime.tensors import load_state_strict
+from dcdit.training.distillation import Distillation
+from dcdit.training.initial_weights import Source, Start, freeze, take_over
 from dcdit.training.settings import FromTeacher
-from dcdit.training.transfer import Transfer, check_latents, match_parameters
+from dcdit.training.transfer import check_latents, match_parameters
 
 
-def weights_of_teacher(
-    settings: FromTeacher, weights: Weights, key: str, network: Network, latents: LatentSpec
-) -> tuple[DiT, Transfer]:
-    """The teacher, frozen, that the DC-DiT ``network`` is made of, and what ``network`` takes over from it.
-
-    Raises:
-        UserError: that begins with ``key``, if the weights are of no plain DiT, or do not fit network or data.
-    """
+def start_from_teacher(settings: FromTeacher, model: Model, runs: str) -> Start:
+    """Start from the blocks and embedders of a plain DiT, see :meth:`InitSettings.start`."""
+    freeze(model.network, settings.freeze)
+    if (model.step or 0) >= max(1, settings.distil_steps):
+        return Start()
+    checkpoint = resolve_checkpoint(settings.teacher, runs, "init.teacher")
+    key, weights = checkpoint.argument, read_weights(checkpoint, settings.assume)
     if weights.model["name"] != "dit":
         raise UserError(
             f"{key} holds no plain DiT, which upcycling starts from ({weights.source}): to train one further there is"
             " init=weights"
         )
-    check_latents(key, weights, latents, settings.adapt, adaptable=not settings.distil_steps)
+    check_latents(key, weights, model.latents, settings.adapt, adaptable=not settings.distil_steps)
     state = dict(weights.of_kind(settings.weights))
     teacher = build_network(weights.model)
     assert isinstance(teacher, DiT)
-    _check_teacher(key, teacher, network, settings.distil_steps)
+    _check_teacher(key, teacher, model.network, settings.distil_steps)
     load_state_strict(teacher, state)
-    transfer = match_parameters(key, network, _blocks_and_embedders(state), settings.adapt, partly=True)
+    transfer = match_parameters(key, model.network, _blocks_and_embedders(state), settings.adapt, partly=True)
     transfer.left.extend(name for name in state if not name.startswith(("blocks.", "condition.")))
-    return teacher.eval().requires_grad_(False), transfer
+    teacher.eval().requires_grad_(False)
+    distillation = None
+    if settings.distil_steps and settings.distil_weight:
+        distillation = Distillation(teacher, settings.distil_steps, settings.distil_weight, settings.distil_decay)
+    return take_over(Source(key, weights, teacher, transfer, distillation), settings, model)
 
 
 def _blocks_and_embedders(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import typed
-from support.configs import TINY, check, compose_config, config_of
+from support.configs import TINY, check, compose_config, config_of, module_of
 from support.processes import run
 
 from dcdit.diffusion.settings import DDPM, NoiseDiffusion
@@ -16,7 +16,7 @@ from dcdit.settings import compose
 from dcdit.settings.compose import configuration_of, cpu_precision
 from dcdit.settings.overrides import quoted
 from dcdit.settings.published import AUTOENCODER, CONFIG_DIR
-from dcdit.training.build import build_module, match_compute
+from dcdit.training.build import match_compute
 from dcdit.training.settings import TrainConfig
 
 EXPERIMENTS = sorted(path.stem for path in Path(CONFIG_DIR, "experiment").glob("*.yaml"))
@@ -39,7 +39,7 @@ NAMED = {"digits", "s_n4", "b_n4", "l_n4", "xl_n4", "b_n16", "b_n4_512", "xl_n4_
 def test_every_experiment_composes_and_builds(experiment):
     config = compose_config(f"experiment={experiment}")
     with torch.device("meta"):
-        module = build_module(configuration_of(TrainConfig, config), None)
+        module = module_of(configuration_of(TrainConfig, config))
     assert next(module.network.parameters()).device.type == "meta"
     assert config.run_name == experiment
     opening = Path(CONFIG_DIR, "experiment", f"{experiment}.yaml").read_text().splitlines()

@@ -113,7 +113,8 @@ def check(command: str, config: DictConfig, key: str = "") -> None:
         return
     from dcdit import train
     from dcdit.cluster.settings import cluster_of, read_cluster
-    from dcdit.training.build import build_data, build_trainer, check_network, match_compute
+    from dcdit.data.datamodule import LatentDataModule
+    from dcdit.training.build import build_trainer, check_network, match_compute
     from dcdit.training.callbacks.interrupt import StopOnInterrupt
 
     if "slurm" in str(config.cluster):
@@ -121,7 +122,7 @@ def check(command: str, config: DictConfig, key: str = "") -> None:
     plan = match_compute(configs.check(train, config))
     if key.partition(".")[0] not in ("callbacks", "logger", "trainer", "cluster"):
         check_network(plan)
-        build_data(plan)
+        checks.call_checked(LatentDataModule, plan.data, "data")
     if plan.cluster["name"] != "local":
         cluster_of(plan)
     if key.partition(".")[0] not in ("model", "optimizer", "ratio", "multi_budget"):

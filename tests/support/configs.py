@@ -12,10 +12,12 @@ from omegaconf import DictConfig
 
 from dcdit.checkpoints.foreign import infer_network
 from dcdit.checkpoints.settings import AssumeSettings
+from dcdit.data.latents import LatentSpec
 from dcdit.evaluation.grid import grid_of
 from dcdit.network import DCDiT, build_network
 from dcdit.runs.state import Outcome
 from dcdit.settings.compose import CONFIG_DIR, configuration_of
+from dcdit.training.module import DCDiTModule
 from dcdit.training.run import run_training
 from dcdit.training.settings import TrainConfig
 
@@ -52,6 +54,14 @@ def compose_config(*overrides: str, name: str = "train") -> DictConfig:
 def config_of(*overrides: str) -> TrainConfig:
     """The typed configuration of a training."""
     return configuration_of(TrainConfig, compose_config(*overrides))
+
+
+def module_of(config: TrainConfig) -> DCDiTModule:
+    """The LightningModule of a configuration, for latents that fit its network."""
+    network = build_network(config.model)
+    classes = tuple(map(str, range(network.num_classes)))
+    latents = LatentSpec((network.channels, *network.grid), "identity", 1.0, 0.0, classes)
+    return DCDiTModule(network, config.diffusion.build(), config, latents)
 
 
 def check(module: ModuleType, values: DictConfig) -> Any:

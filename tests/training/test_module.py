@@ -2,10 +2,9 @@ import copy
 
 import pytest
 import torch
-from support.configs import TINY, config_of, perturb
+from support.configs import TINY, config_of, module_of, perturb
 
 from dcdit.errors import UserError
-from dcdit.training.build import build_module
 
 
 class Trainer:
@@ -19,7 +18,7 @@ class Trainer:
 
 @pytest.fixture
 def module(monkeypatch):
-    module = build_module(config_of(*TINY, "optimizer.lr_warmup_steps=0"), None)
+    module = module_of(config_of(*TINY, "optimizer.lr_warmup_steps=0"))
     monkeypatch.setattr(type(module), "trainer", Trainer())
     monkeypatch.setattr(type(module), "global_rank", 0, raising=False)
     module.logged = {}
@@ -118,7 +117,7 @@ def test_validation_leaves_the_random_state_alone(module):
 )
 def test_wrong_values(override, message):
     with pytest.raises(UserError, match=message):
-        build_module(config_of(*TINY, override), None)
+        module_of(config_of(*TINY, override))
 
 
 def test_an_unknown_schedule_is_named():
