@@ -60,7 +60,7 @@ def launch(
     Args:
         job: what runs in the job, with the arguments of Hydra's submitit launcher.
         configs: the composed configurations, with their ``hydra`` part.
-        overrides: the command-line overrides of each configuration.
+        overrides: of the command line, for each configuration.
         first: number of the first one in the sweep.
 
     Returns:
@@ -73,16 +73,11 @@ def launch(
     sweep_dir = Path(configs[0].hydra.sweep.dir)
     try:
         checked = [read_config(config) for config in configs]
-        valid = [config for config in checked if isinstance(config, TrainConfig)]
-        if not valid:
-            raise next(error for error in checked if isinstance(error, UserError))
-        clusters = [cluster_of(config) for config in valid]
-        if any(other != clusters[0] for other in clusters):
-            raise UserError("cluster.*: all runs of a sweep are one job array and need the same; submit them apart")
+        cluster = common_cluster(checked)
     except UserError:
         remove_empty_sweep(sweep_dir)
         raise
-    cluster, runs = clusters[0], [run_dir_of(config) for config in configs]
+    runs = [run_dir_of(config) for config in configs]
     folder = sweep_dir.absolute() / FOLDER
     parameters = sbatch_parameters(cluster, configs[0].run_name, folder)
     if cluster.dry_run:
@@ -117,12 +112,23 @@ def read_config(values: DictConfig) -> TrainConfig | UserError:
         return error
 
 
+def common_cluster(checked: Sequence[TrainConfig | UserError]) -> ClusterSettings:
+    """The settings that all runs of a sweep share; UserError if they do not, or if no configuration is right."""
+    clusters = [cluster_of(config) for config in checked if isinstance(config, TrainConfig)]
+    if not clusters:
+        raise next(error for error in checked if isinstance(error, UserError))
+    if any(other != clusters[0] for other in clusters):
+        raise UserError("cluster.*: all runs of a sweep are one job array and need the same; submit them apart")
+    return clusters[0]
+
+
 def needs_job(run: Path, checked: TrainConfig | UserError, overrides: Sequence[str]) -> bool:
-    """Whether a run needs a job; if not, says why, and records an error of its configuration in its directory.
+    """Whether the run in the directory ``run`` needs a job.
+
+    If not, this says why, and records an error of the configuration in the directory.
 
     Args:
-        run: its directory.
-        checked: its configuration, or what is wrong with it.
+        checked: the configuration, or what is wrong with it.
         overrides: the command-line overrides that it was composed from.
     """
     name = os.path.relpath(run)
@@ -200,13 +206,7 @@ def submit(
 
 
 def wait_for_runs(jobs: Mapping[str, Path], cluster: ClusterSettings, sweep_dir: Path) -> None:
-    """Wait until every run has finished or failed, or its job is gone.
-
-    Args:
-        jobs: the directories of the runs, by the name of the job.
-        cluster: the settings.
-        sweep_dir: directory of the sweep, for messages.
-    """
+    """Wait until every run has finished or failed, or its job is gone; ``jobs`` has their directories by job."""
     left, missed = dict(jobs), dict.fromkeys(jobs, 0)
     while left:
         try:

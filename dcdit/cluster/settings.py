@@ -2,11 +2,10 @@
 
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcdit.checks import Count, Natural, Positive, call_checked, checked
+from dcdit.checks import Count, Natural, Positive, call_checked, config
 from dcdit.cluster.job import MARK
 from dcdit.errors import UserError
 from dcdit.training.batching import accumulation
@@ -15,8 +14,7 @@ from dcdit.training.settings import TrainConfig
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
-@checked
-@dataclass(frozen=True)
+@config
 class ClusterSettings:
     """The ``cluster`` section; ``configs/cluster/slurm.yaml`` describes each key."""
 
@@ -93,32 +91,18 @@ def cluster_of(config: TrainConfig) -> ClusterSettings:
 
 
 def sbatch_parameters(cluster: ClusterSettings, name: str, folder: Path) -> dict[str, object]:
-    """The parameters for submitit's SLURM executor, which writes the job's script.
-
-    Args:
-        cluster: the settings.
-        name: of the job.
-        folder: where the job's files are.
-    """
+    """The parameters of the job ``name`` for submitit's SLURM executor, which writes its script into ``folder``."""
     variables = [f"export {key}={shlex.quote(str(value))}" for key, value in cluster.env.items()]
     # SLURM since 22.05 does not hand the cores of a task on from sbatch to srun.
     cores = [] if cluster.cpus_per_task is None else [f"--cpus-per-task={cluster.cpus_per_task}"]
+    of_the_same_name = ("partition", "account", "qos", "constraint", "nodes", "cpus_per_task")
     values = {
+        **{key: getattr(cluster, key) for key in (*of_the_same_name, "signal_delay_s", "array_parallelism")},
         "job_name": name,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
         "time": cluster.timeout_min,
-        "nodes": cluster.nodes,
         "ntasks_per_node": cluster.tasks_per_node,
-        "gpus_per_node": cluster.gpus_per_node
-        if cluster.gpus_per_node and "gres" not in cluster.additional_parameters
-        else None,
-        "cpus_per_task": cluster.cpus_per_task,
+        "gpus_per_node": None if "gres" in cluster.additional_parameters else cluster.gpus_per_node or None,
         "mem": None if cluster.mem_gb is None else f"{round(cluster.mem_gb * 1024)}M",
-        "signal_delay_s": cluster.signal_delay_s,
-        "array_parallelism": cluster.array_parallelism,
         "stderr_to_stdout": True,
         "setup": [*variables, *cluster.setup] or None,
         "teardown": requeue_lines(folder),

@@ -29,7 +29,6 @@ def note_failure(
     """Record why a run failed; the directory of a refused command that is no part of a sweep is removed.
 
     Args:
-        error: the reason.
         run_dir: of the run, no longer locked by this process.
         overrides: of the command line.
         sweeping: whether the run is part of a sweep, whose summary lists failed runs as well.

@@ -21,7 +21,6 @@ def sole_writer(run_dir: Path, rank: int, patience: float = 0) -> Iterator[None]
     """Lock a run's directory for this run; the kernel releases the lock however the process ends.
 
     Args:
-        run_dir: the directory.
         rank: of this process; only the first takes the lock, for all.
         patience: seconds to wait for a process that is about to end.
 

@@ -8,17 +8,14 @@ from torch import Tensor
 from dcdit.diffusion.loss import DiffusionLoss
 from dcdit.network import Routing
 
-_OVER_MICRO_BATCHES: Mapping[str, Callable[..., Tensor]] = {
-    "train/keep_ratio_min": torch.amin,
-    "train/keep_ratio_max": torch.amax,
-    **dict.fromkeys(("train/tokens_per_rank", "train/tokens_per_rank_min", "train/tokens_per_rank_max"), torch.sum),
-}
 _OVER_RANKS: Mapping[str, Callable[..., Tensor]] = {
     "train/keep_ratio_min": torch.amin,
     "train/keep_ratio_max": torch.amax,
     "train/tokens_per_rank_min": torch.amin,
     "train/tokens_per_rank_max": torch.amax,
 }
+_TOKENS = ("train/tokens_per_rank", "train/tokens_per_rank_min", "train/tokens_per_rank_max")
+_OVER_MICRO_BATCHES: Mapping[str, Callable[..., Tensor]] = {**_OVER_RANKS, **dict.fromkeys(_TOKENS, torch.sum)}
 """How metrics are combined; all others are averaged."""
 
 
@@ -33,16 +30,16 @@ def step_metrics(diffusion: DiffusionLoss, drop_fraction: float) -> dict[str, Te
 
 def routing_metrics(routing: Routing, world_size: int) -> dict[str, Tensor]:
     """The metrics of the router, scalars by name: keep ratios and, with several processes, the tokens of each."""
-    kept = routing.natural_mask.float().mean(dim=1)
+    keep_ratios = routing.natural_mask.float().mean(dim=1)
     metrics = {
-        "train/keep_ratio": kept.mean(),
-        "train/keep_ratio_min": kept.min(),
-        "train/keep_ratio_max": kept.max(),
+        "train/keep_ratio": keep_ratios.mean(),
+        "train/keep_ratio_min": keep_ratios.min(),
+        "train/keep_ratio_max": keep_ratios.max(),
         "train/keep_ratio_after_drop": routing.mask.float().mean(),
     }
     if world_size > 1:
         tokens = routing.mask.sum().float()
-        metrics |= {f"train/tokens_per_rank{suffix}": tokens for suffix in ("", "_min", "_max")}
+        metrics |= dict.fromkeys(_TOKENS, tokens)
     return metrics
 
 

@@ -49,7 +49,6 @@ def check_latents(
 
     Args:
         key: names the weights, for messages.
-        weights: the weights.
         latents: of the shards.
         adapt: what may differ.
         adaptable: whether messages may advise to adapt classes or grid.
@@ -116,7 +115,6 @@ def match_parameters(
 
     Args:
         key: names the weights, for messages.
-        network: that takes them.
         state: by the network's names.
         adapt: what may differ.
         sizes: where the networks differ, for messages.

@@ -37,8 +37,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with replacing(target) as file:
                 torch.save(checkpoint, file)
         except (UnwritableError, OSError) as error:
-            words = describe_write_error(target, error) if isinstance(error, OSError) else str(error)
-            raise UserError(f"{words}; earlier checkpoints are whole: resume with ckpt_path=last") from error
+            reason = describe_write_error(target, error) if isinstance(error, OSError) else str(error)
+            raise UserError(f"{reason}; earlier checkpoints are whole: resume with ckpt_path=last") from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: object = None, weights_only: bool | None = True
@@ -79,7 +79,7 @@ class Checkpoint(callbacks.Checkpoint):
         again. They are renamed, for a resume takes the newest checkpoint.
         """
         self._saved = step = trainer.global_step
-        later = [path for other, path in self._steps().items() if other > step]
+        later = [path for other, path in checkpoints_in(self.folder).items() if other > step]
         if later and trainer.is_global_zero:
             for path in later:
                 path.replace(path.with_name(f"abandoned_{path.name}"))
@@ -123,18 +123,15 @@ class Checkpoint(callbacks.Checkpoint):
 
     def protect(self, name: str) -> Path | None:
         """Keep the newest checkpoint under ``name``, which is never deleted; None if there is no checkpoint."""
-        newest = next(iter(self._steps().values()), None)
+        newest = next(iter(checkpoints_in(self.folder).values()), None)
         if newest is None:
             return None
         link(newest, self.folder / name)
         return self.folder / name
 
-    def _steps(self) -> dict[int, Path]:
-        return checkpoints_in(self.folder)
-
     def _prune(self) -> None:
         if self.keep is not None:
-            for step, path in list(self._steps().items())[self.keep :]:
+            for step, path in list(checkpoints_in(self.folder).items())[self.keep :]:
                 if self.milestone_every is None or step % self.milestone_every:
                     path.unlink(missing_ok=True)
 

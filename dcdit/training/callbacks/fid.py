@@ -23,7 +23,7 @@ from dcdit.checks import (
     TimeFraction,
     build_named,
     call_checked,
-    checked,
+    config,
 )
 from dcdit.data.decoder import LatentDecoder, load_decoder
 from dcdit.data.latents import LatentSpec
@@ -44,8 +44,7 @@ from dcdit.sampling.generate import generate
 from dcdit.sampling.setup import check_guidance
 
 
-@checked
-@dataclass(frozen=True)
+@config
 class FIDSettings:
     """What :class:`FID` measures: the keys of ``configs/callbacks/fid.yaml``, but for the feature network.
 
