@@ -41,13 +41,7 @@ class State(str, Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended.
-
-    Attributes:
-        state: finished, interrupted, failed or lost.
-        step: optimiser steps done.
-        metrics: the last value of each metric.
-    """
+    """How training ended, after how many optimiser steps, and the last value of each metric."""
 
     state: State
     step: int = 0
@@ -66,9 +60,8 @@ class RunState:
         step, max_steps: optimiser steps done, and of the whole run.
         reason: of a failure, one line.
         metrics: the last value of each metric.
-        host: machine that wrote this.
-        time: seconds since the epoch.
-        overrides: what was given on the command line.
+        host, time: of the machine that wrote this; seconds since the epoch.
+        overrides: of the command line.
         id: of the run, for services that draw its curves; the same after every resume.
         began: step of the newest checkpoint when the run was started last.
         starts: how often in a row it was started there.

@@ -93,8 +93,6 @@ def build_trainer(
     """The Trainer with its callbacks and loggers.
 
     Args:
-        config: what is trained.
-        interrupt: stops at a signal.
         run_id: of the run, for loggers.
         opened: content of the checkpoint that the run goes on from.
 

@@ -109,9 +109,7 @@ class Source:
 
     Attributes:
         key: names it, for messages.
-        weights: its content.
-        network: the network that they are of.
-        transfer: what is taken over.
+        network: the network whose weights it holds.
         distillation: matches the hidden states of ``network``; None if nothing does.
     """
 

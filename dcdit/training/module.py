@@ -20,7 +20,7 @@ from dcdit.diffusion.process import Process
 from dcdit.errors import TrainingError, UserError
 from dcdit.network import Network, Output
 from dcdit.training.batching import recorded_settings
-from dcdit.training.callbacks.throughput import logging_interval
+from dcdit.training.callbacks.monitoring import logging_interval
 from dcdit.training.distillation import Distillation, record_hidden_states
 from dcdit.training.metrics import BatchMetrics, over_ranks, routing_metrics, step_metrics
 from dcdit.training.objective import balanced_timesteps, drop_fraction_at, ratio_loss, target_compression
@@ -76,8 +76,6 @@ class DCDiTModule(pl.LightningModule):
     no random state needs saving for a resumed run to repeat the uninterrupted one.
 
     Args:
-        network: what is trained.
-        process: what it is trained by.
         config: all that is asked for; what names network, process and training is saved with the checkpoint.
         latents: what it is trained on, saved with the checkpoint.
         distillation: matches the hidden states of a teacher, and is no part of this module or its checkpoints.

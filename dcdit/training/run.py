@@ -40,7 +40,6 @@ def run_training(config: TrainConfig, patience: float = 0.0, inside_job: bool = 
     """Train in ``config.run_dir``, which is made if it is not there.
 
     Args:
-        config: the configuration.
         patience: seconds to wait for another process that is about to let go of the run.
         inside_job: whether a cluster's job starts the run again if it is interrupted.
 
@@ -145,7 +144,6 @@ class Training:
 
     Attributes:
         start: what the weights came from.
-        interrupt: stops at a signal.
         step: optimiser steps done before.
         checkpoint: what it goes on from.
     """

@@ -29,13 +29,7 @@ _EQUAL_UNLESS_ADAPTED = {"router": "router", "smoothing_sigma": "grid"} | dict.f
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a network takes over.
-
-    Attributes:
-        loaded: the parameters that are taken over, by the network's names.
-        new: names of the network's parameters that start anew.
-        left: names of parameters that are not taken.
-    """
+    """The parameters that a network takes over, the names of those that start anew, and of those that are not taken."""
 
     loaded: dict[str, Tensor] = field(default_factory=dict)
     new: list[str] = field(default_factory=list)

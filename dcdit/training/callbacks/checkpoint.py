@@ -58,7 +58,6 @@ class Checkpoint(callbacks.Checkpoint):
     every checkpoint.
 
     Args:
-        dirpath: folder of the checkpoints.
         every_n_steps: optimiser steps between two checkpoints.
         keep: how many of the newest are kept; None keeps all.
         milestone_every: checkpoints whose step is a multiple of this are kept as well; None for none.

@@ -51,17 +51,13 @@ class FIDSettings:
     Attributes:
         reference: images to compare with, see :func:`dcdit.evaluation.images.open_images`.
         folder: for the pictures.
-        sampler: the sampler's settings.
-        guidance: the guidance; its drop fraction is that of the budget.
-        drop_fractions: budgets.
+        guidance: its drop fraction is that of the budget.
         count: images at each budget, over all processes.
-        batch_size: samples per forward pass.
         every: validations between two measurements.
         max_time_fraction: a measurement is left out where all of them together would take more of the time since
             training began; the first, and one at the last step, always take place.
         shown: images of each budget in the picture of samples.
         frames: columns of the picture of boundaries; 0 leaves it out.
-        seed: of the images.
         autoencoder: decode with this one; None takes the one of the latents.
         cache: for the statistics of the reference; None takes one in the user's cache.
     """
