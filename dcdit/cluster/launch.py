@@ -26,6 +26,7 @@ from dcdit.runs.resume import checkpoints_in, is_finished
 from dcdit.runs.state import QUEUED_NAME, RunState, State
 from dcdit.runtime.processes import say
 from dcdit.settings.compose import plain_values
+from dcdit.training.batching import recorded_settings
 from dcdit.training.build import check_network, match_compute
 from dcdit.training.settings import TrainConfig
 
@@ -142,7 +143,7 @@ def needs_job(run: Path, checked: TrainConfig | UserError, overrides: Sequence[s
         check_network(config)
         before = RunState.read(run)
         if before is not None and before.settings and checkpoints_in(run / "checkpoints"):
-            changes(before.settings, config.recorded, before.step, by_itself=True)
+            changes(before.settings, recorded_settings(config), before.step, automatic=True)
     except UserError as error:
         run.mkdir(parents=True, exist_ok=True)
         note_failure(error, run, tuple(overrides), sweeping=True)

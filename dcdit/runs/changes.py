@@ -97,7 +97,7 @@ def kind_of(key: str) -> Kind:
     return KINDS[section]
 
 
-def recorded(values: Mapping[str, object]) -> dict[str, object]:
+def values_to_record(values: Mapping[str, object]) -> dict[str, object]:
     """The values of a training configuration that a run depends on, by key; no paths, names or accounts."""
     return {
         key: value for key, value in leaves(values) if kind_of(key) is not Kind.UNSEEN and not key.endswith("._target_")
@@ -114,13 +114,13 @@ def leaves(values: Mapping[str, object], path: str = "") -> Iterator[tuple[str, 
             yield where, value
 
 
-def changes(before: Mapping[str, object], now: Mapping[str, object], step: int, by_itself: bool) -> tuple[Change, ...]:
-    """What differs between what :func:`recorded` returned then and returns now.
+def changes(before: Mapping[str, object], now: Mapping[str, object], step: int, automatic: bool) -> tuple[Change, ...]:
+    """What differs between what :func:`values_to_record` returned then and returns now.
 
     Args:
         before, now: by key.
         step: that the run has come to.
-        by_itself: whether the run goes on because there is one (``ckpt_path=auto``), and not because somebody said so.
+        automatic: whether the run goes on because there is one (``ckpt_path=auto``), and not because somebody said so.
 
     Raises:
         UserError: naming both values, if one may not change, or is of a key that nobody knows.
@@ -142,7 +142,7 @@ def changes(before: Mapping[str, object], now: Mapping[str, object], step: int, 
                 f"{key}={change.now}: the run was trained with {change.before} up to step {step}, and cannot go on with"
                 f" another value. Set {key}={change.before}, or start another run with run_name=..."
             )
-        if by_itself and key.split(".")[0] in EXPERIMENT:
+        if automatic and key.split(".")[0] in EXPERIMENT:
             raise UserError(
                 f"{key}={change.now}: the run was trained with {change.before} up to step {step}, and ckpt_path=auto"
                 " does not go on with another experiment. Take another run_name, or, to train on with the new value,"

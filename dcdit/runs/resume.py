@@ -81,7 +81,7 @@ def state_at_start(
         max_steps: of the whole run.
         run_id: of its curves; None keeps the one it has, or makes one.
         max_restarts: restarts without another checkpoint in between after which a run is given up; None never does.
-        settings: what is trained with, see :func:`dcdit.runs.changes.recorded`.
+        settings: what is trained with, see :func:`dcdit.runs.changes.values_to_record`.
         changed: since the run was last started.
 
     Raises:

@@ -66,7 +66,7 @@ class RunState:
         began: step of the newest checkpoint when the run was started last.
         starts: how often in a row it was started there.
         batch_size: samples of an optimiser step.
-        settings: what :func:`dcdit.runs.changes.recorded` says of the configuration.
+        settings: what :func:`dcdit.runs.changes.values_to_record` says of the configuration.
         changes: the values that changed when the run went on, and from which step on.
     """
 

@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 import torch
 
+from dcdit.checks import to_plain
 from dcdit.data.order import micro_batch
 from dcdit.errors import UserError
+from dcdit.runs.changes import values_to_record
 from dcdit.runtime.devices import check_compiler
 from dcdit.runtime.processes import processes
 from dcdit.training.settings import TrainConfig
@@ -23,7 +25,7 @@ def world_size(config: TrainConfig) -> int:
 
 def recorded_settings(config: TrainConfig) -> dict[str, Any]:
     """What the course of a run depends on, by key, and on how many processes it runs."""
-    return {**config.recorded, "processes": world_size(config)}
+    return {**values_to_record(to_plain(config)), "processes": world_size(config)}
 
 
 def accumulation(config: TrainConfig, world: int) -> int:

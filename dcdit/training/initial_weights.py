@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from dcdit.checkpoints.load import Model, Weights, describe_weights, read_weights
 from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.checks import shown
@@ -125,10 +123,7 @@ def take_over(source: Source, settings: FromWeights | FromTeacher, model: Model)
     _check_process(source.key, source.weights, model.process, matched=source.distillation is not None)
     transfer = source.transfer
     if not model.step:
-        with torch.no_grad():
-            for name, parameter in model.network.state_dict().items():
-                if name in transfer.loaded:
-                    parameter.copy_(transfer.loaded[name])
+        model.network.load_state_dict(transfer.loaded, strict=False)
     return Start(
         checkpoint=source.key,
         source=describe_weights(source.weights, source.network, settings.weights),

@@ -26,6 +26,10 @@ from dcdit.network import Network, build_network
 from dcdit.runtime.devices import without_memory
 from dcdit.runtime.processes import say
 
+_UNTOUCHED = "untouched"
+"""Lists the parameters without state in a checkpoint: such as never had a gradient, for AdamW makes a parameter's
+state at its first. Without that list they could not be told from those whose state was cut off."""
+
 
 @dataclass(frozen=True)
 class Resumed:
@@ -33,7 +37,7 @@ class Resumed:
 
     Attributes:
         trained: its content.
-        settings: what :func:`dcdit.runs.changes.recorded` returned when it was written.
+        settings: what :func:`dcdit.runs.changes.values_to_record` returned when it was written.
         position: the position in the data.
     """
 
@@ -152,11 +156,6 @@ def _check_optimizer_state(resumed: Resumed, network: Network) -> None:
                 f"ckpt_path={resumed.path}: the optimiser's state of parameter {name} is not that of AdamW: take"
                 " another checkpoint of the run"
             )
-
-
-_UNTOUCHED = "untouched"
-"""Lists the parameters without state in a checkpoint: such as never had a gradient, for AdamW makes a parameter's
-state at its first. Without that list they could not be told from those whose state was cut off."""
 
 
 def strip_lightning_state(checkpoint: dict[str, Any], settings: Mapping[str, object]) -> None:

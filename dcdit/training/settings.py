@@ -20,11 +20,10 @@ from dcdit.checks import (
     config,
     conform,
     shown,
-    to_plain,
 )
 from dcdit.diffusion.settings import PROCESSES, NamedSettings, ProcessSettings
 from dcdit.errors import UserError
-from dcdit.runs.changes import leaves, recorded
+from dcdit.runs.changes import leaves
 from dcdit.runs.state import RunId
 from dcdit.settings.compose import RUN_ID
 
@@ -334,8 +333,3 @@ class TrainConfig:
     def batch_size(self) -> int:
         """Samples of an optimiser step over all processes and micro-batches."""
         return int(conform("data.batch_size", self.data.get("batch_size"), Count))
-
-    @property
-    def recorded(self) -> dict[str, Any]:
-        """The values that the course of a run depends on, by key."""
-        return recorded(to_plain(self))
