@@ -17,11 +17,11 @@ from dcdit.checks import (
     Count,
     DropFraction,
     Images,
+    Named,
     NotEmpty,
     Seed,
     Shown,
     TimeFraction,
-    build_named,
     call_checked,
     config,
 )
@@ -29,7 +29,7 @@ from dcdit.data.decoder import LatentDecoder, load_decoder
 from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
-from dcdit.diffusion.settings import SAMPLERS, Auto, GuidanceSettings, SamplerSettings
+from dcdit.diffusion.settings import SAMPLERS, GuidanceSettings, SamplerOptions
 from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.images import open_images
@@ -64,7 +64,7 @@ class FIDSettings:
 
     reference: str
     folder: str
-    sampler: Auto | SamplerSettings
+    sampler: Annotated[SamplerOptions, Named(SAMPLERS)]
     guidance: GuidanceSettings
     drop_fractions: Annotated[list[DropFraction], NotEmpty("name at least one, such as 0")]
     count: Images
@@ -108,16 +108,14 @@ class FID(Callback):
 
     Args:
         features: network whose features are compared.
-        sampler: plain mapping for one of :data:`dcdit.diffusion.settings.SAMPLERS`.
-        settings: the other fields of :class:`FIDSettings`, as plain values.
+        settings: the fields of :class:`FIDSettings`, as plain values.
 
     Raises:
         UserError: if a value is out of its range; when fitting begins, if anything that is needed is missing.
     """
 
-    def __init__(self, features: FeatureNetwork, sampler: Any, **settings: Any) -> None:
-        options = build_named(SAMPLERS, sampler, "sampler")
-        self.settings = call_checked(FIDSettings, settings, "", {"sampler": options})
+    def __init__(self, features: FeatureNetwork, **settings: Any) -> None:
+        self.settings = call_checked(FIDSettings, settings, "")
         self.features = features
         self._loaded: _Loaded | None = None
         self._began = self._spent = self._last = 0.0
