@@ -4,7 +4,6 @@ import queue
 import re
 import selectors
 import threading
-import time
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
@@ -12,15 +11,13 @@ from urllib.parse import urljoin
 
 from dcdit.checks import shown, without_credentials
 from dcdit.errors import UserError
+from dcdit.runtime.limits import Pace, SlowError
 
 if TYPE_CHECKING:
     from requests import Response
 
 CONNECT, STALL = 10.0, 60.0
 """Seconds to wait for an answer, and for the next bytes."""
-
-SLOWEST, GRACE = 10_000, 60.0
-"""A file of n bytes may take GRACE + n / SLOWEST seconds, connecting and redirects included."""
 
 _REDIRECTS = 5
 
@@ -45,34 +42,28 @@ def download(url: str, write: Callable[[bytes], object], most: int) -> int:
         OSError: if it cannot be had, naming the URL and the reason.
         UserError: if there is no such scheme; what ``write`` raises passes through.
     """
-    size, begin = 0, time.monotonic()
-
-    def remaining() -> float:
-        """Seconds until the next bytes must be there."""
-        spent = time.monotonic() - begin
-        left = GRACE + size / SLOWEST - spent
-        if left <= 0:
-            raise _failed(url, f"too slow, {size} bytes in {spent:.0f} s")
-        return left
-
-    server = url.startswith(("http:", "https:"))
-    with closing(_in_background(url, most, remaining) if server else _from_program(url, remaining)) as chunks:
-        for chunk in chunks:
-            size += len(chunk)
-            if size > most:
-                raise _failed(url, f"it is larger than the {most} bytes expected")
-            write(chunk)
-            remaining()
-    if not size:
+    pace = Pace()
+    fetch = _in_background(url, most, pace) if url.startswith(("http:", "https:")) else _from_program(url, pace)
+    try:
+        with closing(fetch) as chunks:
+            for chunk in chunks:
+                pace.size += len(chunk)
+                if pace.size > most:
+                    raise _failed(url, f"it is larger than the {most} bytes expected")
+                write(chunk)
+                pace.remaining()
+    except SlowError as error:
+        raise _failed(url, str(error)) from None
+    if not pace.size:
         raise _failed(url, "it is empty")
-    return size
+    return pace.size
 
 
 def _failed(url: str, reason: str, kind: type[OSError] = OSError) -> OSError:
     return kind(f"{without_credentials(url)} cannot be fetched: {reason}")
 
 
-def _in_background(url: str, most: int, remaining: Callable[[], float]) -> Generator[bytes, None, None]:
+def _in_background(url: str, most: int, pace: Pace) -> Generator[bytes, None, None]:
     """Yield what a thread receives from a server: one read of a socket has a time limit, their sum has none."""
     chunks: queue.Queue[bytes | BaseException | None] = queue.Queue(16)
     given_up = threading.Event()
@@ -98,7 +89,7 @@ def _in_background(url: str, most: int, remaining: Callable[[], float]) -> Gener
     try:
         while True:
             with suppress(queue.Empty):
-                chunk = chunks.get(timeout=remaining())
+                chunk = chunks.get(timeout=pace.remaining())
                 if chunk is None:
                     return
                 if isinstance(chunk, BaseException):
@@ -157,7 +148,7 @@ def _check_answer(url: str, answer: "Response", most: int) -> None:
         raise _failed(url, f"it comes encoded as {shown(encoding)}")
 
 
-def _from_program(url: str, remaining: Callable[[], float]) -> Generator[bytes, None, None]:
+def _from_program(url: str, pace: Pace) -> Generator[bytes, None, None]:
     """Yield what the program writes that webdataset starts for this kind of URL."""
     from webdataset import gopen
 
@@ -170,8 +161,8 @@ def _from_program(url: str, remaining: Callable[[], float]) -> Generator[bytes, 
     waiting.register(stream, selectors.EVENT_READ)
     try:
         while True:
-            if not waiting.select(min(STALL, remaining())):
-                remaining()
+            if not waiting.select(min(STALL, pace.remaining())):
+                pace.remaining()
                 raise _failed(url, f"no more bytes for {STALL:.0f} s")
             chunk = stream.read1(1 << 20)
             if not chunk:

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: its answers are checked before huggingface_hub makes names of files of them."""
+"""The Hugging Face hub: its answers are checked before huggingface_hub uses them, and may not take for ever."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from typing import Any
 
 from dcdit.checks import reason_of, shown
 from dcdit.errors import UserError
+from dcdit.runtime.limits import Pace, SlowError
 
 _DIGEST = re.compile(r'(W/)?"?[\w-]{1,128}"?', re.ASCII)
 _DIGEST_HEADERS = ("ETag", "X-Linked-Etag", "X-Repo-Commit")
@@ -33,7 +34,7 @@ def check_hub_answers() -> None:
 
     def checked_client() -> Any:
         client = factory()
-        for event, hook in (("request", _bound_silence), ("response", _check_answer)):
+        for event, hook in (("request", _bound_silence), ("response", _bound_duration), ("response", _check_answer)):
             client.event_hooks = {**client.event_hooks, event: [*client.event_hooks.get(event, []), hook]}
         return client
 
@@ -45,6 +46,29 @@ def _bound_silence(request: Any) -> None:
     """Let no request (of httpx) wait for ever."""
     timeouts = request.extensions.get("timeout", {})
     request.extensions["timeout"] = {name: seconds or TIMEOUT for name, seconds in timeouts.items()}
+
+
+def _bound_duration(answer: Any) -> None:
+    """Have the body of an answer (of httpx) raise :class:`UserError` once it takes longer than on a slow line."""
+    stream, pace = answer.stream, Pace()
+
+    class TimedStream(type(stream)):  # type: ignore[misc]  # httpx takes streams of its own classes only
+        def __init__(self) -> None:
+            """Read ``stream``, which is another object."""
+
+        def __iter__(self) -> Iterator[bytes]:
+            try:
+                for chunk in stream:
+                    pace.size += len(chunk)
+                    pace.remaining()
+                    yield chunk
+            except SlowError as error:
+                raise UserError(f"the hub is {error}: try again later, or from another network") from None
+
+        def close(self) -> None:
+            stream.close()
+
+    answer.stream = TimedStream()
 
 
 def _check_answer(answer: Any) -> None:

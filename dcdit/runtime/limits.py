@@ -4,7 +4,9 @@ Within these limits a file of any format is read or refused within seconds, and 
 beside the tensors and arrays that it holds.
 """
 
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import chain
 
 TEXT_BYTES = 64 << 20
@@ -18,6 +20,34 @@ VALUES = 2_000_000
 
 DEPTH = 64
 """Depth of nested lists and mappings. Files of dcdit have five."""
+
+SLOWEST, GRACE = 10_000, 60.0
+"""A download of n bytes may take GRACE + n / SLOWEST seconds, connecting and redirects included."""
+
+
+class SlowError(Exception):
+    """A download takes longer than on a slow line; the message says how many bytes came in how many seconds."""
+
+
+@dataclass
+class Pace:
+    """The speed of a download.
+
+    Attributes:
+        size: bytes received so far.
+        begin: when it began, in seconds of the monotonic clock.
+    """
+
+    size: int = 0
+    begin: float = field(default_factory=time.monotonic)
+
+    def remaining(self) -> float:
+        """Seconds until more bytes must have come; :class:`SlowError` if there are none left."""
+        spent = time.monotonic() - self.begin
+        left = GRACE + self.size / SLOWEST - spent
+        if left <= 0:
+            raise SlowError(f"too slow, {self.size} bytes in {spent:.0f} s")
+        return left
 
 
 class BudgetError(ValueError):

@@ -108,3 +108,31 @@ def test_a_server_that_is_silent_is_left(hub, monkeypatch):
     monkeypatch.setattr("dcdit.runtime.hub.TIMEOUT", 0.1)
     with pytest.raises(UserError, match=r"the hub cannot be reached .*time"):
         resolve_checkpoint("hf://a/b/S-256", "runs")
+
+
+@pytest.mark.parametrize("fetcher", FETCHERS)
+def test_a_hub_that_sends_a_file_byte_by_byte_is_left(hub, monkeypatch, fetcher):
+    """Though each byte comes in time."""
+    hub.repositories["timm/test_resnet.r160_in1k"] = hub.repositories["a/b"]
+    monkeypatch.setattr("dcdit.runtime.limits.GRACE", 0.3)
+    send, sent = hub.send, []
+
+    def drip(request, status, content, headers, body) -> None:
+        if not body or "api" in request.path:
+            send(request, status, content, headers, body)
+            return
+        request.send_response(200)
+        request.send_header("Content-Length", str(10**6))
+        request.end_headers()
+        for _ in range(1000):
+            try:
+                request.wfile.write(b"x")
+            except OSError:
+                return
+            sent.append(1)
+            threading.Event().wait(0.05)
+
+    monkeypatch.setattr(hub, "send", drip)
+    with pytest.raises(UserError, match=r"the hub is too slow, \d+ bytes in 0 s: try again later"):
+        FETCHERS[fetcher]()
+    assert 1 < len(sent) < 100

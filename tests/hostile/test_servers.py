@@ -14,6 +14,7 @@ from dcdit.data import download as module
 from dcdit.data import storage
 from dcdit.data.storage import Location
 from dcdit.errors import UserError
+from dcdit.runtime import limits
 
 
 @pytest.fixture
@@ -153,8 +154,8 @@ def with_header(name: str, value: str):
     ],
 )
 def test_a_server_has_no_more_time_than_the_file_needs(served, tmp_path, monkeypatch, answer, message):
-    monkeypatch.setattr(module, "GRACE", 0.5)
-    monkeypatch.setattr(module, "SLOWEST", 10**5)
+    monkeypatch.setattr(limits, "GRACE", 0.5)
+    monkeypatch.setattr(limits, "SLOWEST", 10**5)
     url, begin = served(answer), time.monotonic()
     with pytest.raises(UserError, match=f"manifest.json cannot be fetched: .*({message})"):
         Location(url, str(tmp_path)).manifest()
