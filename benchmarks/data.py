@@ -31,8 +31,8 @@ from dcdit.data.shards import write_shards
 from dcdit.data.storage import Location
 from dcdit.data.stream import LatentStream
 from dcdit.extraction.extraction import Extraction
+from dcdit.extraction.folders import FolderSource
 from dcdit.extraction.settings import ExtractionSettings
-from dcdit.extraction.sources import FolderSource
 from dcdit.runtime.devices import autocast, pick_device
 from dcdit.runtime.display import Display
 

@@ -26,7 +26,8 @@ from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.statistics import Moments
 from dcdit.extraction.decode import decode_image
-from dcdit.extraction.sources import Item, UnreadableError, UnusableImageError, image_files
+from dcdit.extraction.folders import image_files
+from dcdit.extraction.sources import Item, UnreadableError, UnusableImageError
 from dcdit.runtime.files import open_archive, open_regular, read_array_header
 from dcdit.runtime.processes import cores, say
 

@@ -16,17 +16,10 @@ from dcdit.data.latents import format_numbers
 from dcdit.data.manifest import MANIFEST_NAME, MOMENTS, SAMPLE, Manifest
 from dcdit.errors import UserError
 from dcdit.extraction.extraction import Extraction
+from dcdit.extraction.folders import FolderSource, has_subfolders
 from dcdit.extraction.settings import ExtractConfig
-from dcdit.extraction.sources import (
-    CORRUPT_TAR,
-    FolderSource,
-    ImageSource,
-    TarSource,
-    describe_empty_classes,
-    is_folder,
-    is_service,
-    scan,
-)
+from dcdit.extraction.sources import ImageSource, describe_empty_classes
+from dcdit.extraction.tars import CORRUPT_TAR, TarSource
 from dcdit.runtime.devices import pick_device
 from dcdit.runtime.files import read_text
 from dcdit.runtime.processes import cores
@@ -105,13 +98,13 @@ def open_source(config: ExtractConfig, directory: Path, train: Manifest | None) 
             f"out={config.out} with split={config.split} lies in source={config.source}, where the shards would be"
             " taken for a class: choose a place outside"
         )
-    subfolders = path.is_dir() and any(is_folder(entry) and not is_service(entry.name) for entry in scan(path))
-    if path.is_dir() and (subfolders or not any(path.glob("*.tar"))):
+    if path.is_dir() and (has_subfolders(path) or not any(path.glob("*.tar"))):
         if config.classes is not None:
             raise UserError(f"classes={config.classes} is for webdataset shards; of folders the names are the classes")
         return FolderSource(path, config.samples_per_shard, config.seed, train.classes if train else None)
     if not path.is_dir() and not config.source.endswith(".tar"):
-        raise UserError(f"source={config.source} is no folder")
+        remedy = ": unpack it, and give the folder that has one for each class" if path.is_file() else ""
+        raise UserError(f"source={config.source} is no folder{remedy}")
     if train is None:
         return TarSource(config.source, class_names(config.classes))
     names = train.classes if config.classes is None else class_names(config.classes)
@@ -136,7 +129,7 @@ def class_names(classes: int | str | None) -> tuple[str, ...]:
         return names
     raise UserError(
         f"classes={classes}: webdataset shards hold labels only, give the number of classes, or a text file with one"
-        " name per line"
+        " name per line; a tar file of class folders: unpack it"
     )
 
 

@@ -311,8 +311,13 @@ def test_mistakes_are_told_before_work_is_wasted(run, tmp_path, digits, monkeypa
     bad = tmp_path / "bad" / "class"
     bad.mkdir(parents=True)
     (bad / "a.jpg").write_bytes(b"x")
+    for kind in ("zip", "tar"):
+        shutil.make_archive(str(tmp_path / "images"), kind, tmp_path / "bad")
     for overrides, message in (
         ([f"source={tmp_path}/nowhere"], r"source=.*nowhere is no folder"),
+        ([f"source={tmp_path}/images.zip"], r"source=.*images\.zip is no folder: unpack it, and give the folder"),
+        ([f"source={tmp_path}/images.tar"], r"a tar file of class folders: unpack it"),
+        ([f"source={tmp_path}/images.tar", "classes=1"], r"no image could be used.*unpack a tar file of class folders"),
         ([f"out={tmp_path}/flat", f"source={tmp_path}/flat"], r"lies in source=.*: choose a place outside"),
         ([f"out={tmp_path}", "split=flat", f"source={tmp_path}/flat"], r"lies in source="),
         ([f"out={tmp_path}/flat/a.png"], r"a.png.* cannot be written to: Not a directory"),

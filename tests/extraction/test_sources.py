@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcdit.errors import UserError
+from dcdit.extraction.folders import FolderSource, image_files
 from dcdit.extraction.setup import class_names
-from dcdit.extraction.sources import FolderSource, Item, Listing, TarSource, UnusableImageError, image_files
+from dcdit.extraction.sources import Item, Listing, UnusableImageError
+from dcdit.extraction.tars import TarSource
 
 SERVICE = [
     *("__MACOSX/a.png", "@eaDir/a.png", ".ipynb_checkpoints/a.png", "._a.png", "Thumbs.db", ".DS_Store"),
