@@ -27,6 +27,7 @@ from dcdit.data.statistics import StoredArray, Sums, Tally
 from dcdit.runtime.files import file_digest, open_regular, replacing
 
 _LONGEST_NOTE = BLOCKSIZE  # the JSON of a sample fills one block of the tar file
+_NOTE_BYTES = BLOCKSIZE + _LONGEST_NOTE  # with the header of its tar member
 _SIZE_FIELD = slice(124, 135)  # of a tar header, octal
 
 
@@ -51,12 +52,6 @@ class Sample:
     latent: StoredArray
     hflip: StoredArray | None = None
     source: str = ""
-
-
-def _npy(array: StoredArray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
 
 
 def _note(label: int, checksums: list[int], source: str) -> bytes:
@@ -110,14 +105,9 @@ class Layout:
         return BLOCKSIZE + _padded(len(self.npy_header) + self.array_bytes)
 
     @property
-    def note_bytes(self) -> int:
-        """Number of bytes of the tar member with the JSON, header included."""
-        return BLOCKSIZE + _LONGEST_NOTE
-
-    @property
     def sample_bytes(self) -> int:
         """Bytes of a sample: the distance between two of them."""
-        return self.note_bytes + self.member_bytes * (2 if self.hflip else 1)
+        return _NOTE_BYTES + self.member_bytes * (1 + self.hflip)
 
     def read(self, descriptor: int, index: int, hflip: bool, out: NDArray[np.uint8]) -> int:
         """Read sample ``index`` of an open shard.
@@ -135,16 +125,16 @@ class Layout:
             CorruptSampleError: with the key if it can be read, and the reason.
         """
         start = index * self.sample_bytes
-        note, member = bytearray(self.note_bytes), bytearray(self.member_bytes)
+        note, member = bytearray(_NOTE_BYTES), bytearray(self.member_bytes)
         got = os.preadv(descriptor, [note], start)
-        got += os.preadv(descriptor, [member], start + self.note_bytes + (self.member_bytes if hflip else 0))
+        got += os.preadv(descriptor, [member], start + _NOTE_BYTES + self.member_bytes * hflip)
         if got < len(note) + len(member):
             raise CorruptSampleError("the file ends before it")
         where = f"key {bytes(note[:100]).split(b'.json')[0].decode('ascii', 'replace')}"
         try:
             length = int(bytes(note[_SIZE_FIELD]), 8)
             values = json.loads(bytes(note[BLOCKSIZE : BLOCKSIZE + length]))
-            label, expected = values["label"], values["crc32"][int(hflip)]
+            label, expected = values["label"], values["crc32"][hflip]
             if type(label) is not int or type(expected) is not int:  # 3.9, true and Infinity are no labels
                 raise TypeError
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
@@ -185,10 +175,11 @@ def write_shard(path: Path, samples: Iterable[Sample], layout: Layout, tally: Ta
                 assert (array.shape, str(array.dtype)) == (layout.stored_shape, layout.dtype)
                 tally.add(array)
             assert len(arrays) == 1 + layout.hflip
-            checksums = [zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data) for array in arrays]
-            members = {"json": _note(sample.label, checksums, sample.source)}
+            contents = [array.tobytes() for array in arrays]
+            members = {"json": _note(sample.label, list(map(zlib.crc32, contents)), sample.source)}
             # webdataset writes the members in alphabetical order, on which the layout relies
-            members |= dict(zip(("latent.npy", "latent_hflip.npy"), map(_npy, arrays), strict=False))
+            for name, content in zip(("latent.npy", "latent_hflip.npy"), contents, strict=False):
+                members[name] = layout.npy_header + content
             writer.write({"__key__": sample.key, **members})
             count += 1
     size = path.stat().st_size
@@ -197,17 +188,11 @@ def write_shard(path: Path, samples: Iterable[Sample], layout: Layout, tally: Ta
 
 
 def read_samples(
-    path: Path, shard: Shard, layout: Layout, faults: list[str] | None
+    path: Path, shard: Shard, layout: Layout, faults: list[str]
 ) -> Iterator[tuple[int, bool, StoredArray]]:
     """Label, whether flipped, and stored array of all in a shard, in the order in which they were written.
 
-    Args:
-        path: the file.
-        shard, layout: what it holds.
-        faults: receives what is wrong with samples, which are passed over; with None it is raised.
-
-    Raises:
-        CorruptSampleError: if a sample cannot be read, without ``faults``.
+    Samples that cannot be read are passed over, and what is wrong with them is added to ``faults``.
     """
     with open_regular(path) as file:
         for index in range(shard.samples):
@@ -216,18 +201,9 @@ def read_samples(
                 try:
                     label = layout.read(file.fileno(), index, hflip, row)
                 except CorruptSampleError as error:
-                    if faults is None:
-                        raise
                     faults.append(f"{shard.name}, sample {index}: {error}")
-                    continue
-                yield label, hflip, row.view(layout.dtype).reshape(layout.stored_shape)
-
-
-def read_sums(path: Path, shard: Shard, layout: Layout, tally: Tally) -> Sums:
-    """The sums that ``tally`` had when it was written, bit for bit; CorruptSampleError if a sample is corrupt."""
-    for _, _, array in read_samples(path, shard, layout, None):
-        tally.add(array)
-    return tally.sums
+                else:
+                    yield label, hflip, row.view(layout.dtype).reshape(layout.stored_shape)
 
 
 def write_shards(
@@ -248,7 +224,7 @@ def write_shards(
         directory: created if needed.
         latents: (N, C, H, W), or (N, 2C, H, W) for moments; float16 or float32.
         labels: (N,) integers below ``len(classes)``.
-        classes: names of the classes.
+        classes: their names.
         samples_per_shard: the last shard may hold fewer.
         autoencoder, scale, shift, representation: see :class:`Manifest`; by default the latents are images themselves.
     """

@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,8 +69,11 @@ class Location:
 
     def below(self, name: str) -> "Location":
         """The location of the subfolder ``name``, such as a split."""
-        root = self.root.replace("{}", f"{name}/{{}}") if "{}" in self.root else f"{self.root.rstrip('/')}/{name}"
-        return Location(root, self.cache, self.cache_gb, self.allow_pipe)
+        return replace(self, root=self._url(f"{name}/{{}}" if "{}" in self.root else name))
+
+    def _url(self, name: str) -> str:
+        """The URL of the file ``name``."""
+        return self.root.replace("{}", name) if "{}" in self.root else f"{self.root.rstrip('/')}/{name}"
 
     def manifest_if_any(self) -> Manifest | None:
         """The manifest, as :meth:`manifest` reads it; None if there is nothing there.
@@ -161,9 +164,8 @@ class Location:
 
     def _fetch(self, name: str, path: Path, shard: Shard | None = None, exact: bool = True) -> None:
         """Fetch ``name`` to ``path``, whole or not at all; with ``exact``, only with the checksum of ``shard``."""
-        url = self.root.replace("{}", name) if "{}" in self.root else f"{self.root.rstrip('/')}/{name}"
         self._own_cache()
-        digest = hashlib.sha256()
+        url, digest = self._url(name), hashlib.sha256()
         with replacing(path) as file:
 
             def write(content: bytes) -> None:
@@ -191,7 +193,7 @@ class Location:
                 total -= bytes_
 
 
-def open_shard(path: Path) -> BinaryIO:
+def _open_shard(path: Path) -> BinaryIO:
     """A shard, open for reading; OSError if it cannot be had, or is no regular file."""
     try:
         return open_regular(path)
@@ -277,7 +279,7 @@ class ShardReader:
                 raise error
         if number not in self._open:
             try:
-                self._open[number] = file = open_shard(self.location.fetch(self.shards[number]))
+                self._open[number] = file = _open_shard(self.location.fetch(self.shards[number]))
             except OSError as error:
                 self._failed[number] = (time.monotonic(), error)
                 raise

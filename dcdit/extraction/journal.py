@@ -9,7 +9,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard, Skipped
-from dcdit.data.shards import CorruptSampleError, Layout, read_sums
+from dcdit.data.shards import Layout, read_samples
 from dcdit.data.statistics import Sums, Tally
 from dcdit.errors import UserError
 from dcdit.runtime.files import read_json, write_json
@@ -126,9 +126,11 @@ class ExtractionJob(ResumableJob[Encoded]):
             if shard is None:
                 self.record(task, Encoded(None, [], None, []))
             elif self._is_whole(shard):
-                with suppress(CorruptSampleError):  # that shard is done anew
-                    sums = read_sums(self.directory / shard.name, shard, self.layout, self.tally())
-                    self.record(task, Encoded(shard, [], sums, None))
+                tally, faults = self.tally(), list[str]()
+                for _, _, array in read_samples(self.directory / shard.name, shard, self.layout, faults):
+                    tally.add(array)
+                if not faults:  # else the shard is done anew
+                    self.record(task, Encoded(shard, [], tally.sums, None))
         write_json(self.work / "skipped.json", [asdict(image) for image in manifest.skipped])
         write_json(self.work / "plan.json", self.fingerprint)
         (self.directory / MANIFEST_NAME).unlink()
