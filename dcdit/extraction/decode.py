@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dcdit.checks import visible
@@ -26,21 +26,9 @@ MAX_PIXELS = 64_000_000
 _LONGEST = 16
 """Aspect ratio from which a source is cropped before it is enlarged, so that a thin strip cannot fill the memory."""
 
-_ORIENTATION, _UPRIGHT = 0x0112, 1  # EXIF's tag, and its value for an image that is not turned
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""The transposition that turns an image of each EXIF orientation upright."""
-
 
 def decode_image(content: bytes, size: int, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Decode, turn upright, convert to RGB and centre-crop an image.
+    """Decode an image, (size, size, 3) uint8: turned upright, converted to RGB and cropped around its centre.
 
     Grey, palette, CMYK and 16-bit images are converted; transparent ones are laid on white; EXIF rotation is applied.
     Metadata that cannot be read is ignored.
@@ -50,9 +38,6 @@ def decode_image(content: bytes, size: int, min_side: int = 1, max_pixels: int =
         size: side of the result.
         min_side: least number of pixels along the shorter side of the source.
         max_pixels: number of pixels that the source has at most, which is checked before they are decoded.
-
-    Returns:
-        (size, size, 3) uint8.
 
     Raises:
         UnusableImageError: with the reason.
@@ -93,9 +78,8 @@ def _decode(content: bytes, size: int, min_side: int, max_pixels: int) -> NDArra
             if min(image.size) < min_side:
                 raise UnusableImageError(f"{image.width} x {image.height} pixels, min_side={min_side}")
             image.load()
-            upright = _TURNS.get(_orientation(image))
-            rgb = to_rgb(image)
-        return np.array(adm_crop(rgb.transpose(upright) if upright is not None else rgb, size))
+            _turn_upright(image)
+            return np.array(adm_crop(to_rgb(image), size))
 
 
 @cache
@@ -105,11 +89,14 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _orientation(image: Image.Image) -> int:
+def _turn_upright(image: Image.Image) -> None:
+    """Turn an image as its metadata say; those that cannot be read say nothing."""
     try:
-        return image.getexif().get(_ORIENTATION, _UPRIGHT)
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
     except Exception:  # whatever damaged metadata provokes
-        return _UPRIGHT
+        return
 
 
 def _without_text(content: bytes) -> bytes:
@@ -156,10 +143,6 @@ def adm_crop(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side to ``size`` and take the square in the middle, as the ADM preprocessing does.
 
     While the shorter side is at least twice ``size`` the image is halved by box averages; what remains is bicubic.
-
-    Args:
-        image: RGB.
-        size: side of the result.
     """
     longest = _LONGEST * min(image.size)
     if max(image.size) > longest:
@@ -180,11 +163,10 @@ class Decoded(NamedTuple):
     """A batch of images from a worker.
 
     Attributes:
-        task: number of the task.
         images: (n, size, size, 3) uint8; an array, for tensors would travel as open files, which interrupts break.
         items: what the images are, by their number within the task, in the order of ``images``.
         skipped: images that could not be used.
-        notes: what else is to be listed of the task.
+        notes: what else is to be listed, see :class:`dcdit.extraction.sources.Listing`.
         files: how many files this batch stands for.
         problem: what must stop the extraction; None if all is well.
     """
@@ -204,13 +186,7 @@ def as_it_is(batch: object) -> object:
 
 
 class ImageBatches(IterableDataset[Decoded]):
-    """Decoded images of ``tasks`` in order; the workers of a loader take batches in turn.
-
-    Args:
-        source: the images.
-        tasks: which of its tasks.
-        settings: files of a batch, and what :func:`decode_image` asks of an image.
-    """
+    """Decoded images of the ``tasks`` of a source, in order; the workers of a loader take batches in turn."""
 
     def __init__(self, source: ImageSource, tasks: list[int], settings: ExtractionSettings) -> None:
         super().__init__()
