@@ -17,11 +17,7 @@ from dcdit.runtime.devices import autocast, fingerprint
 
 
 def to_uint8(images: Tensor, rounding: Rounding = "round") -> Tensor:
-    """Images (B, C, height, width) in [-1, 1] to uint8 in 0..255.
-
-    Args:
-        images: pixels.
-        rounding: ``round`` half up, as DiT and the reference implementation do; ``truncate`` as ADM does.
+    """Images (B, C, height, width) in [-1, 1] to uint8 in 0..255; ``round`` rounds half up.
 
     Raises:
         NotFiniteError: if a value is not finite, which would become black.
@@ -63,10 +59,7 @@ class Autoencoder(ABC):
         """Posterior moments (B, 2C, H, W) float32 of images (B, 3, height, width) uint8, on the device of the weights.
 
         Where there is no posterior, its mean is the latent, and its deviation as small as diffusers allows.
-
-        Args:
-            images: pixels.
-            precision: ``fp32``, or ``bf16`` or ``fp16`` for autocast.
+        ``precision`` is ``fp32``, or ``bf16`` or ``fp16`` for autocast.
         """
 
     @abstractmethod
@@ -127,12 +120,10 @@ class Diffusers(Autoencoder):
 
 
 def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
-    """The autoencoder called ``name``.
+    """The autoencoder called ``name``, on ``device``.
 
-    Args:
-        name: ``identity``, or the local folder or hub id of an autoencoder of diffusers, of one of
-            :data:`dcdit.data.autoencoder_folder.AUTOENCODER_KINDS`.
-        device: where it computes.
+    It is ``identity``, or the local folder or hub id of an autoencoder of diffusers, of one of
+    :data:`dcdit.data.autoencoder_folder.AUTOENCODER_KINDS`.
 
     Raises:
         UserError: if it cannot be loaded, or is none of these.
@@ -148,7 +139,7 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
         raise UserError(f"autoencoder={shown(name)} cannot be loaded: {error}") from error
     return Diffusers(
         vae=vae.to(device, memory_format=torch.channels_last),
-        name=recorded_name(name),
+        name=_recorded_name(name),
         fingerprint=fingerprint(vae),
         scale=scale,
         shift=shift,
@@ -158,7 +149,7 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     )
 
 
-def recorded_name(name: str) -> str:
+def _recorded_name(name: str) -> str:
     """``name`` with ``./`` before a local folder's, which tells it from a hub id where the folder is gone."""
     relative = Path(name).is_dir() and not Path(name).is_absolute() and not name.startswith((".", "~"))
     return f"./{name}" if relative and name != IDENTITY else name

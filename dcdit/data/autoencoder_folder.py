@@ -1,7 +1,7 @@
 """Folders that diffusers' ``save_pretrained`` writes of an autoencoder: read here, checked, and only then built."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from dcdit.checks import HUB_ID, Bounds, NotEmpty, Size, conform, reason_of, shown, suggestion
-from dcdit.data.latents import IDENTITY, LatentScale, LatentShift, numbers_of
+from dcdit.data.latents import IDENTITY, Elements, LatentScale, LatentShift
 from dcdit.errors import UserError
 from dcdit.network.pretrained import CONFIG_FILE
 from dcdit.runtime.devices import without_memory
@@ -41,7 +41,9 @@ _Names = Annotated[list[str], _NOT_EMPTY, _SHORT]
 _Scales = Annotated[list[Annotated[list[_Small], _SHORT]], _NOT_EMPTY, _SHORT]
 _Factor = Annotated[float, Bounds(1e-6, 1e6, hint="the network sees latents times it, such as 0.18215")]
 _Deviation = Annotated[float, Bounds(1e-6, 1e6)]
+_Deviations = _Deviation | tuple[_Deviation, ...] | Elements[_Deviation]
 _Summand = Annotated[float, Bounds(-1e6, 1e6)]
+_Summands = _Summand | tuple[_Summand, ...] | Elements[_Summand]
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,8 @@ class AutoencoderKind:
 
     Attributes:
         random: whether an image has a posterior, from which latents are drawn, or one latent.
-        stages: key of its configuration that lists the stages of the encoder, each but the first of which halves the
-            sides.
-        keys: what else its configuration may say, by key; annotations as of :func:`dcdit.checks.conform`.
+        stages: key that lists the stages of the encoder, each but the first of which halves the sides.
+        keys: annotations of all keys that its configuration may have, see :func:`dcdit.checks.conform`.
     """
 
     random: bool
@@ -186,7 +187,7 @@ def _current_name(name: str) -> str:
 
 
 def own_normalisation(config: Mapping[str, Any]) -> tuple[LatentScale, LatentShift]:
-    """LatentScale and shift of the configuration of an autoencoder of diffusers.
+    """Scale and shift of the configuration of an autoencoder of diffusers.
 
     ``scaling_factor`` and ``shift_factor`` give (z - shift) * factor; ``latents_mean`` and ``latents_std``
     (z - mean) / std * factor.
@@ -195,32 +196,20 @@ def own_normalisation(config: Mapping[str, Any]) -> tuple[LatentScale, LatentShi
         UserError: if they contradict each other, or are no numbers for its channels.
     """
     factor = float(config["scaling_factor"])
-    channels = config["latent_channels"]
-    mean = _numbers("latents_mean", config.get("latents_mean"), channels, LatentShift, _Summand)
-    deviation = _numbers("latents_std", config.get("latents_std"), channels, LatentScale, _Deviation)
+    mean = _numbers(config, "latents_mean", LatentShift, _Summands)
+    deviation = _numbers(config, "latents_std", LatentScale, _Deviations)
     shift = config.get("shift_factor") or 0.0
     if mean is None and deviation is None:
         return factor, shift
     if shift:
         raise UserError("it has both shift_factor and latents_mean: which one holds is not known")
-    return _map_numbers(lambda value: factor / value, deviation) if deviation else factor, mean or 0.0
+    scale = factor if deviation is None else conform("scale", (factor / np.array(deviation)).tolist(), LatentScale)
+    return scale, mean or 0.0
 
 
-def _map_numbers(change: Callable[[float], float], values: Any) -> Any:
-    """Apply ``change`` to every number in nested tuples."""
-    return tuple(_map_numbers(change, value) for value in values) if isinstance(values, tuple) else change(values)
-
-
-def _numbers(key: str, values: Any, channels: int, form: Any, element: Any) -> Any:
-    """One number per channel or element, as nested tuples; None if there are none.
-
-    Args:
-        key: of the configuration.
-        values: that it has.
-        channels: of latents.
-        form: annotation of the nested list.
-        element: annotation of one number.
-    """
+def _numbers(config: Mapping[str, Any], key: str, kind: Any, bounded: Any) -> Any:
+    """The value of ``key``, one number or nested tuples of one per channel or element; None if there is none."""
+    values, channels = config.get(key), config["latent_channels"]
     if values is None:
         return None
     try:
@@ -233,7 +222,4 @@ def _numbers(key: str, values: Any, channels: int, form: Any, element: Any) -> A
         array = array.ravel()
     if array.ndim and len(array) != channels:
         raise UserError(f"{key} has {len(array)} numbers for {channels} channels")
-    numbers = conform(key, array.tolist(), form)
-    for number in numbers_of(numbers):
-        conform(key, number, element)
-    return numbers
+    return conform(key, conform(key, array.tolist(), kind), bounded)

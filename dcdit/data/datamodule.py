@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from os.path import normpath
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -36,7 +36,7 @@ class StreamState:
     Attributes:
         place: the position at which reading goes on.
         step: the optimiser step that it belongs to.
-        samples: of an epoch.
+        samples: number of samples of an epoch.
         order: of the shards, see :attr:`Manifest.order`.
     """
 
@@ -55,21 +55,15 @@ class LatentDataModule(pl.LightningDataModule):
     among themselves what is left of the epoch, and see none of its samples again.
 
     Args:
-        directory: holds ``train/`` and, if there is a validation split, ``val/``, each with a manifest; or the URL of
-            such a directory, where ``{}`` stands for the file. Need not be writable where the shards exist.
+        directory: holds ``train/`` and, if there is a validation split, ``val/``, each with a manifest; need not be
+            writable where the shards exist. Or its URL, see :class:`dcdit.data.storage.Location`.
         batch_size: samples per optimiser step over all ranks and micro-batches.
         num_workers: reading processes per rank; 0 reads in the training process. Does not change the order.
         shuffle_buffer: samples shuffled together; 0 shuffles shards only.
-        seed: order of shards and samples.
-        source: plain mapping for :func:`dcdit.data.builtin.build_source`, which writes the shards if the training
-            split has none yet; None expects them to be there.
-        autoencoder: the one that the shards must name; None takes any.
-        scale: the scale that the shards must have; None takes any.
+        source: what writes the shards if there are none yet, for :func:`dcdit.data.builtin.build_source`.
+        autoencoder, scale: those that the shards must have been made with; None takes any.
         corrupt_limit: unreadable samples that each rank leaves out before training stops.
-        cache, cache_gb, allow_pipe: for URLs, see :class:`dcdit.data.storage.Location`.
-
-    Raises:
-        UserError: if a value is out of range.
+        cache, cache_gb, allow_pipe: for URLs.
     """
 
     def __init__(
@@ -89,14 +83,14 @@ class LatentDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.location = Location(directory, cache, cache_gb, allow_pipe)
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.shuffle_buffer = shuffle_buffer
-        self.seed = seed
+        self.batch_size, self.num_workers, self.shuffle_buffer, self.seed = (
+            batch_size,
+            num_workers,
+            shuffle_buffer,
+            seed,
+        )
         self.source = build_source(source) if source else None
-        self.autoencoder = autoencoder
-        self.scale = scale
-        self.corrupt_limit = corrupt_limit
+        self.autoencoder, self.scale, self.corrupt_limit = autoencoder, scale, corrupt_limit
         self.corrupt: set[tuple[str, int]] = set()
         self._reported: set[tuple[str, str]] = set()
         self._manifest: Manifest | None = None
@@ -112,7 +106,7 @@ class LatentDataModule(pl.LightningDataModule):
         directory = self.location.directory
         manifest = directory / "train" / MANIFEST_NAME  # which a source writes last
         if manifest.is_file():
-            return
+            return  # from a directory that need not be writable
         make_writable_folder(directory, "data.directory")
         # Several processes may start at once; one writes, the others wait and then find the shards.
         with FileLock(directory / ".lock"):
@@ -128,22 +122,23 @@ class LatentDataModule(pl.LightningDataModule):
         """
         if self._manifest is None:
             manifest = self.location.below("train").manifest()
-            for name, wanted in (("autoencoder", self.autoencoder), ("scale", self.scale)):
-                actual = getattr(manifest, name)
-                if wanted is None or wanted == actual:
-                    continue
-                if isinstance(wanted, str) and normpath(wanted) == normpath(actual):
-                    continue  # a local folder is recorded as ./folder
-                asked, made = (value if isinstance(value, str) else format_numbers(value) for value in (wanted, actual))
-                raise UserError(
-                    f"data.{name}={asked}, but the shards in {self.location.root}/train were made with {made}:"
-                    f" set data.{name}={'null' if isinstance(actual, tuple) else f'{made} or null'}, or point"
-                    " data.directory at other shards"
-                )
+            if self.autoencoder is not None and normpath(self.autoencoder) != normpath(
+                manifest.autoencoder
+            ):  # ./folder is folder
+                self._refuse("autoencoder", self.autoencoder, manifest.autoencoder, f"{manifest.autoencoder} or null")
+            if self.scale not in (None, manifest.scale):
+                wanted, made = format_numbers(self.scale), format_numbers(manifest.scale)
+                self._refuse("scale", wanted, made, "null" if isinstance(manifest.scale, tuple) else f"{made} or null")
             self._manifest = manifest
             if warning := manifest.describe_unusual():
                 say(warning)
         return self._manifest
+
+    def _refuse(self, key: str, wanted: str, made: str, remedy: str) -> NoReturn:
+        raise UserError(
+            f"data.{key}={wanted}, but the shards in {self.location.root}/train were made with {made}: set"
+            f" data.{key}={remedy}, or point data.directory at other shards"
+        )
 
     def validation(self) -> Validation | None:
         """The validation split as the training split sees it; None if there is none.
@@ -175,18 +170,13 @@ class LatentDataModule(pl.LightningDataModule):
                 f" {self._start.epoch} goes on after {self._start.samples} of its {manifest.samples} samples, none of"
                 " which is seen again; the order of the others is new."
             )
-        location = self.location.below("train")
-        parts = self.trainer.accumulate_grad_batches
-        rank = self.trainer.global_rank
-        stream = LatentStream(location, manifest, readers, rank, self.seed, self._start, parts=parts)
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        workers = self.num_workers
+        location, parts = self.location.below("train"), self.trainer.accumulate_grad_batches
         return DataLoader(
-            stream,
+            LatentStream(location, manifest, readers, self.trainer.global_rank, self.seed, self._start, parts=parts),
             batch_size=None,
-            num_workers=workers,
-            pin_memory=on_gpu,
-            persistent_workers=workers > 0,
+            num_workers=self.num_workers,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            persistent_workers=self.num_workers > 0,
             worker_init_fn=ignore_interrupts,
         )
 
@@ -204,8 +194,7 @@ class LatentDataModule(pl.LightningDataModule):
                 f"the validation split in {location.root} has {manifest.samples} samples for {world} processes: add"
                 " some, take fewer processes, or remove it"
             )
-        size = own // -(-own // most)
-        readers = Readers(world, size, 0)
+        readers = Readers(world, own // -(-own // most), 0)
         stream = LatentStream(location, manifest, readers, self.trainer.global_rank, self.seed, epochs=1)
         return [DataLoader(stream, batch_size=None)]
 

@@ -73,7 +73,7 @@ def load_decoder(
     Args:
         latents: their description.
         device: where to decode.
-        instead: another autoencoder than the one named there, such as the same one in another place.
+        instead: another autoencoder than the one named there, such as the same one in another folder.
         rounding: of pixels, see :func:`dcdit.data.autoencoder.to_uint8`.
 
     Raises:
@@ -81,23 +81,22 @@ def load_decoder(
     """
     autoencoder = load_autoencoder(instead or latents.autoencoder, device)
     wanted = latents.fingerprint
-    if not instead and wanted is not None and autoencoder.fingerprint != wanted:
-        raise UserError(
-            f"autoencoder={autoencoder.name!r} has weights {autoencoder.fingerprint}, the latents were made with"
-            f" {wanted}: give the autoencoder they were made with, or this one deliberately, with autoencoder=..."
-        )
     if wanted is not None and autoencoder.fingerprint != wanted:
+        if not instead:
+            raise UserError(
+                f"autoencoder={autoencoder.name!r} has weights {autoencoder.fingerprint}, the latents were made with"
+                f" {wanted}: give the autoencoder they were made with, or this one deliberately, with autoencoder=..."
+            )
         say(
             f"Decoding with autoencoder={autoencoder.name!r}, weights {autoencoder.fingerprint}; the latents were made"
             f" with {latents.autoencoder!r}, weights {wanted}. Figures are those of another autoencoder"
         )
-    if autoencoder.name == IDENTITY and latents.shape[0] not in (1, 3):
+    channels = latents.shape[0]
+    if autoencoder.name == IDENTITY and channels not in (1, 3):
         say(
-            f"autoencoder=identity: latents of {latents.shape[0]} channels are no pictures, the first of them are shown"
-            " as colours. Figures of them are not those of images"
+            f"autoencoder=identity: latents of {channels} channels are no pictures, the first of them are shown as"
+            " colours. Figures of them are not those of images"
         )
-    if autoencoder.name != IDENTITY and autoencoder.channels != latents.shape[0]:
-        raise UserError(
-            f"autoencoder={autoencoder.name!r} has {autoencoder.channels} channels, the latents {latents.shape[0]}"
-        )
+    if autoencoder.name != IDENTITY and autoencoder.channels != channels:
+        raise UserError(f"autoencoder={autoencoder.name!r} has {autoencoder.channels} channels, the latents {channels}")
     return LatentDecoder(autoencoder, latents, rounding)

@@ -157,25 +157,23 @@ def _from_program(url: str, pace: Pace) -> Generator[bytes, None, None]:
     except ValueError as error:  # it knows no such scheme
         raise UserError(f"directory={without_credentials(url)}: {error}") from error
     stream = getattr(source, "stream", source)
-    waiting = selectors.DefaultSelector()
-    waiting.register(stream, selectors.EVENT_READ)
     try:
-        while True:
-            if not waiting.select(min(STALL, pace.remaining())):
-                pace.remaining()
-                raise _failed(url, f"no more bytes for {STALL:.0f} s")
-            chunk = stream.read1(1 << 20)
-            if not chunk:
-                break
-            yield chunk
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(stream, selectors.EVENT_READ)
+            while True:
+                if not waiting.select(min(STALL, pace.remaining())):
+                    pace.remaining()
+                    raise _failed(url, f"no more bytes for {STALL:.0f} s")
+                chunk = stream.read1(1 << 20)
+                if not chunk:
+                    break
+                yield chunk
     except BaseException:
         with suppress(Exception):
             source.proc.kill()
         with suppress(Exception):
             source.close()
         raise
-    finally:
-        waiting.close()
     try:
         source.close()
     except OSError as error:

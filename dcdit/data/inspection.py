@@ -28,19 +28,14 @@ _ORIGIN = {
     "element": "of each element of these latents",
     "train": "of the train split",
 }
-"""The origin of scale and shift in words, by ``Manifest.normalise``."""
+"""The origin of scale and shift, by ``Manifest.normalise``."""
 
 _MOST_ROWS = 64  # channels in the table
 
 
 @dataclass
 class Findings:
-    """The result of reading all shards.
-
-    Attributes:
-        faults: what is wrong, with shard and key.
-        labels: samples of each label.
-    """
+    """What is wrong with shards, by shard and key, and the number of samples of each label."""
 
     faults: list[str] = field(default_factory=list)
     labels: Counter[int] = field(default_factory=Counter)
@@ -87,13 +82,7 @@ def first_samples(location: Location, manifest: Manifest, wanted: int) -> Tensor
 def latents_table(
     location: Location, manifest: Manifest, network: LatentStatistics, findings: Findings | None
 ) -> Table:
-    """A table that summarises a split.
-
-    Args:
-        location, manifest: of the split.
-        network: statistics of what the network sees.
-        findings: of :func:`verify`, if that was asked for.
-    """
+    """A table that summarises a split; ``network`` are the statistics of what the network sees of it."""
     table = Table(show_header=False, title=location.root, title_justify="left")
     channels, height, width = manifest.latent_shape
     sizes = [shard.samples for shard in manifest.shards]

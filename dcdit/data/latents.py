@@ -1,5 +1,6 @@
 """The description of latents that sampling, evaluation and a resumed run need."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -22,16 +23,15 @@ Rounding = Literal["round", "truncate"]
 
 _NOT_EMPTY = NotEmpty("give one number for all, or one for each channel")
 _T = TypeVar("_T")
-_Elements = tuple[tuple[tuple[_T, ...], ...], ...]
-LatentScale = Positive | Annotated[tuple[Positive, ...], _NOT_EMPTY] | Annotated[_Elements[Positive], _NOT_EMPTY]
-LatentShift = Number | Annotated[tuple[Number, ...], _NOT_EMPTY] | Annotated[_Elements[Number], _NOT_EMPTY]
+Elements = tuple[tuple[tuple[_T, ...], ...], ...]
+LatentScale = Positive | Annotated[tuple[Positive, ...], _NOT_EMPTY] | Annotated[Elements[Positive], _NOT_EMPTY]
+LatentShift = Number | Annotated[tuple[Number, ...], _NOT_EMPTY] | Annotated[Elements[Number], _NOT_EMPTY]
 """One number, one for each channel, or one for each element (C, H, W)."""
 
 Normalise = Literal["autoencoder", "channel", "element"]
 """The origin of scale and shift: the autoencoder's configuration, or mean and deviation of the latents themselves."""
 
 Fingerprint = Annotated[str, Matches("[0-9a-f]{16}", "a digest of 16 hexadecimal digits")]
-
 
 USUAL_DEVIATION, USUAL_MEAN = (0.4, 2.5), (-1.5, 1.5)
 """Usual ranges of a channel of latents as a network sees it; the noise that is added has deviation 1 and mean 0."""
@@ -40,11 +40,7 @@ USUAL_DEVIATION, USUAL_MEAN = (0.4, 2.5), (-1.5, 1.5)
 @checked
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and deviation of each channel, over all latents of a split and their posteriors.
-
-    Attributes:
-        mean, deviation: one number for each channel.
-    """
+    """Mean and deviation of each channel, over all latents of a split and their posteriors."""
 
     mean: tuple[Number, ...]
     deviation: tuple[NonNegative, ...]
@@ -52,9 +48,8 @@ class LatentStatistics:
     @property
     def is_normal(self) -> bool:
         """Whether each channel has mean 0 and deviation 1, or is constant."""
-        near = 1e-3
-        return all(abs(mean) < near for mean in self.mean) and all(
-            abs(deviation - 1) < near or deviation < near for deviation in self.deviation
+        return all(abs(mean) < 1e-3 for mean in self.mean) and all(
+            min(abs(deviation - 1), deviation) < 1e-3 for deviation in self.deviation
         )
 
     def describe_unusual(self) -> str:
@@ -66,11 +61,11 @@ class LatentStatistics:
             unusual = [channel for channel, value in enumerate(values) if not low <= value <= high]
             if unusual:
                 channel, others = unusual[0], len(unusual) - 1
+                more = f" and {others} other{'s' if others > 1 else ''}" if others else ""
                 return (
-                    f"The latents have {quantity} {values[channel]:.3g} in channel {channel}"
-                    + (f" and {others} other{'s' if others > 1 else ''}" if others else "")
-                    + f" where the network sees them, not about {expected}: are scale and shift those of their"
-                    " autoencoder? An extraction with normalise=channel takes those of the latents themselves"
+                    f"The latents have {quantity} {values[channel]:.3g} in channel {channel}{more} where the network"
+                    f" sees them, not about {expected}: are scale and shift those of their autoencoder? An extraction"
+                    " with normalise=channel takes those of the latents themselves"
                 )
         return ""
 
@@ -99,7 +94,10 @@ def format_numbers(values: LatentScale | LatentShift) -> str:
 
 
 @cache
-def _tensor(values: LatentScale | LatentShift, device: "torch.device") -> "Tensor":
+def _broadcast(values: LatentScale | LatentShift, device: "torch.device") -> "Tensor | float":
+    """``values`` as a factor or summand of latents (B, C, H, W) on ``device``."""
+    if not isinstance(values, tuple):
+        return values
     import torch
 
     with torch.inference_mode(False):
@@ -107,22 +105,14 @@ def _tensor(values: LatentScale | LatentShift, device: "torch.device") -> "Tenso
     return tensor[:, None, None] if tensor.ndim == 1 else tensor
 
 
-def _broadcast(latents: "Tensor", values: LatentScale | LatentShift) -> "Tensor | float":
-    """``values`` as a factor or summand of ``latents`` (B, C, H, W)."""
-    return _tensor(values, latents.device) if isinstance(values, tuple) else values
-
-
 def check_numbers(name: str, values: LatentScale | LatentShift, shape: tuple[int, int, int]) -> None:
     """Raise :class:`UserError` unless ``values`` are one number, one for each channel, or one for each element."""
-    if not isinstance(values, tuple):
-        return
-    sizes: list[int] = []
+    sizes: tuple[int, ...] = ()
     part: object = values
     while isinstance(part, tuple):
-        sizes.append(len(part))
+        sizes = (*sizes, len(part))
         part = part[0] if part else None
-    uneven = len(sizes) == 3 and sum(1 for _ in numbers_of(values)) != sizes[0] * sizes[1] * sizes[2]
-    if tuple(sizes) not in (shape[:1], shape) or uneven:
+    if sizes not in ((), shape[:1], shape) or len(list(numbers_of(values))) != math.prod(sizes):
         raise UserError(
             f"{name} has {' x '.join(map(str, sizes))} numbers, latents of shape {list(shape)} need one, {shape[0]} for"
             f" the channels, or {' x '.join(map(str, shape))} for the elements"
@@ -132,10 +122,9 @@ def check_numbers(name: str, values: LatentScale | LatentShift, shape: tuple[int
 @checked
 @dataclass(frozen=True)
 class LatentSpec:
-    """Latents as a network sees them, and the way back to images.
+    """Latents of ``shape`` (C, H, W) as a network sees them, and the way back to images.
 
     Attributes:
-        shape: (C, H, W).
         autoencoder: ``identity``, or the folder or hub id of an autoencoder of diffusers.
         scale, shift: the network sees (latent - shift) * scale; numbers for all, each channel or each element.
         classes: class names; a label is an index into them.
@@ -155,11 +144,11 @@ class LatentSpec:
 
     def normalised(self, latents: "Tensor") -> "Tensor":
         """Latents (B, C, H, W) as the network sees them, (latents - shift) * scale."""
-        return (latents - _broadcast(latents, self.shift)) * _broadcast(latents, self.scale)
+        return (latents - _broadcast(self.shift, latents.device)) * _broadcast(self.scale, latents.device)
 
     def restored(self, latents: "Tensor") -> "Tensor":
         """The inverse of :meth:`normalised`: latents (B, C, H, W) as the autoencoder decodes them."""
-        return latents / _broadcast(latents, self.scale) + _broadcast(latents, self.shift)
+        return latents / _broadcast(self.scale, latents.device) + _broadcast(self.shift, latents.device)
 
     def normalised_statistics(self, statistics: LatentStatistics) -> LatentStatistics | None:
         """``statistics`` of latents after :meth:`normalised`; None where scale and shift differ within a channel."""
@@ -178,7 +167,7 @@ class LatentSpec:
         return self.shape[1] * self.shape[2]
 
     def to_plain(self) -> dict[str, Any]:
-        """The plain values that a checkpoint holds, see :meth:`from_plain`."""
+        """The plain values that a checkpoint holds."""
         return {**asdict(self), "shape": list(self.shape), "classes": list(self.classes)}
 
     @classmethod

@@ -56,17 +56,11 @@ class Manifest:
     """The content of ``manifest.json``: what a directory of shards holds.
 
     Attributes:
-        latent_shape: (C, H, W) of one latent as the network sees it.
+        latent_shape, autoencoder, scale, shift, classes, fingerprint: see :class:`LatentSpec`.
         dtype: numpy name of the stored type.
-        representation: ``sample`` or ``moments``.
         hflip: each sample also holds the latent of the image flipped left to right.
-        autoencoder: ``identity``, or the folder or hub id of an autoencoder of diffusers.
-        scale, shift: the network sees (latent - shift) * scale; numbers for all, each channel or each element.
-        classes: class names; a label is an index into them.
-        shards: the files.
-        statistics: mean and deviation of each channel of the latents, before scale and shift.
+        statistics: of the latents before scale and shift.
         normalise: where scale and shift come from; ``train``: of another split, they are those of the train split.
-        fingerprint: digest of the autoencoder's weights; None if unknown.
         skipped: images of the source that could not be encoded.
         extraction: settings of ``dcdit.extract``; empty for shards written otherwise.
     """
@@ -129,22 +123,21 @@ class Manifest:
         except FileNotFoundError:
             raise UserError(f"{path} does not exist: {_why_missing(path)}") from None
         try:
-            return cls.parse(content)
+            return cls._parse(content)
         except UserError as error:
             raise UserError(f"{path}: {error}: restore it, or write the shards again") from error
 
     @classmethod
-    def parse(cls, content: Mapping[str, Any]) -> "Manifest":
+    def _parse(cls, content: Mapping[str, Any]) -> "Manifest":
         """Build a manifest from plain JSON values; :class:`UserError` if they are not what :meth:`write` wrote."""
-        values = dict(content)
-        digest, version = values.pop("digest", None), values.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise UserError(f"schema_version={shown(version)}, this release reads {SCHEMA_VERSION}")
-        if digest != content_digest(values):
+        signed = {key: value for key, value in content.items() if key != "digest"}
+        if signed.get("schema_version") != SCHEMA_VERSION:
+            version = shown(signed.get("schema_version"))
+            raise UserError(f"schema_version={version}, this release reads {SCHEMA_VERSION}")
+        if content.get("digest") != content_digest(signed):
             raise UserError("it was changed after it was written (its digest differs)")
-        del values["schema_version"]
-        manifest = call_checked(cls, values, "")
-        manifest.check_normalisation()
+        manifest = call_checked(cls, {key: value for key, value in signed.items() if key != "schema_version"}, "")
+        manifest._check_normalisation()
         for shard in manifest.shards:
             # each of a sample's members has a header and is padded: the array must fit, however large it says it is
             least = shard.samples * (math.prod(manifest.stored_shape) * (2 if manifest.dtype == "float16" else 4))
@@ -152,7 +145,7 @@ class Manifest:
                 raise UserError(f"{shard.name} has {shard.bytes} bytes, too few for its {shard.samples} samples")
         return manifest
 
-    def check_normalisation(self) -> None:
+    def _check_normalisation(self) -> None:
         """Raise :class:`UserError` unless scale, shift and statistics fit the latents and one another."""
         spec, channels = self.spec, self.latent_shape[0]
         for name, values in asdict(self.statistics).items():

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import cast
@@ -41,7 +41,6 @@ class Sample:
 
     Attributes:
         key: unique name within all shards.
-        label: class label.
         latent: (C, H, W), or (2C, H, W) for moments.
         hflip: the same of the flipped image; None if the shards hold none.
         source: name of the image, for messages.
@@ -61,10 +60,6 @@ def _note(label: int, checksums: list[int], source: str) -> bytes:
         if len(note) <= _LONGEST_NOTE:
             return note
         source = source[max(1, (len(note) - _LONGEST_NOTE) // 6) :]
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCKSIZE) * BLOCKSIZE
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,8 @@ class Layout:
     @cached_property
     def member_bytes(self) -> int:
         """Bytes of a tar member with one array, header and padding included."""
-        return BLOCKSIZE + _padded(len(self.npy_header) + self.array_bytes)
+        blocks = -(-(len(self.npy_header) + self.array_bytes) // BLOCKSIZE)
+        return (1 + blocks) * BLOCKSIZE
 
     @property
     def sample_bytes(self) -> int:
@@ -110,16 +106,13 @@ class Layout:
         return _NOTE_BYTES + self.member_bytes * (1 + self.hflip)
 
     def read(self, descriptor: int, index: int, hflip: bool, out: NDArray[np.uint8]) -> int:
-        """Read sample ``index`` of an open shard.
+        """Read sample ``index`` of an open shard; returns its label.
 
         Args:
             descriptor: of the file.
             index: number of the sample within the shard.
             hflip: which of the two arrays.
             out: (array_bytes,) uint8, receives the array.
-
-        Returns:
-            The label.
 
         Raises:
             CorruptSampleError: with the key if it can be read, and the reason.
@@ -152,13 +145,7 @@ class Layout:
 
 
 def write_shard(path: Path, samples: Iterable[Sample], layout: Layout, tally: Tally) -> Shard | None:
-    """Write one shard, whole or not at all; equal samples give equal bytes.
-
-    Args:
-        path: of the shard.
-        samples: what it is to hold.
-        layout: of a sample.
-        tally: sums up every array on the way.
+    """Write one shard, whole or not at all, while ``tally`` sums up its arrays; equal samples give equal bytes.
 
     Returns:
         Its entry for the manifest; None, and no file, if there are no samples.
@@ -221,7 +208,7 @@ def write_shards(
     """Write arrays that fit in memory as shards with a manifest.
 
     Args:
-        directory: created if needed.
+        directory: is made if need be.
         latents: (N, C, H, W), or (N, 2C, H, W) for moments; float16 or float32.
         labels: (N,) integers below ``len(classes)``.
         classes: their names.
@@ -232,13 +219,11 @@ def write_shards(
     stored, height, width = (int(size) for size in latents.shape[1:])
     layout = Layout((stored, height, width), str(latents.dtype), hflip=False)
     shape = (stored if representation == SAMPLE else stored // 2, height, width)
-    shards: list[Shard] = []
-    sums: list[Sums] = []
-    for number, start in enumerate(range(0, len(latents), samples_per_shard)):
-        rows = range(start, min(start + samples_per_shard, len(latents)))
-        samples = (Sample(f"{row:08d}", int(labels[row]), latents[row]) for row in rows)
+    samples = (Sample(f"{row:08d}", int(label), latents[row]) for row, label in enumerate(labels))
+    shards, sums = [], []
+    for number in range(-(-len(latents) // samples_per_shard)):
         tally = Tally(shape, representation)
-        shard = write_shard(directory / f"shard-{number:06d}.tar", samples, layout, tally)
+        shard = write_shard(directory / f"shard-{number:06d}.tar", islice(samples, samples_per_shard), layout, tally)
         assert shard is not None
         shards.append(shard)
         sums.append(tally.sums)

@@ -58,14 +58,10 @@ def check_encoding(training: LatentSpec, own: LatentSpec) -> None:
 
 
 def labels_within(classes: Sequence[str], own: Sequence[str]) -> tuple[int, ...]:
-    """The label in the training split of each label of another split.
-
-    Args:
-        classes: names of the training split.
-        own: those of the other split: the same in the same order, some of which may be missing.
+    """The label in the training split, with ``classes``, of each label of another split, with ``own`` ones.
 
     Raises:
-        UserError: naming the first difference.
+        UserError: unless ``own`` are the same in the same order, some of which may be missing.
     """
     if tuple(own) == tuple(classes):
         return tuple(range(len(classes)))

@@ -65,10 +65,9 @@ class Sums:
         return LatentStatistics(tuple(mean.tolist()), tuple(deviation.tolist()))
 
     def normalisation(self, shape: tuple[int, int, int]) -> tuple[LatentScale, LatentShift]:
-        """LatentScale and shift that give each channel, or element, mean 0 and deviation 1; of a constant one, scale 1.
+        """Scale and shift, for latents (C, H, W), that give each channel or element mean 0 and deviation 1.
 
-        Args:
-            shape: (C, H, W).
+        The scale of a constant one is 1.
         """
         shift, deviation = self.mean_and_deviation
         scale = 1 / np.where(deviation > _CONSTANT * np.maximum(np.abs(shift), 1), deviation, 1)

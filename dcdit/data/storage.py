@@ -76,9 +76,7 @@ class Location:
         return self.root.replace("{}", name) if "{}" in self.root else f"{self.root.rstrip('/')}/{name}"
 
     def manifest_if_any(self) -> Manifest | None:
-        """The manifest, as :meth:`manifest` reads it; None if there is nothing there.
-
-        Where it is a URL, a message says so.
+        """The manifest, as :meth:`manifest` reads it; None if there is nothing there, which a message says of a URL.
 
         Raises:
             UserError: if there is something else, such as an extraction that is not finished.
@@ -121,11 +119,8 @@ class Location:
     def fetch(self, shard: Shard, in_use: Collection[Shard] = ()) -> Path:
         """The local file of ``shard``, fetched and checked unless it is there; safe with many processes.
 
-        A file of the right size whose checksum is wrong at every attempt is kept: its samples have checksums too.
-
-        Args:
-            shard: entry of the manifest.
-            in_use: shards that must stay in the cache.
+        A file of the right size whose checksum is wrong at every attempt is kept: its samples have checksums too. The
+        shards ``in_use`` stay in the cache.
 
         Raises:
             OSError: if it cannot be fetched whole.
@@ -138,7 +133,8 @@ class Location:
                 f"shard {shard.name} in {self.root} has {shard.bytes} bytes, more than the whole cache: raise"
                 f" data.cache_gb={self.cache_gb:g} if that is right"
             )
-        path = self._own_cache() / _cached_name(shard)
+        self._make_cache()
+        path = self.directory / _cached_name(shard)
         inexact = path.with_suffix(".inexact.tar")
         with FileLock(path.with_suffix(".lock")):
             for kept in (path, inexact):
@@ -155,16 +151,15 @@ class Location:
             self._fetch(shard.name, inexact, shard, exact=False)
             return inexact
 
-    def _own_cache(self) -> Path:
-        """The cache of this URL, made if need be; :class:`UserError` if another user may have written to it."""
+    def _make_cache(self) -> None:
+        """Make the cache of this URL, if need be; :class:`UserError` if another user may have written to it."""
         if not self.cache:
-            _private_folder(self.directory.parent)
-        _private_folder(self.directory)
-        return self.directory
+            _make_private(self.directory.parent)
+        _make_private(self.directory)
 
     def _fetch(self, name: str, path: Path, shard: Shard | None = None, exact: bool = True) -> None:
         """Fetch ``name`` to ``path``, whole or not at all; with ``exact``, only with the checksum of ``shard``."""
-        self._own_cache()
+        self._make_cache()
         url, digest = self._url(name), hashlib.sha256()
         with replacing(path) as file:
 
@@ -206,7 +201,7 @@ def _default_cache() -> Path:
     return Path(tempfile.gettempdir()) / f"dcdit-{user}"
 
 
-def _private_folder(folder: Path) -> None:
+def _make_private(folder: Path) -> None:
     """Make ``folder`` for this user alone; :class:`UserError` if it belongs to another one, or others may write to it.
 
     Whoever can write to it could forge shards, whose samples have checksums against damage alone.
@@ -244,26 +239,20 @@ def _cached_name(shard: Shard) -> str:
 
 
 class ShardReader:
-    """Open shards of one process, fetched ahead where they are remote.
-
-    Args:
-        location: where the shards lie.
-        shards: those of the manifest.
-    """
+    """The ``shards`` of a manifest, which one process opens, and fetches ahead where they are remote."""
 
     def __init__(self, location: Location, shards: Sequence[Shard]) -> None:
-        self.location = location
-        self.shards = shards
+        self.location, self.shards = location, shards
         self._open: dict[int, BinaryIO] = {}
         self._failed: dict[int, tuple[float, OSError]] = {}
         self._background = ThreadPoolExecutor(1, "fetch") if location.remote else None
 
-    def prefetch(self, wanted: Sequence[int], soon: Sequence[int]) -> None:
-        """Fetch the shards that are read next, and those after them, in the background; close all others."""
-        for number in [number for number in self._open if number not in wanted]:
+    def prefetch(self, current: Sequence[int], following: Sequence[int]) -> None:
+        """Fetch the shards that are read next, and those after them, in the background; close all but ``current``."""
+        for number in self._open.keys() - set(current):
             self._open.pop(number).close()
         if self._background:
-            needed = [self.shards[number] for number in (*wanted, *soon)]
+            needed = [self.shards[number] for number in (*current, *following)]
             for shard in needed:
                 self._background.submit(self._fetch_quietly, shard, needed)
 

@@ -37,18 +37,6 @@ _NEVER_FINITE = 16
 """Images after which an autoencoder that never gave a finite latent is given up."""
 
 
-def layout_of(settings: ExtractionSettings, autoencoder: Autoencoder) -> Layout:
-    """Layout of the shards; UserError if images of this size cannot be encoded."""
-    side, rest = divmod(settings.image_size, autoencoder.factor)
-    if rest:
-        raise UserError(
-            f"image_size={settings.image_size} is no multiple of {autoencoder.factor}, which"
-            f" autoencoder={autoencoder.name!r} needs"
-        )
-    channels = autoencoder.channels * (2 if settings.representation == MOMENTS else 1)
-    return Layout((channels, side, side), settings.dtype, settings.hflip)
-
-
 class Extraction:
     """The share of one process in an extraction.
 
@@ -56,7 +44,7 @@ class Extraction:
         directory: receives shards and manifest.
         source: the images.
         autoencoder: on the device that encodes.
-        settings: what else the bytes depend on.
+        settings: of the shards, in which ``auto`` stands nowhere any more.
         rank, world_size: this process among all.
         workers: processes that decode images.
         strict: stop at the first image that cannot be used.
@@ -82,10 +70,16 @@ class Extraction:
     ) -> None:
         self.directory, self.source, self.autoencoder, self.settings = directory, source, autoencoder, settings
         self.rank, self.world_size, self.workers, self.strict = rank, world_size, workers, strict
-        self.layout = layout_of(settings, autoencoder)
+        side, rest = divmod(settings.image_size, autoencoder.factor)
+        if rest:
+            raise UserError(
+                f"image_size={settings.image_size} is no multiple of {autoencoder.factor}, which"
+                f" autoencoder={autoencoder.name!r} needs"
+            )
         self.representation: Representation = MOMENTS if settings.representation == MOMENTS else SAMPLE
-        height, width = self.layout.stored_shape[1:]
-        self.latent_shape = (autoencoder.channels, height, width)
+        self.latent_shape = (autoencoder.channels, side, side)
+        stored_channels = autoencoder.channels * (2 if self.representation == MOMENTS else 1)
+        self.layout = Layout((stored_channels, side, side), settings.dtype, settings.hflip)
         for key, values in (("scale", autoencoder.scale), ("shift", autoencoder.shift)):
             check_numbers(f"autoencoder={autoencoder.name!r}: its {key}", values, self.latent_shape)
         self.train = train
@@ -133,8 +127,8 @@ class Extraction:
         own = range(self.rank, self.source.tasks, self.world_size)
         tasks = [task for task in own if self.job.forget_damaged(task)]
         sizes = [self.source.size(task) for task in tasks]
-        images = sum(size for size in sizes if size is not None) if None not in sizes else None
-        self._check_disk(images)
+        images = None if None in sizes else sum(size or 0 for size in sizes)
+        self._check_disk(images or 0)
         display.start(len(own), len(own) - len(tasks), images)
         stream = self._encoded(tasks, display)
         for task, batches in groupby(stream, key=lambda batch: batch[0].task):
@@ -185,11 +179,11 @@ class Extraction:
 
     def empty_classes(self) -> list[str]:
         """Classes of which no image is in the shards, if this process finalized the extraction and knows."""
-        labels = self.job.labels
-        return [] if labels is None else [n for label, n in enumerate(self.source.classes) if label not in labels]
+        labels, classes = self.job.labels, self.source.classes
+        return [] if labels is None else [name for label, name in enumerate(classes) if label not in labels]
 
-    def _check_disk(self, images: int | None) -> None:
-        needed, free = (images or 0) * self.layout.sample_bytes, shutil.disk_usage(self.directory).free
+    def _check_disk(self, images: int) -> None:
+        needed, free = images * self.layout.sample_bytes, shutil.disk_usage(self.directory).free
         if needed > free:
             raise UserError(
                 f"{self.directory}: {decimal(needed)} are needed for {images} images, {decimal(free)} are free"

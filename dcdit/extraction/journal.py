@@ -33,13 +33,7 @@ class Encoded:
 
 
 class ExtractionJob(ResumableJob[Encoded]):
-    """A resumable job each of whose tasks writes one shard.
-
-    Args:
-        directory, plan, tasks: see :class:`dcdit.runtime.jobs.ResumableJob`.
-        layout: of the shards.
-        tally: makes an empty tally for one shard.
-    """
+    """A resumable job each of whose tasks writes one shard; ``tally`` makes an empty tally for one."""
 
     def __init__(
         self, directory: Path, plan: Mapping[str, object], tasks: int, layout: Layout, tally: Callable[[], Tally]
@@ -50,10 +44,9 @@ class ExtractionJob(ResumableJob[Encoded]):
         """Labels of the images in all shards; None unless this process finalized the job and knows."""
 
     def open(self) -> Manifest | None:
-        """Begin or continue; where shards of a finished extraction are missing or cut short, they are to do again.
+        """Begin or continue; returns the manifest if everything is done and there.
 
-        Returns:
-            The manifest if everything is done and there.
+        Where shards of a finished extraction are missing or cut short, their tasks are to be done again.
 
         Raises:
             UserError: if the directory holds anything but this extraction.
@@ -85,29 +78,26 @@ class ExtractionJob(ResumableJob[Encoded]):
         return record
 
     def close(self, manifest: Callable[[tuple[Shard, ...], tuple[Skipped, ...], Sums], Manifest]) -> Manifest | None:
-        """Write the manifest if all tasks of all processes are done.
-
-        Returns:
-            The manifest, if it is there now.
+        """Write the manifest if all tasks of all processes are done; returns it if it is there now.
 
         Raises:
             UserError: if no image could be used.
         """
 
         def write(records: list[Encoded]) -> None:
-            before, known = self.work / "skipped.json", []
+            skipped = [image for record in records for image in record.skipped]
             with suppress(FileNotFoundError):
-                known = read_json(before, list[Skipped], f"delete {self.work}, which begins the extraction anew")
-            listed = [*known, *(image for record in records for image in record.skipped)]
+                remedy = f"delete {self.work}, which begins the extraction anew"
+                skipped = read_json(self.work / "skipped.json", list[Skipped], remedy) + skipped
             shards = tuple(record.shard for record in records if record.shard)
             labels = [record.labels for record in records]
             self.labels = None if None in labels else {label for part in labels for label in part or ()}
             if not shards:
                 shutil.rmtree(self.work)  # with another source, the same command begins anew
-                first = f"; the first: {listed[0].file}: {listed[0].reason}" if listed else ""
+                first = f"; the first: {skipped[0].file}: {skipped[0].reason}" if skipped else ""
                 raise UserError(f"no image could be used{first}")
             sums = Sums.total([record.sums for record in records if record.sums])
-            manifest(shards, tuple(dict.fromkeys(listed)), sums).write(self.directory)
+            manifest(shards, tuple(dict.fromkeys(skipped)), sums).write(self.directory)
 
         path = self.directory / MANIFEST_NAME
         self.finalize(path, write)

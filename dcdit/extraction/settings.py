@@ -32,13 +32,10 @@ class ExtractConfig(ExtractionSettings):
     Attributes:
         source: folder with a subfolder per class; or webdataset shards, as a folder or a path with braces.
         out: the shards go to ``<out>/<split>``.
-        split: name of the split.
         classes: of webdataset shards: their number, or a text file with one name per line; None takes those of the
             train split in ``out``.
-        autoencoder: see :func:`dcdit.data.autoencoder.load_autoencoder`.
         strict: stop at the first image that cannot be used.
         corrupt_limit: images that each process skips before it stops.
-        device: ``auto`` or a torch device.
         num_workers: processes that decode images; None takes this process's share of the cores.
     """
 

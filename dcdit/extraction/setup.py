@@ -24,17 +24,11 @@ from dcdit.runtime.devices import pick_device
 from dcdit.runtime.files import read_text
 from dcdit.runtime.processes import cores
 
-_LISTED = 10  # skipped images named in the extraction_summary
+_LISTED = 10  # skipped images named in the summary
 
 
 def set_up_extraction(config: ExtractConfig, directory: Path, rank: int, world_size: int, workers: int) -> Extraction:
-    """One process of the extraction that is asked for.
-
-    Args:
-        config: what was asked for.
-        directory: receives shards and manifest.
-        rank, world_size: this process among all.
-        workers: processes that decode images.
+    """Process ``rank`` of the extraction to ``directory``, with ``workers`` processes that decode images.
 
     Raises:
         UserError: if there is no such source or autoencoder, or they do not fit the settings.
@@ -44,8 +38,8 @@ def set_up_extraction(config: ExtractConfig, directory: Path, rank: int, world_s
     if settings.precision == "auto":
         settings = replace(settings, precision="fp16" if on_gpu else "fp32")
     settings = replace(settings, threads=None if on_gpu else settings.threads or cores())
-    train = train_split(directory)
-    source = open_source(config, directory, train)
+    train = _train_split(directory)
+    source = _open_source(config, directory, train)
     torch.backends.cudnn.benchmark = False  # it may choose other kernels, and other bits, in every run
     autoencoder = load_autoencoder(config.autoencoder, device)
     if settings.representation == "auto":
@@ -58,7 +52,7 @@ def set_up_extraction(config: ExtractConfig, directory: Path, rank: int, world_s
     )
 
 
-def train_split(directory: Path) -> Manifest | None:
+def _train_split(directory: Path) -> Manifest | None:
     """The manifest of the train split beside another; None if there is none. UserError if it is not finished."""
     train = directory.parent / "train"
     if directory.name == train.name:
@@ -85,7 +79,7 @@ def _describe_train(directory: Path, train: Manifest | None) -> list[str]:
     return [f"Classes, scale and shift are those of {directory.parent / 'train'}"]
 
 
-def open_source(config: ExtractConfig, directory: Path, train: Manifest | None) -> ImageSource:
+def _open_source(config: ExtractConfig, directory: Path, train: Manifest | None) -> ImageSource:
     """Folders or webdataset shards, whichever ``source`` names, with the classes of ``train`` if that is given.
 
     Raises:
