@@ -163,10 +163,10 @@ class LatentDataModule(pl.LightningDataModule):
         """Endless training batches, from where the last checkpoint stopped."""
         assert self.trainer is not None
         manifest, readers = self.manifest(), self._readers()
-        before = self._start.done[-1][0] if self._start.done else readers
-        if before != readers:
+        earlier = self._start.done[-1][0] if self._start.done else readers
+        if earlier != readers:
             say(
-                f"Resuming with {_describe_readers(readers)} instead of {_describe_readers(before)}: epoch"
+                f"Resuming with {_describe_readers(readers)} instead of {_describe_readers(earlier)}: epoch"
                 f" {self._start.epoch} goes on after {self._start.samples} of its {manifest.samples} samples, none of"
                 " which is seen again; the order of the others is new."
             )
@@ -188,13 +188,13 @@ class LatentDataModule(pl.LightningDataModule):
             return []
         location, manifest, world = self.location.below("val"), split.manifest, self.trainer.world_size
         # Batches of one size, as large as those of training allow, that leave out as little as possible.
-        own, most = manifest.samples // world, self._readers().batch_size // self.trainer.accumulate_grad_batches
-        if not own:
+        share, largest = manifest.samples // world, self._readers().batch_size // self.trainer.accumulate_grad_batches
+        if not share:
             raise UserError(
                 f"the validation split in {location.root} has {manifest.samples} samples for {world} processes: add"
                 " some, take fewer processes, or remove it"
             )
-        readers = Readers(world, own // -(-own // most), 0)
+        readers = Readers(world, share // -(-share // largest), 0)
         stream = LatentStream(location, manifest, readers, self.trainer.global_rank, self.seed, epochs=1)
         return [DataLoader(stream, batch_size=None)]
 

@@ -80,16 +80,16 @@ def load_decoder(
         UserError: if the autoencoder cannot be loaded, or its weights are not those that made the latents.
     """
     autoencoder = load_autoencoder(instead or latents.autoencoder, device)
-    wanted = latents.fingerprint
-    if wanted is not None and autoencoder.fingerprint != wanted:
+    expected = latents.fingerprint
+    if expected is not None and autoencoder.fingerprint != expected:
         if not instead:
             raise UserError(
                 f"autoencoder={autoencoder.name!r} has weights {autoencoder.fingerprint}, the latents were made with"
-                f" {wanted}: give the autoencoder they were made with, or this one deliberately, with autoencoder=..."
+                f" {expected}: give the autoencoder they were made with, or this one deliberately, with autoencoder=..."
             )
         say(
             f"Decoding with autoencoder={autoencoder.name!r}, weights {autoencoder.fingerprint}; the latents were made"
-            f" with {latents.autoencoder!r}, weights {wanted}. Figures are those of another autoencoder"
+            f" with {latents.autoencoder!r}, weights {expected}. Figures are those of another autoencoder"
         )
     channels = latents.shape[0]
     if autoencoder.name == IDENTITY and channels not in (1, 3):

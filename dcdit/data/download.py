@@ -26,13 +26,13 @@ class AbsentError(OSError):
     """The server has no such file, or refuses it without saying whether it has it."""
 
 
-def download(url: str, write: Callable[[bytes], object], most: int) -> int:
+def download(url: str, write: Callable[[bytes], object], max_bytes: int) -> int:
     """Hand what a URL holds to ``write``, piece by piece.
 
     Args:
         url: ``http:`` and ``https:``, and whatever webdataset opens.
         write: takes the next bytes.
-        most: bytes that are expected at most.
+        max_bytes: largest size that is expected.
 
     Returns:
         The number of bytes.
@@ -43,13 +43,13 @@ def download(url: str, write: Callable[[bytes], object], most: int) -> int:
         UserError: if there is no such scheme; what ``write`` raises passes through.
     """
     pace = Pace()
-    fetch = _in_background(url, most, pace) if url.startswith(("http:", "https:")) else _from_program(url, pace)
+    fetch = _in_background(url, max_bytes, pace) if url.startswith(("http:", "https:")) else _from_program(url, pace)
     try:
         with closing(fetch) as chunks:
             for chunk in chunks:
                 pace.size += len(chunk)
-                if pace.size > most:
-                    raise _failed(url, f"it is larger than the {most} bytes expected")
+                if pace.size > max_bytes:
+                    raise _failed(url, f"it is larger than the {max_bytes} bytes expected")
                 write(chunk)
                 pace.remaining()
     except SlowError as error:
@@ -63,7 +63,7 @@ def _failed(url: str, reason: str, kind: type[OSError] = OSError) -> OSError:
     return kind(f"{without_credentials(url)} cannot be fetched: {reason}")
 
 
-def _in_background(url: str, most: int, pace: Pace) -> Generator[bytes, None, None]:
+def _in_background(url: str, max_bytes: int, pace: Pace) -> Generator[bytes, None, None]:
     """Yield what a thread receives from a server: one read of a socket has a time limit, their sum has none."""
     chunks: queue.Queue[bytes | BaseException | None] = queue.Queue(16)
     given_up = threading.Event()
@@ -77,7 +77,7 @@ def _in_background(url: str, most: int, pace: Pace) -> Generator[bytes, None, No
 
     def receive() -> None:
         try:
-            for chunk in _from_server(url, most, answers):
+            for chunk in _from_server(url, max_bytes, answers):
                 put(chunk)
                 if given_up.is_set():
                     return
@@ -102,7 +102,7 @@ def _in_background(url: str, most: int, pace: Pace) -> Generator[bytes, None, No
                 answer.raw.shutdown()
 
 
-def _from_server(url: str, most: int, answers: "list[Response]") -> Generator[bytes, None, None]:
+def _from_server(url: str, max_bytes: int, answers: "list[Response]") -> Generator[bytes, None, None]:
     import requests
 
     address = url
@@ -114,7 +114,7 @@ def _from_server(url: str, most: int, answers: "list[Response]") -> Generator[by
                 if answer.is_redirect:
                     address = urljoin(address, answer.headers["Location"])
                     continue
-                _check_answer(url, answer, most)
+                _check_answer(url, answer, max_bytes)
                 answers.append(answer)
                 yield from answer.iter_content(1 << 16)
                 return
@@ -132,7 +132,7 @@ def _from_server(url: str, most: int, answers: "list[Response]") -> Generator[by
         raise _failed(url, type(error).__name__) from None
 
 
-def _check_answer(url: str, answer: "Response", most: int) -> None:
+def _check_answer(url: str, answer: "Response", max_bytes: int) -> None:
     """Raise OSError unless the head of an answer promises the file, plain and no larger than expected."""
     if answer.status_code in (404, 410):
         raise _failed(url, "the server has no such file", AbsentError)
@@ -142,8 +142,8 @@ def _check_answer(url: str, answer: "Response", most: int) -> None:
     length, encoding = answer.headers.get("Content-Length", "0"), answer.headers.get("Content-Encoding", "identity")
     if not (length.isascii() and length.isdigit()):
         raise _failed(url, f"the server says that it has {shown(length)} bytes")
-    if len(length) > 15 or int(length) > most:
-        raise _failed(url, f"it is larger than the {most} bytes expected")
+    if len(length) > 15 or int(length) > max_bytes:
+        raise _failed(url, f"it is larger than the {max_bytes} bytes expected")
     if encoding != "identity":
         raise _failed(url, f"it comes encoded as {shown(encoding)}")
 

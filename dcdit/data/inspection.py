@@ -64,8 +64,8 @@ def verify(location: Location, manifest: Manifest, console: Console) -> Findings
     return findings
 
 
-def first_samples(location: Location, manifest: Manifest, wanted: int) -> Tensor:
-    """Up to ``wanted`` stored arrays, (n, ...), from as few shards as hold them."""
+def first_samples(location: Location, manifest: Manifest, count: int) -> Tensor:
+    """Up to ``count`` stored arrays, (n, ...), from as few shards as hold them."""
 
     def readable() -> Iterator[Tensor]:
         for shard in manifest.shards:
@@ -73,7 +73,7 @@ def first_samples(location: Location, manifest: Manifest, wanted: int) -> Tensor
                 for _, _, array in read_samples(location.fetch(shard), shard, Layout.of(manifest), []):
                     yield torch.from_numpy(array)
 
-    samples = list(islice(readable(), wanted))
+    samples = list(islice(readable(), count))
     if not samples:
         raise UserError(f"{location.root}: not one sample can be read")
     return torch.stack(samples)

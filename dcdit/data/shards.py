@@ -26,8 +26,8 @@ from dcdit.data.manifest import SAMPLE, Dtype, Manifest, Representation, Shard
 from dcdit.data.statistics import StoredArray, Sums, Tally
 from dcdit.runtime.files import file_digest, open_regular, replacing
 
-_LONGEST_NOTE = BLOCKSIZE  # the JSON of a sample fills one block of the tar file
-_NOTE_BYTES = BLOCKSIZE + _LONGEST_NOTE  # with the header of its tar member
+_LARGEST_NOTE = BLOCKSIZE  # the JSON of a sample fills one block of the tar file
+_NOTE_BYTES = BLOCKSIZE + _LARGEST_NOTE  # with the header of its tar member
 _SIZE_FIELD = slice(124, 135)  # of a tar header, octal
 
 
@@ -57,9 +57,9 @@ def _note(label: int, checksums: list[int], source: str) -> bytes:
     """The JSON member of a sample; a long source loses its beginning."""
     while True:
         note = json.dumps({"label": label, "crc32": checksums, "source": source}).encode()
-        if len(note) <= _LONGEST_NOTE:
+        if len(note) <= _LARGEST_NOTE:
             return note
-        source = source[max(1, (len(note) - _LONGEST_NOTE) // 6) :]
+        source = source[max(1, (len(note) - _LARGEST_NOTE) // 6) :]
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,11 @@ class Layout:
         """
         start = index * self.sample_bytes
         note, member = bytearray(_NOTE_BYTES), bytearray(self.member_bytes)
-        got = os.preadv(descriptor, [note], start)
-        got += os.preadv(descriptor, [member], start + _NOTE_BYTES + self.member_bytes * hflip)
-        if got < len(note) + len(member):
+        bytes_read = os.preadv(descriptor, [note], start)
+        bytes_read += os.preadv(descriptor, [member], start + _NOTE_BYTES + self.member_bytes * hflip)
+        if bytes_read < len(note) + len(member):
             raise CorruptSampleError("the file ends before it")
-        where = f"key {bytes(note[:100]).split(b'.json')[0].decode('ascii', 'replace')}"
+        name = f"key {bytes(note[:100]).split(b'.json')[0].decode('ascii', 'replace')}"
         try:
             length = int(bytes(note[_SIZE_FIELD]), 8)
             values = json.loads(bytes(note[BLOCKSIZE : BLOCKSIZE + length]))
@@ -131,15 +131,15 @@ class Layout:
             if type(label) is not int or type(expected) is not int:  # 3.9, true and Infinity are no labels
                 raise TypeError
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            raise CorruptSampleError(f"{where}: label and checksum are unreadable") from None
+            raise CorruptSampleError(f"{name}: label and checksum are unreadable") from None
         payload = BLOCKSIZE + len(self.npy_header)
         if member[BLOCKSIZE:payload] != self.npy_header:
-            raise CorruptSampleError(f"{where}: no {self.dtype} array of shape {self.stored_shape} follows")
+            raise CorruptSampleError(f"{name}: no {self.dtype} array of shape {self.stored_shape} follows")
         array = memoryview(member)[payload : payload + self.array_bytes]
         if zlib.crc32(array) != expected:
-            raise CorruptSampleError(f"{where}: the checksum of its latent differs")
+            raise CorruptSampleError(f"{name}: the checksum of its latent differs")
         if not np.isfinite(np.frombuffer(array, self.dtype)).all():
-            raise CorruptSampleError(f"{where}: its latent is not finite")
+            raise CorruptSampleError(f"{name}: its latent is not finite")
         out[:] = np.frombuffer(array, np.uint8)
         return label
 

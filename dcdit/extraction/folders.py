@@ -59,8 +59,8 @@ class FolderSource(ImageSource):
         used = set(labels)
         if empty := [name for label, name in enumerate(self.classes) if label not in used]:
             notes.append(describe_empty_classes(empty, len(self.classes)))
-        if alike := [name for name, times in Counter(map(str.casefold, folders)).items() if times > 1]:
-            notes.append(f"{len(alike)} class names differ only in upper and lower case, such as {alike[0]!r}")
+        if similar := [name for name, times in Counter(map(str.casefold, folders)).items() if times > 1]:
+            notes.append(f"{len(similar)} class names differ only in upper and lower case, such as {similar[0]!r}")
         order = np.random.default_rng(seed).permutation(len(paths))
         # Arrays, not lists: reference counts would copy them into every worker process.
         self._paths, self._labels = np.array(paths)[order], np.array(labels)[order]

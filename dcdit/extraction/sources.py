@@ -49,8 +49,8 @@ class Item:
     path: str | bytes
     span: tuple[int, int] | None = None
 
-    def read(self, most: int = _LARGEST_IMAGE) -> bytes:
-        """The item's bytes, of which there may be ``most``.
+    def read(self, max_bytes: int = _LARGEST_IMAGE) -> bytes:
+        """The item's bytes, of which there may be ``max_bytes``.
 
         Raises:
             UnusableImageError: if it has more, or the tar file ends within it.
@@ -59,8 +59,8 @@ class Item:
         try:
             with open_regular(Path(os.fsdecode(self.path))) as file:
                 offset, length = self.span or (0, os.fstat(file.fileno()).st_size)
-                if length > most:
-                    raise UnusableImageError(f"it has {length} bytes, at most {most} are read")
+                if length > max_bytes:
+                    raise UnusableImageError(f"it has {length} bytes, at most {max_bytes} are read")
                 file.seek(offset)
                 content = file.read(length)
         except (OSError, UserError) as error:
