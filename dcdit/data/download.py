@@ -27,15 +27,12 @@ class AbsentError(OSError):
 
 
 def download(url: str, write: Callable[[bytes], object], max_bytes: int) -> int:
-    """Hand what a URL holds to ``write``, piece by piece.
+    """Hand what a URL holds to ``write``, piece by piece; returns the number of bytes.
 
     Args:
         url: ``http:`` and ``https:``, and whatever webdataset opens.
         write: takes the next bytes.
         max_bytes: largest size that is expected.
-
-    Returns:
-        The number of bytes.
 
     Raises:
         AbsentError: if there is no such file.

@@ -94,10 +94,7 @@ class Extraction:
             raise UserError(f"strict=true: {source.skipped[0].file}: {source.skipped[0].reason}")
 
     def run(self, display: Display) -> Manifest | None:
-        """Encode what is not done yet of this process's share.
-
-        Returns:
-            The manifest if all shards of all processes are done, else None.
+        """Encode what is not done yet of this process's share; returns the manifest if all processes are done.
 
         Raises:
             UserError: if the directory holds something else, the disk is too small, or, with ``strict``, for the first
@@ -121,8 +118,7 @@ class Extraction:
             lock.release()
 
     def _run(self, display: Display) -> Manifest | None:
-        finished = self.job.open()
-        if finished:
+        if finished := self.job.open():
             return finished
         own = range(self.rank, self.source.tasks, self.world_size)
         tasks = [task for task in own if self.job.forget_damaged(task)]
@@ -188,8 +184,6 @@ class Extraction:
             raise UserError(
                 f"{self.directory}: {decimal(needed)} are needed for {images} images, {decimal(free)} are free"
             )
-
-    # ---- encoding ------------------------------------------------------------------------------------------------
 
     def _encoded(self, tasks: list[int], display: Display) -> Iterator[tuple[Decoded, list[StoredArray]]]:
         """Decoded batches with their moments; a GPU works on the next batch while this one is written."""

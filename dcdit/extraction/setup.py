@@ -86,17 +86,19 @@ def _open_source(config: ExtractConfig, directory: Path, train: Manifest | None)
         UserError: if it is neither, or its classes are others.
     """
     path = Path(config.source)
-    out, source = os.path.realpath(directory), os.path.realpath(path)
-    if path.is_dir() and Path(out).is_relative_to(source):
-        raise UserError(
-            f"out={config.out} with split={config.split} lies in source={config.source}, where the shards would be"
-            " taken for a class: choose a place outside"
-        )
-    if path.is_dir() and (has_subfolders(path) or not any(path.glob("*.tar"))):
-        if config.classes is not None:
-            raise UserError(f"classes={config.classes} is for webdataset shards; of folders the names are the classes")
-        return FolderSource(path, config.samples_per_shard, config.seed, train.classes if train else None)
-    if not path.is_dir() and not config.source.endswith(".tar"):
+    if path.is_dir():
+        if Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(path)):
+            raise UserError(
+                f"out={config.out} with split={config.split} lies in source={config.source}, where the shards would be"
+                " taken for a class: choose a place outside"
+            )
+        if has_subfolders(path) or not any(path.glob("*.tar")):
+            if config.classes is not None:
+                raise UserError(
+                    f"classes={config.classes} is for webdataset shards; of folders the names are the classes"
+                )
+            return FolderSource(path, config.samples_per_shard, config.seed, train.classes if train else None)
+    elif not config.source.endswith(".tar"):
         remedy = ": unpack it, and give the folder that has one for each class" if path.is_file() else ""
         raise UserError(f"source={config.source} is no folder{remedy}")
     if train is None:
