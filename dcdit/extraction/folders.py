@@ -153,14 +153,16 @@ def _walk(folder: Path, root: Path, listing: Listing) -> list[tuple[str, int, in
     """
     images = []
     visited = set() if folder == root else {os.path.realpath(root)}
-    for current, subfolders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+    waiting = [str(folder)]
+    while waiting:
+        current = waiting.pop()
         real = os.path.realpath(current)
         if real in visited:
-            subfolders.clear()
             continue
         visited.add(real)
-        subfolders[:] = reversed(_without_service(subfolders, listing))
-        for name in _without_service(files, listing):
+        subfolders, files = _content(current, listing)
+        waiting += [os.path.join(current, name) for name in subfolders]
+        for name in files:
             path, ending = os.path.join(current, name), ending_of(name)
             below = os.path.relpath(path, root)
             if ending in _OTHER_IMAGES:
@@ -182,17 +184,12 @@ def _walk(folder: Path, root: Path, listing: Listing) -> list[tuple[str, int, in
     return sorted(images)
 
 
-def _content(folder: Path, listing: Listing) -> tuple[list[str], list[str]]:
-    """Names of the subfolders and of the files of a folder, links to them included."""
+def _content(folder: str | Path, listing: Listing) -> tuple[list[str], list[str]]:
+    """Names of the subfolders and of the files of a folder, links to them included; service files are only counted."""
     _, subfolders, files = next(os.walk(folder, onerror=_refuse))
-    return _without_service(subfolders, listing), _without_service(files, listing)
-
-
-def _without_service(names: list[str], listing: Listing) -> list[str]:
-    """Those of ``names`` that are no service files, in order; the others are counted."""
-    usual = sorted(name for name in names if not is_service(name))
-    listing.hidden += len(names) - len(usual)
-    return usual
+    listing.hidden += sum(map(is_service, subfolders + files))
+    subfolders, files = (sorted(name for name in names if not is_service(name)) for names in (subfolders, files))
+    return subfolders, files
 
 
 def _refuse(error: OSError) -> NoReturn:
