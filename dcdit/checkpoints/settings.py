@@ -37,12 +37,7 @@ def length_of(kind: str) -> float | None:
 
 @config
 class Paths:
-    """Where things are: ``configs/paths/default.yaml``.
-
-    Attributes:
-        data: folder of data sets.
-        runs: folder of all runs.
-    """
+    """Folders: of data sets, and of all runs."""
 
     data: str
     runs: str
@@ -51,21 +46,7 @@ class Paths:
 @checked
 @dataclass(frozen=True)
 class AssumeSettings:
-    """What the file of another program does not say; None takes the published value.
-
-    Attributes:
-        heads: number of attention heads; published for widths 384, 768, 1024 and 1152.
-        smoothing_sigma: de-chunk smoothing in grid positions, 0 for none; published: 1, or 2 on a 64 x 64 grid.
-        freq_shift: frequency shift of the timestep embedding: 0 as published; 1 is what diffusers' DiT computes,
-            whatever its weights were trained with.
-        diffusion: name of the process that it was trained for, with this package's direction and scale of time;
-            published: ``ddpm``.
-        num_classes: number of classes: as many as the label table has rows, if it was trained without a null class, or
-            one fewer. None takes one fewer, but of 1,000 rows all.
-        autoencoder: the autoencoder of its latents; published: ``stabilityai/sd-vae-ft-ema``.
-        scale, shift: the network sees (latent - shift) * scale, with a number or one for each channel; published:
-            0.18215 and 0.
-    """
+    """What the file of another program does not say; ``configs/assume/default.yaml`` describes each key."""
 
     heads: Size | None = None
     smoothing_sigma: Annotated[float, Bounds(0, 512)] | None = None

@@ -27,17 +27,7 @@ class ExtractionSettings:
 
 @config
 class ExtractConfig(ExtractionSettings):
-    """What to extract, and where: the keys of ``configs/extract.yaml`` and, of what shapes the bytes, of its base.
-
-    Attributes:
-        source: folder with a subfolder per class; or webdataset shards, as a folder or a path with braces.
-        out: the shards go to ``<out>/<split>``.
-        classes: of webdataset shards: their number, or a text file with one name per line; None takes those of the
-            train split in ``out``.
-        strict: stop at the first image that cannot be used.
-        corrupt_limit: images that each process skips before it stops.
-        num_workers: processes that decode images; None takes this process's share of the cores.
-    """
+    """The configuration of ``dcdit.extract``; ``configs/extract.yaml`` describes each key."""
 
     source: str
     out: str

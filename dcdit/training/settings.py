@@ -34,14 +34,7 @@ if TYPE_CHECKING:
 
 @config
 class OptimizerSettings:
-    """AdamW and its learning-rate schedule.
-
-    Attributes:
-        lr: peak learning rate.
-        schedule: a schedule name of ``diffusers.optimization.get_scheduler``.
-        lr_warmup_steps: of a linear warm-up, which ``constant`` lacks and ``constant_with_warmup`` has.
-        lr_scale: learning rate over ``lr`` by part of the network, see :meth:`dcdit.network.Network.parts`.
-    """
+    """AdamW and its learning-rate schedule: the keys of ``configs/optimizer``."""
 
     lr: Positive
     weight_decay: NonNegative
@@ -52,14 +45,7 @@ class OptimizerSettings:
 
 @config
 class RatioSettings:
-    """The ratio loss.
-
-    Attributes:
-        weight: of the ratio loss beside the diffusion loss.
-        group: samples whose keep ratio is averaged before the loss; None takes the whole local batch.
-        curriculum_start: compression of the first step; None starts at the target.
-        curriculum_steps: optimiser steps until the target is reached.
-    """
+    """The ratio loss."""
 
     weight: NonNegative
     group: Annotated[int, Bounds(1, 10**7, hint="take 16, or null for the whole batch")] | None
@@ -76,12 +62,7 @@ class RatioSettings:
 
 @config
 class MultiBudgetSettings:
-    """Multi-budget training: the drop fractions that steps sample from.
-
-    Attributes:
-        fractions: empty trains at the full budget only.
-        full_budget_steps: optimiser steps at the full budget before the first is sampled.
-    """
+    """Multi-budget training, the drop fractions that steps sample from: the keys of ``configs/multi_budget``."""
 
     fractions: list[DropFraction]
     full_budget_steps: Natural
@@ -89,12 +70,7 @@ class MultiBudgetSettings:
 
 @config
 class MatchComputeSettings:
-    """Training as long as a baseline costs.
-
-    Attributes:
-        baseline: a model of ``configs/model``; None leaves ``trainer.max_steps`` as it is.
-        steps: of the baseline.
-    """
+    """Training as long as a baseline costs."""
 
     baseline: str | None
     steps: Count
@@ -102,13 +78,7 @@ class MatchComputeSettings:
 
 @config
 class ExecutionSettings:
-    """How the same mathematics is run.
-
-    Attributes:
-        compile: fuse the element-wise operations of the blocks.
-        activation_checkpointing: of the blocks: less memory for a quarter more time.
-        max_micro_batch: samples at once on one process; of more, gradients are accumulated.
-    """
+    """How the same mathematics is run."""
 
     compile: bool
     activation_checkpointing: bool
@@ -156,15 +126,7 @@ class FromScratch(InitSettings):
 
 @config
 class FromWeights(InitSettings):
-    """Training that starts from weights that exist: step 0, a new optimiser, a new average.
-
-    Attributes:
-        checkpoint: what names them, see ``resolve_checkpoint``.
-        weights: EMA weights, raw ones, or an average of another length, see :data:`WeightsKind`.
-        adapt: what may differ between them and what is trained; the parts that it touches start anew.
-        freeze: parts that are not trained, see :meth:`dcdit.network.Network.parts`.
-        assume: what the checkpoint cannot say.
-    """
+    """Training that starts from weights that exist: step 0, a new optimiser, a new average."""
 
     name: ClassVar[str] = "weights"
     implementation: ClassVar[str] = "dcdit.training.initial_weights:start_from_weights"
@@ -177,15 +139,7 @@ class FromWeights(InitSettings):
 
 @config
 class FromTeacher(InitSettings):
-    """A DC-DiT that takes the blocks and embedders of a plain DiT over, and matches its hidden states for a while.
-
-    Attributes:
-        teacher: what names the plain DiT, see ``resolve_checkpoint``.
-        weights, adapt, freeze, assume: as of :class:`FromWeights`.
-        distil_steps: optimiser steps in which hidden states are matched.
-        distil_weight: weight of that loss beside the diffusion loss.
-        distil_decay: whether the weight falls linearly to 0 over these steps.
-    """
+    """A DC-DiT that takes the blocks and embedders of a plain DiT over, and matches its hidden states for a while."""
 
     name: ClassVar[str] = "upcycle"
     implementation: ClassVar[str] = "dcdit.training.upcycling:start_from_teacher"
@@ -280,19 +234,7 @@ LOGGER_KEYS: dict[str, Any] = {
 
 @config
 class TrainConfig:
-    """The keys of ``configs/train.yaml``.
-
-    Attributes:
-        compression: N, the router is asked to keep 1 / N of the tokens.
-        ckpt_path: ``last`` goes on with the run, ``auto`` does if there is anything to go on from; or a checkpoint.
-        run_id: of the run's curves; None keeps the one it has, or makes one.
-        nonfinite_limit: steps with non-finite gradients in a row after which training stops.
-        balance_timesteps: give each of several processes about as many tokens.
-        model: the network, see :func:`dcdit.network.build_network`, which checks it.
-        data: the arguments of :class:`dcdit.data.datamodule.LatentDataModule`, which checks them.
-        callbacks, logger: what Hydra instantiates, by name; None leaves one out.
-        cluster: see :mod:`dcdit.cluster.settings`.
-        resolution: of the images; other sections refer to it.
+    """The configuration of ``dcdit.train``; ``configs/train.yaml`` and its groups describe each key.
 
     Raises:
         UserError: naming key, value and remedy.
