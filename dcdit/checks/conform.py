@@ -211,8 +211,11 @@ def checked(cls: Class) -> Class:
 
     @wraps(constructor)
     def check_then_construct(self: Any, *arguments: Any, **named: Any) -> None:
-        bound = signature.bind(self, *arguments, **named)
         hints = annotations(constructor)
+        for name, value in named.items():
+            if name not in hints:
+                raise UserError(_no_such_key(name, value, hints))
+        bound = signature.bind(self, *arguments, **named)
         for name, value in bound.arguments.items():
             if name in hints:
                 bound.arguments[name] = conform(name, value, hints[name])
@@ -258,6 +261,10 @@ def suggestion(key: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
 
 
+def _no_such_key(key: str, value: object, known: Iterable[str]) -> str:
+    return f"{key}={shown(value)}: there is no such key, {suggestion(key, known)}"
+
+
 def call_checked(
     target: Callable[..., T], values: object, prefix: str, built: Mapping[str, object] = MappingProxyType({})
 ) -> T:
@@ -281,7 +288,7 @@ def call_checked(
     given = {}
     for key, value in values.items():
         if key not in hints:
-            raise UserError(f"{dotted}{key}={shown(value)}: there is no such key, {suggestion(str(key), hints)}")
+            raise UserError(f"{dotted}{_no_such_key(str(key), value, hints)}")
         if not (isinstance(value, str) and value == MISSING):
             given[str(key)] = conform(f"{dotted}{key}", value, hints[key])
     for name in hints:

@@ -28,7 +28,7 @@ from dcdit.network import DCDiT, DiT
 from dcdit.sampling.settings import SamplingConfig
 from dcdit.training import settings
 from dcdit.training.callbacks import EMA, Checkpoint, PowerEMA, ProgressBar
-from dcdit.training.callbacks.fid import FIDSettings
+from dcdit.training.callbacks.fid import FID
 
 ONE_HOME = (
     *(sample.SampleConfig, generate.GenerateConfig, EvaluateConfig, report.ReportConfig, status.StatusConfig),
@@ -41,7 +41,7 @@ ONE_HOME = (
         PowerEMA,
         Checkpoint,
         ProgressBar,
-        FIDSettings,
+        FID,
         ema.EMAConfig,
     ),
     *(settings.TrainConfig, settings.TrainerSettings, settings.RatioSettings, settings.MultiBudgetSettings),
@@ -93,6 +93,16 @@ def test_defaults_of_the_library_are_those_of_the_files(target):
 def test_shards_are_inspected_with_the_cache_that_training_has():
     config = compose_config(name="inspect_latents")
     assert {key: config[key] for key in defaults(Location)} == defaults(Location)
+
+
+def test_fid_during_training_is_measured_as_an_evaluation_measures_it():
+    """Except that it has fewer images, budgets of its own, and the few steps that training can afford."""
+    evaluation = compose_config(name="evaluate")
+    fid = compose_config("callbacks=fid", name="train").callbacks.fid
+    shared = set(fid) & set(evaluation) - {"reference", "features", "drop_fractions", "count", "sampler", "guidance"}
+    assert shared == {"autoencoder", "batch_size", "cache", "seed", "shown"}
+    assert {key: fid[key] for key in shared} == {key: evaluation[key] for key in shared}
+    assert fid.guidance.items() <= evaluation.guidance.items()
 
 
 def test_the_two_resolutions_differ_in_one_file():

@@ -119,6 +119,8 @@ def test_mistakes_end_before_the_first_step(trained, tiny, tmp_path):
         ("callbacks.fid.sampler.steps=0", r"callbacks.fid.sampler.steps=0"),
         ("callbacks.fid.guidance.scale=-1", r"callbacks.fid.guidance.scale=-1 is"),
         ("callbacks.fid.autoencoder=/nowhere/vae", "cannot be loaded"),
+        ("+callbacks.fid.cout=40", r"^callbacks.fid.cout=40: there is no such key, did you mean count\?$"),
+        ("+callbacks.ema.dekay=0.9", r"^callbacks.ema.dekay=0.9: there is no such key, did you mean decay\?$"),
     ):
         with pytest.raises(Exception, match=message) as caught:
             trained("wrong", "trainer.max_steps=2", override)

@@ -42,7 +42,7 @@ class GuidanceSettings:
         UserError: if a value is out of its range.
     """
 
-    scale: Annotated[float, Bounds(0, 10**7, hint="1 is no guidance, 4 is strong")] = 1.0
+    scale: Annotated[float, Bounds(0, 100, hint="1 is no guidance, 4 is strong")] = 1.0
     channels: Annotated[int, Bounds(1, 10**7, hint="take 3 as published, or as many as there are")] | None = None
     drop_fraction: DropFraction = 0.0
     uncond_drop_fraction: DropFraction | None = None

@@ -12,19 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from dcdit.checkpoints.load import Model
-from dcdit.checks import (
-    Columns,
-    Count,
-    DropFraction,
-    Images,
-    Named,
-    NotEmpty,
-    Seed,
-    Shown,
-    TimeFraction,
-    call_checked,
-    config,
-)
+from dcdit.checks import Columns, Count, Images, Named, Seed, Shown, TimeFraction, checked
 from dcdit.data.decoder import LatentDecoder, load_decoder
 from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.guidance import Guidance
@@ -36,50 +24,13 @@ from dcdit.evaluation.images import open_images
 from dcdit.evaluation.measure import measure_samples
 from dcdit.evaluation.metrics import compare_with, frechet
 from dcdit.evaluation.reference_images import ReferenceStatistics
+from dcdit.evaluation.settings import DropFractions
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime.display import Display
 from dcdit.runtime.processes import say
 from dcdit.sampling.figures import Recorder, save_boundaries, save_grid
 from dcdit.sampling.generate import generate
 from dcdit.sampling.setup import check_guidance
-
-
-@config
-class FIDSettings:
-    """What :class:`FID` measures: the keys of ``configs/callbacks/fid.yaml``, but for the feature network.
-
-    Attributes:
-        reference: images to compare with, see :func:`dcdit.evaluation.images.open_images`.
-        folder: for the pictures.
-        guidance: its drop fraction is that of the budget.
-        count: images at each budget, over all processes.
-        every: validations between two measurements.
-        max_time_fraction: a measurement is left out where all of them together would take more of the time since
-            training began; the first, and one at the last step, always take place.
-        shown: images of each budget in the picture of samples.
-        frames: columns of the picture of boundaries; 0 leaves it out.
-        autoencoder: decode with this one; None takes the one of the latents.
-        cache: for the statistics of the reference; None takes one in the user's cache.
-    """
-
-    reference: str
-    folder: str
-    sampler: Annotated[SamplerOptions, Named(SAMPLERS)]
-    guidance: GuidanceSettings
-    drop_fractions: Annotated[list[DropFraction], NotEmpty("name at least one, such as 0")]
-    count: Images
-    batch_size: Images
-    every: Count
-    max_time_fraction: TimeFraction
-    shown: Shown
-    frames: Columns
-    seed: Seed
-    autoencoder: str | None
-    cache: str | None
-
-    def __post_init__(self) -> None:
-        if self.guidance.weak_checkpoint is not None:
-            raise UserError("guidance.weak_checkpoint: during training the network itself is the guiding branch")
 
 
 @dataclass(frozen=True)
@@ -99,24 +50,43 @@ class _Measured:
     images: Tensor
 
 
+@checked
+@dataclass(kw_only=True, eq=False, repr=False)
 class FID(Callback):
     """Logs ``val/fid@<drop fraction>``, ``val/keep_ratio@...`` and ``val/tflops@...`` per image, and pictures.
 
     It samples between Lightning's swap of the EMA weights into the network and back, whatever the order of the
     callbacks; without EMA, the raw weights are measured. Images depend on ``seed`` alone, so that the pictures show the
-    same samples getting better.
+    same samples getting better. ``configs/callbacks/fid.yaml`` explains the keys.
 
-    Args:
+    Attributes:
         features: network whose features are compared.
-        settings: the fields of :class:`FIDSettings`, as plain values.
+        reference: images to compare with, see :func:`dcdit.evaluation.images.open_images`.
+        guidance: its drop fraction is that of the budget.
 
     Raises:
         UserError: if a value is out of its range; when fitting begins, if anything that is needed is missing.
     """
 
-    def __init__(self, features: FeatureNetwork, **settings: Any) -> None:
-        self.settings = call_checked(FIDSettings, settings, "")
-        self.features = features
+    features: FeatureNetwork
+    reference: str
+    folder: str
+    sampler: Annotated[SamplerOptions, Named(SAMPLERS)]
+    guidance: GuidanceSettings
+    drop_fractions: DropFractions
+    count: Images
+    batch_size: Images
+    every: Count
+    max_time_fraction: TimeFraction
+    shown: Shown
+    frames: Columns
+    seed: Seed
+    autoencoder: str | None
+    cache: str | None
+
+    def __post_init__(self) -> None:
+        if self.guidance.weak_checkpoint is not None:
+            raise UserError("guidance.weak_checkpoint: during training the network itself is the guiding branch")
         self._loaded: _Loaded | None = None
         self._began = self._spent = self._last = 0.0
         self._validations = 0
@@ -132,18 +102,18 @@ class FID(Callback):
                 " one beside `train`, or leave the callback out"
             )
         model = self._model(pl_module, trainer)
-        settings = self.settings
-        sampler = Sampler(settings.sampler.for_process(model.process.settings))
-        for drop in settings.drop_fractions:
+        sampler = Sampler(self.sampler.for_process(model.process.settings))
+        for drop in self.drop_fractions:
             check_guidance(model.network, self._guidance(drop))
         device = pl_module.device
-        decode = load_decoder(model.latents, device, settings.autoencoder)
+        decode = load_decoder(model.latents, device, self.autoencoder)
         self.features.to(device)
         size = decode.size(device)
-        images = open_images(settings.reference, size, device, settings.autoencoder, network=model.latents)
-        options: dict[str, Any] = {"cache": settings.cache, "batch_size": settings.batch_size}
-        reference = compare_with(images, self.features, ["fid"], settings.count, **options).reference
-        self._loaded = _Loaded(sampler, decode, self._statistics(reference, trainer))
+        images = open_images(self.reference, size, device, self.autoencoder, network=model.latents)
+        comparison = compare_with(
+            images, self.features, ["fid"], self.count, cache=self.cache, batch_size=self.batch_size
+        )
+        self._loaded = _Loaded(sampler, decode, self._statistics(comparison.reference, trainer))
         self._began = time.monotonic()
 
     def _statistics(self, reference: ReferenceStatistics, trainer: pl.Trainer) -> Statistics:
@@ -164,17 +134,17 @@ class FID(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Measure at the first batch, where the EMA weights have been swapped in, if it is time."""
-        settings, loaded = self.settings, self._loaded
+        loaded = self._loaded
         if batch_idx or loaded is None or trainer.sanity_checking:
             return
         self._validations += 1
-        if (self._validations - 1) % settings.every or not self._affordable(trainer):
+        if (self._validations - 1) % self.every or not self._affordable(trainer):
             return
         begin = time.monotonic()
         model = self._model(pl_module, trainer)
         rows, first, figures = [], None, []
-        for drop in settings.drop_fractions:
-            frames = settings.frames if first is None and trainer.is_global_zero else 0
+        for drop in self.drop_fractions:
+            frames = self.frames if first is None and trainer.is_global_zero else 0
             recorder = Recorder([0, 1, 2], frames, len(loaded.sampler.timesteps), model.process.clean)
             measured = self._measure(trainer, model, loaded, drop, recorder)
             for name, value in measured.figures.items():
@@ -190,7 +160,7 @@ class FID(Callback):
 
     def _affordable(self, trainer: pl.Trainer) -> bool:
         """Return whether one more measurement stays within the share of time; the first process decides for all."""
-        limit = self.settings.max_time_fraction
+        limit = self.max_time_fraction
         elapsed = time.monotonic() - self._began
         fits = self._spent + self._last <= limit * (elapsed + self._last)
         ends = not self._spent or trainer.global_step >= trainer.max_steps
@@ -206,26 +176,26 @@ class FID(Callback):
         return Model(pl_module.network, latents, trainer.global_step, pl_module.process)
 
     def _guidance(self, drop: float) -> GuidanceSettings:
-        return replace(self.settings.guidance, drop_fraction=drop)
+        return replace(self.guidance, drop_fraction=drop)
 
     def _measure(
         self, trainer: pl.Trainer, model: Model, loaded: _Loaded, drop: float, recorder: Recorder
     ) -> _Measured:
         """Sample this process's share at one budget; return the figures of all processes."""
-        settings, rank, world_size = self.settings, trainer.global_rank, trainer.world_size
-        network, count = model.network, settings.count
+        rank, world_size = trainer.global_rank, trainer.world_size
+        network, count = model.network, self.count
         batches = generate(
             model,
             Guidance(network, network.null_class, self._guidance(drop)),
             loaded.sampler,
             torch.arange(count) % network.num_classes,
             range(rank * count // world_size, (rank + 1) * count // world_size),
-            seed=settings.seed,
-            batch_size=settings.batch_size,
+            seed=self.seed,
+            batch_size=self.batch_size,
             precision="bf16" if "bf16" in str(trainer.precision) else "fp32",
             on_step=recorder.take,
         )
-        measured = measure_samples(batches, loaded.decode, self.features, ["fid"], settings.shown)
+        measured = measure_samples(batches, loaded.decode, self.features, ["fid"], self.shown)
         # the double precision of FID is not to be had on every accelerator
         root = trainer.strategy.root_device
         device = root if root.type == "cuda" else torch.device("cpu")
@@ -243,7 +213,7 @@ class FID(Callback):
 
     def _save_pictures(self, trainer: pl.Trainer, images: Tensor, recorder: Recorder, loaded: _Loaded) -> None:
         """Save the pictures, and hand them to the loggers that take pictures."""
-        folder, drops = Path(self.settings.folder), self.settings.drop_fractions
+        folder, drops = Path(self.folder), self.drop_fractions
         folder.mkdir(parents=True, exist_ok=True)
         step = trainer.global_step
         pictures = {"samples": folder / f"step_{step:08d}_samples.png"}
