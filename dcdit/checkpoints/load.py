@@ -39,7 +39,7 @@ from dcdit.settings.published import published_scales
 
 _PREFIX = "network."  # before the names of the network's parameters within a checkpoint of ours
 
-Step = Annotated[int, Bounds(0, 99_999_999, hint="it is a number of optimiser steps")]
+StepNumber = Annotated[int, Bounds(0, 99_999_999, hint="it is a number of optimiser steps")]
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def _check_trained(values: dict[str, Any], path: Path) -> TrainingCheckpoint:
     """Check the values of the checkpoint of ``dcdit.train`` at ``path``; UserError if it was not written so."""
     try:
         settings = conform("hyper_parameters", values["hyper_parameters"], dict[str, Any])
-        step = conform("global_step", values["global_step"], Step)
+        step = conform("global_step", values["global_step"], StepNumber)
         model = conform("model", settings["model"], dict[str, Any])
         check_weights(model)
         latents = LatentSpec.from_plain(settings["latents"], "latents")
@@ -315,7 +315,7 @@ def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
         "exported network",
         model,
         latents,
-        conform("step", config.get("step"), Step | None),
+        conform("step", config.get("step"), StepNumber | None),
         state if kind != "raw" else None,
         state if kind == "raw" else None,
         {"model": model, **conform("training", config.get("training", {}), dict[str, Any])},
@@ -346,6 +346,6 @@ def _foreign_weights(
 def _adam_step(optimizer: Any) -> int | None:
     """Number of steps in the state of an Adam optimiser; None if there is none."""
     try:
-        return int(conform("step", float(next(iter(optimizer["state"].values()))["step"]), Step))
+        return int(conform("step", float(next(iter(optimizer["state"].values()))["step"]), StepNumber))
     except (KeyError, TypeError, AttributeError, StopIteration, ValueError, UserError):
         return None

@@ -63,12 +63,12 @@ def grid_of(settings: EvaluateConfig) -> EvaluationGrid:
                 f" {guidance.uncond_drop_fraction or 0:g}: the guiding branch would be no weaker, and guide nowhere"
             )
             continue
-        plan = SamplingConfig.of(_with(values, chosen))
-        plan = replace(plan, guidance=plan.guidance.canonical)
-        points.setdefault(repr(plan), plan)
+        config = SamplingConfig.of(_with(values, chosen))
+        config = replace(config, guidance=config.guidance.canonical)
+        points.setdefault(repr(config), config)
     if not points:
         raise UserError(f"{left_out[0]}: give guidance.uncond_drop_fraction, such as 0.9")
-    if settings.search and len({plan.guidance.scale for plan in points.values()}) < 2:
+    if settings.search and len({config.guidance.scale for config in points.values()}) < 2:
         raise UserError(
             f"search=true looks between two scales at least, and guidance.scale={scales[0]:g} is one: give"
             " guidance.scale=[1,1.5,2]"
@@ -89,15 +89,15 @@ def _within(points: list[SamplingConfig], settings: EvaluateSettings) -> list[Sa
     return points[: settings.max_images // settings.count]
 
 
-def _check_budget(settings: EvaluateSettings, plan: SamplingConfig) -> None:
+def _check_budget(settings: EvaluateSettings, config: SamplingConfig) -> None:
     """Raise :class:`UserError` where a budget is given twice, or a search has nothing to search."""
-    others = plan.budget.given or plan.guidance.drop_fraction or plan.guidance.drop_schedule
+    others = config.budget.given or config.guidance.drop_fraction or config.guidance.drop_schedule
     if settings.drop_fractions is not None and others:
         raise UserError(
             f"drop_fractions={settings.drop_fractions}: the budget is given by budget, guidance.drop_fraction or"
             " guidance.drop_schedule too; leave one out"
         )
-    if settings.uncond_drop_fractions is not None and plan.guidance.uncond_drop_fraction is not None:
+    if settings.uncond_drop_fractions is not None and config.guidance.uncond_drop_fraction is not None:
         raise UserError(
             f"uncond_drop_fractions={settings.uncond_drop_fractions}: guidance.uncond_drop_fraction is given too; leave"
             " one out"
@@ -109,7 +109,7 @@ def _listed(values: Mapping[str, Any], key: str) -> list[Any]:
     section, _, name = key.rpartition(".")
     place = values.get(section) if section else values
     if not isinstance(place, Mapping):
-        return [None]  # told by the plan, which knows the section
+        return [None]  # refused by the configuration, which knows the section
     for single, many in _PLURALS.items():
         if section == "guidance" and isinstance(place.get(single), list):
             listed = ",".join(map(str, place[single]))

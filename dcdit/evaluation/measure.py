@@ -147,7 +147,7 @@ class Measurement:
         self.sampling, self.reference, self.network, self.metrics = sampling, reference, reference.network, metrics
         count, chunk_size = count or settings.count, settings.chunk_size
         self.shown, self.out = min(settings.shown, chunk_size, count), out
-        seed, classes = sampling.plan.seed, sampling.model.network.num_classes
+        seed, classes = sampling.config.seed, sampling.model.network.num_classes
         self.labels = labels_of(settings.labels, count, classes, seed)
         plan = {
             **sampling.described(),
@@ -155,8 +155,8 @@ class Measurement:
             "count": count,
             "labels": settings.labels,
             "batch_size": sampling.batch_size,
-            "features": reference.plan["features"],
-            "reference": reference.plan,
+            "features": reference.description["features"],
+            "reference": reference.description,
             "metrics": metrics,
         }
         self.plan = MeasuredPlan.of(plan)
@@ -169,8 +169,8 @@ class Measurement:
             self.name += f"_weak{guidance.uncond_drop_fraction:g}"
         self.name += f"_{digest_of({'schema': SCHEMA, **plan})}"  # what another release wrote is measured anew
         self.path = out / f"{self.name}.json"
-        job_plan = {**plan, "chunk_size": chunk_size}
-        self._job = FeatureJob(SampledChunk, self.path, "evaluation", job_plan, count, chunk_size)
+        fingerprint = {**plan, "chunk_size": chunk_size}
+        self._job = FeatureJob(SampledChunk, self.path, "evaluation", fingerprint, count, chunk_size)
 
     @property
     def title(self) -> str:

@@ -45,7 +45,7 @@ class Evaluation:
         self.settings = settings
         device = sampling.model.device
         size = sampling.decode.size(device)
-        decoding = (sampling.plan.autoencoder, sampling.plan.rounding)
+        decoding = (sampling.config.autoencoder, sampling.config.rounding)
         images = open_images(settings.reference, size, device, *decoding, network=sampling.model.latents)
         self.network = build_features(settings.features, device)  # perhaps a download: after the checks
         comparison = compare_with(

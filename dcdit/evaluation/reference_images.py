@@ -25,22 +25,22 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcdit"
 
 
-def digest_of(plan: Mapping[str, Any]) -> str:
+def digest_of(values: Mapping[str, Any]) -> str:
     """Return a short name for plain values: other values have another name."""
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class FeatureJob(ImageJob[Record]):
     """A job whose tasks leave features behind.
 
     Args:
-        kind, result, name, plan, count, chunk_size: see :class:`ImageJob`.
+        kind, result, name, fingerprint, count, chunk_size: see :class:`ImageJob`.
     """
 
     def __init__(
-        self, kind: type[Record], result: Path, name: str, plan: Mapping[str, Any], count: int, chunk_size: int
+        self, kind: type[Record], result: Path, name: str, fingerprint: Mapping[str, Any], count: int, chunk_size: int
     ) -> None:
-        super().__init__(kind, result, f"{name}-{digest_of(plan)}", plan, count, chunk_size)
+        super().__init__(kind, result, f"{name}-{digest_of(fingerprint)}", fingerprint, count, chunk_size)
 
     def share(self, rank: int, world_size: int, work: Callable[[int], None], display: Display) -> None:
         """Do this process's share, unless the result is there; ``work`` ends with :meth:`keep`."""
@@ -110,11 +110,11 @@ class ReferenceStatistics:
         self.published = [kind for kind in self._moments if kind in needed]
         idle = set(needed) <= set(self.published)
         self.count = 0 if idle else min(images.count, limit or images.count)
-        plan = {"images": images.described(), "features": network.described(), "count": self.count}
-        self.plan = {**plan, "published": self.published}
-        self.path = cache / f"reference-{digest_of(plan)}.npz"
+        identity = {"images": images.described(), "features": network.described(), "count": self.count}
+        self.description = {**identity, "published": self.published}
+        self.path = cache / f"reference-{digest_of(identity)}.npz"
         self._job = FeatureJob(
-            Nothing, self.path, "reference", {**plan, "chunk_size": chunk_size}, self.count, chunk_size
+            Nothing, self.path, "reference", {**identity, "chunk_size": chunk_size}, self.count, chunk_size
         )
         self._numbers = np.linspace(0, images.count - 1, self.count).round().astype(int)
 

@@ -53,8 +53,8 @@ def search(
     budgets: dict[str, Sampling] = {}
     for sampling in samplings:
         if sampling.guidance.settings.scale != 1:
-            plan = replace(sampling.plan, guidance=replace(sampling.plan.guidance, scale=2.0))
-            budgets.setdefault(repr(plan), sampling)
+            config = replace(sampling.config, guidance=replace(sampling.config.guidance, scale=2.0))
+            budgets.setdefault(repr(config), sampling)
     scales = sorted({sampling.guidance.settings.scale for sampling in samplings})
     state = _Search(evaluation, rank, world_size, deadline)
     complete = all(state.at_budget(sampling, scales) for sampling in budgets.values())

@@ -61,8 +61,8 @@ class ImageArchive:
     def __init__(self, sampling: Sampling, out: Path, count: int, chunk_size: int, png: bool, labels: Labels) -> None:
         self.sampling, self.out, self.count, self.png = sampling, out, count, png
         self.npz, self.summary = out / "samples.npz", out / "samples.json"
-        self.labels = labels_of(labels, count, sampling.model.network.num_classes, sampling.plan.seed)
-        self.plan = {
+        self.labels = labels_of(labels, count, sampling.model.network.num_classes, sampling.config.seed)
+        self.fingerprint = {
             **sampling.described(),
             "count": count,
             "labels": labels,
@@ -70,7 +70,7 @@ class ImageArchive:
             "batch_size": sampling.batch_size,
             "checkpoint": sampling.model.digest,
         }
-        self.job = _ArchiveJob(ArchivedChunk, self.npz, "generation", self.plan, count, chunk_size)
+        self.job = _ArchiveJob(ArchivedChunk, self.npz, "generation", self.fingerprint, count, chunk_size)
 
     def run(self, rank: int, world_size: int, display: Display) -> bool:
         """Sample this process's share of the chunks; returns whether the file is complete.
@@ -132,7 +132,7 @@ class ImageArchive:
         model, calibration = self.sampling.model, self.sampling.calibration
         cost = SamplingCost.total(record.cost for record in records)
         figures = {
-            "plan": self.plan,
+            "plan": self.fingerprint,
             "shape": list(shape),
             "tflops_per_image": cost.tflops_per_image,
             "keep_ratio": cost.mean_keep_ratio(model.latents.positions) if model.network.routes else None,

@@ -31,7 +31,7 @@ class Sampling:
     """Everything that is needed to sample images.
 
     Attributes:
-        plan: what was asked for.
+        config: what was asked for.
         place: where the checkpoint is, and where what is made of it goes.
         model, guidance, sampler: what computes.
         decode: latents to images.
@@ -40,7 +40,7 @@ class Sampling:
         guiding: model of the guiding branch, if ``guidance.weak_checkpoint`` names one.
     """
 
-    plan: SamplingConfig
+    config: SamplingConfig
     place: CheckpointSource
     model: Model
     guidance: Guidance
@@ -69,7 +69,7 @@ class Sampling:
     @property
     def batch_size(self) -> int:
         """Samples per forward pass."""
-        return self.plan.batch_size
+        return self.config.batch_size
 
     def generate(self, labels: Tensor, indices: Sequence[int], on_step: OnStep | None = None) -> Iterator[SampleBatch]:
         """Sample ``indices`` of those that ``labels`` (N,) lists; see :func:`dcdit.sampling.generate.generate`."""
@@ -79,7 +79,7 @@ class Sampling:
             self.sampler,
             labels,
             indices,
-            seed=self.plan.seed,
+            seed=self.config.seed,
             batch_size=self.batch_size,
             precision=self.precision,
             on_step=on_step,
@@ -104,8 +104,8 @@ class Sampling:
         """What figures must stand beside, as plain values."""
         return {
             "step": self.model.step,
-            "weights": self.plan.weights,
-            "seed": self.plan.seed,
+            "weights": self.config.weights,
+            "seed": self.config.seed,
             "precision": self.precision,
             "sampler": self.sampler.settings.spec,
             "guidance": self._guidance(),
@@ -123,26 +123,28 @@ class Sampling:
         return values
 
 
-def set_up_sampling(plan: SamplingConfig, place: CheckpointSource) -> Sampling:
-    """Load the checkpoint at ``place``, which ``plan`` names, and meet its budget; see :func:`set_up_all`."""
-    return set_up_all([plan], place)[0]
+def set_up_sampling(config: SamplingConfig, place: CheckpointSource) -> Sampling:
+    """Load the checkpoint at ``place``, which ``config`` names, and meet its budget; see :func:`set_up_all`."""
+    return set_up_all([config], place)[0]
 
 
-def set_up_all(plans: Sequence[SamplingConfig], place: CheckpointSource) -> list[Sampling]:
-    """What samples as each of ``plans`` says, which may differ in guidance and weights; whatever they share is one.
+def set_up_all(configs: Sequence[SamplingConfig], place: CheckpointSource) -> list[Sampling]:
+    """What samples as each of ``configs`` says, which may differ in guidance and weights; whatever they share is one.
 
     Raises:
         UserError: naming key, value and remedy.
     """
     keep_freed_memory()
-    device = pick_device(plans[0].device)
-    found = read_weights(place, plans[0].assume)
+    device = pick_device(configs[0].device)
+    found = read_weights(place, configs[0].assume)
     loaded: dict[str, Loaded] = {}
-    for plan in sorted(plans, key=lambda each: each.guidance.scale == 1):  # those that need a guiding branch come first
-        if plan.weights not in loaded:
-            loaded[plan.weights] = _load(found, plan, place, device)
-    samplings = [sampling_of(plan, place, loaded[plan.weights]) for plan in plans]
-    return [meet_budget(sampling) if sampling.plan.budget.given else sampling for sampling in samplings]
+    for config in sorted(
+        configs, key=lambda each: each.guidance.scale == 1
+    ):  # those that need a guiding branch come first
+        if config.weights not in loaded:
+            loaded[config.weights] = _load(found, config, place, device)
+    samplings = [sampling_of(config, place, loaded[config.weights]) for config in configs]
+    return [meet_budget(sampling) if sampling.config.budget.given else sampling for sampling in samplings]
 
 
 @dataclass(frozen=True)
@@ -154,57 +156,57 @@ class Loaded:
     guiding: Model | None
 
 
-def load(plan: SamplingConfig, place: CheckpointSource) -> Loaded:
-    """What the samplings of plans have in common that differ from ``plan`` in sampler, guidance, budget and seed."""
-    return _load(read_weights(place, plan.assume), plan, place, pick_device(plan.device))
+def load(config: SamplingConfig, place: CheckpointSource) -> Loaded:
+    """Load what samplings share that differ from ``config`` in sampler, guidance, budget and seed alone."""
+    return _load(read_weights(place, config.assume), config, place, pick_device(config.device))
 
 
-def _load(found: Weights, plan: SamplingConfig, place: CheckpointSource, device: torch.device) -> Loaded:
-    guidance = plan.guidance
-    if plan.compile:
+def _load(found: Weights, config: SamplingConfig, place: CheckpointSource, device: torch.device) -> Loaded:
+    guidance = config.guidance
+    if config.compile:
         check_compiler("compile", device.type)
-    model = build_model(found, plan.weights, device)
-    print_once(f"{place.name}: {describe_weights(found, model.network, plan.weights)}")
-    set_execution(model.network, compiled=plan.compile)
+    model = build_model(found, config.weights, device)
+    print_once(f"{place.name}: {describe_weights(found, model.network, config.weights)}")
+    set_execution(model.network, compiled=config.compile)
     guiding = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
         guiding = _guiding_model(
-            resolve_checkpoint(guidance.weak_checkpoint, plan.paths.runs, "guidance.weak_checkpoint"), plan, model
+            resolve_checkpoint(guidance.weak_checkpoint, config.paths.runs, "guidance.weak_checkpoint"), config, model
         )
-    return Loaded(model, load_decoder(model.latents, device, plan.autoencoder, plan.rounding), guiding)
+    return Loaded(model, load_decoder(model.latents, device, config.autoencoder, config.rounding), guiding)
 
 
-def sampling_of(plan: SamplingConfig, place: CheckpointSource, loaded: Loaded) -> Sampling:
-    """What samples as ``plan`` says, but for its budget; UserError if the networks cannot."""
+def sampling_of(config: SamplingConfig, place: CheckpointSource, loaded: Loaded) -> Sampling:
+    """What samples as ``config`` says, but for its budget; UserError if the networks cannot."""
     model = loaded.model
-    guiding = loaded.guiding if plan.guidance.weak_checkpoint is not None and plan.guidance.scale != 1 else None
-    guidance = guidance_of(model, plan.guidance, guiding)
-    asked = plan.guidance.canonical
+    guiding = loaded.guiding if config.guidance.weak_checkpoint is not None and config.guidance.scale != 1 else None
+    guidance = guidance_of(model, config.guidance, guiding)
+    asked = config.guidance.canonical
     same_budget = asked.guiding_keeps_class and asked.uncond_drop_fraction == asked.drop_fraction
     if guiding is not None and same_budget and guiding.digest == model.digest:
         raise UserError(
             f"guidance.weak_checkpoint={asked.weak_checkpoint} holds the weights that it should guide, at the same"
             " budget: it would guide nowhere; name another checkpoint, or give guidance.uncond_drop_fraction"
         )
-    sampler = Sampler(plan.sampler.for_process(model.process.settings))
+    sampler = Sampler(config.sampler.for_process(model.process.settings))
     for network in (model.network, *([guiding.network] if guiding else [])):
         if sampler.settings.cache and not network.caches:
             raise UserError(
                 f"sampler.cache={sampler.settings.cache:g}: {network.title} computes every step: leave the key out"
             )
-    precision = plan.precision
+    precision = config.precision
     if precision == "auto":
         precision = "bf16" if model.device.type == "cuda" else "fp32"
-    return Sampling(plan, place, model, guidance, sampler, loaded.decode, precision, None, guiding)
+    return Sampling(config, place, model, guidance, sampler, loaded.decode, precision, None, guiding)
 
 
 def meet_budget(sampling: Sampling) -> Sampling:
     """``sampling`` at the drop fraction and threshold that its budget asks for, calibrated unless they are known."""
-    plan, model = sampling.plan, sampling.model
+    config, model = sampling.config, sampling.model
     question = {
-        "budget": asdict(plan.budget),
+        "budget": asdict(config.budget),
         "sampler": sampling.sampler.settings.spec,
-        "guidance": asdict(plan.guidance),
+        "guidance": asdict(config.guidance),
         "network": model.digest,
         "weak": sampling.guiding.digest if sampling.guiding else None,
         "precision": sampling.precision,
@@ -227,7 +229,7 @@ def meet_budget(sampling: Sampling) -> Sampling:
 
 def calibration_of(sampling: Sampling) -> Calibration:
     """What meets the budget of ``sampling``, measured; see :func:`dcdit.sampling.budget.calibrate`."""
-    how = sampling.guidance, sampling.sampler, sampling.plan.budget, sampling.batch_size, sampling.precision
+    how = sampling.guidance, sampling.sampler, sampling.config.budget, sampling.batch_size, sampling.precision
     return calibrate(sampling.model, *how)
 
 
@@ -238,11 +240,11 @@ def at_budget(sampling: Sampling, found: Calibration) -> Sampling:
     return replace(at_drop, sampler=sampler, calibration=found)
 
 
-def _guiding_model(place: CheckpointSource, plan: SamplingConfig, model: Model) -> Model:
+def _guiding_model(place: CheckpointSource, config: SamplingConfig, model: Model) -> Model:
     """The model at ``place``, on the device of ``model``; UserError unless it can guide it."""
     found = read_weights(place)
-    guiding = build_model(found, plan.weights, model.device)
-    print_once(f"Guiding branch, {place.name}: {describe_weights(found, guiding.network, plan.weights)}")
+    guiding = build_model(found, config.weights, model.device)
+    print_once(f"Guiding branch, {place.name}: {describe_weights(found, guiding.network, config.weights)}")
     for what, its, ours in (
         ("latents of shape", guiding.latents.shape, model.latents.shape),
         ("latents of scale and shift", *(_scale_and_shift(each.latents) for each in (guiding, model))),
@@ -251,7 +253,7 @@ def _guiding_model(place: CheckpointSource, plan: SamplingConfig, model: Model) 
     ):
         if its != ours:
             raise UserError(f"{place.argument} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind")
-    set_execution(guiding.network, compiled=plan.compile)
+    set_execution(guiding.network, compiled=config.compile)
     return guiding
 
 
