@@ -154,7 +154,7 @@ class Measurement:
             "checkpoint": sampling.model.digest,
             "count": count,
             "labels": settings.labels,
-            "batch_size": sampling.batch_size,
+            "batch_size": sampling.config.batch_size,
             "features": reference.description["features"],
             "reference": reference.description,
             "metrics": metrics,
@@ -185,7 +185,7 @@ class Measurement:
     @property
     def _batch(self) -> int:
         """Images sampled at once."""
-        return min(self.sampling.batch_size, self._job.chunk_size, self._job.count)
+        return min(self.sampling.config.batch_size, self._job.chunk_size, self._job.count)
 
     @property
     def timed(self) -> bool:

@@ -54,7 +54,7 @@ class Evaluation:
             settings.metrics,
             settings.count,
             cache=settings.cache,
-            batch_size=sampling.batch_size,
+            batch_size=sampling.config.batch_size,
             limit=settings.reference_count,
             chunk_size=settings.chunk_size,
         )

@@ -245,7 +245,7 @@ class Session:
         return GeneratedImage(
             choice,
             sampling,
-            f"{sampling.words}, {format_flops(cost.flops)}",
+            f"{sampling.description}, {format_flops(cost.flops)}",
             sampling.images(batch)[0].permute(1, 2, 0).cpu().numpy(),
             moments,
             [float(moment.boundaries.mask.mean()) for moment in moments if moment.boundaries is not None],

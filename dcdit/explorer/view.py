@@ -94,7 +94,7 @@ def moment(name: str, generated: GeneratedImage, time: float) -> str:
     cost = format_flops(generated.step_flops[index])
     caption = f"{name}: evaluation {index + 1} of {len(generated.moments)}, {cost}"
     if boundaries is not None:
-        caption += f", {boundaries.words}"
+        caption += f", {boundaries.caption}"
         if boundaries.mask.any():
             caption += "; orange: kept, blue: dropped by the tail drop, grey: left to encoder and decoder"
         else:

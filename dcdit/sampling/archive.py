@@ -67,7 +67,7 @@ class ImageArchive:
             "count": count,
             "labels": labels,
             "chunk_size": chunk_size,
-            "batch_size": sampling.batch_size,
+            "batch_size": sampling.config.batch_size,
             "checkpoint": sampling.model.digest,
         }
         self.job = _ArchiveJob(ArchivedChunk, self.npz, "generation", self.fingerprint, count, chunk_size)

@@ -24,7 +24,7 @@ from dcdit.runtime.processes import print_once
 from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import branch_networks, generate
 
-_WORDS = {"drop": "drops alone", "cache": "reuse alone", "both": "drops and reuse together"}
+_MEANS = {"drop": "drops alone", "cache": "reuse alone", "both": "drops and reuse together"}
 TOLERANCE = 0.01  # of the cost measured on the calibration's own images; half of what is promised for others
 _IMAGES, _ROUNDS, _LARGEST = 16, 4, 0.99
 _LARGEST_CHANGE = {"drop": 0.0, "cache": 10.0, "both": 0.4}
@@ -36,7 +36,7 @@ does so for less than drops (docs/performance.md)."""
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found.
+    """Drop fraction and threshold of caching that meet a budget.
 
     Attributes:
         drop_fraction: meets the budget, together with the threshold.
@@ -53,7 +53,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What was found, and for which question."""
+    """A calibration in the file that keeps it, and what it was for."""
 
     settings: dict[str, Any]
     found: Calibration
@@ -63,19 +63,19 @@ class _Meter:
     """Samples the same few images at any drop fraction and threshold, and counts what they cost.
 
     Args:
-        told: whether the changes that caching goes by are told.
+        cached: whether features are cached, and the changes that caching goes by are recorded.
         others: as of :func:`calibrate`.
     """
 
     def __init__(
-        self, model: Model, guidance: Guidance, sampler: Sampler, batch_size: int, precision: str, told: bool
+        self, model: Model, guidance: Guidance, sampler: Sampler, batch_size: int, precision: str, cached: bool
     ) -> None:
         self.model, self.guidance, self.sampler = model, guidance, sampler
         self.batch_size, self.precision = batch_size, precision
         networks = branch_networks(model, guidance)
         self.costs = [Cost.of_network(network) for network in networks]
-        self.told = told
-        if told and not all(network.caches for network in networks):
+        self.cached = cached
+        if cached and not all(network.caches for network in networks):
             raise UserError("budget.by: one of the networks computes every step, take budget.by=drop")
         self.steps: list[list[_BranchStep]] = []
         """Of the last images: for each batch and step what ran."""
@@ -86,21 +86,20 @@ class _Meter:
         last = self.sampler.timesteps[-1]
 
         def note(numbers: list[int], step: Step) -> None:
-            found = []
+            branches = []
             for branch, routing in enumerate(step.output.routings):
                 # a network without router has one cost, whatever the count of tokens
                 natural = torch.zeros(len(numbers)) if routing is None else routing.natural_mask.sum(dim=1)
                 changes = step.output.changes[branch] if step.output.changes else None
-                found.append(_BranchStep(natural, changes, step.timestep == last))
-            self.steps.append(found)
+                branches.append(_BranchStep(natural, changes, step.timestep == last))
+            self.steps.append(branches)
 
         settings = replace(self.guidance.settings, drop_fraction=drop)
-        # With a threshold that nothing is below, the changes are told, and everything is computed.
-        cached = replace(self.sampler.settings, cache=max(threshold, _TOLD) if self.told else 0.0)
+        options = replace(self.sampler.settings, cache=max(threshold, _COMPUTE_ALL) if self.cached else 0.0)
         batches = generate(
             self.model,
             replace(self.guidance, settings=settings),
-            Sampler(cached),
+            Sampler(options),
             torch.arange(_IMAGES) * self.model.network.num_classes // _IMAGES,
             range(_IMAGES),
             seed=0,
@@ -141,8 +140,8 @@ class _BranchStep:
         return _BranchStep(self.natural.cpu(), None if self.changes is None else self.changes.cpu(), self.last)
 
 
-_TOLD = 1e-30
-"""A threshold that no change is below."""
+_COMPUTE_ALL = 1e-30
+"""A threshold that no change is below: everything is computed, and the changes are recorded."""
 
 
 def calibrate(
@@ -174,12 +173,7 @@ def calibrate(
     most = (_LARGEST if by != "cache" else drop, change if by != "drop" else threshold)
     least = meter.predict(most[0], fixed, most[1])
     if not least <= wanted <= spent * (1 + TOLERANCE):
-        asked = f"fraction={budget.fraction:g}" if budget.fraction is not None else f"tflops={budget.tflops:.4g}"
-        unit, scale = ("of the full cost", 1 / full) if budget.fraction is not None else ("TFLOPs per image", 1.0)
-        raise UserError(
-            f"budget.{asked} cannot be met by {_WORDS[by]}: from {least * scale:.4g} to {spent * scale:.4g} {unit} is"
-            " possible with this sampler and guidance, ask for something in between"
-        )
+        raise UserError(_out_of_range(budget, by, least, spent, full))
     for _ in range(_ROUNDS):
         if abs(spent / wanted - 1) <= TOLERANCE:
             break
@@ -188,7 +182,7 @@ def calibrate(
             target, at = (wanted, drop) if by == "cache" else (full * (wanted / full) ** _CACHE_SHARE, 0.0)
             threshold = _solve(partial(meter.predict, at, fixed), target, change)
         if by != "cache":
-            drop = _solve(partial(_of_drop, meter, fixed, threshold), wanted, _LARGEST)
+            drop = _solve(partial(meter.predict, uncond_drop=fixed, threshold=threshold), wanted, _LARGEST)
         spent = meter.measure(drop, threshold)
     if abs(spent / wanted - 1) > 2 * TOLERANCE:
         raise UserError(
@@ -198,8 +192,14 @@ def calibrate(
     return Calibration(round(drop, 4), round(threshold, 5), spent, full)
 
 
-def _of_drop(meter: _Meter, uncond_drop: float | None, threshold: float, drop: float) -> float:
-    return meter.predict(drop, uncond_drop, threshold)
+def _out_of_range(budget: BudgetSettings, by: str, least: float, most: float, full: float) -> str:
+    """Say which budgets can be met; costs in TFLOPs per image."""
+    given = f"fraction={budget.fraction:g}" if budget.fraction is not None else f"tflops={budget.tflops:.4g}"
+    unit, scale = ("of the full cost", 1 / full) if budget.fraction is not None else ("TFLOPs per image", 1.0)
+    return (
+        f"budget.{given} cannot be met by {_MEANS[by]}: from {least * scale:.4g} to {most * scale:.4g} {unit} is"
+        " possible with this sampler and guidance, ask for something in between"
+    )
 
 
 def _solve(function: Callable[[float], float], wanted: float, high: float) -> float:

@@ -32,8 +32,8 @@ class Boundaries:
     mask: NDArray[np.bool_]
 
     @property
-    def words(self) -> str:
-        """How much ran."""
+    def caption(self) -> str:
+        """How much ran, for people."""
         return f"kept {self.mask.mean():.0%}" if self.mask.any() else "features reused"
 
 
@@ -81,13 +81,13 @@ class Recorder:
             return
         clean = self._clean(step.output.prediction.float(), step.x, step.timestep)
         routing = step.output.routings[0]
-        for place, number in enumerate(numbers):
+        for row, number in enumerate(numbers):
             if number in self.rows:
                 boundaries = None
                 if routing is not None:
                     maps = (routing.prob, routing.natural_mask, routing.mask)
-                    boundaries = Boundaries(*(each[place].view(step.x.shape[2:]).cpu().numpy() for each in maps))
-                x, x_0 = (each[place].float().cpu() for each in (step.x, clean))
+                    boundaries = Boundaries(*(tensor[row].view(step.x.shape[2:]).cpu().numpy() for tensor in maps))
+                x, x_0 = (latents[row].float().cpu() for latents in (step.x, clean))
                 self.rows[number].append(Moment(step.timestep, x, x_0, boundaries))
 
 
@@ -107,7 +107,7 @@ def decoded(latents: Sequence[Tensor], decode: Decoder) -> list[NDArray[Any]]:
 
 
 def panels(moment: Moment, noisy: NDArray[Any], clean: NDArray[Any], least: int = 256) -> list[tuple[str, Pixels]]:
-    """Pictures of one moment with words, for :func:`dcdit.sampling.overlays.side_by_side`.
+    """Pictures of one moment with their captions, for :func:`dcdit.sampling.overlays.side_by_side`.
 
     Args:
         moment: what is shown.
@@ -115,12 +115,18 @@ def panels(moment: Moment, noisy: NDArray[Any], clean: NDArray[Any], least: int 
         least: side that small images are enlarged to.
     """
     large = enlarged(clean, least)
-    found = [(f"x_t, t = {moment.timestep:.0f}", enlarged(noisy, least)), ("x_0 predicted", large)]
+    pictures = [(f"x_t, t = {moment.timestep:.0f}", enlarged(noisy, least)), ("x_0 predicted", large)]
     if moment.boundaries is not None:
         prob, natural, mask = moment.boundaries.prob, moment.boundaries.natural, moment.boundaries.mask
-        found.append((moment.boundaries.words, overlay(large, mask, natural)))
-        found.append(("boundary p, kept in white", probabilities(prob, mask, *large.shape[:2])))
-    return found
+        pictures.append((moment.boundaries.caption, overlay(large, mask, natural)))
+        pictures.append(("boundary p, kept in white", probabilities(prob, mask, *large.shape[:2])))
+    return pictures
+
+
+def panels_of(moments: Sequence[Moment], decode: Decoder, least: int = 256) -> list[list[tuple[str, Pixels]]]:
+    """The :func:`panels` of each moment."""
+    noisy, clean = (decoded([getattr(moment, name) for moment in moments], decode) for name in ("x", "clean"))
+    return [panels(*images, least) for images in zip(moments, noisy, clean, strict=True)]
 
 
 def save_boundaries(
@@ -151,19 +157,18 @@ def save_boundaries(
     figure, axes = plt.subplots(
         height, width, figsize=(1.25 * width + 1, 1.3 * height + 0.8), squeeze=False, layout="constrained"
     )
-    for number, (row, words) in enumerate(zip(rows, titles, strict=True)):
-        images = [decoded([getattr(moment, name) for moment in row], decode) for name in ("x", "clean")]
-        for column, (moment, noisy, clean) in enumerate(zip(row, *images, strict=True)):
-            assert moment.boundaries is not None
-            pictures = [picture for _, picture in panels(moment, noisy, clean, least)]
-            for place, picture in enumerate((pictures[0], *pictures[2:])):
-                axes[3 * number + place][column].imshow(picture)
-            axes[3 * number + 2][column].set_xlabel(moment.boundaries.words, fontsize=8)
+    for number, (row, name) in enumerate(zip(rows, titles, strict=True)):
+        own = axes[3 * number : 3 * number + 3]
+        for column, (moment, pictures) in enumerate(zip(row, panels_of(row, decode, least), strict=True)):
+            noisy, _, (kept, overlaid), (_, prob) = pictures
+            for axis, picture in zip(own[:, column], (noisy[1], overlaid, prob), strict=True):
+                axis.imshow(picture)
+            own[2][column].set_xlabel(kept, fontsize=8)
             if number == 0:
-                axes[0][column].set_title(f"t = {moment.timestep:.0f}", fontsize=9)
-        axes[3 * number][0].set_ylabel(f"{visible(words)}: x_t", fontsize=9, parse_math=False)
-        axes[3 * number + 1][0].set_ylabel("x_0 predicted", fontsize=8)
-        axes[3 * number + 2][0].set_ylabel("boundary p", fontsize=8)
+                own[0][column].set_title(f"t = {moment.timestep:.0f}", fontsize=9)
+        own[0][0].set_ylabel(f"{visible(name)}: x_t", fontsize=9, parse_math=False)
+        own[1][0].set_ylabel("x_0 predicted", fontsize=8)
+        own[2][0].set_ylabel("boundary p", fontsize=8)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])

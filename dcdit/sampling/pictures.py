@@ -18,7 +18,8 @@ from dcdit.errors import UserError
 from dcdit.runtime.display import Console
 from dcdit.runtime.files import make_writable_folder, replacing
 from dcdit.sampling.cost import SamplingCost
-from dcdit.sampling.figures import Moment, Recorder, decoded, panels, save_boundaries, save_grid
+from dcdit.sampling.figures import Moment, Recorder, panels_of, save_boundaries, save_grid
+from dcdit.sampling.generate import SampleBatch
 from dcdit.sampling.overlays import Pixels, enlarged, save_animation, side_by_side
 from dcdit.sampling.setup import Sampling
 
@@ -56,21 +57,55 @@ def resolve_labels(classes: Sequence[int | str] | None, names: Sequence[str], pe
 
 def _put_aside(out: Path) -> None:
     """Move what an earlier call wrote into ``out`` to ``out/earlier/<number>``, where nothing is written over."""
-    there = [out / name for name in _FILES if (out / name).exists()]
-    if there:
-        aside = next(path for number in count(1) if not (path := out / "earlier" / f"{number:04d}").exists())
-        aside.mkdir(parents=True)
-        for path in there:
-            path.rename(aside / path.name)
+    earlier = [out / name for name in _FILES if (out / name).exists()]
+    if earlier:
+        folder = next(path for number in count(1) if not (path := out / "earlier" / f"{number:04d}").exists())
+        folder.mkdir(parents=True)
+        for path in earlier:
+            path.rename(folder / path.name)
 
 
 def animation_frames(moments: Sequence[Moment], image: NDArray[Any], sampling: Sampling, title: str) -> list[Pixels]:
     """One picture for each moment of a sample, and the finished ``image`` (height, width, 1 or 3) at the end."""
-    noisy, clean = ([getattr(each, name) for each in moments] for name in ("x", "clean"))
-    images = zip(moments, decoded(noisy, sampling.decode), decoded(clean, sampling.decode), strict=True)
-    found = [panels(*each) for each in images]
-    last = [("image", enlarged(image, 256)), *found[-1][1:]]
-    return [side_by_side(each, title) for each in (*found, last)]
+    frames = panels_of(moments, sampling.decode)
+    last = [("image", enlarged(image, 256)), *frames[-1][1:]]
+    return [side_by_side(panels, title) for panels in (*frames, last)]
+
+
+def _check_number(count: int, per_class: int, sampling: Sampling) -> None:
+    """Raise :class:`UserError` if ``count`` images are too many for one picture."""
+    height, width = sampling.decode.size(sampling.model.device)
+    if count * max(height, 64) * max(width, 64) > _MOST_PIXELS:
+        raise UserError(
+            f"per_class={per_class}: {count} images of {width} x {height} pixels are too many for one picture:"
+            " take fewer, or dcdit.generate"
+        )
+
+
+def _sample(sampling: Sampling, labels: Tensor, recorders: Sequence[Recorder]) -> list[SampleBatch]:
+    """Sample one image of each label, watched by ``recorders``, beside a progress bar."""
+    batches = -(-len(labels) // sampling.config.batch_size)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("sampling", total=batches * len(sampling.sampler.timesteps))
+
+        def on_step(numbers: list[int], step: Step) -> None:
+            for recorder in recorders:
+                recorder.take(numbers, step)
+            progress.advance(task)
+
+        return list(sampling.generate(labels, range(len(labels)), on_step))
+
+
+def _describe_samples(count: int, cost: SamplingCost, sampling: Sampling) -> str:
+    """Describe what was sampled, how, and at what cost."""
+    text = f"{count} samples, {format_flops(cost.flops / cost.images)} per image"
+    if sampling.model.network.routes:
+        text += f", {cost.mean_keep_ratio(sampling.model.latents.positions):.1%} of the tokens kept"
+        if sampling.sampler.settings.cache:
+            text += f", {cost.computed_share:.0%} of the steps computed and the others reused, which keep none"
+        drops = sampling.guidance.settings.main_drop_fractions
+        text += f", ρ {' to '.join(f'{drop:.3g}' for drop in sorted({min(drops), max(drops)}))}"
+    return f"{text}, {sampling.sampler.settings.description}"
 
 
 def sample_to_folder(
@@ -93,52 +128,27 @@ def sample_to_folder(
         out: folder, made if needed.
 
     Returns:
-        What there is now, in words.
+        A description of the samples, for the user.
     """
     model, steps = sampling.model, len(sampling.sampler.timesteps)
     labels = resolve_labels(classes, model.latents.classes, per_class)
-    shown = list(range(0, len(labels), per_class))[:_SHOWN]
-    height, width = sampling.decode.size(model.device)
-    if len(labels) * max(height, 64) * max(width, 64) > _MOST_PIXELS:
-        raise UserError(
-            f"per_class={per_class}: {len(labels)} images of {width} x {height} pixels are too many for one picture:"
-            " take fewer, or dcdit.generate"
-        )
+    _check_number(len(labels), per_class, sampling)
     make_writable_folder(out, f"out={out}")
+    shown = list(range(0, len(labels), per_class))[:_SHOWN]
     recorder = Recorder(shown, frames, steps, model.process.clean)
     moving = Recorder(shown[:1] if animation else [], _MOST_FRAMES, steps, model.process.clean)
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("sampling", total=-(-len(labels) // sampling.batch_size) * steps)
-
-        def on_step(numbers: list[int], step: Step) -> None:
-            recorder.take(numbers, step)
-            moving.take(numbers, step)
-            progress.advance(task)
-
-        batches = list(sampling.generate(labels, range(len(labels)), on_step))
-
-    latents = torch.cat([batch.latents for batch in batches])
+    batches = _sample(sampling, labels, [recorder, moving])
     images = torch.cat([sampling.images(batch) for batch in batches])
+    cost = SamplingCost.total(map(SamplingCost.of, batches))
+    title = visible(f"{sampling.description}, {format_flops(cost.flops / cost.images)}")
     _put_aside(out)
     with replacing(out / "latents.npz") as file:
-        np.savez(file, latents=latents.numpy(), labels=labels.numpy())
+        np.savez(file, latents=torch.cat([batch.latents for batch in batches]).numpy(), labels=labels.numpy())
     save_grid(images, per_class, out / "samples.png")
-    cost = SamplingCost.total(map(SamplingCost.of, batches))
-    flops = cost.flops / cost.images
-    title = visible(f"{sampling.words}, {format_flops(flops)}")
     for moments in moving.rows.values():
         first = images[0].permute(1, 2, 0).cpu().numpy()
         save_animation(animation_frames(moments, first, sampling, title), out / f"trajectory.{animation}")
     if frames and model.network.routes:
         titles = [visible(model.latents.classes[int(labels[number])]) for number in shown]
-        rows = list(recorder.rows.values())
-        save_boundaries(rows, titles, sampling.decode, out / "boundaries.png", title)
-    words = f", {format_flops(flops)} per image"
-    if model.network.routes:
-        words += f", {cost.mean_keep_ratio(model.latents.positions):.1%} of the tokens kept"
-        if sampling.sampler.settings.cache:
-            words += f", {cost.computed_share:.0%} of the steps computed and the others reused, which keep none"
-        drops = sampling.guidance.settings.main_drop_fractions
-        words += f", ρ {' to '.join(f'{drop:.3g}' for drop in sorted({min(drops), max(drops)}))}"
-    words += f", {sampling.sampler.settings.description}"
-    return f"{len(labels)} samples{words}: {out}"
+        save_boundaries(list(recorder.rows.values()), titles, sampling.decode, out / "boundaries.png", title)
+    return f"{_describe_samples(len(labels), cost, sampling)}: {out}"

@@ -51,7 +51,7 @@ class Sampling:
     guiding: Model | None
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What samples, and at what budget, for people."""
         model, guidance = self.model, self.guidance.settings
         parts = [f"{model.network.title} {self.place.run}"] + ([f"step {model.step:,}"] if model.step else [])
@@ -66,11 +66,6 @@ class Sampling:
                 parts.append(f"guiding branch ρ {guidance.uncond_drop_fraction:g}")
         return ", ".join(parts)
 
-    @property
-    def batch_size(self) -> int:
-        """Samples per forward pass."""
-        return self.config.batch_size
-
     def generate(self, labels: Tensor, indices: Sequence[int], on_step: OnStep | None = None) -> Iterator[SampleBatch]:
         """Sample ``indices`` of those that ``labels`` (N,) lists; see :func:`dcdit.sampling.generate.generate`."""
         return generate(
@@ -80,7 +75,7 @@ class Sampling:
             labels,
             indices,
             seed=self.config.seed,
-            batch_size=self.batch_size,
+            batch_size=self.config.batch_size,
             precision=self.precision,
             on_step=on_step,
         )
@@ -91,36 +86,29 @@ class Sampling:
             return self.decode(batch.latents)
 
     def guided(self, settings: GuidanceSettings) -> "Sampling":
-        """The same with other guidance by the same networks.
-
-        Raises:
-            UserError: if they cannot do that.
-        """
+        """The same with other guidance by the same networks; UserError if they cannot do that."""
         guiding = self.guiding if settings.weak_checkpoint is not None else None
         guidance = guidance_of(self.model, settings, guiding)
         return replace(self, guidance=guidance, guiding=guiding)
 
     def described(self) -> dict[str, Any]:
         """What figures must stand beside, as plain values."""
+        settings = self.guidance.settings.canonical
+        guidance = asdict(settings)
+        guidance["weak"] = "budget" if settings.guiding_keeps_class else "uncond"
+        guidance["channels"] = settings.guided_channels(self.model.network.channels)
+        if self.guiding is not None:
+            guidance["weak_checkpoint"] = f"{settings.weak_checkpoint} {self.guiding.digest}"
         return {
             "step": self.model.step,
             "weights": self.config.weights,
             "seed": self.config.seed,
             "precision": self.precision,
             "sampler": self.sampler.settings.spec,
-            "guidance": self._guidance(),
+            "guidance": guidance,
             "autoencoder": self.decode.identity,
             "rounding": self.decode.rounding,
         }
-
-    def _guidance(self) -> dict[str, Any]:
-        settings = self.guidance.settings.canonical
-        weak = "budget" if settings.guiding_keeps_class else "uncond"
-        channels = settings.guided_channels(self.model.network.channels)
-        values = {**asdict(settings), "weak": weak, "channels": channels}
-        if self.guiding is not None:
-            values["weak_checkpoint"] = f"{settings.weak_checkpoint} {self.guiding.digest}"
-        return values
 
 
 def set_up_sampling(config: SamplingConfig, place: CheckpointSource) -> Sampling:
@@ -136,13 +124,13 @@ def set_up_all(configs: Sequence[SamplingConfig], place: CheckpointSource) -> li
     """
     keep_freed_memory()
     device = pick_device(configs[0].device)
-    found = read_weights(place, configs[0].assume)
+    weights = read_weights(place, configs[0].assume)
     loaded: dict[str, Loaded] = {}
     for config in sorted(
         configs, key=lambda each: each.guidance.scale == 1
     ):  # those that need a guiding branch come first
         if config.weights not in loaded:
-            loaded[config.weights] = _load(found, config, place, device)
+            loaded[config.weights] = _load(weights, config, place, device)
     samplings = [sampling_of(config, place, loaded[config.weights]) for config in configs]
     return [meet_budget(sampling) if sampling.config.budget.given else sampling for sampling in samplings]
 
@@ -161,18 +149,17 @@ def load(config: SamplingConfig, place: CheckpointSource) -> Loaded:
     return _load(read_weights(place, config.assume), config, place, pick_device(config.device))
 
 
-def _load(found: Weights, config: SamplingConfig, place: CheckpointSource, device: torch.device) -> Loaded:
+def _load(weights: Weights, config: SamplingConfig, place: CheckpointSource, device: torch.device) -> Loaded:
     guidance = config.guidance
     if config.compile:
         check_compiler("compile", device.type)
-    model = build_model(found, config.weights, device)
-    print_once(f"{place.name}: {describe_weights(found, model.network, config.weights)}")
+    model = build_model(weights, config.weights, device)
+    print_once(f"{place.name}: {describe_weights(weights, model.network, config.weights)}")
     set_execution(model.network, compiled=config.compile)
     guiding = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
-        guiding = _guiding_model(
-            resolve_checkpoint(guidance.weak_checkpoint, config.paths.runs, "guidance.weak_checkpoint"), config, model
-        )
+        source = resolve_checkpoint(guidance.weak_checkpoint, config.paths.runs, "guidance.weak_checkpoint")
+        guiding = _guiding_model(source, config, model)
     return Loaded(model, load_decoder(model.latents, device, config.autoencoder, config.rounding), guiding)
 
 
@@ -181,11 +168,11 @@ def sampling_of(config: SamplingConfig, place: CheckpointSource, loaded: Loaded)
     model = loaded.model
     guiding = loaded.guiding if config.guidance.weak_checkpoint is not None and config.guidance.scale != 1 else None
     guidance = guidance_of(model, config.guidance, guiding)
-    asked = config.guidance.canonical
-    same_budget = asked.guiding_keeps_class and asked.uncond_drop_fraction == asked.drop_fraction
+    canonical = config.guidance.canonical
+    same_budget = canonical.guiding_keeps_class and canonical.uncond_drop_fraction == canonical.drop_fraction
     if guiding is not None and same_budget and guiding.digest == model.digest:
         raise UserError(
-            f"guidance.weak_checkpoint={asked.weak_checkpoint} holds the weights that it should guide, at the same"
+            f"guidance.weak_checkpoint={canonical.weak_checkpoint} holds the weights that it should guide, at the same"
             " budget: it would guide nowhere; name another checkpoint, or give guidance.uncond_drop_fraction"
         )
     sampler = Sampler(config.sampler.for_process(model.process.settings))
@@ -211,40 +198,41 @@ def meet_budget(sampling: Sampling) -> Sampling:
         "weak": sampling.guiding.digest if sampling.guiding else None,
         "precision": sampling.precision,
     }
-    found = remembered(sampling.place.home / "budgets.json", question, lambda: calibration_of(sampling))
+    calibration = remembered(sampling.place.home / "budgets.json", question, lambda: calibration_of(sampling))
     print_once(
-        f"Budget: drop fraction {found.drop_fraction}"
-        + (f" and sampler.cache={found.cache:g} cost" if found.cache else " costs")
-        + f" {found.tflops:.4g} TFLOPs per image,"
-        f" {found.tflops / found.full_tflops:.1%} of {found.full_tflops:.4g}"
+        f"Budget: drop fraction {calibration.drop_fraction}"
+        + (f" and sampler.cache={calibration.cache:g} cost" if calibration.cache else " costs")
+        + f" {calibration.tflops:.4g} TFLOPs per image,"
+        f" {calibration.tflops / calibration.full_tflops:.1%} of {calibration.full_tflops:.4g}"
     )
     trained = max((model.training.get("multi_budget") or {}).get("fractions") or [0.0])
-    if found.drop_fraction > trained:
+    if calibration.drop_fraction > trained:
         print_once(
             f"It was trained at drop fractions up to {trained:g}, quality falls fast beyond; without budget.by=drop and"
             " sampler.cache reuse meets a part of the budget, and less is dropped"
         )
-    return at_budget(sampling, found)
+    return at_budget(sampling, calibration)
 
 
 def calibration_of(sampling: Sampling) -> Calibration:
     """What meets the budget of ``sampling``, measured; see :func:`dcdit.sampling.budget.calibrate`."""
-    how = sampling.guidance, sampling.sampler, sampling.config.budget, sampling.batch_size, sampling.precision
-    return calibrate(sampling.model, *how)
+    config = sampling.config
+    settings = (config.budget, config.batch_size, sampling.precision)
+    return calibrate(sampling.model, sampling.guidance, sampling.sampler, *settings)
 
 
-def at_budget(sampling: Sampling, found: Calibration) -> Sampling:
-    """``sampling`` at the drop fraction and threshold that were ``found``."""
-    at_drop = sampling.guided(replace(sampling.guidance.settings, drop_fraction=found.drop_fraction))
-    sampler = Sampler(replace(sampling.sampler.settings, cache=found.cache))
-    return replace(at_drop, sampler=sampler, calibration=found)
+def at_budget(sampling: Sampling, calibration: Calibration) -> Sampling:
+    """``sampling`` at the drop fraction and threshold of a calibration."""
+    at_drop = sampling.guided(replace(sampling.guidance.settings, drop_fraction=calibration.drop_fraction))
+    sampler = Sampler(replace(sampling.sampler.settings, cache=calibration.cache))
+    return replace(at_drop, sampler=sampler, calibration=calibration)
 
 
 def _guiding_model(place: CheckpointSource, config: SamplingConfig, model: Model) -> Model:
     """The model at ``place``, on the device of ``model``; UserError unless it can guide it."""
-    found = read_weights(place)
-    guiding = build_model(found, config.weights, model.device)
-    print_once(f"Guiding branch, {place.name}: {describe_weights(found, guiding.network, config.weights)}")
+    weights = read_weights(place)
+    guiding = build_model(weights, config.weights, model.device)
+    print_once(f"Guiding branch, {place.name}: {describe_weights(weights, guiding.network, config.weights)}")
     for what, its, ours in (
         ("latents of shape", guiding.latents.shape, model.latents.shape),
         ("latents of scale and shift", *(_scale_and_shift(each.latents) for each in (guiding, model))),
