@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
                 take_times(finished, config.time_rounds, config.time_again and rank == 0, deadline)
             except OutOfTimeError:
                 print("max_hours is over while timing: the same command again takes the times.")
-    if finished and (rank == 0 or any(measurement.finalized for measurement in finished)):
+    if finished and (rank == 0 or any(measurement.job.finalized for measurement in finished)):
         results = [measurement.result for measurement in finished]
         Console(width=None if sys.stdout.isatty() else 160).print(table_of(results))
         print("\n".join([*notes_on(results), f"Results: {os.path.relpath(evaluation.out)}"]))

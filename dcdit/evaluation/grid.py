@@ -13,6 +13,8 @@ from dcdit.sampling.settings import SamplingConfig
 
 _PLURALS = {"drop_fraction": "drop_fractions", "uncond_drop_fraction": "uncond_drop_fractions"}
 
+_LEFT_ALONE = ("cache", *_PLURALS)
+
 LISTS = ("weights", "sampler.cache", "guidance.weak", "guidance.scale")
 """Keys of sampling that an evaluation takes lists for, beside its own ``drop_fractions``."""
 
@@ -24,7 +26,7 @@ class EvaluationGrid:
     Attributes:
         settings: of the evaluation.
         points: what samples at each of them; no two sample the same.
-        left_out: combinations that mean nothing, in words.
+        left_out: descriptions of combinations that mean nothing.
         beyond: how many points ``max_images`` leaves out.
     """
 
@@ -41,23 +43,24 @@ def grid_of(settings: EvaluateConfig) -> EvaluationGrid:
         UserError: naming key, value and remedy.
     """
     values = to_plain(settings)
-    kinds, caches, weaks, scales = (_listed(values, key) for key in LISTS)
-    alone = {"weights": kinds[0], "guidance.weak": None, "guidance.scale": 1.0}
-    alone |= {} if caches[0] is None else {"sampler.cache": caches[0]}
-    first = SamplingConfig.of(_with(values, alone))
-    _check_budget(settings, first)
-    drops: list[float | None] = [*settings.drop_fractions] if settings.drop_fractions else [None]
-    weak_drops: list[float | None] = [*settings.uncond_drop_fractions] if settings.uncond_drop_fractions else [None]
+    weights, caches, weaks, scales = (_listed(values, key) for key in LISTS)
+    single = {"weights": weights[0], "sampler.cache": caches[0], "guidance.weak": None, "guidance.scale": 1.0}
+    _check_budget(settings, SamplingConfig.of(_with(values, single)))
+    lists: dict[str, list[Any]] = {
+        "weights": weights,
+        "sampler.cache": caches,
+        "guidance.weak": weaks,
+        "guidance.uncond_drop_fraction": _or_null(settings.uncond_drop_fractions),
+        "guidance.drop_fraction": _or_null(settings.drop_fractions),
+        "guidance.scale": scales,
+    }
     points: dict[str, SamplingConfig] = {}
     left_out: list[str] = []
-    for weights, cache, weak, weak_drop, drop, scale in product(kinds, caches, weaks, weak_drops, drops, scales):
-        chosen = {"weights": weights, "guidance.weak": weak, "guidance.scale": scale}
-        chosen |= {} if cache is None else {"sampler.cache": cache}
-        chosen |= {} if drop is None else {"guidance.drop_fraction": drop}
-        chosen |= {} if weak_drop is None else {"guidance.uncond_drop_fraction": weak_drop}
+    for combination in product(*lists.values()):
+        chosen: dict[str, Any] = dict(zip(lists, combination, strict=True))
         unguided = SamplingConfig.of(_with(values, {**chosen, "guidance.scale": 1.0}))
         guidance = unguided.guidance
-        if scale != 1 and guidance.guiding_equals_main:
+        if chosen["guidance.scale"] != 1 and guidance.guiding_equals_main:
             left_out.append(
                 f"guidance.weak=budget, drop fraction {guidance.drop_fraction:g}, of the guiding branch"
                 f" {guidance.uncond_drop_fraction or 0:g}: the guiding branch would be no weaker, and guide nowhere"
@@ -75,6 +78,11 @@ def grid_of(settings: EvaluateConfig) -> EvaluationGrid:
         )
     within = _within(list(points.values()), settings)
     return EvaluationGrid(settings, within, list(dict.fromkeys(left_out)), len(points) - len(within))
+
+
+def _or_null(drops: list[float] | None) -> list[Any]:
+    """Return a list of drop fractions, or of null if there are none: the fraction that ``guidance`` has."""
+    return drops or [None]
 
 
 def _within(points: list[SamplingConfig], settings: EvaluateSettings) -> list[SamplingConfig]:
@@ -107,25 +115,25 @@ def _check_budget(settings: EvaluateSettings, config: SamplingConfig) -> None:
 def _listed(values: Mapping[str, Any], key: str) -> list[Any]:
     """The values at a dotted key, of which a single one may stand without brackets."""
     section, _, name = key.rpartition(".")
-    place = values.get(section) if section else values
-    if not isinstance(place, Mapping):
+    node = values.get(section) if section else values
+    if not isinstance(node, Mapping):
         return [None]  # refused by the configuration, which knows the section
     for single, many in _PLURALS.items():
-        if section == "guidance" and isinstance(place.get(single), list):
-            listed = ",".join(map(str, place[single]))
+        if section == "guidance" and isinstance(node.get(single), list):
+            listed = ",".join(map(str, node[single]))
             raise UserError(f"guidance.{single}=[{listed}] is a list: give several as {many}=[{listed}]")
-    value = place.get(name)
+    value = node.get(name)
     if value == []:
         raise UserError(f"{key}=[] asks for nothing: name at least one value, such as {key}=[{shown(1)}]")
     return list(value) if isinstance(value, list) else [value]
 
 
 def _with(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``values`` with the ``chosen`` ones at their dotted keys."""
+    """Return ``values`` with the ``chosen`` ones at their dotted keys; null leaves a cache or a drop fraction alone."""
     changed = deepcopy(dict(values))
     for key, value in chosen.items():
         section, _, name = key.rpartition(".")
         node = changed.get(section) if section else changed
-        if isinstance(node, dict):
+        if isinstance(node, dict) and not (value is None and name in _LEFT_ALONE):
             node[name] = value
     return changed

@@ -189,7 +189,7 @@ class NpzArchive(ImageSet):
             self._archive = open_archive(open_regular(path))
             self._names = {name.removesuffix(".npy") for name in self._archive.namelist()}
             if self._IMAGES in self._names:
-                (self.count, *size, channels), self._start = self._header(self._IMAGES, "u1", 4)
+                (self.count, *size, channels), _, self._start = self._header(self._IMAGES, ("u1",), 4)
                 self.size = (size[0], size[1])
                 if channels != 3:
                     raise ValueError(f"{self._IMAGES} has {channels} channels, not 3")
@@ -205,15 +205,15 @@ class NpzArchive(ImageSet):
                 f" sigma ({error}): give another file"
             ) from error
 
-    def _header(self, name: str, kind: str, axes: int) -> tuple[tuple[int, ...], int]:
-        """Return an array's shape and where its numbers begin; raise ValueError if it is another kind, or too short."""
+    def _header(self, name: str, kinds: tuple[str, ...], axes: int) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+        """Return an array's shape, type and beginning; raise ValueError if it is of another kind, or too short."""
         with self._archive.open(f"{name}.npy") as file:
             shape, dtype = read_array_header(file)
-            if dtype.str[1:] != kind or len(shape) != axes or not all(shape):
+            if dtype.str[1:] not in kinds or len(shape) != axes or not all(shape):
                 raise ValueError(f"{name} is {dtype} of shape {shown(shape)}")
             if math.prod(shape) * dtype.itemsize > self._archive.getinfo(f"{name}.npy").file_size:
                 raise ValueError(f"{name} is too short for {shape}")
-            return shape, file.tell()
+            return shape, dtype, file.tell()
 
     def read(self, numbers: Sequence[int]) -> Tensor:
         """Read these numbers from the archive."""
@@ -249,18 +249,13 @@ class NpzArchive(ImageSet):
     def _numbers(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Read an array of float numbers of this shape."""
         try:
-            for kind in ("f8", "f4"):
-                try:
-                    stored, start = self._header(name, kind, len(shape))
-                    break
-                except ValueError:
-                    if kind == "f4":
-                        raise
+            stored, dtype, start = self._header(name, ("f8", "f4"), len(shape))
             if stored != shape:
                 raise ValueError(f"it has shape {stored}, the features ask for {shape}")
             with self._archive.open(f"{name}.npy") as file:
                 file.seek(start)
-                numbers = np.frombuffer(bytearray(file.read(math.prod(shape) * int(kind[1]))), f"<{kind}")
+                content = file.read(math.prod(shape) * dtype.itemsize)
+            numbers = np.frombuffer(bytearray(content), f"<{dtype.str[1:]}")
             if not np.isfinite(numbers).all():
                 raise ValueError("not all of it is finite")
             tensor = torch.from_numpy(numbers.reshape(shape)).double()

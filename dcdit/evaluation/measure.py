@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from dcdit.errors import naming
@@ -129,7 +128,7 @@ class Measurement:
     Args:
         sampling: what samples, its budget set.
         reference: what the images are compared with, and by whose features.
-        metrics: which.
+        metrics: names of the metrics.
         settings: number of images, and how they are divided into tasks.
         out: folder of the results.
         count: number of images, if it is another than the settings say.
@@ -155,7 +154,7 @@ class Measurement:
             "count": count,
             "labels": settings.labels,
             "batch_size": sampling.config.batch_size,
-            "features": reference.description["features"],
+            "features": reference.features,
             "reference": reference.description,
             "metrics": metrics,
         }
@@ -170,7 +169,7 @@ class Measurement:
         self.name += f"_{digest_of({'schema': SCHEMA, **plan})}"  # what another release wrote is measured anew
         self.path = out / f"{self.name}.json"
         fingerprint = {**plan, "chunk_size": chunk_size}
-        self._job = FeatureJob(SampledChunk, self.path, "evaluation", fingerprint, count, chunk_size)
+        self.job = FeatureJob(SampledChunk, self.path, "evaluation", fingerprint, count, chunk_size)
 
     @property
     def title(self) -> str:
@@ -178,14 +177,9 @@ class Measurement:
         return describe_point(self.plan)
 
     @property
-    def finalized(self) -> bool:
-        """Return whether this process wrote the result."""
-        return self._job.finalized
-
-    @property
     def _batch(self) -> int:
         """Images sampled at once."""
-        return min(self.sampling.config.batch_size, self._job.chunk_size, self._job.count)
+        return min(self.sampling.config.batch_size, self.job.chunk_size, self.job.count)
 
     @property
     def timed(self) -> bool:
@@ -196,10 +190,6 @@ class Measurement:
     def result(self) -> Result:
         """The result, read from its file and checked; UserError if the file is damaged."""
         return read_result(self.path)
-
-    def lock(self) -> FileLock:
-        """Return a lock that one of several processes holds at a time."""
-        return self._job.lock()
 
     def time_batch(self) -> float:
         """Return the seconds that sampling one batch takes, decoding apart."""
@@ -222,15 +212,15 @@ class Measurement:
             deadline.check()
             self._sample(task, display)
 
-        self._job.share(rank, world_size, sample, display)
+        self.job.share(rank, world_size, sample, display)
 
     def _sample(self, task: int, display: Display) -> None:
-        batches = self.sampling.generate(self.labels, self._job.numbers(task))
+        batches = self.sampling.generate(self.labels, self.job.numbers(task))
         shown = self.shown if task == 0 else 0
         measured = measure_samples(batches, self.sampling.decode, self.network, self.metrics, shown, display.advance)
         if shown:
             save_grid(measured.first, shown, self.path.with_suffix(".png"))
-        self._job.keep(task, measured.features, measured.sampled)
+        self.job.keep(task, measured.features, measured.sampled)
 
     def finalize(self) -> bool:
         """Compute and write the result if all images and the reference are there; whether it is written."""
@@ -238,20 +228,20 @@ class Measurement:
             return True
         reference = self.reference.finalize()
         if reference is not None:
-            self._job.finalize(self.path, lambda records: self._write(reference, records))
+            self.job.finalize(self.path, lambda records: self._write(reference, records))
         return self.path.is_file()
 
     def _write(self, reference: Statistics, records: list[SampledChunk]) -> None:
-        model, place = self.sampling.model, self.sampling.place
+        model, source = self.sampling.model, self.sampling.place
         cost = SamplingCost.total(record.cost for record in records)
         Result(
-            run=place.run,
-            checkpoint=place.name,
+            run=source.run,
+            checkpoint=source.name,
             network=NetworkDescription(model.network.title, model.network.routes),
             parameters=sum(parameter.numel() for parameter in model.network.parameters()),
             training=dict(model.training),
             plan=self.plan,
-            metrics=compare(reference, self._job.features, self.metrics),
+            metrics=compare(reference, self.job.features, self.metrics),
             tflops_per_image=cost.tflops_per_image,
             # until a quiet moment, see `set_time`: while measuring, other things may have run beside it
             milliseconds_per_image=1000 * sum(record.seconds for record in records) / cost.images,

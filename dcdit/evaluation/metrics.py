@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,25 +53,26 @@ def frechet(reference: Moments, real: bool = True) -> FrechetInceptionDistance:
     return metric
 
 
+def _frechet_distance(reference: Moments, features: Iterable[Tensor | None]) -> float:
+    metric = frechet(reference)
+    for chunk in features:
+        assert chunk is not None
+        metric.update(chunk, real=False)
+    return float(metric.compute())
+
+
 Chunks = Callable[[], Iterator[Features]]
 """Yields the features of the generated images, in pieces, anew at every call."""
 
 
 def compute_fid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
     """Compute the FID between the reference and the chunks: Fréchet distance of two Gaussians (arXiv 1706.08500)."""
-    fid = frechet(reference.moments)
-    for chunk in chunks():
-        fid.update(chunk.features, real=False)
-    return {"fid": float(fid.compute())}
+    return {"fid": _frechet_distance(reference.moments, (chunk.features for chunk in chunks()))}
 
 
 def compute_sfid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
     """Compute the FID of spatial features."""
-    fid = frechet(reference.spatial)
-    for chunk in chunks():
-        assert chunk.spatial is not None
-        fid.update(chunk.spatial, real=False)
-    return {"sfid": float(fid.compute())}
+    return {"sfid": _frechet_distance(reference.spatial, (chunk.spatial for chunk in chunks()))}
 
 
 def compute_kid(reference: Statistics, chunks: Chunks) -> dict[str, float]:
@@ -148,19 +149,10 @@ def choose_metrics(
 
 
 def check_counts(metrics: Sequence[str], network: FeatureNetwork, count: int, reference: ReferenceStatistics) -> int:
-    """Check that there are images enough for these metrics.
-
-    Args:
-        metrics: which.
-        network: whose features.
-        count: number of generated images.
-        reference: what they are compared with.
-
-    Returns:
-        How many generated images are enough.
+    """Return how many generated images are enough for these metrics.
 
     Raises:
-        UserError: if there are fewer, of these or of the reference.
+        UserError: if ``count``, or the number of images of the reference, is less than they need.
     """
     enough = 2
     for name in metrics:

@@ -85,7 +85,7 @@ def take_times(measurements: list[Measurement], rounds: int, again: bool, deadli
     Raises:
         OutOfTimeError: at the deadline; no times are taken then, for they would not compare.
     """
-    with measurements[0].lock():  # the first of several processes does it
+    with measurements[0].job.lock():  # the first of several processes does it
         if not again and all(measurement.timed for measurement in measurements):
             return
         seconds: dict[Measurement, list[float]] = {measurement: [] for measurement in measurements}

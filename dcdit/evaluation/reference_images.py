@@ -91,6 +91,8 @@ class ReferenceStatistics:
 
     Attributes:
         count: how many images are looked at; 0 if none need be.
+        features: description of the network, as plain values.
+        description: of the reference, as :class:`dcdit.evaluation.results.ReferenceDescription`.
         published: which statistics come with the images: ``features``, ``spatial``.
     """
 
@@ -110,7 +112,8 @@ class ReferenceStatistics:
         self.published = [kind for kind in self._moments if kind in needed]
         idle = set(needed) <= set(self.published)
         self.count = 0 if idle else min(images.count, limit or images.count)
-        identity = {"images": images.described(), "features": network.described(), "count": self.count}
+        self.features = network.described()
+        identity = {"images": images.described(), "features": self.features, "count": self.count}
         self.description = {**identity, "published": self.published}
         self.path = cache / f"reference-{digest_of(identity)}.npz"
         self._job = FeatureJob(

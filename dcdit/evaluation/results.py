@@ -37,10 +37,8 @@ class FeatureDescription:
     """What features depend on beside the images.
 
     Attributes:
-        name: of the feature network.
-        weights: digest of its weights.
-        num_features: F.
-        resize: how images come to the size that the network sees, in words.
+        weights: digest of the feature network's weights.
+        resize: description of how images come to the size that the network sees.
         code: digest of the file of the network's class, for a network of the user's own.
     """
 
@@ -56,9 +54,8 @@ class ReferenceDescription:
     """What generated images were compared with.
 
     Attributes:
-        images: which images they are, as the kind of reference says it.
-        features: by which features.
-        count: how many images were looked at.
+        images: which images they are, see :meth:`dcdit.evaluation.images.ImageSet.described`.
+        count: how many of them were looked at.
         published: which statistics came with the images.
     """
 
@@ -76,18 +73,10 @@ class MeasuredPlan:
         step: optimiser steps trained; None where the checkpoint does not say.
         weights: EMA weights, raw ones, or an average of another length.
         seed: of labels and noise.
-        precision: of sampling.
-        sampler: its settings.
-        guidance: its settings; ``weak_checkpoint`` ends with the digest of the checkpoint.
-        autoencoder: that decoded the latents.
+        guidance: ``weak_checkpoint`` ends with the digest of the checkpoint.
         rounding: of pixels, on the way to 0..255.
         checkpoint: digest of the weights.
-        count: number of images.
         labels: how the classes were chosen.
-        batch_size: samples per forward pass.
-        features: the feature network.
-        reference: what the images were compared with.
-        metrics: what was measured.
     """
 
     step: Natural | None
@@ -155,15 +144,11 @@ class Result:
     """One measurement.
 
     Attributes:
-        run, checkpoint: names of what was measured.
-        network: what was measured.
-        parameters: of the network.
-        training: how it was trained, as far as that is known.
-        plan: everything that the figures depend on.
+        parameters: number of the network's parameters.
+        training: how the network was trained, as far as that is known.
         metrics: numbers by key, the figures of the metrics in the plan and others that belong to them.
         tflops_per_image: all steps and branches.
         milliseconds_per_image: of sampling, decoding apart.
-        timing: how the time was taken.
         reference: where the reference was.
         device: that sampled.
         keep_ratio: None for a network without router.
@@ -215,12 +200,10 @@ class Result:
 
     def as_plain(self) -> dict[str, Any]:
         """Return the plain values that the file holds."""
-        values = {"schema": SCHEMA, **asdict(self)}
-        values["plan"]["sampler"] = self.plan.sampler.spec
-        del values["path"]
-        if self.keep_ratio is None:
-            del values["keep_ratio"]
-        return values
+        plan = {**asdict(self.plan), "sampler": self.plan.sampler.spec}
+        absent = {"path"} if self.keep_ratio else {"path", "keep_ratio"}
+        values = {key: value for key, value in asdict(self).items() if key not in absent}
+        return {"schema": SCHEMA, **values, "plan": plan}
 
     def write(self) -> None:
         """Write the file, whole or not at all."""

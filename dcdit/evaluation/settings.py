@@ -86,28 +86,7 @@ DropFractions = Annotated[list[DropFraction], NotEmpty("name at least one, such 
 
 @config
 class EvaluateSettings:
-    """What to measure: the keys of ``configs/evaluate.yaml`` that are not about sampling.
-
-    Attributes:
-        features: the feature network, for Hydra to build.
-        reference: a folder of images, a directory of latent shards, or an ``.npz`` with images.
-        metrics: some of :data:`METRICS`; None takes all that network and reference allow.
-        drop_fractions: budgets to measure; None takes the one that ``guidance`` or ``budget`` says.
-        uncond_drop_fractions: of the guiding branch; None takes the one that ``guidance`` says.
-        search: look for the best guidance scale at each budget, with few images first.
-        max_images: as many images in all as are sampled at the most; what would exceed them is not begun.
-        max_hours: no chunk is begun after these.
-        count: images at each budget.
-        labels: which classes they are of.
-        chunk_size: images of a task; what a kill loses at most, on each process.
-        out: folder for the results; None takes ``evaluation`` in the run's directory.
-        shown: images of the preview that is kept of each measurement.
-        reference_count: take so many images of the reference, evenly spaced; None takes all.
-        time_rounds: rounds in which all budgets take turns to sample a batch against the clock, at the end; 0 leaves
-            the times at what they were while measuring.
-        time_again: do that again for measurements that have been timed.
-        cache: folder for the statistics of references; None takes one in the user's cache.
-    """
+    """What to measure: the keys of ``configs/evaluate.yaml`` that are not about sampling, explained there."""
 
     features: Any
     reference: str

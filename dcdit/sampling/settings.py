@@ -16,21 +16,7 @@ classes take turns; FIDs come out about 0.1 lower (ImageNet)."""
 
 @config
 class SamplingKeys:
-    """The keys of ``configs/sampling/default.yaml`` that have one value, whatever a command makes of the others.
-
-    Attributes:
-        checkpoint: what names the weights, see ``resolve_checkpoint``.
-        seed: with a sample's number, the only source of randomness.
-        batch_size: samples per forward pass; changes the speed, and the images by no more than rounding.
-        device: ``auto`` or a torch device.
-        precision: ``auto`` takes bf16 on a GPU, fp32 elsewhere.
-        autoencoder: decode with this one; None takes the one that the checkpoint names.
-        rounding: of pixels, on the way to 0..255.
-        compile: fuse the element-wise operations of the blocks.
-        assume: what a checkpoint of another program cannot say.
-        budget: what an image may cost.
-        paths: where runs are.
-    """
+    """The keys of ``configs/sampling/default.yaml`` that have one value, whatever a command makes of the others."""
 
     checkpoint: str
     seed: Seed
@@ -47,16 +33,7 @@ class SamplingKeys:
 
 @config
 class SamplingConfig(SamplingKeys):
-    """All keys of ``configs/sampling/default.yaml``.
-
-    Attributes:
-        weights: EMA weights, raw ones, or an average of another length, see :data:`WeightsKind`.
-        sampler: how noise becomes an image, and in how many steps.
-        guidance: what the samples are guided by.
-
-    Raises:
-        UserError: naming key, value and remedy.
-    """
+    """All keys of ``configs/sampling/default.yaml``; UserError naming key, value and remedy."""
 
     weights: WeightsKind
     sampler: Annotated[SamplerOptions, Named(SAMPLERS)]
