@@ -24,11 +24,12 @@ class ReportConfig:
 def report(config: ReportConfig) -> Path:
     """Write the report; returns the page."""
     from dcdit.reporting.collect import find_results, read_results
-    from dcdit.reporting.histories import histories_below
+    from dcdit.reporting.histories import histories_below, runs_without_anything
     from dcdit.reporting.page import write_report
 
     histories = histories_below(config.runs)
     results, left_out = find_results(config.runs) if histories else read_results(config.runs)
+    left_out += [f"{name} has neither curves nor results" for name in runs_without_anything(config.runs, histories)]
     page = write_report(results, histories, Path(config.out), config.title, left_out)
     runs = len({result.run for result in results})
     for reason in left_out:

@@ -102,18 +102,10 @@ def find_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
     Raises:
         UserError: if a place does not exist.
     """
-    files: list[Path] = []
-    for place in map(Path, places):
-        if not place.exists():
-            raise UserError(f"runs={place} does not exist")
-        if place.is_file():
-            files.append(place)
-        else:
-            pattern = "*.json" if place.name == "evaluation" else _NAMES  # of a folder that `out` named
-            files += [*place.rglob("evaluation/*.json"), *place.glob(pattern)]
+    files = {file for place in places for file in result_files(Path(place))}
     results: dict[str, Result] = {}
     left_out: list[str] = []
-    for file in sorted(set(files), key=lambda path: (path.lstat().st_mtime, path)):
+    for file in sorted(files, key=lambda path: (path.lstat().st_mtime, path)):
         try:
             result = read_result(file)
         except UserError as error:
@@ -124,19 +116,26 @@ def find_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
     return sorted(results.values(), key=lambda result: result.path), left_out
 
 
+def result_files(place: Path) -> list[Path]:
+    """Return the files of results in and below ``place``, readable or not; UserError if it does not exist."""
+    if not place.exists():
+        raise UserError(f"runs={place} does not exist")
+    if place.is_file():
+        return [place]
+    pattern = "*.json" if place.name == "evaluation" else _NAMES  # of a folder that `out` named
+    return [*place.rglob("evaluation/*.json"), *place.glob(pattern)]
+
+
 def figures_of_checkpoint(home: Path, step: int | None, weights: str) -> list[dict[str, Any]]:
     """Return what was measured of a checkpoint, one row for each result below ``home``; [] if nothing was."""
-    try:
-        results, _ = read_results([str(home)])
-    except UserError:
-        return []
+    results, _ = find_results([str(home)]) if home.exists() else ([], [])
     columns = (
         *("drop_fraction", "sampler_name", "sampler_steps", "guidance_scale", "guidance_weak"),
         *("guidance_uncond_drop_fraction", "count", "labels", "features", "reference_count"),
     )
     rows = []
-    for result in results:
+    for result in sorted(results, key=lambda result: (result.scale, result.drop)):
         if (result.plan.step, result.plan.weights) == (step, weights):
             row = row_of(result)
             rows.append({key: row[key] for key in (*columns, *result.metrics, "tflops_per_image", "keep_ratio")})
-    return sorted(rows, key=lambda row: (row["guidance_scale"], row["drop_fraction"]))
+    return rows

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcdit.reporting.collect import is_png
+from dcdit.reporting.collect import is_png, result_files
 from dcdit.runs.history import History, history_of, means
-from dcdit.runs.progress import RunProgress, format_duration, named_runs, progress_of
+from dcdit.runs.progress import RunProgress, format_duration, named_runs, progress_of, runs_below
 from dcdit.runs.state import RunState
 
 _FID = re.compile(r"val/fid@(.+)")
@@ -86,6 +86,20 @@ def histories_below(places: Sequence[str]) -> list[RunHistory]:
         if history.courses:
             histories.append(RunHistory(name, path, progress_of(path, name), history, _target(path)))
     return histories
+
+
+def runs_without_anything(places: Sequence[str], histories: Sequence[RunHistory]) -> list[str]:
+    """Return the names of the runs in and below ``places``, and of the places, that have neither curves nor results."""
+    drawn = {history.path.resolve() for history in histories}
+    empty = [
+        name for path, name in named_runs(places).items() if path.resolve() not in drawn and not result_files(path)
+    ]
+    for place in dict.fromkeys(places):
+        folder = Path(place)
+        known = {*drawn, *(path.resolve() for path in runs_below(folder))}
+        if not result_files(folder) and not any(path.is_relative_to(folder.resolve()) for path in known):
+            empty.append(place)
+    return empty
 
 
 def _target(path: Path) -> float | None:

@@ -24,6 +24,7 @@ from dcdit.evaluation.settings import METRICS
 from dcdit.reporting.collect import find_results, read_results
 from dcdit.reporting.curves import arrange, describe_best, pareto
 from dcdit.reporting.histories import curves_of, histories_below
+from dcdit.runs.state import RunState, State
 from dcdit.settings.overrides import with_paths
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -288,6 +289,19 @@ def test_the_command_takes_bare_paths(runs, tmp_path, capsys):
     wrong = typed(capsys, tmp_path, "report", "nowhere")
     assert wrong.status == 2
     assert "runs=nowhere does not exist" in wrong.err
+
+
+def test_runs_that_have_nothing_to_show_are_named(runs, tmp_path, capsys):
+    """A folder without a run, and a run that has not begun; not the runs that were measured alone."""
+    (tmp_path / "empty").mkdir()
+    begun = tmp_path / "sweep" / "begun"
+    begun.mkdir(parents=True)
+    RunState(State.WAITING).write(begun)
+    places = (runs, tmp_path / "empty", tmp_path / "sweep")
+    page = written(runs, tmp_path / "report", f"runs=[{','.join(map(str, places))}]").read_text()
+    named = [f"Left out: {folder} has neither curves nor results" for folder in (begun, tmp_path / "empty")]
+    assert [line for line in capsys.readouterr().out.splitlines() if "Left out" in line] == named
+    assert re.findall("Left out: .* has neither curves nor results", page) == named
 
 
 def test_mistakes(tmp_path):
