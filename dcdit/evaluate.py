@@ -24,10 +24,10 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
     source = resolve_checkpoint(config.checkpoint, config.paths.runs)
-    from dcdit.evaluation.images import check_place
+    from dcdit.evaluation.images import check_exists
     from dcdit.evaluation.measure import Deadline, OutOfTimeError
     from dcdit.evaluation.points import Evaluation, take_times
-    from dcdit.evaluation.search import search, write_log
+    from dcdit.evaluation.search import Search, write_log
     from dcdit.reporting.tables import notes_on, table_of
     from dcdit.runtime.display import Console
     from dcdit.sampling.setup import set_up_all
@@ -35,15 +35,16 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
     deadline, (rank, world_size) = Deadline.in_hours(config.max_hours), processes()
     for combination in grid.left_out if rank == 0 else ():
         print(f"Left out: {combination}")
-    check_place(config.reference)
+    check_exists(config.reference)
     samplings = set_up_all(grid.points, source)
     evaluation = Evaluation(samplings[0], config)
     with resumable(rank, "evaluating", "chunk", evaluation.out):
         if config.search:
-            searched = search(evaluation, samplings, rank, world_size, deadline)
-            finished, complete = searched.last, searched.complete
+            search = Search(evaluation, rank, world_size, deadline)
+            complete = search.run(samplings)
+            finished = search.last
             if rank == 0:
-                print(f"The search in words: {os.path.relpath(write_log(evaluation, searched.log))}")
+                print(f"The search in words: {os.path.relpath(write_log(evaluation, search.log))}")
         else:
             points = [evaluation.of(sampling) for sampling in samplings]
             finished = evaluation.measure(points, rank, world_size, deadline)

@@ -32,7 +32,7 @@ def sample(config: SampleConfig) -> Path:
     from dcdit.sampling.setup import set_up_sampling
 
     sampling = set_up_sampling(config, source)
-    out = Path(config.out) if config.out else sampling.place.home / "samples"
+    out = Path(config.out) if config.out else sampling.source.home / "samples"
     print(sample_to_folder(sampling, config.classes, config.per_class, config.frames, config.animation, out))
     return out
 

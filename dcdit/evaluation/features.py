@@ -45,7 +45,7 @@ class FeatureNetwork(nn.Module, ABC):
         num_features: F.
         num_logits: K; 0 without logits.
         num_spatial: S; 0 without spatial features.
-        resize: how images come to the size that it sees, in words.
+        resize: how images come to the size that it sees, for people.
         archive_statistics: whether ``mu`` and ``sigma`` in an ``.npz`` reference are of its features.
     """
 
@@ -280,10 +280,10 @@ class OwnFeatures(FeatureNetwork):
                 f"features.module: {self.name} fails for images (2, 3, {size}, {size}) uint8, which it must take, and"
                 f" convert as it needs: {str(error).splitlines()[0] if str(error) else repr(error)}"
             ) from error
-        for which, tensor in zip(seen._fields, seen, strict=True):
+        for kind, tensor in zip(seen._fields, seen, strict=True):
             if tensor is not None and (tensor.ndim != 2 or len(tensor) != 2):
                 raise UserError(
-                    f"features.module: {self.name} returns {which} of shape {tuple(tensor.shape)} for 2 images, (2, F)"
+                    f"features.module: {self.name} returns {kind} of shape {tuple(tensor.shape)} for 2 images, (2, F)"
                     " is needed"
                 )
         self.num_features = seen.features.shape[1]

@@ -39,12 +39,12 @@ class ImageSet(ABC):
     """A set of real images, numbered from 0.
 
     Attributes:
-        place: where they lie, for messages.
+        source: where they lie, for messages.
         count: how many there are; an archive may have none, and statistics alone.
         size: height and width.
     """
 
-    place: str
+    source: str
     count: int
     size: tuple[int, int]
 
@@ -83,7 +83,7 @@ class LatentImages(ImageSet):
         rounding: Rounding = "round",
         network: LatentSpec | None = None,
     ) -> None:
-        self.location, self.place = location, location.root
+        self.location, self.source = location, location.root
         self.manifest = location.manifest()
         if network and not autoencoder:
             try:
@@ -142,7 +142,7 @@ class FolderImages(ImageSet):
     """
 
     def __init__(self, root: Path, size: int) -> None:
-        self.root, self.place, self.size = root, str(root), (size, size)
+        self.root, self.source, self.size = root, str(root), (size, size)
         self._files = image_files(root)
         self.count = len(self._files)
         if not self.count:
@@ -184,7 +184,7 @@ class NpzArchive(ImageSet):
     _MOMENTS: ClassVar = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
     def __init__(self, path: Path) -> None:
-        self.path, self.place, self.count, self.size = path, str(path), 0, (0, 0)
+        self.path, self.source, self.count, self.size = path, str(path), 0, (0, 0)
         try:
             self._archive = open_archive(open_regular(path))
             self._names = {name.removesuffix(".npy") for name in self._archive.namelist()}
@@ -274,16 +274,16 @@ class NpzArchive(ImageSet):
         return {"kind": "npz", "content": " ".join(f"{checksum:08x}" for checksum in checksums)}
 
 
-def check_place(place: str) -> None:
-    """Raise :class:`UserError` if nothing is at ``place``, for whoever has long work before :func:`open_images`."""
-    path = Path(place)
-    if not Location(place, None).remote and not path.is_file() and not path.is_dir():
+def check_exists(reference: str) -> None:
+    """Raise :class:`UserError` if nothing is at ``reference``, for whoever has long work before :func:`open_images`."""
+    path = Path(reference)
+    if not Location(reference, None).remote and not path.is_file() and not path.is_dir():
         fault = "is neither a folder nor a file" if path.exists() else "does not exist"
-        raise UserError(f"reference={place} {fault}: give a folder of images or shards, or an .npz")
+        raise UserError(f"reference={reference} {fault}: give a folder of images or shards, or an .npz")
 
 
 def open_images(
-    place: str,
+    reference: str,
     size: tuple[int, int],
     device: torch.device,
     autoencoder: str | None = None,
@@ -291,10 +291,10 @@ def open_images(
     cache: str | None = None,
     network: LatentSpec | None = None,
 ) -> ImageSet:
-    """Open the images at ``place``.
+    """Open the images at ``reference``.
 
     Args:
-        place: a directory of latent shards with a manifest, or its URL; a folder of images; or an ``.npz``.
+        reference: a directory of latent shards with a manifest, or its URL; a folder of images; or an ``.npz``.
         size: height and width that they must have; images of a folder are cropped to it.
         device, autoencoder, rounding, network: for latents, see :class:`LatentImages`.
         cache: directory for shards fetched from a URL.
@@ -302,23 +302,25 @@ def open_images(
     Raises:
         UserError: if there is nothing usable, or it has another size.
     """
-    check_place(place)
-    location, path = Location(place, cache), Path(place)
+    check_exists(reference)
+    location, path = Location(reference, cache), Path(reference)
     images: ImageSet
     if location.remote or (location.directory / MANIFEST_NAME).is_file():
         images = LatentImages(location, device, autoencoder, rounding, network)
     elif path.is_dir():
         splits = [entry.name for entry in os.scandir(path) if (Path(entry.path) / MANIFEST_NAME).is_file()]
         if splits:
-            raise UserError(f"reference={place} holds several splits: take reference={path / min(splits)}")
+            raise UserError(f"reference={reference} holds several splits: take reference={path / min(splits)}")
         if size[0] != size[1]:
-            raise UserError(f"reference={place}: a folder's images are cropped to squares, not to {size}: give an .npz")
+            raise UserError(
+                f"reference={reference}: a folder's images are cropped to squares, not to {size}: give an .npz"
+            )
         images = FolderImages(path, size[0])
     else:
         images = NpzArchive(path)
     if images.count and images.size != size:
         raise UserError(
-            f"reference={place} has images of {images.size[0]} x {images.size[1]} pixels, the checkpoint samples"
+            f"reference={reference} has images of {images.size[0]} x {images.size[1]} pixels, the checkpoint samples"
             f" {size[0]} x {size[1]}: a comparison would mostly see that; give a reference of this size"
         )
     return images

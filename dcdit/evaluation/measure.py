@@ -13,12 +13,13 @@ from dcdit.errors import naming
 from dcdit.evaluation.descriptions import describe_point
 from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.metrics import compare
-from dcdit.evaluation.reference_images import FeatureJob, ReferenceStatistics, digest_of
+from dcdit.evaluation.reference_images import FeatureJob, ReferenceStatistics
 from dcdit.evaluation.results import SCHEMA, KeepRatio, MeasuredPlan, NetworkDescription, Result, Timing, read_result
 from dcdit.evaluation.settings import EvaluateSettings
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime.devices import describe_device
 from dcdit.runtime.display import Display
+from dcdit.runtime.files import content_digest
 from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.figures import save_grid
 from dcdit.sampling.generate import SampleBatch, labels_of
@@ -104,7 +105,7 @@ def measure_samples(
     Raises:
         UserError: naming the sample, if an image or its features are not finite.
     """
-    seen: list[Features] = []
+    kept: list[Features] = []
     first: list[Tensor] = []
     seconds, cost = 0.0, SamplingCost()
     begin = time.perf_counter()
@@ -115,11 +116,11 @@ def measure_samples(
             features = network(images)
         if cost.images < shown:
             first.append(images)
-        seen.append(features if "sfid" in metrics else features._replace(spatial=None))
+        kept.append(features if "sfid" in metrics else features._replace(spatial=None))
         cost += SamplingCost.of(batch)
         on_batch(len(batch.indices))
         begin = time.perf_counter()
-    return MeasuredSamples(seen, torch.cat(first)[:shown] if first else torch.empty(0), SampledChunk(seconds, cost))
+    return MeasuredSamples(kept, torch.cat(first)[:shown] if first else torch.empty(0), SampledChunk(seconds, cost))
 
 
 class Measurement:
@@ -166,7 +167,9 @@ class Measurement:
             self.name += f"_cache{sampler.cache:g}"
         if guidance.uncond_drop_fraction is not None:
             self.name += f"_weak{guidance.uncond_drop_fraction:g}"
-        self.name += f"_{digest_of({'schema': SCHEMA, **plan})}"  # what another release wrote is measured anew
+        self.name += (
+            f"_{content_digest({'schema': SCHEMA, **plan})[:12]}"  # what another release wrote is measured anew
+        )
         self.path = out / f"{self.name}.json"
         fingerprint = {**plan, "chunk_size": chunk_size}
         self.job = FeatureJob(SampledChunk, self.path, "evaluation", fingerprint, count, chunk_size)
@@ -232,7 +235,7 @@ class Measurement:
         return self.path.is_file()
 
     def _write(self, reference: Statistics, records: list[SampledChunk]) -> None:
-        model, source = self.sampling.model, self.sampling.place
+        model, source = self.sampling.model, self.sampling.source
         cost = SamplingCost.total(record.cost for record in records)
         Result(
             run=source.run,
@@ -246,7 +249,7 @@ class Measurement:
             # until a quiet moment, see `set_time`: while measuring, other things may have run beside it
             milliseconds_per_image=1000 * sum(record.seconds for record in records) / cost.images,
             timing=Timing([], self._batch),
-            reference=self.reference.images.place,
+            reference=self.reference.images.source,
             device=describe_device(model.device),
             keep_ratio=self._keep_ratio(cost) if model.network.routes else None,
             path=self.path,

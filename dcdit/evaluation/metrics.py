@@ -123,7 +123,7 @@ def _missing(name: str, network: FeatureNetwork, images: bool, published: Sequen
 
 
 def choose_metrics(
-    wanted: Sequence[str] | None, network: FeatureNetwork, images: bool, there: Sequence[str]
+    wanted: Sequence[str] | None, network: FeatureNetwork, images: bool, published: Sequence[str]
 ) -> list[str]:
     """Return the metrics to compute.
 
@@ -131,12 +131,12 @@ def choose_metrics(
         wanted: some of :data:`METRICS`; None takes all that can be had, and prints which cannot.
         network: whose features.
         images: whether the reference has images.
-        there: which statistics it has.
+        published: which statistics come with it.
 
     Raises:
         UserError: if one that is wanted cannot be had, or none can.
     """
-    faults = {name: _missing(name, network, images, there) for name in wanted or METRICS}
+    faults = {name: _missing(name, network, images, published) for name in wanted or METRICS}
     possible = [name for name, fault in faults.items() if fault is None]
     refused = [f"no {heading_of(name)} without {fault}" for name, fault in faults.items() if fault is not None]
     if refused and (wanted is not None or not possible):

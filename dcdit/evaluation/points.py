@@ -59,7 +59,7 @@ class Evaluation:
             chunk_size=settings.chunk_size,
         )
         self.reference, self.metrics, self.least = comparison.reference, comparison.metrics, comparison.least
-        self.out = Path(settings.out) if settings.out else sampling.place.home / "evaluation"
+        self.out = Path(settings.out) if settings.out else sampling.source.home / "evaluation"
 
     def of(self, sampling: Sampling, count: int | None = None) -> Measurement:
         """Return the measurement of one point, with another number of images if ``count`` is given."""
@@ -79,14 +79,14 @@ class Evaluation:
         return [point for point in points if point.finalize()]
 
 
-def take_times(measurements: list[Measurement], rounds: int, again: bool, deadline: Deadline) -> None:
+def take_times(measurements: list[Measurement], rounds: int, renew: bool, deadline: Deadline) -> None:
     """Time all points in turns, unless that has been done: under equal conditions, whatever else the machine does.
 
     Raises:
         OutOfTimeError: at the deadline; no times are taken then, for they would not compare.
     """
     with measurements[0].job.lock():  # the first of several processes does it
-        if not again and all(measurement.timed for measurement in measurements):
+        if not renew and all(measurement.timed for measurement in measurements):
             return
         seconds: dict[Measurement, list[float]] = {measurement: [] for measurement in measurements}
         for _ in track(range(rounds), "timing", console=Console(stderr=True), transient=True):

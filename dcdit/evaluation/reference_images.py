@@ -1,7 +1,5 @@
 """Features of many images, in chunks that are kept as files, and statistics of references made of them."""
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,18 +14,13 @@ from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.images import ImageSet
 from dcdit.evaluation.statistics import Moments, Statistics
 from dcdit.runtime.display import Display
-from dcdit.runtime.files import make_writable_folder, read_arrays
+from dcdit.runtime.files import content_digest, make_writable_folder, read_arrays
 from dcdit.runtime.jobs import ImageJob, Record
 
 
 def default_cache() -> Path:
     """Return the folder in which statistics of references are kept unless the user says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcdit"
-
-
-def digest_of(values: Mapping[str, Any]) -> str:
-    """Return a short name for plain values: other values have another name."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class FeatureJob(ImageJob[Record]):
@@ -40,7 +33,7 @@ class FeatureJob(ImageJob[Record]):
     def __init__(
         self, kind: type[Record], result: Path, name: str, fingerprint: Mapping[str, Any], count: int, chunk_size: int
     ) -> None:
-        super().__init__(kind, result, f"{name}-{digest_of(fingerprint)}", fingerprint, count, chunk_size)
+        super().__init__(kind, result, f"{name}-{content_digest(fingerprint)[:12]}", fingerprint, count, chunk_size)
 
     def share(self, rank: int, world_size: int, work: Callable[[int], None], display: Display) -> None:
         """Do this process's share, unless the result is there; ``work`` ends with :meth:`keep`."""
@@ -55,10 +48,10 @@ class FeatureJob(ImageJob[Record]):
         """Return the file of a task's features."""
         return self.work / f"chunk-{task:06d}.npz"
 
-    def keep(self, task: int, seen: Sequence[Features], record: Record) -> None:
-        """Finish a task: keep what was seen in its batches, and what is recorded of it."""
+    def keep(self, task: int, features: Sequence[Features], record: Record) -> None:
+        """Finish a task: keep the features of its batches, and what is recorded of it."""
         arrays: dict[str, Any] = {}
-        for name, parts in zip(Features._fields, zip(*seen, strict=True), strict=True):
+        for name, parts in zip(Features._fields, zip(*features, strict=True), strict=True):
             tensors = [part for part in parts if part is not None]
             arrays[name] = torch.cat(tensors).numpy() if tensors else np.empty((0, 0), np.float32)
         self.finish(task, record, lambda file: np.savez(file, **arrays))
@@ -110,12 +103,12 @@ class ReferenceStatistics:
         self._statistics: Statistics | None = None
         self._moments = images.moments(network)
         self.published = [kind for kind in self._moments if kind in needed]
-        idle = set(needed) <= set(self.published)
-        self.count = 0 if idle else min(images.count, limit or images.count)
+        sufficient = set(needed) <= set(self.published)
+        self.count = 0 if sufficient else min(images.count, limit or images.count)
         self.features = network.described()
         identity = {"images": images.described(), "features": self.features, "count": self.count}
         self.description = {**identity, "published": self.published}
-        self.path = cache / f"reference-{digest_of(identity)}.npz"
+        self.path = cache / f"reference-{content_digest(identity)[:12]}.npz"
         self._job = FeatureJob(
             Nothing, self.path, "reference", {**identity, "chunk_size": chunk_size}, self.count, chunk_size
         )
@@ -129,13 +122,13 @@ class ReferenceStatistics:
         self.finalize()
 
     def _see(self, task: int, display: Display) -> None:
-        numbers, seen = self._numbers[list(self._job.numbers(task))].tolist(), []
+        numbers, features = self._numbers[list(self._job.numbers(task))].tolist(), []
         for start in range(0, len(numbers), self.batch_size):
             batch = numbers[start : start + self.batch_size]
-            with naming(f"reference={self.images.place}, image", batch):
-                seen.append(self.network(self.images.read(batch))._replace(logits=None))
+            with naming(f"reference={self.images.source}, image", batch):
+                features.append(self.network(self.images.read(batch))._replace(logits=None))
             display.advance(len(batch))
-        self._job.keep(task, seen, Nothing())
+        self._job.keep(task, features, Nothing())
 
     def finalize(self) -> Statistics | None:
         """Return the statistics, computed from the chunks if need be; None while other processes work on these."""

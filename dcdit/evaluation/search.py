@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dcdit.evaluation.descriptions import describe_budget
@@ -20,49 +20,22 @@ _MOST = 6
 """Rounds at the most: where the best stands at the end of what all images have seen, its neighbour is measured too."""
 
 
-@dataclass(frozen=True)
-class Searched:
-    """The outcome of a search.
+class Search:
+    """A search for the best guidance scale at each budget.
 
-    Attributes:
-        last: measurements of the last round at each budget, complete ones.
-        log: a line for every round.
-        complete: whether all was measured.
-    """
-
-    last: list[Measurement]
-    log: list[str]
-    complete: bool
-
-
-def search(
-    evaluation: Evaluation, samplings: Sequence[Sampling], rank: int, world_size: int, deadline: Deadline
-) -> Searched:
-    """Find the best guidance scale at each budget, between the scales of ``samplings``.
-
-    The first round measures these scales with a tenth of the images, the second the best of them and the middles
+    The first round measures the given scales with a tenth of the images, the second the best of them and the middles
     towards its neighbours with a third, the last the same around the best of the second with all images, and then
     neighbours until the best stands between two that are worse.
 
     Args:
-        evaluation: what is shared.
-        samplings: every budget at every scale to begin with.
+        evaluation: what the measurements share.
         rank, world_size: of this process; it waits for what others measure.
         deadline: no chunk is begun after it.
+
+    Attributes:
+        last: complete measurements of the last round at each budget.
+        log: a line for every round.
     """
-    budgets: dict[str, Sampling] = {}
-    for sampling in samplings:
-        if sampling.guidance.settings.scale != 1:
-            config = replace(sampling.config, guidance=replace(sampling.config.guidance, scale=2.0))
-            budgets.setdefault(repr(config), sampling)
-    scales = sorted({sampling.guidance.settings.scale for sampling in samplings})
-    state = _Search(evaluation, rank, world_size, deadline)
-    complete = all(state.at_budget(sampling, scales) for sampling in budgets.values())
-    return Searched(state.last, state.log, complete)
-
-
-class _Search:
-    """A search as far as it has gone; arguments as of :func:`search`."""
 
     def __init__(self, evaluation: Evaluation, rank: int, world_size: int, deadline: Deadline) -> None:
         self.evaluation, self.rank, self.world_size, self.deadline = evaluation, rank, world_size, deadline
@@ -70,6 +43,20 @@ class _Search:
         self.left = evaluation.settings.max_images
         self.last: list[Measurement] = []
         self.log: list[str] = []
+
+    def run(self, samplings: Sequence[Sampling]) -> bool:
+        """Search between the scales of ``samplings``, which have every budget at every scale to begin with.
+
+        Returns:
+            Whether all was measured.
+        """
+        budgets: dict[str, Sampling] = {}
+        for sampling in samplings:
+            if sampling.guidance.settings.scale != 1:
+                config = replace(sampling.config, guidance=replace(sampling.config.guidance, scale=2.0))
+                budgets.setdefault(repr(config), sampling)
+        scales = sorted({sampling.guidance.settings.scale for sampling in samplings})
+        return all(self.at_budget(sampling, scales) for sampling in budgets.values())
 
     def at_budget(self, sampling: Sampling, scales: Sequence[float]) -> bool:
         """Do all rounds at one budget; return whether they are complete."""

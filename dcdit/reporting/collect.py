@@ -81,20 +81,20 @@ def row_of(result: Result) -> dict[str, Any]:
     }
 
 
-def read_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
+def read_results(paths: Sequence[str]) -> tuple[list[Result], list[str]]:
     """Return what :func:`find_results` returns; raise UserError if there is no result that can be used."""
-    results, left_out = find_results(places)
+    results, left_out = find_results(paths)
     if not results:
         raise UserError(
             left_out[0]
             if left_out
-            else f"runs={', '.join(places)}: no results there, python -m dcdit.evaluate writes them"
+            else f"runs={', '.join(paths)}: no results there, python -m dcdit.evaluate writes them"
         )
     return results, left_out
 
 
-def find_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
-    """Find all results in and below ``places``; where a run was measured twice in the same way, the newest counts.
+def find_results(paths: Sequence[str]) -> tuple[list[Result], list[str]]:
+    """Find all results in and below ``paths``; where a run was measured twice in the same way, the newest counts.
 
     Returns:
         The results by path, and what is wrong with the files that are left out.
@@ -102,7 +102,7 @@ def find_results(places: Sequence[str]) -> tuple[list[Result], list[str]]:
     Raises:
         UserError: if a place does not exist.
     """
-    files = {file for place in places for file in result_files(Path(place))}
+    files = {file for place in paths for file in result_files(Path(place))}
     results: dict[str, Result] = {}
     left_out: list[str] = []
     for file in sorted(files, key=lambda path: (path.lstat().st_mtime, path)):

@@ -78,23 +78,21 @@ class Curve:
     marked: bool
 
 
-def histories_below(places: Sequence[str]) -> list[RunHistory]:
-    """Return the histories of the runs in and below ``places`` that logged anything, by name."""
+def histories_below(paths: Sequence[str]) -> list[RunHistory]:
+    """Return the histories of the runs in and below ``paths`` that logged anything, by name."""
     histories = []
-    for path, name in named_runs(places).items():
+    for path, name in named_runs(paths).items():
         history = history_of(path)
         if history.courses:
             histories.append(RunHistory(name, path, progress_of(path, name), history, _target(path)))
     return histories
 
 
-def runs_without_anything(places: Sequence[str], histories: Sequence[RunHistory]) -> list[str]:
-    """Return the names of the runs in and below ``places``, and of the places, that have neither curves nor results."""
+def runs_without_anything(paths: Sequence[str], histories: Sequence[RunHistory]) -> list[str]:
+    """Return the names of the runs in and below ``paths``, and of the paths, that have neither curves nor results."""
     drawn = {history.path.resolve() for history in histories}
-    empty = [
-        name for path, name in named_runs(places).items() if path.resolve() not in drawn and not result_files(path)
-    ]
-    for place in dict.fromkeys(places):
+    empty = [name for path, name in named_runs(paths).items() if path.resolve() not in drawn and not result_files(path)]
+    for place in dict.fromkeys(paths):
         folder = Path(place)
         known = {*drawn, *(path.resolve() for path in runs_below(folder))}
         if not result_files(folder) and not any(path.is_relative_to(folder.resolve()) for path in known):

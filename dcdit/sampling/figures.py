@@ -59,7 +59,7 @@ class Recorder:
 
     Args:
         shown: numbers of these samples.
-        wanted: how many moments of each, evenly spaced over ``steps``; None for all.
+        moments: how many of each, evenly spaced over ``steps``; None for all.
         steps: of the sampler.
         clean: what :meth:`dcdit.diffusion.process.Process.clean` is.
 
@@ -68,10 +68,10 @@ class Recorder:
     """
 
     def __init__(
-        self, shown: Sequence[int], wanted: int | None, steps: int, clean: Callable[[Tensor, Tensor, float], Tensor]
+        self, shown: Sequence[int], moments: int | None, steps: int, clean: Callable[[Tensor, Tensor, float], Tensor]
     ) -> None:
         self.rows: dict[int, list[Moment]] = {number: [] for number in shown}
-        at = np.linspace(0, steps - 1, steps if wanted is None else min(wanted, steps))
+        at = np.linspace(0, steps - 1, steps if moments is None else min(moments, steps))
         self._at = set(at.round().astype(int).tolist())
         self._clean = clean
 

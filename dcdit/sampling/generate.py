@@ -61,7 +61,7 @@ _LABELS = 2**32 - 2
 """Keeps labels apart from whatever else the seed stands for."""
 
 OnStep = Callable[[list[int], Step], None]
-"""Told the samples' numbers and the step, after every step."""
+"""Called with the samples' numbers and the step, after every step."""
 
 
 def branch_networks(model: Model, guidance: Guidance) -> tuple[Network, Network]:
@@ -91,7 +91,7 @@ def generate(
         seed: of all noise.
         batch_size: samples per forward pass.
         precision: ``fp32`` or ``bf16``.
-        on_step: told of every step.
+        on_step: called after every step.
 
     Raises:
         UserError: naming sample and step, if a latent is not finite.
@@ -100,43 +100,45 @@ def generate(
     for start in range(0, len(indices), batch_size):
         numbers = [int(number) for number in indices[start : start + batch_size]]
         streams = [sample_generator(seed, number) for number in numbers]
-        wanted = labels[numbers].to(model.device)
+        classes = labels[numbers].to(model.device)
         kept: list[tuple[Tensor | None, ...]] = []
-        broke = torch.full_like(wanted, _NEVER)  # at which step each sample was no longer finite; read once, at the end
+        first_bad = torch.full_like(classes, _NEVER)  # step after which a sample was not finite; read once, at the end
         x = torch.empty(0)
         threshold = sampler.settings.cache
         if threshold:
             guidance = replace(guidance, cache=TrajectoryCache(threshold, sampler.timesteps[-1]))
         with autocast(precision, model.device):
-            for step in sampler.trajectory(guidance, model.latents.shape, wanted, streams):
+            for step in sampler.trajectory(guidance, model.latents.shape, classes, streams):
                 x = step.next
-                broke = torch.where(x.flatten(1).isfinite().all(dim=1), broke, broke.clamp(max=step.index))
-                kept.append(
-                    tuple(None if routing is None else routing.mask.sum(dim=1) for routing in step.output.routings)
-                )
+                first_bad = torch.where(x.flatten(1).isfinite().all(dim=1), first_bad, first_bad.clamp(max=step.index))
+                masks = [None if routing is None else routing.mask for routing in step.output.routings]
+                kept.append(tuple(None if mask is None else mask.sum(dim=1) for mask in masks))
                 if on_step:
                     on_step(numbers, step)
-        _check_finite(numbers, broke.tolist(), sampler, f"guidance.scale={guidance.settings.scale:g}, {precision}")
+        _check_finite(numbers, first_bad.tolist(), sampler, f"guidance.scale={guidance.settings.scale:g}, {precision}")
         lengths = [tuple(None if branch is None else branch.cpu() for branch in branches) for branches in kept]
-        none = torch.zeros(len(numbers))  # of a network without router, whose cost is what it is
-        flops = [
-            torch.stack(
-                [cost.of(none if branch is None else branch) for cost, branch in zip(costs, branches, strict=False)]
-            )
-            for branches in lengths
-        ]
-        yield SampleBatch(numbers, x.float().cpu(), lengths, torch.stack([each.sum(dim=0) for each in flops]))
+        yield SampleBatch(numbers, x.float().cpu(), lengths, _step_flops(costs, lengths, len(numbers)))
+
+
+def _step_flops(costs: Sequence[Cost], lengths: Sequence[tuple[Tensor | None, ...]], samples: int) -> Tensor:
+    """Return the FLOPs of each sample at each step, both branches, (steps, n) float64."""
+    none = torch.zeros(samples)  # of a network without router, whose cost is what it is
+    flops = []
+    for branches in lengths:
+        kept = [none if branch is None else branch for branch in branches]
+        flops.append(torch.stack([cost.of(tokens) for cost, tokens in zip(costs, kept, strict=False)]).sum(dim=0))
+    return torch.stack(flops)
 
 
 _NEVER = 10**9
 
 
-def _check_finite(numbers: list[int], broke: list[int], sampler: Sampler, how: str) -> None:
+def _check_finite(numbers: list[int], first_bad: list[int], sampler: Sampler, how: str) -> None:
     """Raise :class:`UserError`, naming sample and step, if a sample was not finite after a step."""
-    first = min(broke)
-    if first < _NEVER:
-        timesteps = sampler.timesteps
+    index = min(first_bad)
+    if index < _NEVER:
+        sample, timesteps = numbers[first_bad.index(index)], sampler.timesteps
         raise UserError(
-            f"sample {numbers[broke.index(first)]} is not finite after step {first + 1} of {len(timesteps)} (timestep"
-            f" {timesteps[first]}; {how}): take a lower scale, precision=fp32, or another checkpoint"
+            f"sample {sample} is not finite after step {index + 1} of {len(timesteps)} (timestep {timesteps[index]};"
+            f" {how}): take a lower scale, precision=fp32, or another checkpoint"
         )

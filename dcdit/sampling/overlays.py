@@ -94,10 +94,10 @@ _SIZE = 18
 
 
 def side_by_side(panels: Sequence[tuple[str, Pixels]], title: str = "", least: int = 256) -> Pixels:
-    """Panels of one height beside each other, the words of each above it, a title above all, on white.
+    """Panels of one height beside each other, the caption of each above it, a title above all, on white.
 
     Args:
-        panels: words and picture of each.
+        panels: caption and picture of each.
         title: nothing leaves it out; what is too long goes on in a second line.
         least: side that smaller pictures are enlarged to.
     """
@@ -108,11 +108,11 @@ def side_by_side(panels: Sequence[tuple[str, Pixels]], title: str = "", least: i
     top = gap + line * (len(lines) + 1)
     canvas = Image.new("RGB", (width, top + max(picture.shape[0] for picture in pictures) + gap), "white")
     draw = ImageDraw.Draw(canvas)
-    for number, words in enumerate(lines):
-        draw.text((gap, gap // 2 + number * line), visible(words), "black", _font(_SIZE))
+    for number, text in enumerate(lines):
+        draw.text((gap, gap // 2 + number * line), visible(text), "black", _font(_SIZE))
     left = gap
-    for (words, _), picture in zip(panels, pictures, strict=True):
-        draw.text((left, top - line), visible(words), "#333333", _font(_SIZE))
+    for (caption, _), picture in zip(panels, pictures, strict=True):
+        draw.text((left, top - line), visible(caption), "#333333", _font(_SIZE))
         canvas.paste(Image.fromarray(picture), (left, top))
         left += picture.shape[1] + gap
     return np.asarray(canvas)
@@ -130,17 +130,17 @@ def _lines(text: str, width: int) -> list[str]:
     return lines
 
 
-def save_animation(frames: Sequence[Pixels], path: Path, milliseconds: int = 160, hold: int = 1600) -> None:
+def save_animation(frames: Sequence[Pixels], path: Path, milliseconds: int = 160, last: int = 1600) -> None:
     """Save ``frames`` of one size as a GIF or WebP that repeats, the last one held.
 
     Args:
         frames: at least one.
         path: its ending says which of the two.
         milliseconds: of a frame.
-        hold: of the last.
+        last: milliseconds of the last one.
     """
     pictures = [Image.fromarray(frame) for frame in frames]
-    durations = [milliseconds] * (len(pictures) - 1) + [hold]
+    durations = [milliseconds] * (len(pictures) - 1) + [last]
     form = "WEBP" if path.suffix == ".webp" else "GIF"
     with replacing(path) as file:
         pictures[0].save(

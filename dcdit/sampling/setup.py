@@ -32,7 +32,7 @@ class Sampling:
 
     Attributes:
         config: what was asked for.
-        place: where the checkpoint is, and where what is made of it goes.
+        source: where the checkpoint is, and where what is made of it goes.
         model, guidance, sampler: what computes.
         decode: latents to images.
         precision: ``fp32`` or ``bf16``.
@@ -41,7 +41,7 @@ class Sampling:
     """
 
     config: SamplingConfig
-    place: CheckpointSource
+    source: CheckpointSource
     model: Model
     guidance: Guidance
     sampler: Sampler
@@ -54,7 +54,7 @@ class Sampling:
     def description(self) -> str:
         """What samples, and at what budget, for people."""
         model, guidance = self.model, self.guidance.settings
-        parts = [f"{model.network.title} {self.place.run}"] + ([f"step {model.step:,}"] if model.step else [])
+        parts = [f"{model.network.title} {self.source.run}"] + ([f"step {model.step:,}"] if model.step else [])
         parts.append(self.sampler.settings.description)
         if model.network.routes and guidance.drop_schedule is None:
             parts.append(f"ρ {guidance.drop_fraction:.3g}")
@@ -111,12 +111,12 @@ class Sampling:
         }
 
 
-def set_up_sampling(config: SamplingConfig, place: CheckpointSource) -> Sampling:
-    """Load the checkpoint at ``place``, which ``config`` names, and meet its budget; see :func:`set_up_all`."""
-    return set_up_all([config], place)[0]
+def set_up_sampling(config: SamplingConfig, source: CheckpointSource) -> Sampling:
+    """Load the checkpoint at ``source``, which ``config`` names, and meet its budget; see :func:`set_up_all`."""
+    return set_up_all([config], source)[0]
 
 
-def set_up_all(configs: Sequence[SamplingConfig], place: CheckpointSource) -> list[Sampling]:
+def set_up_all(configs: Sequence[SamplingConfig], source: CheckpointSource) -> list[Sampling]:
     """What samples as each of ``configs`` says, which may differ in guidance and weights; whatever they share is one.
 
     Raises:
@@ -124,14 +124,12 @@ def set_up_all(configs: Sequence[SamplingConfig], place: CheckpointSource) -> li
     """
     keep_freed_memory()
     device = pick_device(configs[0].device)
-    weights = read_weights(place, configs[0].assume)
+    weights = read_weights(source, configs[0].assume)
     loaded: dict[str, Loaded] = {}
-    for config in sorted(
-        configs, key=lambda each: each.guidance.scale == 1
-    ):  # those that need a guiding branch come first
+    for config in sorted(configs, key=lambda config: config.guidance.scale == 1):  # first those with a guiding branch
         if config.weights not in loaded:
-            loaded[config.weights] = _load(weights, config, place, device)
-    samplings = [sampling_of(config, place, loaded[config.weights]) for config in configs]
+            loaded[config.weights] = _load(weights, config, source, device)
+    samplings = [sampling_of(config, source, loaded[config.weights]) for config in configs]
     return [meet_budget(sampling) if sampling.config.budget.given else sampling for sampling in samplings]
 
 
@@ -144,17 +142,17 @@ class Loaded:
     guiding: Model | None
 
 
-def load(config: SamplingConfig, place: CheckpointSource) -> Loaded:
+def load(config: SamplingConfig, source: CheckpointSource) -> Loaded:
     """Load what samplings share that differ from ``config`` in sampler, guidance, budget and seed alone."""
-    return _load(read_weights(place, config.assume), config, place, pick_device(config.device))
+    return _load(read_weights(source, config.assume), config, source, pick_device(config.device))
 
 
-def _load(weights: Weights, config: SamplingConfig, place: CheckpointSource, device: torch.device) -> Loaded:
+def _load(weights: Weights, config: SamplingConfig, source: CheckpointSource, device: torch.device) -> Loaded:
     guidance = config.guidance
     if config.compile:
         check_compiler("compile", device.type)
     model = build_model(weights, config.weights, device)
-    print_once(f"{place.name}: {describe_weights(weights, model.network, config.weights)}")
+    print_once(f"{source.name}: {describe_weights(weights, model.network, config.weights)}")
     set_execution(model.network, compiled=config.compile)
     guiding = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
@@ -163,7 +161,7 @@ def _load(weights: Weights, config: SamplingConfig, place: CheckpointSource, dev
     return Loaded(model, load_decoder(model.latents, device, config.autoencoder, config.rounding), guiding)
 
 
-def sampling_of(config: SamplingConfig, place: CheckpointSource, loaded: Loaded) -> Sampling:
+def sampling_of(config: SamplingConfig, source: CheckpointSource, loaded: Loaded) -> Sampling:
     """What samples as ``config`` says, but for its budget; UserError if the networks cannot."""
     model = loaded.model
     guiding = loaded.guiding if config.guidance.weak_checkpoint is not None and config.guidance.scale != 1 else None
@@ -184,7 +182,7 @@ def sampling_of(config: SamplingConfig, place: CheckpointSource, loaded: Loaded)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if model.device.type == "cuda" else "fp32"
-    return Sampling(config, place, model, guidance, sampler, loaded.decode, precision, None, guiding)
+    return Sampling(config, source, model, guidance, sampler, loaded.decode, precision, None, guiding)
 
 
 def meet_budget(sampling: Sampling) -> Sampling:
@@ -198,7 +196,7 @@ def meet_budget(sampling: Sampling) -> Sampling:
         "weak": sampling.guiding.digest if sampling.guiding else None,
         "precision": sampling.precision,
     }
-    calibration = remembered(sampling.place.home / "budgets.json", question, lambda: calibration_of(sampling))
+    calibration = remembered(sampling.source.home / "budgets.json", question, lambda: calibration_of(sampling))
     print_once(
         f"Budget: drop fraction {calibration.drop_fraction}"
         + (f" and sampler.cache={calibration.cache:g} cost" if calibration.cache else " costs")
@@ -228,19 +226,21 @@ def at_budget(sampling: Sampling, calibration: Calibration) -> Sampling:
     return replace(at_drop, sampler=sampler, calibration=calibration)
 
 
-def _guiding_model(place: CheckpointSource, config: SamplingConfig, model: Model) -> Model:
-    """The model at ``place``, on the device of ``model``; UserError unless it can guide it."""
-    weights = read_weights(place)
+def _guiding_model(source: CheckpointSource, config: SamplingConfig, model: Model) -> Model:
+    """The model at ``source``, on the device of ``model``; UserError unless it can guide it."""
+    weights = read_weights(source)
     guiding = build_model(weights, config.weights, model.device)
-    print_once(f"Guiding branch, {place.name}: {describe_weights(weights, guiding.network, config.weights)}")
+    print_once(f"Guiding branch, {source.name}: {describe_weights(weights, guiding.network, config.weights)}")
     for what, its, ours in (
         ("latents of shape", guiding.latents.shape, model.latents.shape),
-        ("latents of scale and shift", *(_scale_and_shift(each.latents) for each in (guiding, model))),
+        ("latents of scale and shift", *(_scale_and_shift(side.latents) for side in (guiding, model))),
         ("a number of classes of", guiding.network.num_classes, model.network.num_classes),
         ("a process of", guiding.process.settings.name, model.process.settings.name),
     ):
         if its != ours:
-            raise UserError(f"{place.argument} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind")
+            raise UserError(
+                f"{source.argument} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind"
+            )
     set_execution(guiding.network, compiled=config.compile)
     return guiding
 
@@ -248,7 +248,7 @@ def _guiding_model(place: CheckpointSource, config: SamplingConfig, model: Model
 def _scale_and_shift(latents: LatentSpec) -> str:
     """In words, or a digest where there are many, so that equal ones have equal words."""
     both = (latents.scale, latents.shift)
-    digest = f" {content_digest({'numbers': both})[:8]}" if any(isinstance(each, tuple) for each in both) else ""
+    digest = f" {content_digest({'numbers': both})[:8]}" if any(isinstance(numbers, tuple) for numbers in both) else ""
     return ", ".join(map(format_numbers, both)) + digest
 
 
