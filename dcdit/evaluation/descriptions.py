@@ -59,11 +59,7 @@ def describe_point(plan: MeasuredPlan) -> str:
 
 
 def differences_from_published(plan: MeasuredPlan) -> list[str]:
-    """Return why figures are no FID-50K, sFID, IS, precision and recall as the ADM suite defines them; [] if they are.
-
-    Args:
-        plan: what was measured.
-    """
+    """Return why figures are not FID-50K, sFID, IS, precision and recall as the ADM suite defines them, or nothing."""
     reference, differences = plan.reference, []
     if plan.count != PUBLISHED_COUNT:
         differences.append(f"{plan.count:,} images instead of {PUBLISHED_COUNT:,}")

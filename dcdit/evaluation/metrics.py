@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -175,21 +174,6 @@ def check_counts(metrics: Sequence[str], network: FeatureNetwork, count: int, re
     return enough
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What generated images are compared with, and how.
-
-    Attributes:
-        reference: statistics of the real images, by the features of a network.
-        metrics: what is computed.
-        least: how many generated images are enough for these metrics.
-    """
-
-    reference: ReferenceStatistics
-    metrics: list[str]
-    least: int
-
-
 def compare_with(
     images: ImageSet,
     network: FeatureNetwork,
@@ -200,7 +184,7 @@ def compare_with(
     batch_size: int,
     limit: int | None = None,
     chunk_size: int = _REFERENCE_CHUNK,
-) -> Comparison:
+) -> tuple[ReferenceStatistics, list[str], int]:
     """Prepare to compare generated images with real ones; their statistics are computed later.
 
     Args:
@@ -213,6 +197,9 @@ def compare_with(
         limit: take so many of the real images, evenly spaced; None takes all.
         chunk_size: images of a task.
 
+    Returns:
+        The statistics of the real images, the metrics to compute, and how many generated images are enough for these.
+
     Raises:
         UserError: if a metric that is wanted cannot be had, or there are too few images.
     """
@@ -221,7 +208,7 @@ def compare_with(
     folder = Path(cache) if cache else default_cache()
     size = max(chunk_size, _REFERENCE_CHUNK)
     reference = ReferenceStatistics(images, network, folder, limit, size, batch_size, needed)
-    return Comparison(reference, metrics, check_counts(metrics, network, count, reference))
+    return reference, metrics, check_counts(metrics, network, count, reference)
 
 
 def compare(reference: Statistics, chunks: Chunks, wanted: Sequence[str], seed: int = 0) -> dict[str, float]:

@@ -48,7 +48,7 @@ class Evaluation:
         decoding = (sampling.config.autoencoder, sampling.config.rounding)
         images = open_images(settings.reference, size, device, *decoding, network=sampling.model.latents)
         self.network = build_features(settings.features, device)  # perhaps a download: after the checks
-        comparison = compare_with(
+        self.reference, self.metrics, self.least = compare_with(
             images,
             self.network,
             settings.metrics,
@@ -58,7 +58,6 @@ class Evaluation:
             limit=settings.reference_count,
             chunk_size=settings.chunk_size,
         )
-        self.reference, self.metrics, self.least = comparison.reference, comparison.metrics, comparison.least
         self.out = Path(settings.out) if settings.out else sampling.source.home / "evaluation"
 
     def of(self, sampling: Sampling, count: int | None = None) -> Measurement:

@@ -47,16 +47,7 @@ class _ArchiveJob(ImageJob[ArchivedChunk]):
 
 
 class ImageArchive:
-    """One process of a generation.
-
-    Args:
-        sampling: what samples.
-        out: folder for the results.
-        count: number of images.
-        chunk_size: images of a task.
-        png: write each image as a PNG too.
-        labels: of which classes they are.
-    """
+    """One process of a generation; the arguments are the keys of ``configs/generate.yaml``."""
 
     def __init__(self, sampling: Sampling, out: Path, count: int, chunk_size: int, png: bool, labels: Labels) -> None:
         self.sampling, self.out, self.count, self.png = sampling, out, count, png

@@ -43,14 +43,7 @@ class SampleBatch:
 
 
 def labels_of(kind: Labels, count: int, classes: int, seed: int) -> Tensor:
-    """Labels (count,) int64 of images: that of image i depends on (seed, i) alone.
-
-    Args:
-        kind: ``random`` or ``balanced``.
-        count: number of images.
-        classes: number of classes.
-        seed: of random labels.
-    """
+    """Return the labels (count,) int64 of images of so many classes; that of image i depends on (seed, i) alone."""
     if kind == "balanced":
         return torch.arange(count) % classes
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _LABELS])))

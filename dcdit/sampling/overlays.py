@@ -27,11 +27,8 @@ _BESIDE, _SHADE = 0.45, 96.0
 def enlarged(image: NDArray[Any], least: int) -> Pixels:
     """An image (height, width, 1 or 3) uint8 in colours, by a whole factor at least ``least`` high, pixels sharp."""
     factor = max(1, -(-least // image.shape[0]))
-    return np.broadcast_to(image.repeat(factor, 0).repeat(factor, 1), _size(image, factor)).copy()
-
-
-def _size(image: NDArray[Any], factor: int) -> tuple[int, int, int]:
-    return image.shape[0] * factor, image.shape[1] * factor, 3
+    large = image.repeat(factor, 0).repeat(factor, 1)
+    return np.broadcast_to(large, (*large.shape[:2], 3)).copy()
 
 
 def spread(grid: NDArray[Any], height: int, width: int) -> NDArray[Any]:
@@ -131,25 +128,15 @@ def _lines(text: str, width: int) -> list[str]:
 
 
 def save_animation(frames: Sequence[Pixels], path: Path, milliseconds: int = 160, last: int = 1600) -> None:
-    """Save ``frames`` of one size as a GIF or WebP that repeats, the last one held.
+    """Save ``frames`` of one size as a GIF or WebP, as ``path`` ends, that repeats.
 
     Args:
         frames: at least one.
-        path: its ending says which of the two.
-        milliseconds: of a frame.
-        last: milliseconds of the last one.
+        milliseconds: how long each is shown.
+        last: how long the last one is shown, in milliseconds.
     """
-    pictures = [Image.fromarray(frame) for frame in frames]
-    durations = [milliseconds] * (len(pictures) - 1) + [last]
-    form = "WEBP" if path.suffix == ".webp" else "GIF"
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    durations = [milliseconds] * len(others) + [last]
+    options = {"format": "WEBP", "lossless": True, "method": 6} if path.suffix == ".webp" else {"format": "GIF"}
     with replacing(path) as file:
-        pictures[0].save(
-            file,
-            format=form,
-            save_all=True,
-            append_images=pictures[1:],
-            duration=durations,
-            loop=0,
-            lossless=True,
-            method=6,
-        )
+        first.save(file, save_all=True, append_images=others, duration=durations, loop=0, **options)

@@ -110,10 +110,10 @@ class FID(Callback):
         self.features.to(device)
         size = decode.size(device)
         images = open_images(self.reference, size, device, self.autoencoder, network=model.latents)
-        comparison = compare_with(
+        reference, *_ = compare_with(
             images, self.features, ["fid"], self.count, cache=self.cache, batch_size=self.batch_size
         )
-        self._loaded = _Loaded(sampler, decode, self._statistics(comparison.reference, trainer))
+        self._loaded = _Loaded(sampler, decode, self._statistics(reference, trainer))
         self._began = time.monotonic()
 
     def _statistics(self, reference: ReferenceStatistics, trainer: pl.Trainer) -> Statistics:
