@@ -37,7 +37,7 @@ class EvaluationGrid:
 
 
 def grid_of(settings: EvaluateConfig) -> EvaluationGrid:
-    """All combinations of the lists in a configuration.
+    """Return the points of all combinations of the lists in a configuration.
 
     Raises:
         UserError: naming key, value and remedy.
@@ -86,7 +86,7 @@ def _or_null(drops: list[float] | None) -> list[Any]:
 
 
 def _within(points: list[SamplingConfig], settings: EvaluateSettings) -> list[SamplingConfig]:
-    """As many of the points as ``max_images`` allows; a search counts for itself."""
+    """Return as many of the points as ``max_images`` allows; a search counts for itself."""
     if settings.max_images is None or settings.search:
         return points
     if settings.max_images < settings.count:
@@ -113,7 +113,7 @@ def _check_budget(settings: EvaluateSettings, config: SamplingConfig) -> None:
 
 
 def _listed(values: Mapping[str, Any], key: str) -> list[Any]:
-    """The values at a dotted key, of which a single one may stand without brackets."""
+    """Return the values at a dotted key; a single one may stand without brackets."""
     section, _, name = key.rpartition(".")
     node = values.get(section) if section else values
     if not isinstance(node, Mapping):

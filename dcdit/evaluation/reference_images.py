@@ -133,19 +133,19 @@ class ReferenceStatistics:
     def finalize(self) -> Statistics | None:
         """Return the statistics, computed from the chunks if need be; None while other processes work on these."""
         if self._statistics is None:
-            self._statistics = self._put_together()
+            self._statistics = self._compute()
         return self._statistics
 
-    def _put_together(self) -> Statistics | None:
-        def write(ignored: list[Nothing]) -> None:
-            Statistics.of(self._job.features(), self.count).save(self.path)
-
+    def _compute(self) -> Statistics | None:
+        computed = Statistics(Moments.none(), Moments.none(), torch.zeros(0, self.network.num_features))
         if self.count:
-            self._job.finalize(self.path, write)
+            self._job.finalize(self.path, self._save)
             if not self.path.is_file():
                 return None
             computed = Statistics.load(self.path)
-        else:
-            computed = Statistics(Moments.none(), Moments.none(), torch.zeros(0, self.network.num_features))
-        own = {"features": computed.moments, "spatial": computed.spatial, **self._moments}
-        return Statistics(own["features"], own["spatial"], computed.features)
+        moments = self._moments.get("features", computed.moments)
+        spatial = self._moments.get("spatial", computed.spatial)
+        return Statistics(moments, spatial, computed.features)
+
+    def _save(self, records: list[Nothing]) -> None:
+        Statistics.of(self._job.features(), self.count).save(self.path)

@@ -42,7 +42,7 @@ class ArchivedChunk:
 
 class _ArchiveJob(ImageJob[ArchivedChunk]):
     def part_path(self, task: int) -> Path:
-        """The images of a task."""
+        """Return the file of a task's images."""
         return self.work / f"chunk-{task:06d}.npy"
 
 
@@ -64,7 +64,7 @@ class ImageArchive:
         self.job = _ArchiveJob(ArchivedChunk, self.npz, "generation", self.fingerprint, count, chunk_size)
 
     def run(self, rank: int, world_size: int, display: Display) -> bool:
-        """Sample this process's share of the chunks; returns whether the file is complete.
+        """Sample this process's share of the chunks; return whether the file is complete.
 
         Raises:
             UserError: if the folder holds other images.
@@ -143,7 +143,7 @@ class ImageArchive:
 
 
 def pixels(images: Tensor) -> NDArray[np.uint8]:
-    """(n, 1 or 3, height, width) uint8 to (n, height, width, 3); grey becomes three equal channels."""
+    """Return images (n, 1 or 3, height, width) uint8 as (n, height, width, 3); grey becomes three equal channels."""
     return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
 
 

@@ -81,7 +81,7 @@ class _Meter:
         """Of the last images: for each batch and step what ran."""
 
     def measure(self, drop: float, threshold: float) -> float:
-        """TFLOPs per image at ``drop`` and ``threshold``."""
+        """Return the TFLOPs per image at ``drop`` and ``threshold``."""
         self.steps = []
         last = self.sampler.timesteps[-1]
 
@@ -112,7 +112,10 @@ class _Meter:
         return spent
 
     def predict(self, drop: float, uncond_drop: float | None, threshold: float) -> float:
-        """TFLOPs per image if the last images had had these drop fractions, None the same for both, and threshold."""
+        """Return the TFLOPs per image, had the last images had these drop fractions and this threshold.
+
+        ``uncond_drop`` None is that of the main branch.
+        """
         fractions = (drop, drop if uncond_drop is None else uncond_drop)
         total = 0.0
         added_up = [torch.zeros(()), torch.zeros(())]
@@ -203,7 +206,7 @@ def _out_of_range(budget: BudgetSettings, by: str, least: float, most: float, fu
 
 
 def _solve(function: Callable[[float], float], wanted: float, high: float) -> float:
-    """Where the falling ``function`` reaches ``wanted``, between 0 and ``high``, by bisection."""
+    """Return where the falling ``function`` reaches ``wanted``, between 0 and ``high``, by bisection."""
     low = 0.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -212,12 +215,12 @@ def _solve(function: Callable[[float], float], wanted: float, high: float) -> fl
 
 
 def remembered(store: Path, settings: Mapping[str, Any], find: Callable[[], Calibration]) -> Calibration:
-    """What ``find()`` returns, kept for the next time the same is asked.
+    """Return what ``find()`` returns, and keep it for the next call with the same settings.
 
     Args:
-        store: file that keeps it.
-        settings: plain values that identify the question.
-        find: called without arguments if the answer is not known.
+        store: file that keeps calibrations.
+        settings: plain values that a calibration depends on.
+        find: called if there is no calibration for these settings.
     """
     with suppress(OSError):
         store.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ class Moment:
 
 
 class Recorder:
-    """Moments of some samples on their way, taken while they are sampled.
+    """Records moments of a few samples on their way from noise, while they are sampled.
 
     Args:
         shown: numbers of these samples.
@@ -76,7 +76,7 @@ class Recorder:
         self._clean = clean
 
     def take(self, numbers: Sequence[int], step: Step) -> None:
-        """Look at a step of the samples ``numbers``."""
+        """Record a step of the samples ``numbers``, if it is one of those wanted."""
         if step.index not in self._at or not self.rows.keys() & set(numbers):
             return
         clean = self._clean(step.output.prediction.float(), step.x, step.timestep)
@@ -102,12 +102,12 @@ def save_grid(images: Tensor, columns: int, path: Path, least_side: int = 64) ->
 
 
 def decoded(latents: Sequence[Tensor], decode: Decoder) -> list[NDArray[Any]]:
-    """The images (height, width, 1 or 3) uint8 of latents (C, H, W) each."""
+    """Return the images (height, width, 1 or 3) uint8 of latents (C, H, W) each."""
     return [image.permute(1, 2, 0).cpu().numpy() for image in decode(torch.stack(list(latents)))]
 
 
 def panels(moment: Moment, noisy: NDArray[Any], clean: NDArray[Any], least: int = 256) -> list[tuple[str, Pixels]]:
-    """Pictures of one moment with their captions, for :func:`dcdit.sampling.overlays.side_by_side`.
+    """Return pictures of one moment with their captions, for :func:`dcdit.sampling.overlays.side_by_side`.
 
     Args:
         moment: what is shown.
@@ -124,7 +124,7 @@ def panels(moment: Moment, noisy: NDArray[Any], clean: NDArray[Any], least: int 
 
 
 def panels_of(moments: Sequence[Moment], decode: Decoder, least: int = 256) -> list[list[tuple[str, Pixels]]]:
-    """The :func:`panels` of each moment."""
+    """Return the :func:`panels` of each moment."""
     noisy, clean = (decoded([getattr(moment, name) for moment in moments], decode) for name in ("x", "clean"))
     return [panels(*images, least) for images in zip(moments, noisy, clean, strict=True)]
 

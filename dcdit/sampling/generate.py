@@ -58,7 +58,7 @@ OnStep = Callable[[list[int], Step], None]
 
 
 def branch_networks(model: Model, guidance: Guidance) -> tuple[Network, Network]:
-    """The networks of the main and of the guiding branch."""
+    """Return the networks of the main and of the guiding branch."""
     return model.network, guidance.guiding if isinstance(guidance.guiding, Network) else model.network
 
 

@@ -25,14 +25,14 @@ _BESIDE, _SHADE = 0.45, 96.0
 
 
 def enlarged(image: NDArray[Any], least: int) -> Pixels:
-    """An image (height, width, 1 or 3) uint8 in colours, by a whole factor at least ``least`` high, pixels sharp."""
+    """Return an image (height, width, 1 or 3) uint8 in colours, enlarged to at least ``least`` rows, pixels sharp."""
     factor = max(1, -(-least // image.shape[0]))
     large = image.repeat(factor, 0).repeat(factor, 1)
     return np.broadcast_to(large, (*large.shape[:2], 3)).copy()
 
 
 def spread(grid: NDArray[Any], height: int, width: int) -> NDArray[Any]:
-    """Each pixel's value of a ``grid`` (H, W): (height, width)."""
+    """Return the value of a ``grid`` (H, W) at each pixel, (height, width)."""
     rows = np.arange(height) * grid.shape[0] // height
     columns = np.arange(width) * grid.shape[1] // width
     return grid[rows][:, columns]
@@ -52,7 +52,7 @@ def _outline(image: Pixels, grid: NDArray[np.bool_], colour: tuple[int, int, int
 
 
 def overlay(image: Pixels, kept: NDArray[np.bool_], natural: NDArray[np.bool_]) -> Pixels:
-    """``image`` with the positions that were ``kept`` (H, W) clear and outlined, and the others shaded.
+    """Return ``image`` with the positions that were ``kept`` (H, W) clear and outlined, and the others shaded.
 
     Where none was kept, all features were reused: nothing is outlined, for nothing was dropped either.
 
@@ -70,7 +70,7 @@ def overlay(image: Pixels, kept: NDArray[np.bool_], natural: NDArray[np.bool_]) 
 
 
 def probabilities(prob: NDArray[Any], kept: NDArray[np.bool_], height: int, width: int) -> Pixels:
-    """The boundary probability ``prob`` (H, W) as colours, the kept positions outlined: (height, width, 3)."""
+    """Return the boundary probability ``prob`` (H, W) as colours (height, width, 3), the kept positions outlined."""
     from matplotlib import colormaps
 
     drawn = (colormaps[PROBABILITY](spread(prob, height, width))[..., :3] * 255).round().astype(np.uint8)
@@ -80,7 +80,7 @@ def probabilities(prob: NDArray[Any], kept: NDArray[np.bool_], height: int, widt
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's own font: it is always there, and knows ρ."""
+    """Return matplotlib's own font: it is always there, and has ρ."""
     from matplotlib import font_manager
 
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
@@ -91,7 +91,7 @@ _SIZE = 18
 
 
 def side_by_side(panels: Sequence[tuple[str, Pixels]], title: str = "", least: int = 256) -> Pixels:
-    """Panels of one height beside each other, the caption of each above it, a title above all, on white.
+    """Draw panels of one height beside each other, the caption of each above it, a title above all, on white.
 
     Args:
         panels: caption and picture of each.
@@ -116,7 +116,7 @@ def side_by_side(panels: Sequence[tuple[str, Pixels]], title: str = "", least: i
 
 
 def _lines(text: str, width: int) -> list[str]:
-    """``text`` in lines of at most ``width`` pixels."""
+    """Return ``text`` in lines of at most ``width`` pixels."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

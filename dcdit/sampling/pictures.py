@@ -34,7 +34,7 @@ _SHOWN = 4
 
 
 def resolve_labels(classes: Sequence[int | str] | None, names: Sequence[str], per_class: int) -> Tensor:
-    """Labels (N,) of all samples asked for, class by class.
+    """Return the labels (N,) of all samples, class by class.
 
     Args:
         classes: labels or class names; None takes the first ten.
@@ -66,7 +66,7 @@ def _put_aside(out: Path) -> None:
 
 
 def animation_frames(moments: Sequence[Moment], image: NDArray[Any], sampling: Sampling, title: str) -> list[Pixels]:
-    """One picture for each moment of a sample, and the finished ``image`` (height, width, 1 or 3) at the end."""
+    """Return one picture for each moment of a sample, and the finished ``image`` (height, width, 1 or 3) at the end."""
     frames = panels_of(moments, sampling.decode)
     last = [("image", enlarged(image, 256)), *frames[-1][1:]]
     return [side_by_side(panels, title) for panels in (*frames, last)]

@@ -50,6 +50,6 @@ class SamplingConfig(SamplingKeys):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "SamplingConfig":
-        """The configuration in plain values, among which may be others; UserError naming key, value and remedy."""
+        """Return the configuration in plain values, others ignored; raise UserError naming key, value and remedy."""
         names = annotations(SamplingConfig)
         return call_checked(SamplingConfig, {key: value for key, value in values.items() if key in names}, "")

@@ -52,7 +52,7 @@ class Sampling:
 
     @property
     def description(self) -> str:
-        """What samples, and at what budget, for people."""
+        """Model, sampler and budget, for people."""
         model, guidance = self.model, self.guidance.settings
         parts = [f"{model.network.title} {self.source.run}"] + ([f"step {model.step:,}"] if model.step else [])
         parts.append(self.sampler.settings.description)
@@ -81,18 +81,18 @@ class Sampling:
         )
 
     def images(self, batch: SampleBatch) -> Tensor:
-        """The images (n, 1 or 3, height, width) uint8 of finished samples; UserError naming one that is not finite."""
+        """Decode samples to images (n, 1 or 3, height, width) uint8; raise UserError naming one that is not finite."""
         with naming("sample", batch.indices):
             return self.decode(batch.latents)
 
     def guided(self, settings: GuidanceSettings) -> "Sampling":
-        """The same with other guidance by the same networks; UserError if they cannot do that."""
+        """Return the same with other guidance by the same networks; raise UserError if they cannot do that."""
         guiding = self.guiding if settings.weak_checkpoint is not None else None
         guidance = guidance_of(self.model, settings, guiding)
         return replace(self, guidance=guidance, guiding=guiding)
 
     def described(self) -> dict[str, Any]:
-        """What figures must stand beside, as plain values."""
+        """Return the plain values that figures depend on."""
         settings = self.guidance.settings.canonical
         guidance = asdict(settings)
         guidance["weak"] = "budget" if settings.guiding_keeps_class else "uncond"
@@ -117,7 +117,7 @@ def set_up_sampling(config: SamplingConfig, source: CheckpointSource) -> Samplin
 
 
 def set_up_all(configs: Sequence[SamplingConfig], source: CheckpointSource) -> list[Sampling]:
-    """What samples as each of ``configs`` says, which may differ in guidance and weights; whatever they share is one.
+    """Set up the sampling of each configuration; they may differ in guidance and weights, the rest is loaded once.
 
     Raises:
         UserError: naming key, value and remedy.
@@ -135,7 +135,7 @@ def set_up_all(configs: Sequence[SamplingConfig], source: CheckpointSource) -> l
 
 @dataclass(frozen=True)
 class Loaded:
-    """What samplings with one kind of weights share: networks and decoder."""
+    """The networks and the decoder that samplings with one kind of weights share."""
 
     model: Model
     decode: LatentDecoder
@@ -162,7 +162,7 @@ def _load(weights: Weights, config: SamplingConfig, source: CheckpointSource, de
 
 
 def sampling_of(config: SamplingConfig, source: CheckpointSource, loaded: Loaded) -> Sampling:
-    """What samples as ``config`` says, but for its budget; UserError if the networks cannot."""
+    """Return the sampling of ``config``, its budget not met yet; raise UserError if the networks cannot do it."""
     model = loaded.model
     guiding = loaded.guiding if config.guidance.weak_checkpoint is not None and config.guidance.scale != 1 else None
     guidance = guidance_of(model, config.guidance, guiding)
@@ -186,7 +186,7 @@ def sampling_of(config: SamplingConfig, source: CheckpointSource, loaded: Loaded
 
 
 def meet_budget(sampling: Sampling) -> Sampling:
-    """``sampling`` at the drop fraction and threshold that its budget asks for, calibrated unless they are known."""
+    """Return ``sampling`` at the drop fraction and threshold that meet its budget, calibrated unless they are known."""
     config, model = sampling.config, sampling.model
     question = {
         "budget": asdict(config.budget),
@@ -213,21 +213,21 @@ def meet_budget(sampling: Sampling) -> Sampling:
 
 
 def calibration_of(sampling: Sampling) -> Calibration:
-    """What meets the budget of ``sampling``, measured; see :func:`dcdit.sampling.budget.calibrate`."""
+    """Find what meets the budget of ``sampling``; see :func:`dcdit.sampling.budget.calibrate`."""
     config = sampling.config
     settings = (config.budget, config.batch_size, sampling.precision)
     return calibrate(sampling.model, sampling.guidance, sampling.sampler, *settings)
 
 
 def at_budget(sampling: Sampling, calibration: Calibration) -> Sampling:
-    """``sampling`` at the drop fraction and threshold of a calibration."""
+    """Return ``sampling`` at the drop fraction and threshold of a calibration."""
     at_drop = sampling.guided(replace(sampling.guidance.settings, drop_fraction=calibration.drop_fraction))
     sampler = Sampler(replace(sampling.sampler.settings, cache=calibration.cache))
     return replace(at_drop, sampler=sampler, calibration=calibration)
 
 
 def _guiding_model(source: CheckpointSource, config: SamplingConfig, model: Model) -> Model:
-    """The model at ``source``, on the device of ``model``; UserError unless it can guide it."""
+    """Return the model at ``source``, on the device of ``model``; raise UserError unless it can guide that."""
     weights = read_weights(source)
     guiding = build_model(weights, config.weights, model.device)
     print_once(f"Guiding branch, {source.name}: {describe_weights(weights, guiding.network, config.weights)}")
@@ -246,7 +246,7 @@ def _guiding_model(source: CheckpointSource, config: SamplingConfig, model: Mode
 
 
 def _scale_and_shift(latents: LatentSpec) -> str:
-    """In words, or a digest where there are many, so that equal ones have equal words."""
+    """Describe scale and shift; with a digest where they are many numbers, so that equal ones read the same."""
     both = (latents.scale, latents.shift)
     digest = f" {content_digest({'numbers': both})[:8]}" if any(isinstance(numbers, tuple) for numbers in both) else ""
     return ", ".join(map(format_numbers, both)) + digest
@@ -272,6 +272,6 @@ def check_guidance(network: Network, guidance: GuidanceSettings, guiding: Model 
 
 
 def guidance_of(model: Model, settings: GuidanceSettings, guiding: Model | None) -> Guidance:
-    """Guidance of ``model`` by itself, or by the model ``guiding``; :class:`UserError` if they cannot do that."""
+    """Return guidance of ``model`` by itself, or by ``guiding``; raise :class:`UserError` if they cannot do that."""
     check_guidance(model.network, settings, guiding)
     return Guidance(model.network, model.network.null_class, settings, guiding.network if guiding else None)
