@@ -226,22 +226,21 @@ def _common_start(names: Sequence[str]) -> str:
 
 def _series(groups: Sequence[list[Result]], axis: Axis) -> tuple[Series, ...]:
     """Return a curve of each group over ``axis``; named by runs, and by what differs between groups."""
-    series, taken = [], set[str]()
-    runs = {id(group): _name(sorted({result.run for result in group})) for group in groups}
-    order = list(dict.fromkeys(runs.values()))
-    example = {id(group): next((result for result in group if result.scale != 1), group[0]) for group in groups}
-    groups = sorted(groups, key=lambda group: (order.index(runs[id(group)]), *_order(example[id(group)])))
-    aspects = {id(group): _aspects(example[id(group)], axis) for group in groups}
+    curves = []
     for group in groups:
-        run = runs[id(group)]
-        same = [aspects[other] for other, its in runs.items() if its == run]
-        telling = [text for key, text in aspects[id(group)].items() if text and len({other[key] for other in same}) > 1]
+        example = next((result for result in group if result.scale != 1), group[0])
+        curves.append((_name(sorted({result.run for result in group})), example, _aspects(example, axis), group))
+    runs = list(dict.fromkeys(run for run, *_ in curves))
+    series: list[Series] = []
+    for run, _, aspects, group in sorted(curves, key=lambda curve: (runs.index(curve[0]), *_order(curve[1]))):
+        same = [others for name, _, others, _ in curves if name == run]
+        telling = [text for key, text in aspects.items() if text and len({others[key] for others in same}) > 1]
         name = base = ", ".join([run, *telling])
-        number = 2
-        while name in taken:
-            name, number = f"{base} ({number})", number + 1
-        taken.add(name)
-        label = ", ".join(telling) if len(order) == 1 and telling and name == base else name
+        number = 1
+        while name in {other.name for other in series}:
+            number += 1
+            name = f"{base} ({number})"
+        label = ", ".join(telling) if len(runs) == 1 and telling and name == base else name
         positions = sorted({axis.position(result) for result in group})
         points = tuple(CurvePoint(at, tuple(r for r in group if axis.position(r) == at)) for at in positions)
         series.append(Series(name, label, group[0].network.title, points))
