@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dcdit.errors import naming
-from dcdit.evaluation.descriptions import describe_point
 from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.metrics import compare
 from dcdit.evaluation.reference_images import FeatureJob, ReferenceStatistics
@@ -123,6 +122,15 @@ def measure_samples(
     return MeasuredSamples(kept, torch.cat(first)[:shown] if first else torch.empty(0), SampledChunk(seconds, cost))
 
 
+def _name_of(sampling: Sampling) -> str:
+    """Return what the name of a result begins with: step, sampler, and what is usually varied."""
+    guidance, sampler = sampling.guidance.settings, sampling.sampler.settings
+    step = "" if sampling.model.step is None else f"step{sampling.model.step}_"
+    cache = f"_cache{sampler.cache:g}" if sampler.cache else ""
+    weak = "" if guidance.uncond_drop_fraction is None else f"_weak{guidance.uncond_drop_fraction:g}"
+    return f"{step}{sampler.name}{sampler.steps}_cfg{guidance.scale:g}_drop{guidance.drop_fraction:g}{cache}{weak}"
+
+
 class Measurement:
     """Samples images at one point and measures them; the result is ``<name>.json`` and a preview of the first as PNG.
 
@@ -144,11 +152,11 @@ class Measurement:
         out: Path,
         count: int | None = None,
     ) -> None:
-        self.sampling, self.reference, self.network, self.metrics = sampling, reference, reference.network, metrics
+        self.sampling, self.reference, self.metrics = sampling, reference, metrics
         count, chunk_size = count or settings.count, settings.chunk_size
-        self.shown, self.out = min(settings.shown, chunk_size, count), out
-        seed, classes = sampling.config.seed, sampling.model.network.num_classes
-        self.labels = labels_of(settings.labels, count, classes, seed)
+        self.shown = min(settings.shown, chunk_size, count)
+        classes = sampling.model.network.num_classes
+        self.labels = labels_of(settings.labels, count, classes, sampling.config.seed)
         plan = {
             **sampling.described(),
             "checkpoint": sampling.model.digest,
@@ -160,34 +168,15 @@ class Measurement:
             "metrics": metrics,
         }
         self.plan = MeasuredPlan.of(plan)
-        guidance, sampler = sampling.guidance.settings, sampling.sampler.settings
-        step = "" if sampling.model.step is None else f"step{sampling.model.step}_"
-        self.name = f"{step}{sampler.name}{sampler.steps}_cfg{guidance.scale:g}_drop{guidance.drop_fraction:g}"
-        if sampler.cache:
-            self.name += f"_cache{sampler.cache:g}"
-        if guidance.uncond_drop_fraction is not None:
-            self.name += f"_weak{guidance.uncond_drop_fraction:g}"
-        self.name += (
-            f"_{content_digest({'schema': SCHEMA, **plan})[:12]}"  # what another release wrote is measured anew
-        )
-        self.path = out / f"{self.name}.json"
+        digest = content_digest({"schema": SCHEMA, **plan})[:12]  # what another release wrote is measured anew
+        self.path = out / f"{_name_of(sampling)}_{digest}.json"
         fingerprint = {**plan, "chunk_size": chunk_size}
         self.job = FeatureJob(SampledChunk, self.path, "evaluation", fingerprint, count, chunk_size)
-
-    @property
-    def title(self) -> str:
-        """Description of the point."""
-        return describe_point(self.plan)
 
     @property
     def _batch(self) -> int:
         """Images sampled at once."""
         return min(self.sampling.config.batch_size, self.job.chunk_size, self.job.count)
-
-    @property
-    def timed(self) -> bool:
-        """Whether :meth:`set_time` was called on the result."""
-        return bool(self.result.timing.rounds)
 
     @property
     def result(self) -> Result:
@@ -209,7 +198,7 @@ class Measurement:
         replace(result, milliseconds_per_image=1000 * median(seconds) / self._batch, timing=timing).write()
 
     def work(self, rank: int, world_size: int, display: Display, deadline: Deadline) -> None:
-        """This process's share of the images, unless the result is there; raises OutOfTimeError at the deadline."""
+        """Sample this process's share, unless the result is there; raise OutOfTimeError at the deadline."""
 
         def sample(task: int) -> None:
             deadline.check()
@@ -220,13 +209,15 @@ class Measurement:
     def _sample(self, task: int, display: Display) -> None:
         batches = self.sampling.generate(self.labels, self.job.numbers(task))
         shown = self.shown if task == 0 else 0
-        measured = measure_samples(batches, self.sampling.decode, self.network, self.metrics, shown, display.advance)
+        measured = measure_samples(
+            batches, self.sampling.decode, self.reference.network, self.metrics, shown, display.advance
+        )
         if shown:
             save_grid(measured.first, shown, self.path.with_suffix(".png"))
         self.job.keep(task, measured.features, measured.sampled)
 
     def finalize(self) -> bool:
-        """Compute and write the result if all images and the reference are there; whether it is written."""
+        """Compute and write the result if all images and the reference are there; return whether it is written."""
         if self.path.is_file():
             return True
         reference = self.reference.finalize()

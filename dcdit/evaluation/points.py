@@ -9,6 +9,7 @@ import torch
 from rich.progress import track
 
 from dcdit.errors import UserError
+from dcdit.evaluation.descriptions import describe_point
 from dcdit.evaluation.features import FeatureNetwork
 from dcdit.evaluation.images import open_images
 from dcdit.evaluation.measure import Deadline, Measurement, OutOfTimeError
@@ -70,7 +71,7 @@ class Evaluation:
             self.reference.work(rank, world_size, display)
         with suppress(OutOfTimeError):
             for number, point in enumerate(points, 1):
-                title = f"{number}/{len(points)}: {point.title}" if len(points) > 1 else point.title
+                title = (f"{number}/{len(points)}: " if len(points) > 1 else "") + describe_point(point.plan)
                 with Display(rank, title, "chunk") as display:
                     point.work(rank, world_size, display, deadline)
                 point.finalize()
@@ -85,7 +86,7 @@ def take_times(measurements: list[Measurement], rounds: int, renew: bool, deadli
         OutOfTimeError: at the deadline; no times are taken then, for they would not compare.
     """
     with measurements[0].job.lock():  # the first of several processes does it
-        if not renew and all(measurement.timed for measurement in measurements):
+        if not renew and all(measurement.result.timing.rounds for measurement in measurements):
             return
         seconds: dict[Measurement, list[float]] = {measurement: [] for measurement in measurements}
         for _ in track(range(rounds), "timing", console=Console(stderr=True), transient=True):
