@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dcdit.checkpoints.read import read_checkpoint
+from dcdit.checks import reason_of
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.hub import cause_of, check_hub_answers
@@ -45,7 +46,7 @@ class FeatureNetwork(nn.Module, ABC):
         num_features: F.
         num_logits: K; 0 without logits.
         num_spatial: S; 0 without spatial features.
-        resize: how images come to the size that it sees, for people.
+        resize: description of how images come to the size that it sees.
         archive_statistics: whether ``mu`` and ``sigma`` in an ``.npz`` reference are of its features.
     """
 
@@ -79,12 +80,8 @@ class FeatureNetwork(nn.Module, ABC):
 
     def described(self) -> dict[str, Any]:
         """Return what features depend on beside the images, as :class:`dcdit.evaluation.results.FeatureDescription`."""
-        return {
-            "name": self.name,
-            "weights": fingerprint(self),
-            "num_features": self.num_features,
-            "resize": self.resize,
-        }
+        identity = {"name": self.name, "weights": fingerprint(self)}
+        return {**identity, "num_features": self.num_features, "resize": self.resize}
 
     def frozen(self) -> "FeatureNetwork":
         """Return itself, ready for use; raise :class:`UserError` naming a parameter that is not finite."""
@@ -278,7 +275,7 @@ class OwnFeatures(FeatureNetwork):
         except Exception as error:  # whatever the user's code raises
             raise UserError(
                 f"features.module: {self.name} fails for images (2, 3, {size}, {size}) uint8, which it must take, and"
-                f" convert as it needs: {str(error).splitlines()[0] if str(error) else repr(error)}"
+                f" convert as it needs: {reason_of(error)}"
             ) from error
         for kind, tensor in zip(seen._fields, seen, strict=True):
             if tensor is not None and (tensor.ndim != 2 or len(tensor) != 2):
