@@ -42,14 +42,6 @@ class _Loaded:
     reference: Statistics
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Figures at one budget, of all processes, and this process's first images (n, 1 or 3, height, width) uint8."""
-
-    figures: dict[str, float]
-    images: Tensor
-
-
 @checked
 @dataclass(kw_only=True, eq=False, repr=False)
 class FID(Callback):
@@ -146,11 +138,11 @@ class FID(Callback):
         for drop in self.drop_fractions:
             frames = self.frames if first is None and trainer.is_global_zero else 0
             recorder = Recorder([0, 1, 2], frames, len(loaded.sampler.timesteps), model.process.clean)
-            measured = self._measure(trainer, model, loaded, drop, recorder)
-            for name, value in measured.figures.items():
+            values, images = self._measure(trainer, model, loaded, drop, recorder)
+            for name, value in values.items():
                 pl_module.log(f"val/{name}@{drop:g}", value, on_step=False, on_epoch=True)
-            rows.append(measured.images)
-            figures.append(f"{measured.figures['fid']:.4g} at drop fraction {drop:g}")
+            rows.append(images)
+            figures.append(f"{values['fid']:.4g} at drop fraction {drop:g}")
             first = first or recorder
         if trainer.is_global_zero and first is not None:
             self._save_pictures(trainer, torch.cat(rows), first, loaded)
@@ -180,8 +172,12 @@ class FID(Callback):
 
     def _measure(
         self, trainer: pl.Trainer, model: Model, loaded: _Loaded, drop: float, recorder: Recorder
-    ) -> _Measured:
-        """Sample this process's share at one budget; return the figures of all processes."""
+    ) -> tuple[dict[str, float], Tensor]:
+        """Sample this process's share at one budget.
+
+        Returns:
+            The figures of all processes, and this process's first images (n, 1 or 3, height, width) uint8.
+        """
         rank, world_size = trainer.global_rank, trainer.world_size
         network, count = model.network, self.count
         batches = generate(
@@ -209,7 +205,7 @@ class FID(Callback):
         figures = {"fid": float(fid.compute()), "tflops": flops / count / 1e12}
         if network.routes:
             figures["keep_ratio"] = ratios / count
-        return _Measured(figures, measured.first)
+        return figures, measured.first
 
     def _save_pictures(self, trainer: pl.Trainer, images: Tensor, recorder: Recorder, loaded: _Loaded) -> None:
         """Save the pictures, and hand them to the loggers that take pictures."""
