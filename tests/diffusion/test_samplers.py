@@ -223,6 +223,8 @@ class TestGuidance:
                 GuidanceSettings(**values)
         with pytest.raises(UserError, match="scale=-1"):
             GuidanceSettings(scale=-1)
+        with pytest.raises(UserError, match=r"scale=10000 is outside \[0, 100\]: 1 is no guidance, 4 is strong"):
+            GuidanceSettings(scale=1e4)
         with pytest.raises(UserError, match="channels=0"):
             GuidanceSettings(channels=0)
 
