@@ -18,7 +18,7 @@ from dcdit.evaluation.images import ImageSet
 from dcdit.evaluation.reference_images import ReferenceStatistics, default_cache
 from dcdit.evaluation.settings import METRICS, NEIGHBOURS, heading_of
 from dcdit.evaluation.statistics import Moments, Statistics
-from dcdit.runtime.processes import processes
+from dcdit.runtime.processes import print_once
 
 _SUBSET, _SPLITS = 1000, 10  # of KID and of the Inception Score, torchmetrics' and the field's defaults
 _ROWS = 1000  # of precision and recall: distances held at once are rows x N
@@ -141,9 +141,8 @@ def choose_metrics(
     if refused and (wanted is not None or not possible):
         others = f": take metrics=[{','.join(possible)}]" if possible else ", and nothing else can be had either"
         raise UserError(f"metrics: {'; '.join(refused)}{others}")
-    if processes()[0] == 0:
-        for fault in refused:
-            print(f"Left out: {fault}")
+    for fault in refused:
+        print_once(f"Left out: {fault}")
     return possible
 
 

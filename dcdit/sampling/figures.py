@@ -158,17 +158,17 @@ def save_boundaries(
         height, width, figsize=(1.25 * width + 1, 1.3 * height + 0.8), squeeze=False, layout="constrained"
     )
     for number, (row, name) in enumerate(zip(rows, titles, strict=True)):
-        own = axes[3 * number : 3 * number + 3]
+        sample_axes = axes[3 * number : 3 * number + 3]
         for column, (moment, pictures) in enumerate(zip(row, panels_of(row, decode, least), strict=True)):
             noisy, _, (kept, overlaid), (_, prob) = pictures
-            for axis, picture in zip(own[:, column], (noisy[1], overlaid, prob), strict=True):
+            for axis, picture in zip(sample_axes[:, column], (noisy[1], overlaid, prob), strict=True):
                 axis.imshow(picture)
-            own[2][column].set_xlabel(kept, fontsize=8)
+            sample_axes[2][column].set_xlabel(kept, fontsize=8)
             if number == 0:
-                own[0][column].set_title(f"t = {moment.timestep:.0f}", fontsize=9)
-        own[0][0].set_ylabel(f"{visible(name)}: x_t", fontsize=9, parse_math=False)
-        own[1][0].set_ylabel("x_0 predicted", fontsize=8)
-        own[2][0].set_ylabel("boundary p", fontsize=8)
+                sample_axes[0][column].set_title(f"t = {moment.timestep:.0f}", fontsize=9)
+        sample_axes[0][0].set_ylabel(f"{visible(name)}: x_t", fontsize=9, parse_math=False)
+        sample_axes[1][0].set_ylabel("x_0 predicted", fontsize=8)
+        sample_axes[2][0].set_ylabel("boundary p", fontsize=8)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
