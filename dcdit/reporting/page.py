@@ -127,6 +127,20 @@ def grids(section: Section) -> Iterable[dict[str, Any]]:
             yield {"name": series.name, "previews": previews}
 
 
+def section_of(section: Section, prefix: str, out: Path) -> dict[str, Any]:
+    """Return a section for the page; its plots are saved in ``out``, their names begin with ``prefix``."""
+    labels = [figure.heading for figure in section.figures]
+    return {
+        "setting": section.describe(),
+        "differences": differences_from_published(section.results[0].plan),
+        "best": describe_best(section.results),
+        "headings": [section.axis.symbol, "seeds", *labels, "keep ratio", "TFLOPs/image", "ms/image"],
+        "rows": list(rows(section)),
+        "figures": list(figures(section, prefix, out)),
+        "grids": list(grids(section)),
+    }
+
+
 def save_measurements(results: Sequence[Result], out: Path) -> None:
     """Write the measurements as CSV, one flat row each, and as JSON with everything that is known of them."""
     flat = [row_of(result) for result in results]
@@ -152,27 +166,16 @@ def write_report(
         if _PLOT.fullmatch(plot.name):
             plot.unlink()
     save_measurements(results, out)
-    sections = []
-    arranged = arrange(results)
-    for number, section in enumerate(arranged, 1):
-        prefix = f"{number}_" if len(arranged) > 1 else ""
-        labels = [figure.heading for figure in section.figures]
-        sections.append(
-            {
-                "setting": section.describe(),
-                "differences": differences_from_published(section.results[0].plan),
-                "best": describe_best(section.results),
-                "headings": [section.axis.symbol, "seeds", *labels, "keep ratio", "TFLOPs/image", "ms/image"],
-                "rows": list(rows(section)),
-                "figures": list(figures(section, prefix, out)),
-                "grids": list(grids(section)),
-            }
-        )
+    sections = arrange(results)
+    prefixes = [f"{number}_" for number in range(1, len(sections) + 1)] if len(sections) > 1 else [""]
     pages = Environment(loader=PackageLoader("dcdit", "reporting"), autoescape=True, finalize=_on_a_page)
-    template = pages.get_template("report.html")
-    runs = len({result.run for result in results})
-    page = out / "report.html"
-    trained = training(histories, out) if histories else None
-    counts = {"count": len(results), "runs": runs, "left_out": left_out}
-    write_text(page, template.render(title=title, sections=sections, training=trained, **counts))
-    return page
+    text = pages.get_template("report.html").render(
+        title=title,
+        sections=[section_of(section, prefix, out) for section, prefix in zip(sections, prefixes, strict=False)],
+        training=training(histories, out) if histories else None,
+        count=len(results),
+        runs=len({result.run for result in results}),
+        left_out=left_out,
+    )
+    write_text(out / "report.html", text)
+    return out / "report.html"
