@@ -83,8 +83,7 @@ class LatentImages(ImageSet):
         rounding: Rounding = "round",
         network: LatentSpec | None = None,
     ) -> None:
-        self.location, self.source = location, location.root
-        self.manifest = location.manifest()
+        self.source, self.manifest = location.root, location.manifest()
         if network and not autoencoder:
             try:
                 note = check_reference(network, self.manifest.spec)
@@ -99,8 +98,7 @@ class LatentImages(ImageSet):
         self._reader = ShardReader(location, self.manifest.shards)
         self._layout = Layout.of(self.manifest)
         self._ends = np.cumsum([shard.samples for shard in self.manifest.shards])
-        height, width = self._decode(torch.zeros(1, *self.manifest.latent_shape, device=device)).shape[2:]
-        self.size, self._device = (height, width), device
+        self.size, self._device = self._decode.size(device), device
 
     def read(self, numbers: Sequence[int]) -> Tensor:
         """Decode the latents of these numbers."""
@@ -113,7 +111,7 @@ class LatentImages(ImageSet):
                 self._layout.read(self._reader.descriptor(shard), index, False, row)
             except (CorruptSampleError, OSError) as error:
                 raise UserError(
-                    f"reference: {self.manifest.shards[shard].name}, sample {index} of {self.location.root}: {error};"
+                    f"reference: {self.manifest.shards[shard].name}, sample {index} of {self.source}: {error};"
                     " restore the shard"
                 ) from error
         stored = torch.from_numpy(rows.view(self._layout.dtype).reshape(-1, *self._layout.stored_shape))
