@@ -105,7 +105,7 @@ class Search:
 
     def _best(self, figures: dict[float, float]) -> float:
         """Return the scale with the best figure."""
-        return (max if self.figure.higher_is_better else min)(figures, key=lambda scale: figures[scale])
+        return self.figure.best(figures, key=figures.__getitem__)
 
     def _measured(self, points: list[Measurement]) -> list[Measurement]:
         """Measure, and wait for what other processes have begun; return what is complete."""

@@ -1,12 +1,14 @@
 """The keys of ``dcdit.evaluate``, and the table of metrics. Imports no torch, so that mistakes show at once."""
 
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from dcdit.checks import Bounds, Count, DropFraction, Images, NotEmpty, OneOf, Positive, Shown, config
 from dcdit.sampling.settings import Labels, SamplingKeys
+
+T = TypeVar("T")
 
 
 class Figure(NamedTuple):
@@ -21,6 +23,10 @@ class Figure(NamedTuple):
     key: str
     heading: str
     higher_is_better: bool = False
+
+    def best(self, values: Iterable[T], key: Callable[[T], float]) -> T:
+        """Return the first value whose figure, which ``key`` tells, is the best."""
+        return (max if self.higher_is_better else min)(values, key=key)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Results in and below folders, and each as one flat row."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,31 +23,35 @@ def is_png(path: Path) -> bool:
         return file.read(8) == b"\x89PNG\r\n\x1a\n" and path.stat().st_size <= TEXT_BYTES
 
 
+def without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Return the values of all other keys."""
+    return {key: value for key, value in values.items() if key not in keys}
+
+
 def comparison_key(result: Result) -> dict[str, Any]:
     """Return what two results must share to be compared."""
-    plan, other = result.plan, ("step", "weights", "checkpoint", "autoencoder", "batch_size")
-    sampler = {key: value for key, value in plan.sampler.spec.items() if key != "cache"}
+    plan = result.plan
+    settings = without(asdict(plan), "step", "weights", "checkpoint", "autoencoder", "batch_size")
     guidance = {"channels": plan.guidance.channels, "interval": plan.guidance.interval} if result.scale != 1 else {}
-    settings = {key: value for key, value in asdict(plan).items() if key not in other}
-    return {**settings, "sampler": sampler, "guidance": guidance}
+    return {**settings, "sampler": without(plan.sampler.spec, "cache"), "guidance": guidance}
 
 
 def budget_key(result: Result) -> dict[str, Any]:
     """Return what results on one curve over the guidance scale share: all but the scale, and the seed of training."""
-    plan, other = result.plan, ("scale", "channels", "interval")
+    plan = result.plan
     return {
-        "training": {key: value for key, value in result.training.items() if key != "seed"},
+        "training": without(result.training, "seed"),
         "weights": plan.weights,
         "step": plan.step,
         "cache": plan.sampler.cache,
-        **{key: value for key, value in asdict(plan.guidance).items() if key not in other},
+        **without(asdict(plan.guidance), "scale", "channels", "interval"),
     }
 
 
 def row_of(result: Result) -> dict[str, Any]:
     """Return a result as one flat row, by columns of the CSV file."""
     plan = result.plan
-    guidance = {key: value for key, value in asdict(plan.guidance).items() if key != "drop_fraction"}
+    guidance = without(asdict(plan.guidance), "drop_fraction")
     return {
         "run": result.run,
         "network": result.network.title,

@@ -15,7 +15,7 @@ from dcdit.evaluation.descriptions import (
 )
 from dcdit.evaluation.results import Result
 from dcdit.evaluation.settings import Figure, figures_of_metrics
-from dcdit.reporting.collect import budget_key, comparison_key
+from dcdit.reporting.collect import budget_key, comparison_key, without
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def pareto(results: Sequence[Result], figure: Figure) -> list[Result]:
 
 def best_of(results: Sequence[Result], figure: Figure) -> Result:
     """Return the result with the best figure."""
-    return (max if figure.higher_is_better else min)(results, key=lambda result: result.figure(figure.key))
+    return figure.best(results, key=lambda result: result.figure(figure.key))
 
 
 def describe_best(results: Sequence[Result]) -> list[str]:
@@ -185,7 +185,7 @@ def _over(axis: Axis, results: Sequence[Result]) -> list[list[Result]]:
     """Group results that are one curve over an axis: they differ in nothing else but the seed of training."""
 
     def rest(result: Result) -> dict[str, Any]:
-        return {key: value for key, value in {**budget_key(result), "scale": result.scale}.items() if key != axis.key}
+        return without({**budget_key(result), "scale": result.scale}, axis.key)
 
     return _together(results, rest)
 

@@ -117,7 +117,7 @@ def over_scale(section: Section, measured: Figure) -> PlotFigure:
     for series, colour in zip(section.scales, _colours(section.scales), strict=True):
         xs = [point.at for point in series.points]
         ys = _draw(axes, series, xs, measured, colour)
-        best = (max if measured.higher_is_better else min)(range(len(ys)), key=ys.__getitem__)
+        best = measured.best(range(len(ys)), key=ys.__getitem__)
         axes.plot(xs[best], ys[best], "*", markersize=13, color=colour)
     axes.set_xlabel("guidance scale")
     return _finish(figure, axes, measured)
