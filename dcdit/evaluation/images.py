@@ -39,8 +39,8 @@ class ImageSet(ABC):
     """A set of real images, numbered from 0.
 
     Attributes:
-        source: where they lie, for messages.
-        count: how many there are; an archive may have none, and statistics alone.
+        source: path or URL, for messages.
+        count: number of images; 0 of an archive that holds statistics alone.
         size: height and width.
     """
 

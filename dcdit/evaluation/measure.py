@@ -136,7 +136,7 @@ class Measurement:
 
     Args:
         sampling: what samples, its budget set.
-        reference: what the images are compared with, and by whose features.
+        reference: what the images are compared with, and the feature network.
         metrics: names of the metrics.
         settings: number of images, and how they are divided into tasks.
         out: folder of the results.

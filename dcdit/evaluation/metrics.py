@@ -128,7 +128,7 @@ def choose_metrics(
 
     Args:
         wanted: some of :data:`METRICS`; None takes all that can be had, and prints which cannot.
-        network: whose features.
+        network: the feature network.
         images: whether the reference has images.
         published: which statistics come with it.
 
@@ -188,12 +188,12 @@ def compare_with(
 
     Args:
         images: the real images.
-        network: whose features.
+        network: the feature network.
         wanted: as of :func:`choose_metrics`.
         count: number of generated images.
         cache: folder for the statistics of the real images; None takes one in the user's cache.
-        batch_size: images seen at once.
-        limit: take so many of the real images, evenly spaced; None takes all.
+        batch_size: images per forward pass.
+        limit: number of real images to take, evenly spaced; None takes all.
         chunk_size: images of a task.
 
     Returns:

@@ -74,16 +74,16 @@ class ReferenceStatistics:
 
     Args:
         images: the images.
-        network: whose features.
+        network: the feature network.
         cache: directory in which statistics are kept, by a name that includes all they depend on.
-        limit: take so many of the images, evenly spaced; None takes all.
+        limit: number of images to take, evenly spaced; None takes all.
         chunk_size: images of a task.
-        batch_size: images seen at once.
-        needed: what is needed, of ``features``, ``spatial`` and ``images``; images are left alone where what comes with
-            them is enough.
+        batch_size: images per forward pass.
+        needed: what is needed, of ``features``, ``spatial`` and ``images``; no image is read if what comes with the
+            images is enough.
 
     Attributes:
-        count: how many images are looked at; 0 if none need be.
+        count: how many images are read; 0 if none need be.
         features: description of the network, as plain values.
         description: of the reference, as :class:`dcdit.evaluation.results.ReferenceDescription`.
         published: which statistics come with the images: ``features``, ``spatial``.

@@ -55,7 +55,7 @@ class ReferenceDescription:
 
     Attributes:
         images: which images they are, see :meth:`dcdit.evaluation.images.ImageSet.described`.
-        count: how many of them were looked at.
+        count: how many of them were read.
         published: which statistics came with the images.
     """
 

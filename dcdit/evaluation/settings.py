@@ -31,17 +31,17 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: its figures, what computes them, and what that needs.
+    """A metric: its figures, the function that computes them, and what that needs.
 
     Attributes:
-        figures: what it gives.
+        figures: the numbers that it gives.
         compute: ``module:function``, imported when it is first needed, or a function: from the
             :class:`dcdit.evaluation.statistics.Statistics` of the reference and the
             :data:`dcdit.evaluation.metrics.Chunks` of the generated images to numbers by key, those of the figures
             among them.
-        reference: what of the reference it needs: ``images``, or statistics of ``features`` or ``spatial`` ones.
+        reference: which part of the reference it needs: ``images``, or statistics of ``features`` or ``spatial`` ones.
         logits: whether the feature network must give class logits.
-        least: images that there must be more than, beside those that a covariance needs.
+        least: the number of images must be greater than this, beside what a covariance needs.
     """
 
     figures: tuple[Figure, ...]
