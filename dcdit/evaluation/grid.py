@@ -14,6 +14,7 @@ from dcdit.sampling.settings import SamplingConfig
 _PLURALS = {"drop_fraction": "drop_fractions", "uncond_drop_fraction": "uncond_drop_fractions"}
 
 _LEFT_ALONE = ("cache", *_PLURALS)
+"""Keys of which null, in a list, leaves what the configuration says."""
 
 LISTS = ("weights", "sampler.cache", "guidance.weak", "guidance.scale")
 """Keys of sampling that an evaluation takes lists for, beside its own ``drop_fractions``."""
@@ -24,13 +25,11 @@ class EvaluationGrid:
     """The points that an evaluation measures.
 
     Attributes:
-        settings: of the evaluation.
-        points: what samples at each of them; no two sample the same.
+        points: the sampling at each of them; no two sample the same.
         left_out: descriptions of combinations that mean nothing.
         beyond: how many points ``max_images`` leaves out.
     """
 
-    settings: EvaluateConfig
     points: list[SamplingConfig]
     left_out: list[str]
     beyond: int
@@ -77,7 +76,7 @@ def grid_of(settings: EvaluateConfig) -> EvaluationGrid:
             " guidance.scale=[1,1.5,2]"
         )
     within = _within(list(points.values()), settings)
-    return EvaluationGrid(settings, within, list(dict.fromkeys(left_out)), len(points) - len(within))
+    return EvaluationGrid(within, list(dict.fromkeys(left_out)), len(points) - len(within))
 
 
 def _or_null(drops: list[float] | None) -> list[Any]:

@@ -62,18 +62,15 @@ def test_experiments_say_how_their_published_figures_are_measured(experiment):
     assert len(found) == (2 if "guidance 1.25" in text else 1)
     for words in found:
         assert words[0] == f"checkpoint=runs/{experiment}"
-        grid = grid_of(configuration_of(EvaluateConfig, compose_config(*words, name="evaluate")))
-        assert (grid.settings.count, grid.settings.labels, grid.points[0].rounding) == (
-            50_000,
-            "random",
-            "round",
-        )
+        config = configuration_of(EvaluateConfig, compose_config(*words, name="evaluate"))
+        grid = grid_of(config)
+        assert (config.count, config.labels, grid.points[0].rounding) == (50_000, "random", "round")
         assert grid.points[0].precision == "fp32"
         assert grid.points[0].sampler.for_process(NoiseDiffusion()) == DDPM(250)
         drops = re.findall(r" at drop fraction (\d(?:\.\d)?)", text.split("guidance 1.25")[0])
         if "guidance.scale=1.25" in words:
             drops = ["0"]
-        assert [plan.guidance.drop_fraction for plan in grid.points] == [float(drop) for drop in drops or ["0"]]
+        assert [point.guidance.drop_fraction for point in grid.points] == [float(drop) for drop in drops or ["0"]]
     assert AUTOENCODER in text
     for fact in ("50,000 images", "250 DDPM steps", "labels=random", "rounding=round", "fp32"):
         assert fact in " ".join(text.replace("#", "").split())
