@@ -1,1 +1,1 @@
-"""FID and its like: features, statistics of references, measurements at several budgets, and the report."""
+"""FID and its like: features, statistics of references, and measurements at several budgets."""
