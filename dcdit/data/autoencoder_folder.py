@@ -202,7 +202,9 @@ def own_normalisation(config: Mapping[str, Any]) -> tuple[LatentScale, LatentShi
     if mean is None and deviation is None:
         return factor, shift
     if shift:
-        raise UserError("it has both shift_factor and latents_mean: which one holds is not known")
+        raise UserError(
+            "it has both shift_factor and latents_mean: leave out the one that its weights were not trained with"
+        )
     scale = factor if deviation is None else conform("scale", (factor / np.array(deviation)).tolist(), LatentScale)
     return scale, mean or 0.0
 
