@@ -3,7 +3,7 @@
 Every failure is a :class:`dcdit.errors.UserError` that names the value and the remedy.
 """
 
-from dcdit.checks.conform import (
+from dcdit.checks.checking import (
     MISSING,
     Named,
     WithOthers,

@@ -22,7 +22,7 @@ _WEIGHTS = "diffusion_pytorch_model"
 
 @dataclass(frozen=True)
 class _AtMost:
-    """A constraint of :func:`dcdit.checks.conform`: a list has no more than ``most`` elements."""
+    """A constraint of :func:`dcdit.checks.checking`: a list has no more than ``most`` elements."""
 
     most: int
 
@@ -53,7 +53,7 @@ class AutoencoderKind:
     Attributes:
         random: whether an image has a posterior, from which latents are drawn, or one latent.
         stages: key that lists the stages of the encoder, each but the first of which halves the sides.
-        keys: annotations of all keys that its configuration may have, see :func:`dcdit.checks.conform`.
+        keys: annotations of all keys that its configuration may have, see :func:`dcdit.checks.checking`.
     """
 
     random: bool

@@ -280,7 +280,7 @@ def read_json(path: Path, kind: object, remedy: str) -> Any: ...
 
 
 def read_json(path: Path, kind: Any, remedy: str) -> Any:
-    """Read a JSON file that dcdit wrote, as an instance of the annotation ``kind``, see :func:`dcdit.checks.conform`.
+    """Read a JSON file that dcdit wrote, as an instance of the annotation ``kind``, see :func:`dcdit.checks.checking`.
 
     Raises:
         FileNotFoundError: if there is no such file.

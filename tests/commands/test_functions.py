@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from support.configs import TINY
 
-from dcdit import checks
+from dcdit.checks import checking
 from dcdit.errors import UserError
 from dcdit.runs.state import State
 from dcdit.sample import SampleConfig, sample
@@ -14,9 +14,9 @@ from dcdit.train import train
 
 def test_commands_are_called_from_python_and_check_each_section_once(digits, tmp_path, monkeypatch):
     made = []
-    call = checks.call_checked
+    call = checking.call_checked
     monkeypatch.setattr(
-        checks, "call_checked", lambda target, values, *more: made.append(target) or call(target, values, *more)
+        checking, "call_checked", lambda target, values, *more: made.append(target) or call(target, values, *more)
     )
     words = (*TINY, "trainer.max_steps=1", f"data.directory={digits}", f"run_dir={tmp_path}/run")
     asked = train.compose(*words)

@@ -175,7 +175,9 @@ def test_a_link_that_leads_nowhere_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DCDIT_RUNS", str(tmp_path / "runs"))
     result = typed(capsys, tmp_path, "train", *TINY)
     assert result.status == 2
-    assert re.search("runs is a symbolic link to .*gone, which does not exist: make that, or name", result.words)
+    # a path that is longer than a line of the frame is broken, so that spaces are not compared
+    message = re.sub(r"\s", "", result.words)
+    assert re.search("runsisasymboliclinkto.*gone,whichdoesnotexist:makethat,orname", message)
 
 
 def test_a_refused_command_leaves_nothing(tmp_path, capsys):

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from support import configs
 from support.configs import compose_config
 
-from dcdit import checks
+from dcdit.checks import checking
 from dcdit.network import build_network
 from dcdit.runtime.devices import without_memory
 from dcdit.settings.compose import plain
@@ -122,7 +122,7 @@ def check(command: str, config: DictConfig, key: str = "") -> None:
     plan = match_compute(configs.check(train, config))
     if key.partition(".")[0] not in ("callbacks", "logger", "trainer", "cluster"):
         check_network(plan)
-        checks.call_checked(LatentDataModule, plan.data, "data")
+        checking.call_checked(LatentDataModule, plan.data, "data")
     if plan.cluster["name"] != "local":
         cluster_of(plan)
     if key.partition(".")[0] not in ("model", "optimizer", "ratio", "multi_budget"):
@@ -186,14 +186,14 @@ def test_no_value_passes_in_silence_or_ends_in_a_traceback(command, overrides, c
     found = dict(leaves(whole))
     if "cluster=slurm" in overrides:
         found = {key: value for key, value in found.items() if key.startswith("cluster.")}
-    wrong, texts, read_as_text = [], set(), checks._PLAIN[str]
+    wrong, texts, read_as_text = [], set(), checking._PLAIN[str]
 
     def noted(name: str, value: object) -> str:
         if value == A_NUMBER:
             texts.add(key)
         return read_as_text(name, value)
 
-    monkeypatch.setitem(checks._PLAIN, str, noted)
+    monkeypatch.setitem(checking._PLAIN, str, noted)
     cls = getattr(import_module(f"dcdit.{command}"), command).config
     for number, (key, default) in enumerate(found.items()):
         extremes = {f"extreme {n}": EXTREMES[n % len(EXTREMES)] for n in (number, number + 3)}
