@@ -8,7 +8,7 @@ guidance scale at each budget.
 
 import os
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcdit.evaluation.grid import grid_of
 from dcdit.evaluation.settings import EvaluateConfig
@@ -16,10 +16,13 @@ from dcdit.runtime.display import resumable
 from dcdit.runtime.processes import processes
 from dcdit.settings.command import command
 
+if TYPE_CHECKING:
+    from dcdit.evaluation.results import Result
+
 
 @command("evaluate")
-def evaluate(config: EvaluateConfig) -> list[Path]:
-    """Measure what ``config`` asks for; returns the files of the finished measurements."""
+def evaluate(config: EvaluateConfig) -> "list[Result]":
+    """Measure what ``config`` asks for; returns the finished measurements, each with the path of its file."""
     grid = grid_of(config)
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
@@ -54,8 +57,8 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
                 take_times(finished, config.time_rounds, config.time_again and rank == 0, deadline)
             except OutOfTimeError:
                 print("max_hours is over while timing: the same command again takes the times.")
+    results = [measurement.result for measurement in finished]
     if finished and (rank == 0 or any(measurement.job.finalized for measurement in finished)):
-        results = [measurement.result for measurement in finished]
         Console(width=None if sys.stdout.isatty() else 160).print(table_of(results))
         print("\n".join([*notes_on(results), f"Results: {os.path.relpath(evaluation.out)}"]))
     if not complete and not config.search:  # whose log says where it stopped
@@ -63,7 +66,7 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
         print(f"Not all is measured, {why}: what is left is measured by other processes, or by the same command again.")
     if grid.beyond:
         print(f"max_images={config.max_images} leaves {grid.beyond} of the points out: raise it to measure them too.")
-    return [measurement.path for measurement in finished]
+    return results
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from support.configs import TINY, call, train
+from support.runs import logged
 
 from dcdit import evaluate, flops, generate, report, sample
 from dcdit.cluster.settings import cluster_of, sbatch_parameters
@@ -24,6 +25,7 @@ BLOCK = re.compile(r"^`(\S+)` \((new|added)\)\n\n```\w+\n(.*?)^```", re.MULTILIN
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL))
 TABLES = (
     *("dcdit.network:NETWORKS", "dcdit.network.routing:ROUTERS", "dcdit.diffusion.settings:SAMPLERS"),
+    *("dcdit.diffusion.settings:WEIGHTINGS",),
     *("dcdit.data.builtin:SOURCES", "dcdit.evaluation.settings:METRICS"),
 )
 SMALL = tuple(word for word in TINY if not word.startswith("model."))
@@ -133,8 +135,8 @@ def test_a_third_network_goes_through_every_command(follow, trained, tmp_path, d
             call(sample, composed(*places, override, name="sample"))
 
     reference = (f"reference={digits}/val", "features=digits", "count=40", f"cache={tmp_path}/cache")
-    (path,) = call(evaluate, composed(*places[:1], *reference, *FEW, name="evaluate"))
-    result = json.loads(path.read_text())
+    (measured,) = call(evaluate, composed(*places[:1], *reference, *FEW, name="evaluate"))
+    result = json.loads(measured.path.read_text())
     assert result["network"] == {"title": "U-Net", "routes": False}
     assert "keep_ratio" not in result
     page = call(report, composed(f"runs=[{run_dir}]", f"out={tmp_path}/report", name="report"))
@@ -187,6 +189,26 @@ def test_a_sampler_by_name(follow, tiny, tmp_path):
     assert (call(sample, composed(*words, name="sample")) / "samples.png").is_file()
 
 
+def test_a_loss_weighting(follow, tiny):
+    with pytest.raises(UserError, match=r"diffusion\.weighting='floor' is not one of none, min_snr"):
+        tiny("early", "diffusion.weighting=floor", "trainer.max_steps=1")
+    follow("A loss weighting")
+    for process in ("ddpm", "flow"):
+        runs = [
+            logged(
+                tiny(
+                    f"{process}_{weighting}",
+                    f"diffusion={process}",
+                    f"diffusion.weighting={weighting}",
+                    "trainer.max_steps=1",
+                )
+            )
+            for weighting in ("none", "floor")
+        ]
+        assert runs[0][0, "train/mse"] == runs[1][0, "train/mse"]
+        assert runs[0][0, "train/diffusion_loss"] != runs[1][0, "train/diffusion_loss"]
+
+
 def test_a_data_source(follow, trained, tmp_path):
     composed = follow("A data source")
     model = ("model.width=32", "model.depth=1", "model.encoder_width=16", "model.grid=8", "model.num_classes=2")
@@ -199,8 +221,11 @@ def test_a_metric_and_a_feature_network(follow, tiny, tmp_path, digits, capsys):
     last = tiny("run", "trainer.max_steps=2") / "checkpoints" / "last.ckpt"
     composed = follow("A metric")
     places = (f"checkpoint={last}", f"reference={digits}/val", f"cache={tmp_path}/cache", "count=40", *FEW)
-    (path,) = call(evaluate, composed(*places, "features=digits", "metrics=[fid,mean]", name="evaluate"))
-    result = json.loads(path.read_text())
+    (measured,) = call(evaluate, composed(*places, "features=digits", "metrics=[fid,mean]", name="evaluate"))
+    result = json.loads(measured.path.read_text())
+    assert measured.figure("mean_distance") == result["metrics"]["mean_distance"]
+    with pytest.raises(UserError, match="kid was not measured: there are fid, mean_distance"):
+        measured.figure("kid")
     assert result["metrics"]["mean_distance"] > 0
     assert "mean" in capsys.readouterr().out
     page = call(report, composed(f"runs=[{last.parents[1]}]", f"out={tmp_path}/report", name="report"))
@@ -208,8 +233,8 @@ def test_a_metric_and_a_feature_network(follow, tiny, tmp_path, digits, capsys):
     shutil.rmtree(tmp_path / "configs")
     composed = follow("A feature network")
     own = ("features=own", "features.module._target_=my_features.Coarse", "features.size=8", "metrics=[fid,kid]")
-    (path,) = call(evaluate, composed(*places, *own, f"out={tmp_path}/own", name="evaluate"))
-    assert json.loads(path.read_text())["plan"]["features"]["name"] == "Coarse"
+    (measured,) = call(evaluate, composed(*places, *own, f"out={tmp_path}/own", name="evaluate"))
+    assert json.loads(measured.path.read_text())["plan"]["features"]["name"] == "Coarse"
 
 
 def test_a_cluster_site(follow, tmp_path):
@@ -223,5 +248,6 @@ def test_a_cluster_site(follow, tmp_path):
 
 def test_every_section_has_a_test():
     assert set(SECTIONS) == {
-        *("A router", "A network", "A sampler", "A data source", "A metric", "A feature network", "A cluster site")
+        *("A router", "A network", "A sampler", "A loss weighting", "A data source", "A metric", "A feature network"),
+        "A cluster site",
     }

@@ -35,7 +35,7 @@ def min_snr_weight(snr: Tensor, gain: Tensor, gamma: float) -> Tensor:
 
     Args:
         snr: (B,) signal-to-noise ratio.
-        gain: (B,) squared error of x_0 for one of what is predicted.
+        gain: (B,) squared error of x_0 that a squared error of 1 in the network's prediction stands for.
         gamma: the ratio from which on samples weigh less.
     """
     return snr.clamp(max=gamma) * gain
@@ -49,7 +49,7 @@ def diffusion_loss(
     The bound sees the noise prediction detached: it trains the variance alone.
 
     Args:
-        tables: the diffusion process.
+        tables: coefficients of the diffusion process by timestep.
         prediction: (B, 2C, H, W), noise and variance value in [-1, 1].
         x0, xt, noise: (B, C, H, W) clean latents, noisy latents and the noise between them.
         t: (B,) timesteps.

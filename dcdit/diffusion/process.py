@@ -6,6 +6,7 @@ flow matching; 0 is the image, the upper end pure noise.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -13,9 +14,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from dcdit.checks import build_named
-from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss, min_snr_weight
+from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss
 from dcdit.diffusion.schedule import BETA_END, BETA_START, Posterior, add_noise, per_sample
-from dcdit.diffusion.settings import PROCESSES, TRAIN_STEPS, FlowMatching, NoiseDiffusion, ProcessSettings
+from dcdit.diffusion.settings import (
+    PROCESSES,
+    TRAIN_STEPS,
+    WEIGHTINGS,
+    FlowMatching,
+    NoiseDiffusion,
+    ProcessSettings,
+)
 from dcdit.errors import UserError
 
 
@@ -41,6 +49,21 @@ class Process(ABC):
     @abstractmethod
     def loss(self, prediction: Tensor, x0: Tensor, xt: Tensor, noise: Tensor, t: Tensor) -> DiffusionLoss:
         """Loss per sample of a prediction (B, C or 2C, H, W) for ``xt``, which is made of ``x0`` and ``noise``."""
+
+    @abstractmethod
+    def signal_to_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The signal-to-noise ratio at times ``t`` (B,), and the squared error of x_0 for one of 1 in the prediction.
+
+        Both are (B,); a weighting of the loss needs them, see :data:`dcdit.diffusion.settings.WEIGHTINGS`.
+        """
+
+    def weight(self, t: Tensor) -> Tensor | None:
+        """The weight of the squared error at times ``t`` (B,): (B,); None where all times weigh the same."""
+        weighting = WEIGHTINGS[self.settings.weighting]
+        if weighting is None:
+            return None
+        weight: Tensor = resolve_name(weighting)(*self.signal_to_noise(t), self.settings.snr_gamma)
+        return weight
 
     @abstractmethod
     def clean(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
@@ -94,12 +117,13 @@ class NoiseProcess(Process):
     @override
     def loss(self, prediction: Tensor, x0: Tensor, xt: Tensor, noise: Tensor, t: Tensor) -> DiffusionLoss:
         loss = diffusion_loss(self.tables, prediction, x0, xt, noise, t)
-        if self.settings.weighting == "min_snr":
-            variance = per_sample(self.tables.sqrt_one_minus_alpha_bar, t).flatten().square()
-            snr = (1 - variance) / variance
-            weight = min_snr_weight(snr, 1 / snr, self.settings.snr_gamma)
-            return DiffusionLoss(loss.mse, loss.vlb, weight)
-        return loss
+        return DiffusionLoss(loss.mse, loss.vlb, self.weight(t))
+
+    @override
+    def signal_to_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        variance = per_sample(self.tables.sqrt_one_minus_alpha_bar, t).flatten().square()
+        snr = (1 - variance) / variance
+        return snr, 1 / snr
 
     @override
     def clean(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
@@ -146,11 +170,12 @@ class FlowProcess(Process):
         """The mean squared error of the velocity."""
         velocity = prediction.float()[:, : x0.shape[1]]
         mse = (noise - x0 - velocity).square().flatten(1).mean(dim=1)
-        weight = None
-        if self.settings.weighting == "min_snr":
-            share = t / TRAIN_STEPS
-            weight = min_snr_weight(((1 - share) / share).square(), share.square(), self.settings.snr_gamma)
-        return DiffusionLoss(mse, None, weight)
+        return DiffusionLoss(mse, None, self.weight(t))
+
+    @override
+    def signal_to_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        share = t / TRAIN_STEPS
+        return ((1 - share) / share).square(), share.square()
 
     @override
     def clean(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:

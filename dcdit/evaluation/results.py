@@ -195,7 +195,9 @@ class Result:
         return decay if isinstance(decay, float) else None
 
     def figure(self, key: str) -> float:
-        """Return a figure of one of the metrics in the plan."""
+        """Return a figure of a metric, such as ``fid``; raise UserError if it was not measured."""
+        if key not in self.metrics:
+            raise UserError(f"{key} was not measured: there are {', '.join(self.metrics)}")
         return float(self.metrics[key])
 
     def as_plain(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ queues it do not overwrite each other's."""
 
 
 class State(str, Enum):
-    """What a run is doing, or how it ended; the last four are outcomes."""
+    """What a run is doing, or how it ended: finished, interrupted, failed or lost."""
 
     WAITING = "waiting"
     QUEUED = "queued"

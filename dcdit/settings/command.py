@@ -11,12 +11,15 @@ from typing import Any, Generic, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from dcdit.checks import check_credentials
+from dcdit.errors import UserError
 from dcdit.runtime import terminal
 from dcdit.settings.compose import compose_values, configuration_of, register_resolvers
-from dcdit.settings.errors import exit_with_message
+from dcdit.settings.errors import exit_with_message, explain
 from dcdit.settings.help import show_help
 from dcdit.settings.overrides import quoted, with_paths
 from dcdit.settings.published import CONFIG_DIR
@@ -69,7 +72,13 @@ class Command(Generic[C, R]):
         self.task = task
 
     def __call__(self, config: C) -> R:
-        """Do what ``config`` asks for."""
+        """Do what ``config`` asks for; UserError if it is no configuration of this command."""
+        if not isinstance(config, self.config):
+            raise UserError(
+                f"{self.name} takes a {self.config.__name__}, not a {type(config).__name__}: call"
+                f' {self.name}({self.name}.compose("key=value", ...))'
+            )
+        quiet_libraries()
         return self.function(config)
 
     def compose(self, *overrides: str) -> C:
@@ -78,7 +87,11 @@ class Command(Generic[C, R]):
         Raises:
             UserError: naming key, value and remedy.
         """
-        return configuration_of(self.config, compose_values(self.name, quoted(overrides, self.config)))
+        try:
+            values = compose_values(self.name, quoted(overrides, self.config))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error, overrides) or str(error)) from error
+        return configuration_of(self.config, values)
 
     def main(self) -> None:
         """Run the command line in ``sys.argv``; a user's mistake ends in one message and exit status 2."""
@@ -116,10 +129,15 @@ def set_up_process() -> None:
     """Prepare a process that runs a command or a part of one: known resolvers, plain messages."""
     terminal.install()
     register_resolvers()
+    quiet_libraries()
     log = logging.getLogger("dcdit")
     if not log.handlers:
         log.addHandler(logging.StreamHandler())
         log.propagate = False
+
+
+def quiet_libraries() -> None:
+    """Leave out warnings of libraries that tell a user nothing."""
     # Lightning finds a missing validation split and a resumed run strange, uses what torch deprecates, and advertises.
     noises = (
         "Total length of `list` across ranks is zero",

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hydra.errors import (
@@ -41,10 +41,14 @@ def exit_with_message(run: Callable[[], Any]) -> None:
         sys.exit(USER_ERROR_STATUS)
 
 
-def explain(error: BaseException) -> str | None:
-    """What to tell a user about ``error``; None if it is no mistake of theirs, and whoever mends it wants the trace."""
+def explain(error: BaseException, overrides: Sequence[str] | None = None) -> str | None:
+    """What to tell a user about ``error``; None if it is no mistake of theirs, and whoever mends it wants the trace.
+
+    Args:
+        overrides: what the configuration was composed of; None takes the command line.
+    """
     if isinstance(error, ConfigCompositionException | MissingConfigException):
-        return _explain_override(error)
+        return _explain_override(error, sys.argv[1:] if overrides is None else overrides)
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         full_key = re.search(r"^full_key: (\S+)", str(error), flags=re.MULTILINE)
         return f"{full_key[1]}: {error.__cause__}" if full_key else str(error.__cause__)
@@ -83,7 +87,7 @@ def print_error(message: str) -> None:
     Console(stderr=True).print(Panel(Text(message.strip()), title="dcdit", border_style="red"))
 
 
-def _explain_override(error: ConfigCompositionException | MissingConfigException) -> str:
+def _explain_override(error: ConfigCompositionException | MissingConfigException, overrides: Sequence[str]) -> str:
     """Hydra's message about a wrong override, with the key that was probably meant."""
     cause = error.__cause__
     message = str(error).splitlines()[0]
@@ -91,7 +95,7 @@ def _explain_override(error: ConfigCompositionException | MissingConfigException
         options = ", ".join(error.options or [])
         return f"{message}" + (f"\navailable: {options}" if options else "")
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
-        given = [word for word in sys.argv[1:] if word.split("=")[0].lstrip("+~") == cause.full_key]
+        given = [word for word in overrides if word.split("=")[0].lstrip("+~") == cause.full_key]
         known = [str(key) for key in cause.parent_node]
         remedy = suggestion(str(cause.key), known) if known else f"to add it say +{cause.full_key}=..."
         return f"{given[0] if given else cause.full_key}: there is no such key, {remedy}"

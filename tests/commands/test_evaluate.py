@@ -34,8 +34,8 @@ def run(trained_run, tmp_path, digits):
     def to(*overrides: str, out: str | None = None) -> dict[float, dict]:
         places = [f"checkpoint={checkpoint}", f"reference={digits}/val", f"cache={tmp_path}/cache"]
         places += [f"out={tmp_path / out}"] if out else []
-        files = call(evaluate, compose_config(*places, *SETTINGS, *overrides, name="evaluate"))
-        results = [json.loads(file.read_text()) for file in files]
+        measured = call(evaluate, compose_config(*places, *SETTINGS, *overrides, name="evaluate"))
+        results = [json.loads(result.path.read_text()) for result in measured]
         return {result["plan"]["guidance"]["drop_fraction"]: result for result in results}
 
     to.checkpoint = checkpoint
@@ -361,11 +361,11 @@ def test_the_published_way_as_the_documentation_types_it(run, archive, monkeypat
     (archive.parent / "runs").mkdir()
     (archive.parent / "runs" / "b_n4").symlink_to(SHIPPED["digits"])
     config = compose_config(*command.split(), *SETTINGS, *ALL, "cache=cache", "metrics=null", name="evaluate")
-    (file,) = call(evaluate, config)
-    result = json.loads(file.read_text())
+    (measured,) = call(evaluate, config)
+    result = json.loads(measured.path.read_text())
     assert result["plan"]["reference"]["published"] == ["features", "spatial"]
     assert result["plan"]["labels"] == "random"
-    assert differences_from_published(read_result(file).plan) == [
+    assert differences_from_published(read_result(measured.path).plan) == [
         *("24 images instead of 50,000", "features of Corners instead of inception-v3-compat"),
         "precision and recall against 40 images instead of 10,000",
     ]

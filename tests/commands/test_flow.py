@@ -51,8 +51,8 @@ def test_every_sampler_with_guidance_budget_and_pictures(flow, tmp_path, digits,
     assert {"samples.png", "latents.npz", "boundaries.png"} <= {path.name for path in folder.iterdir()}
     points = ("features=digits", "count=40", f"reference={digits}/val", f"cache={tmp_path}/cache", "time_rounds=1")
     budgets = ("drop_fractions=[0,0.5]", f"out={tmp_path}/figures")
-    for file in call(evaluate, compose_config(*words, *points, *budgets, name="evaluate")):
-        result = json.loads(file.read_text())
+    for measured in call(evaluate, compose_config(*words, *points, *budgets, name="evaluate")):
+        result = json.loads(measured.path.read_text())
         assert result["plan"]["sampler"]["name"] == sampler
         kept = result["keep_ratio"]
         assert len(kept["timesteps"]) == len(kept["main"]) == (5 if sampler == "heun" else 3)

@@ -35,3 +35,16 @@ def test_commands_are_called_from_python_and_check_each_section_once(digits, tmp
         replace(config, per_class=0)
     with pytest.raises(UserError, match=r"sampler\.steps=0"):
         sample.compose("checkpoint=x", "sampler.steps=0")
+
+
+def test_mistakes_from_python_are_told_as_on_the_command_line():
+    with pytest.raises(
+        UserError, match=r"guidance\.drop_fractoin=0\.5: there is no such key, did you mean drop_fraction"
+    ):
+        sample.compose("checkpoint=digits", "guidance.drop_fractoin=0.5")
+    with pytest.raises(UserError, match=r"sampler/dpm'[\s\S]*available: auto, ddim"):
+        sample.compose("checkpoint=digits", "sampler=dpm")
+    with pytest.raises(UserError, match=r"sample takes a SampleConfig, not a str: call sample\(sample\.compose"):
+        sample("checkpoint=digits")
+    with pytest.raises(UserError, match="train takes a TrainConfig, not a SampleConfig"):
+        train(sample.compose("checkpoint=digits"))

@@ -47,7 +47,7 @@ def evaluated(run: Path, tmp_path: Path, digits: Path, weights: str = "ema") -> 
     settings = ("features=digits", "count=40", "batch_size=8", "drop_fractions=[0,0.5]", "metrics=[fid]")
     sampler = ("sampler=ddim", "sampler.steps=3", "sampler.clip=true", "precision=fp32")
     config = compose_config(*places, *settings, *sampler, f"weights={weights}", name="evaluate")
-    results = [json.loads(path.read_text()) for path in call(evaluate, config)]
+    results = [json.loads(result.path.read_text()) for result in call(evaluate, config)]
     return {result["plan"]["guidance"]["drop_fraction"]: result for result in results}
 
 

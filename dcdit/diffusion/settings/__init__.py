@@ -9,6 +9,7 @@ from dcdit.diffusion.settings.processes import (
     PROCESSES,
     PUBLISHED_PROCESS,
     TRAIN_STEPS,
+    WEIGHTINGS,
     FlowMatching,
     NamedSettings,
     NoiseDiffusion,

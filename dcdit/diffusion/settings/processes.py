@@ -2,9 +2,9 @@
 
 from dataclasses import asdict, dataclass
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from dcdit.checks import Number, Positive, checked
+from dcdit.checks import Number, OneOf, Positive, checked
 
 if TYPE_CHECKING:
     from dcdit.diffusion.process import Process
@@ -14,8 +14,13 @@ TRAIN_STEPS = 1000
 """Steps of the trained process."""
 
 
-Weighting = Literal["none", "min_snr"]
-"""Of the loss over times: ``none`` as published; ``min_snr``, min(SNR, gamma) / SNR of the noise (arXiv 2303.09556)."""
+WEIGHTINGS: dict[str, str | None] = {"none": None, "min_snr": "dcdit.diffusion.loss:min_snr_weight"}
+"""What ``diffusion.weighting`` may say: module and function of the weight of a sample's squared error.
+
+The function takes the signal-to-noise ratio (B,), the squared error of x_0 that an error of 1 in the network's
+prediction stands for (B,), and ``snr_gamma``; it returns (B,). ``none``, as published, weighs all times alike."""
+
+Weighting = Annotated[str, OneOf(WEIGHTINGS)]
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,15 @@ class ProcessSettings(NamedSettings):
         name: its name in :data:`PROCESSES`.
         implementation: module and class of the :class:`dcdit.diffusion.process.Process` that is built of them.
         noisy_sampler, deterministic_sampler: names of the samplers that ``sampler=auto`` takes for it.
+        weighting: of the squared error over times, see :data:`WEIGHTINGS`.
+        snr_gamma: argument of the weighting.
     """
 
     implementation: ClassVar[str]
     noisy_sampler: ClassVar[str]
     deterministic_sampler: ClassVar[str]
+    weighting: Weighting
+    snr_gamma: float
 
     def build(self) -> "Process":
         """The process with these settings."""
@@ -56,12 +65,7 @@ class ProcessSettings(NamedSettings):
 @checked
 @dataclass(frozen=True)
 class NoiseDiffusion(ProcessSettings):
-    """The process of DiT and ADM, as published: 1,000 linear betas, noise prediction, learned variance.
-
-    Attributes:
-        weighting: of the squared error over timesteps.
-        snr_gamma: of ``min_snr``.
-    """
+    """The process of DiT and ADM, as published: 1,000 linear betas, noise prediction, learned variance."""
 
     name: ClassVar[str] = "ddpm"
     implementation: ClassVar[str] = "dcdit.diffusion.process:NoiseProcess"
@@ -79,8 +83,6 @@ class FlowMatching(ProcessSettings):
     Attributes:
         time: how training draws t: ``uniform``, or ``logit_normal`` (arXiv 2403.03206), more of the middle.
         time_mean, time_std: of the normal distribution of logit(t), for ``logit_normal``.
-        weighting: of the squared error over t.
-        snr_gamma: of ``min_snr``.
     """
 
     name: ClassVar[str] = "flow"
