@@ -29,31 +29,36 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         # the conversion.
         with torch.autocast("cpu", enabled=False):
             return _sdpa(q.float(), k.float(), v.float(), packing).to(q.dtype)
-    batch, longest = len(packing.lengths), max(packing.lengths)
+    if packing.lengths is None:
+        return _padded_sdpa(q, k, v, packing, packing.bound)
+    lengths = [length for length in packing.lengths if length]
+    batch, longest = len(lengths), max(lengths)
     if longest * batch == q.shape[0]:  # equal lengths: one dense call
         dense = (x.unflatten(0, (batch, longest)).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(*dense).transpose(1, 2).flatten(0, 1)
     if longest <= _SHORT:
         return _padded_sdpa(q, k, v, packing, longest)
     outputs = []
-    for parts in zip(*(x.split(packing.lengths) for x in (q, k, v)), strict=True):
+    for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
         heads_first = (x.transpose(0, 1)[None] for x in parts)
         outputs.append(F.scaled_dot_product_attention(*heads_first)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
 def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, longest: int) -> Tensor:
-    """All samples in one masked call; a call per sample costs more than short padding (2 to 4 times at 16 to 36)."""
-    batch = len(packing.lengths)
-    offset = torch.arange(len(q), device=q.device) - packing.cu_seqlens[:-1].long().index_select(0, packing.sample)
-    slot = packing.sample * longest + offset
+    """All segments in one masked call; a call for each costs more than short padding (2 to 4 times at 16 to 36)."""
+    borders, segment, token = packing.cu_seqlens.long(), packing.sample, torch.arange(len(q), device=q.device)
+    if packing.valid is not None:  # padding has segments of its own
+        segment = torch.searchsorted(borders, token, right=True) - 1
+    segments = len(borders) - 1
+    slot = segment * longest + token - borders[:-1].index_select(0, segment)
 
-    def pad(x: Tensor) -> Tensor:  # (T, heads, d_head) -> (B, heads, longest, d_head)
-        padded = x.new_zeros(batch * longest, *x.shape[1:]).index_copy(0, slot, x)
-        return padded.unflatten(0, (batch, longest)).transpose(1, 2)
+    def pad(x: Tensor) -> Tensor:  # (T, heads, d_head) -> (segments, heads, longest, d_head)
+        padded = x.new_zeros(segments * longest, *x.shape[1:]).index_copy(0, slot, x)
+        return padded.unflatten(0, (segments, longest)).transpose(1, 2)
 
-    used = torch.zeros(batch * longest, dtype=torch.bool, device=q.device).index_fill(0, slot, True)
-    mask = used.view(batch, 1, 1, longest)
+    used = torch.zeros(segments * longest, dtype=torch.bool, device=q.device).index_fill(0, slot, True)
+    mask = used.view(segments, 1, 1, longest)
     out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), attn_mask=mask)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, slot)
 

@@ -95,10 +95,19 @@ class CachedStep:
             fresh: (n, L, D) of the samples that were computed.
             computed: (n,) int64, which these are; None for all.
         """
-        if computed is None:
-            spread = fresh
-        else:
-            spread = torch.cat([branch.spread for branch in self.branches]).index_copy(0, computed, fresh)
+        return self._keep(fresh if computed is None else self._before().index_copy(0, computed, fresh))
+
+    def complete_all(self, spread: Tensor, reused: Tensor) -> Tensor:
+        """The same of the backbone's output for all samples, (B, L, D), which is ignored for the ``reused`` ones, (B,).
+
+        Nothing is read from the device.
+        """
+        return self._keep(torch.where(reused[:, None, None], self._before(), spread))
+
+    def _before(self) -> Tensor:
+        return torch.cat([branch.spread for branch in self.branches])
+
+    def _keep(self, spread: Tensor) -> Tensor:
         for branch, part in zip(self.branches, spread.chunk(len(self.branches)), strict=True):
             branch.spread = part
         return spread

@@ -14,7 +14,7 @@ from dcdit.network.dechunk import dechunk, straight_through
 from dcdit.network.embeddings import Conditioning, FreqShift, position_table
 from dcdit.network.initialisers import InitScheme, xavier_init, zero_init
 from dcdit.network.interface import Component, Network, Output
-from dcdit.network.packing import Packing, make_packing, pack
+from dcdit.network.packing import Packing, make_packing, make_static_packing, pack, static_size
 from dcdit.network.routing import ROUTERS, RouterName, Routing, route
 
 SmoothingSigma = Annotated[float, Bounds(0, 512, open_low=True, hint="take 1 or 2, or null for no smoothing")]
@@ -79,6 +79,11 @@ class DCDiT(Network):
         qk_norm: normalise queries and keys of each head (arXiv 2302.05442); not as published.
         attention: ``auto``, ``sdpa``, ``varlen`` or ``flash_attn``.
 
+    Attributes:
+        capacity: share of all positions of a batch that its packed sequence has room for, see
+            :func:`dcdit.network.packing.static_size`. The sequence always has that length, so that shapes are static
+            and nothing is read from a GPU; of more tokens the least certain ones are dropped. None packs exactly.
+
     Raises:
         UserError: if the sizes do not fit each other or a name is unknown.
     """
@@ -87,6 +92,7 @@ class DCDiT(Network):
     caches: ClassVar[bool] = True
     title = "DC-DiT"
     pos_embed: Tensor
+    capacity: float | None = None
 
     def __init__(
         self,
@@ -143,13 +149,19 @@ class DCDiT(Network):
         adapted = self.condition_norm(c)
         features = self.encoder(self.embed(x), adapted)  # (B, H, W, D)
         routing = self.route(features, drop_fraction)
-        change = None
-        if cache is None:
-            spread = self.spread(features, c, routing, make_packing(routing.mask))
-        else:
+        reused = change = None
+        if cache is not None:
             first: DiTBlock = self.backbone.blocks[0]  # type: ignore[assignment]
             reused, change = cache.reuse(first.modulated(features.flatten(1, 2), c))
             routing = routing.without(reused)
+        if self.capacity is not None:
+            size = static_size(self.capacity, *routing.mask.shape)
+            routing = routing.within(size)
+            spread = self.spread(features, c, routing, make_static_packing(routing.mask, size))
+            spread = spread if cache is None or reused is None else cache.complete_all(spread, reused)
+        elif cache is None:
+            spread = self.spread(features, c, routing, make_packing(routing.mask))
+        else:
             spread = self.spread_or_reuse(features, c, routing, cache)
         combined = self.combine(spread, features, routing)  # (B, H, W, D)
         decoded = self.decoder(combined.permute(0, 3, 1, 2), adapted)  # (B, H, W, E)
@@ -178,14 +190,15 @@ class DCDiT(Network):
     def spread_or_reuse(self, features: Tensor, c: Tensor, routing: Routing, cache: CachedStep) -> Tensor:
         """The same, of the samples that keep no position from ``cache``."""
         packing = make_packing(routing.mask)
-        rows = [row for row, length in enumerate(packing.lengths) if length]
+        lengths = packing.lengths or ()
+        rows = [row for row, length in enumerate(lengths) if length]
         if len(rows) == len(features):
             return cache.complete(self.spread(features, c, routing, packing), None)
         computed = torch.tensor(rows, dtype=torch.int64, device=features.device)
         fresh = features.new_empty(0, *features.shape[1:]).flatten(1, 2).float()
         if rows:
             remaining = routing.of(computed)
-            packing = make_packing(remaining.mask, [packing.lengths[row] for row in rows])
+            packing = make_packing(remaining.mask, [lengths[row] for row in rows])
             fresh = self.spread(features[computed], c[computed], remaining, packing)
         return cache.complete(fresh, computed)
 

@@ -94,6 +94,11 @@ def gaussian_sums(field: Tensor, packing: Packing, grid: tuple[int, int], weight
         (T, D) float32.
     """
     positions, lengths = packing.bound, packing.lengths
+    if packing.valid is not None:  # at once: where groups begin is not known to the host; padding adds nothing
+        field = field.masked_fill(~packing.valid[:, None], 0)
+        flat = field.new_zeros(packing.batch * positions, field.shape[1]).index_add(0, packing.index, field)
+        return blur(flat.unflatten(0, (-1, *grid)), weights).flatten(0, 2).index_select(0, packing.index)
+    assert lengths is not None
     together = max(1, _AT_ONCE // (positions * field.shape[1]))
     groups = [lengths[first : first + together] for first in range(0, len(lengths), together)]
     tokens = [sum(group) for group in groups]  # split, whose backward is one concatenation, not a sum of slices
@@ -139,9 +144,11 @@ def plug_back(tokens: Tensor, packing: Packing, mask: Tensor) -> Tensor:
     Returns:
         (B, L, D).
     """
+    packed_index = mask.flatten().cumsum(0) - 1  # flat grid position -> index in the packed sequence
+    if packing.valid is not None:  # a sample that keeps nothing is given whatever token: it reuses what it had
+        mask, packed_index = mask | ~mask.any(dim=(1, 2), keepdim=True), packed_index.clamp(min=0)
     positions = nearest_kept(mask)
     batch_offset = torch.arange(len(mask), device=mask.device)[:, None] * packing.bound
-    packed_index = mask.flatten().cumsum(0) - 1  # flat grid position -> index in the packed sequence
     nearest = packed_index.take(batch_offset + positions)
     return tokens.index_select(0, nearest.flatten()).unflatten(0, nearest.shape)
 

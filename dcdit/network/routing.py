@@ -22,11 +22,13 @@ class Routing:
         natural_mask: (B, L) bool, ``prob > 0.5``: what the router keeps by itself.
         mask: (B, L) bool, what is kept after the tail drop; a subset of ``natural_mask``. Of a sample that reuses what
             the backbone gave before, see :mod:`dcdit.network.caching`, nothing.
+        beyond: tokens that :meth:`within` dropped, a scalar; None where there is no capacity.
     """
 
     prob: Tensor
     natural_mask: Tensor
     mask: Tensor
+    beyond: Tensor | None = None
 
     @property
     def confidence(self) -> Tensor:
@@ -37,9 +39,23 @@ class Routing:
         """The same, but the ``samples`` (B,) bool keep nothing."""
         return replace(self, mask=self.mask & ~samples[:, None])
 
+    def within(self, capacity: int) -> "Routing":
+        """The same without the least certain tokens of the batch beyond ``capacity``, at least 2 B.
+
+        The first and the last position of a sample stay; ties keep the lower index. Up to ``capacity`` tokens nothing
+        changes.
+        """
+        certainty = self.prob.detach().masked_fill(~self.mask, -1.0)
+        ends = self.mask.new_zeros(self.mask.shape[1])
+        ends[0] = ends[-1] = True
+        certainty = certainty.masked_fill(self.mask & ends, 2.0).flatten()
+        first = certainty.sort(descending=True, stable=True).indices[:capacity]
+        mask = self.mask & torch.zeros_like(self.mask).flatten().index_fill(0, first, True).view_as(self.mask)
+        return replace(self, mask=mask, beyond=self.mask.sum() - mask.sum())
+
     def of(self, samples: Tensor | slice) -> "Routing":
         """The decision for these ``samples``, (n,) int64 or a slice, alone."""
-        return Routing(self.prob[samples], self.natural_mask[samples], self.mask[samples])
+        return Routing(self.prob[samples], self.natural_mask[samples], self.mask[samples], self.beyond)
 
 
 def route(prob: Tensor, drop_fraction: float | Tensor = 0.0) -> Routing:
