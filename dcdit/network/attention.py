@@ -23,10 +23,16 @@ _SHORT = 48
 """Longest sample that the SDPA form pads."""
 
 
+@cache
+def _has_amx() -> bool:
+    """Whether torch may use the matrix units of this CPU for bfloat16."""
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    if q.device.type == "cpu" and q.dtype != torch.float32:
-        # The fused CPU kernel is slower in bfloat16 than in float32, its backward several times; autocast would undo
-        # the conversion.
+    if q.device.type == "cpu" and q.dtype != torch.float32 and not (q.dtype == torch.bfloat16 and _has_amx()):
+        # Without AMX the fused CPU kernel is slower in bfloat16 than in float32, its backward several times; autocast
+        # would undo the conversion.
         with torch.autocast("cpu", enabled=False):
             return _sdpa(q.float(), k.float(), v.float(), packing).to(q.dtype)
     if packing.lengths is None:

@@ -90,6 +90,7 @@ class DCDiT(Network):
 
     routes: ClassVar[bool] = True
     caches: ClassVar[bool] = True
+    float32_parts: ClassVar[tuple[str, ...]] = ("router", "residual")
     title = "DC-DiT"
     pos_embed: Tensor
     capacity: float | None = None

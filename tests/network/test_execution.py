@@ -1,5 +1,6 @@
 """How blocks run changes nothing in what they compute."""
 
+import copy
 import shutil
 
 import pytest
@@ -7,9 +8,15 @@ import torch
 from support.configs import perturb
 
 from dcdit.network import DCDiT, DiT
+from dcdit.network.attention import packed_attention
 from dcdit.network.blocks import set_execution
+from dcdit.network.packing import make_packing
+from dcdit.network.precision import hold_products_in
 
 SIZE = {"grid": 8, "channels": 4, "width": 64, "depth": 3, "heads": 2, "num_classes": 5}
+
+DROP = {True: (0.3,), False: ()}
+"""What networks that route drop."""
 
 
 def networks():
@@ -78,3 +85,44 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_a_bounded_number_of_t
         counts.append(graphs["unique_graphs"])
     # two graphs for all blocks, whatever the lengths
     assert counts == [2] * len(counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_held_in_half_precision_give_the_same_bits_and_take_half_the_memory(dtype):
+    for network in networks():
+        network.to(memory_format=torch.channels_last)
+        held = copy.deepcopy(network)
+        hold_products_in(held, dtype)
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            expected, output = network(*inputs(), *DROP[network.routes]), held(*inputs(), *DROP[network.routes])
+        assert torch.equal(expected.prediction, output.prediction)
+        if network.routes:
+            assert torch.equal(expected.routing.prob, output.routing.prob)
+        sizes = [
+            sum(parameter.nbytes for parameter in each.backbone.parameters())
+            for each in (network, held)
+            if network.routes
+        ]
+        assert not sizes or sizes[1] < 0.52 * sizes[0]
+        for name in network.float32_parts:
+            assert {parameter.dtype for parameter in getattr(held, name).parameters()} == {torch.float32}
+
+
+def test_attention_computes_in_bf16_where_the_cpu_has_matrix_units(monkeypatch):
+    q, k, v = torch.randn(3, 20, 2, 8).bfloat16()
+    packing = make_packing(torch.ones(2, 10, dtype=torch.bool))
+    dtypes = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, *arguments, **options):
+        dtypes.append(query.dtype)
+        return plain(query, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    outputs = []
+    for amx in (False, True):
+        monkeypatch.setattr("dcdit.network.attention._has_amx", lambda amx=amx: amx)
+        outputs.append(packed_attention(q, k, v, packing))
+    assert dtypes == [torch.float32, torch.bfloat16]
+    assert outputs[0].dtype == outputs[1].dtype == torch.bfloat16
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=2e-2, atol=2e-2)
