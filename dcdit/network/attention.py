@@ -26,7 +26,8 @@ _SHORT = 48
 @cache
 def _has_amx() -> bool:
     """Whether torch may use the matrix units of this CPU for bfloat16."""
-    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("amx_bf16"))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
@@ -35,7 +36,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         # would undo the conversion.
         with torch.autocast("cpu", enabled=False):
             return _sdpa(q.float(), k.float(), v.float(), packing).to(q.dtype)
-    if packing.lengths is None:
+    if not packing.lengths:
         return _padded_sdpa(q, k, v, packing, packing.bound)
     lengths = [length for length in packing.lengths if length]
     batch, longest = len(lengths), max(lengths)

@@ -191,15 +191,14 @@ class DCDiT(Network):
     def spread_or_reuse(self, features: Tensor, c: Tensor, routing: Routing, cache: CachedStep) -> Tensor:
         """The same, of the samples that keep no position from ``cache``."""
         packing = make_packing(routing.mask)
-        lengths = packing.lengths or ()
-        rows = [row for row, length in enumerate(lengths) if length]
+        rows = [row for row, length in enumerate(packing.lengths) if length]
         if len(rows) == len(features):
             return cache.complete(self.spread(features, c, routing, packing), None)
         computed = torch.tensor(rows, dtype=torch.int64, device=features.device)
         fresh = features.new_empty(0, *features.shape[1:]).flatten(1, 2).float()
         if rows:
             remaining = routing.of(computed)
-            packing = make_packing(remaining.mask, [lengths[row] for row in rows])
+            packing = make_packing(remaining.mask, [packing.lengths[row] for row in rows])
             fresh = self.spread(features[computed], c[computed], remaining, packing)
         return cache.complete(fresh, computed)
 

@@ -98,7 +98,6 @@ def gaussian_sums(field: Tensor, packing: Packing, grid: tuple[int, int], weight
         field = field.masked_fill(~packing.valid[:, None], 0)
         flat = field.new_zeros(packing.batch * positions, field.shape[1]).index_add(0, packing.index, field)
         return blur(flat.unflatten(0, (-1, *grid)), weights).flatten(0, 2).index_select(0, packing.index)
-    assert lengths is not None
     together = max(1, _AT_ONCE // (positions * field.shape[1]))
     groups = [lengths[first : first + together] for first in range(0, len(lengths), together)]
     tokens = [sum(group) for group in groups]  # split, whose backward is one concatenation, not a sum of slices

@@ -19,7 +19,7 @@ class Packing:
         cu_seqlens: (segments + 1,) int32, segment s owns tokens ``cu_seqlens[s]:cu_seqlens[s + 1]``.
         sample: (T,) int64, the sample that owns each token.
         index: (T,) int64, position of each token in the flattened (B * L) grid, ascending.
-        lengths: the lengths of the segments on the host; None where the host does not read them.
+        lengths: the lengths of the segments on the host; () where the host does not read them.
         bound: static upper bound of a length (the number of grid positions L).
         batch: number of samples B.
         valid: (T,) bool, False for padding; None where there is none.
@@ -28,7 +28,7 @@ class Packing:
     cu_seqlens: Tensor
     sample: Tensor
     index: Tensor
-    lengths: tuple[int, ...] | None
+    lengths: tuple[int, ...]
     bound: int
     batch: int
     valid: Tensor | None = None
@@ -62,7 +62,7 @@ def make_static_packing(mask: Tensor, size: int) -> Packing:
     borders = [ends.new_zeros(1), ends, (ends[-1] + padding).clamp(max=size)]
     cu_seqlens = torch.cat(borders).to(torch.int32)
     known = mask.device.type == "cpu" and not torch.compiler.is_compiling()  # where reading them costs nothing
-    lengths = tuple(cu_seqlens.diff().tolist()) if known else None
+    lengths = tuple(cu_seqlens.diff().tolist()) if known else ()
     valid = torch.arange(size, device=mask.device) < ends[-1]
     return Packing(cu_seqlens, index // positions, index, lengths, positions, batch, valid)
 
