@@ -79,11 +79,6 @@ class DCDiT(Network):
         qk_norm: normalise queries and keys of each head (arXiv 2302.05442); not as published.
         attention: ``auto``, ``sdpa``, ``varlen`` or ``flash_attn``.
 
-    Attributes:
-        capacity: share of all positions of a batch that its packed sequence has room for, see
-            :func:`dcdit.network.packing.static_size`. The sequence always has that length, so that shapes are static
-            and nothing is read from a GPU; of more tokens the least certain ones are dropped. None packs exactly.
-
     Raises:
         UserError: if the sizes do not fit each other or a name is unknown.
     """
@@ -93,7 +88,6 @@ class DCDiT(Network):
     float32_parts: ClassVar[tuple[str, ...]] = ("router", "residual")
     title = "DC-DiT"
     pos_embed: Tensor
-    capacity: float | None = None
 
     def __init__(
         self,
@@ -142,7 +136,13 @@ class DCDiT(Network):
         self.condition_norm = nn.LayerNorm(width) if condition_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0, cache: CachedStep | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        drop_fraction: float | Tensor = 0.0,
+        cache: CachedStep | None = None,
+        capacity: float | None = None,
     ) -> Output:
         """Predict the noise and the variance of ``x``, as in figure 2 of the paper; see :class:`Network`."""
         self.check_inputs(x, t, y)
@@ -155,8 +155,8 @@ class DCDiT(Network):
             first: DiTBlock = self.backbone.blocks[0]  # type: ignore[assignment]
             reused, change = cache.reuse(first.modulated(features.flatten(1, 2), c))
             routing = routing.without(reused)
-        if self.capacity is not None:
-            size = static_size(self.capacity, *routing.mask.shape)
+        if capacity is not None:
+            size = static_size(capacity, *routing.mask.shape)
             routing = routing.within(size)
             spread = self.spread(features, c, routing, make_static_packing(routing.mask, size))
             spread = spread if cache is None or reused is None else cache.complete_all(spread, reused)

@@ -64,12 +64,17 @@ class DiT(Network):
         self.output = OutputLayer(width, width, patch * patch * (1 + variance) * channels)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0, cache: CachedStep | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        drop_fraction: float | Tensor = 0.0,
+        cache: CachedStep | None = None,
+        capacity: float | None = None,
     ) -> Output:
         """Predict the noise and the variance of ``x``; see :class:`Network`."""
         self.check_inputs(x, t, y)
-        self.refuse_drop(drop_fraction)
-        self.refuse_cache(cache)
+        self.refuse_budgets(drop_fraction, cache, capacity)
         c = self.condition(t, y)  # (B, D)
         patches = self.embed(x).flatten(2).transpose(1, 2)  # (B, L / patch^2, D)
         packing = full_packing(len(x), patches.shape[1], x.device)

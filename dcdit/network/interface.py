@@ -93,7 +93,13 @@ class Network(
 
     @abstractmethod
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0, cache: CachedStep | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        drop_fraction: float | Tensor = 0.0,
+        cache: CachedStep | None = None,
+        capacity: float | None = None,
     ) -> Output:
         """Predict the noise and the variance of ``x``.
 
@@ -104,6 +110,10 @@ class Network(
             drop_fraction: share of kept tokens to drop, in [0, 1), one number or one per sample (B,); 0 for a network
                 that does not route.
             cache: what the samples may reuse, for a network that :attr:`caches`; None computes all of them.
+            capacity: share of all positions of the batch that the packed sequence has room for, for a network that
+                routes. The sequence always has that length, see :func:`dcdit.network.packing.static_size`, so that
+                shapes are static and nothing is read from a GPU; of more tokens the least certain ones are dropped,
+                see :attr:`Routing.beyond`. None packs exactly.
 
         Raises:
             UserError: if the shapes do not fit the network or the drop fraction cannot be had.
@@ -116,15 +126,20 @@ class Network(
         dropped = torch.rand(y.shape, device=y.device) < self.label_dropout
         return y.masked_fill(dropped, self.null_class)
 
-    def refuse_drop(self, drop_fraction: float | Tensor) -> None:
-        """For networks that do not route: :class:`UserError` unless ``drop_fraction`` is the number 0."""
+    def refuse_budgets(
+        self, drop_fraction: float | Tensor, cache: CachedStep | None = None, capacity: float | None = None
+    ) -> None:
+        """For networks that always compute all tokens: :class:`UserError` if they are asked for less.
+
+        Args:
+            drop_fraction, cache, capacity: as given to :meth:`forward`.
+        """
         if isinstance(drop_fraction, Tensor) or drop_fraction != 0:
             raise UserError(f"drop_fraction={drop_fraction}: {self.title} drops no tokens, take 0, or a dcdit model")
-
-    def refuse_cache(self, cache: CachedStep | None) -> None:
-        """For networks that do not cache: :class:`UserError` unless there is no ``cache``."""
         if cache is not None:
             raise UserError(f"sampler.cache: {self.title} computes every step, take 0, or a dcdit model")
+        if capacity is not None:
+            raise UserError(f"capacity={capacity:g}: {self.title} drops no tokens, take null, or a dcdit model")
 
     @property
     @abstractmethod

@@ -6,6 +6,10 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _INFO = Path("/proc/meminfo")
@@ -35,3 +39,19 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)  # not even those above the 32 MiB that M_MMAP_THRESHOLD may be set to
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def peak_memory(device: "torch.device") -> int:
+    """The most bytes held at once: of tensors on a GPU since the last call, elsewhere of the process since it began."""
+    if device.type == "cuda":
+        import torch
+
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -29,7 +29,7 @@ def step_metrics(diffusion: DiffusionLoss, drop_fraction: float) -> dict[str, Te
 
 
 def routing_metrics(routing: Routing, world_size: int) -> dict[str, Tensor]:
-    """The metrics of the router, scalars by name: keep ratios and, with several processes, the tokens of each."""
+    """The metrics of the router, scalars by name: keep ratios, tokens of this process, and what a capacity dropped."""
     keep_ratios = routing.natural_mask.float().mean(dim=1)
     metrics = {
         "train/keep_ratio": keep_ratios.mean(),
@@ -37,10 +37,10 @@ def routing_metrics(routing: Routing, world_size: int) -> dict[str, Tensor]:
         "train/keep_ratio_max": keep_ratios.max(),
         "train/keep_ratio_after_drop": routing.mask.float().mean(),
     }
-    if world_size > 1:
-        tokens = routing.mask.sum().float()
-        metrics |= dict.fromkeys(_TOKENS, tokens)
-    return metrics
+    tokens = routing.mask.sum().float()
+    if routing.beyond is not None:
+        metrics["train/dropped_by_capacity"] = routing.beyond / (tokens + routing.beyond)
+    return metrics | dict.fromkeys(_TOKENS if world_size > 1 else _TOKENS[:1], tokens)
 
 
 class BatchMetrics:

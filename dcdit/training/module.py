@@ -63,6 +63,11 @@ def check_fit(network: Network, process: Process, config: TrainConfig) -> None:
             f"multi_budget.fractions={config.multi_budget.fractions}: {network.title} drops no tokens, set"
             " multi_budget=none"
         )
+    if isinstance(config.execution.capacity, float) and not network.routes:
+        raise UserError(
+            f"execution.capacity={config.execution.capacity:g}: {network.title} drops no tokens, set"
+            " execution.capacity=null"
+        )
     for part in config.optimizer.lr_scale or ():
         if part not in network.parts():
             known = ", ".join(network.parts())
@@ -100,6 +105,7 @@ class DCDiTModule(pl.LightningModule):
         self.compression, self.ratio, self.multi_budget = config.compression, config.ratio, config.multi_budget
         self.optimizer, self.max_steps, self.seed = config.optimizer, config.trainer.max_steps, config.seed
         self.nonfinite_limit, self.balance_timesteps = config.nonfinite_limit, config.balance_timesteps
+        self.capacity = config.capacity if network.routes else None
         names = ("model", "diffusion", "compression", "ratio", "multi_budget", "optimizer", "seed")
         saved = {name: to_plain(getattr(config, name)) for name in (*names, "nonfinite_limit", "balance_timesteps")}
         self.save_hyperparameters(
@@ -135,7 +141,8 @@ class DCDiTModule(pl.LightningModule):
             self._end_distillation()
         noisy = self._diffuse(batch, t)
         with record_hidden_states(self.network) if self.distillation is not None else nullcontext() as hidden:
-            output = self.network(noisy.x, noisy.t, noisy.labels, drop)
+            capacity = {} if self.capacity is None else {"capacity": self.capacity}
+            output = self.network(noisy.x, noisy.t, noisy.labels, drop, **capacity)
         diffusion = self._loss(noisy, output)
         loss, metrics = diffusion.total.mean(), step_metrics(diffusion, drop)
         if output.routing is not None:

@@ -76,6 +76,15 @@ class MatchComputeSettings:
     steps: Count
 
 
+Capacity = Annotated[
+    float,
+    Bounds(0, 1, open_low=True, hint="it is the share of all positions that there is room for, such as 0.4; or auto"),
+]
+
+AUTO_CAPACITY = 1.5
+"""Room of ``execution.capacity=auto`` over what the ratio loss asks the router to keep."""
+
+
 @config
 class ExecutionSettings:
     """How the same mathematics is run."""
@@ -83,6 +92,7 @@ class ExecutionSettings:
     compile: bool
     activation_checkpointing: bool
     max_micro_batch: Count | None
+    capacity: Literal["auto"] | Capacity | None
 
 
 Differing = Literal["classes", "grid", "router", "latents"]
@@ -270,6 +280,14 @@ class TrainConfig:
             if key.count(".") == 2 and last in LOGGER_KEYS and value != RUN_ID:
                 conform(key, value, LOGGER_KEYS[last])
         self.init.check_model(self.model.get("name"))
+
+    @property
+    def capacity(self) -> float | None:
+        """Share of all positions that the packed sequence of a training step has room for; None for all."""
+        capacity = self.execution.capacity
+        if capacity != "auto":
+            return capacity
+        return min(1.0, AUTO_CAPACITY / min(self.compression, self.ratio.curriculum_start or self.compression))
 
     @property
     def batch_size(self) -> int:

@@ -59,8 +59,8 @@ def test_a_forward_pass_with_room_equals_the_exact_one(data):
     batch, drop = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([0.0, 0.4, 0.8]))
     with torch.no_grad():
         exact = net(*inputs(batch), drop)
-        net.capacity = data.draw(st.floats(float(exact.routing.mask.float().mean()), 1.0))
-        static = net(*inputs(batch), drop)
+        capacity = data.draw(st.floats(float(exact.routing.mask.float().mean()), 1.0))
+        static = net(*inputs(batch), drop, capacity=capacity)
     assert torch.equal(exact.routing.mask, static.routing.mask)
     assert static.routing.beyond == 0
     # Products of other sizes round differently; nothing else may differ.
@@ -71,9 +71,8 @@ def test_gradients_with_room_equal_the_exact_ones():
     net = network()
     gradients = []
     for capacity in (None, 1.0):
-        net.capacity = capacity
         net.zero_grad()
-        net(*inputs(), 0.2).prediction.square().sum().backward()
+        net(*inputs(), 0.2, capacity=capacity).prediction.square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None])
     for exact, static in zip(*gradients, strict=True):
         torch.testing.assert_close(static, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
@@ -115,14 +114,13 @@ def test_sizes_are_multiples_of_128_and_no_more_than_all_positions():
 def test_the_host_reads_nothing(precision, cached):
     with PretendCuda() as device:
         net = network().to("cuda")
-        net.capacity = 0.9
         x, t, y = (each.to("cuda") for each in inputs())
         cache = TrajectoryCache(0.5, 0.0)
         device.reads.clear()
         device.copies.clear()
         for step in range(2):
             with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-                output = net(x, t, y, 0.3, cache.step(900 - step, (0,)) if cached else None)
+                output = net(x, t, y, 0.3, cache.step(900 - step, (0,)) if cached else None, 0.9)
         output.prediction.float().square().mean().backward() if not cached else None
         assert not device.reads, device.reads
         assert not device.copies
@@ -134,9 +132,9 @@ def test_feature_caching_with_room_equals_the_exact_one():
     moves = torch.tensor([0.0, 0.05, 0.2, 1.0]).view(4, 1, 1, 1) * torch.randn_like(x)
     outputs = []
     for capacity in (None, 1.0):
-        net.capacity, cache = capacity, TrajectoryCache(0.3, 0.0)
+        cache = TrajectoryCache(0.3, 0.0)
         with torch.no_grad():
-            outputs.append([net(x + k * moves, t, y, 0.0, cache.step(900 - k, (0,))) for k in range(6)])
+            outputs.append([net(x + k * moves, t, y, 0.0, cache.step(900 - k, (0,)), capacity) for k in range(6)])
     reused = [output.routing.mask.sum(1) == 0 for output in outputs[0]]
     assert any(some.any() for some in reused)
     assert any(not some.all() for some in reused[1:])
@@ -147,8 +145,7 @@ def test_feature_caching_with_room_equals_the_exact_one():
 
 def test_the_whole_network_compiles_as_one_graph():
     net = network()
-    net.capacity = 0.9
     with torch.no_grad():
-        expected = net(*inputs(), 0.3).prediction
+        expected = net(*inputs(), 0.3, capacity=0.9).prediction
         compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(*inputs(), 0.3).prediction, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled(*inputs(), 0.3, capacity=0.9).prediction, expected, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ from support.configs import TINY
 from support.processes import Command
 from torch import Tensor
 
-TIMING = {"train/images_per_s"}
+TIMING = {"train/images_per_s", "train/peak_memory_gb"}
 
 
 def load(run: Path, name: str = "last.ckpt") -> dict:

@@ -13,6 +13,7 @@ from rich import get_console
 from dcdit.checks import Bounds, Count, checked
 from dcdit.data.stream import Batch
 from dcdit.runtime.display import Console
+from dcdit.runtime.memory import peak_memory
 from dcdit.runtime.processes import say
 from dcdit.training.callbacks.checkpoint import Checkpoint
 
@@ -23,7 +24,10 @@ def logging_interval(trainer: pl.Trainer) -> int:
 
 
 class Throughput(Callback):
-    """Logs ``train/images_per_s`` over all ranks between two logged steps."""
+    """Logs ``train/images_per_s`` over all ranks and ``train/peak_memory_gb`` between two logged steps.
+
+    The memory is what tensors held on the GPU of this process; on a CPU it is that of the process since its start.
+    """
 
     def __init__(self) -> None:
         self._since: tuple[float, int] | None = None
@@ -47,6 +51,7 @@ class Throughput(Callback):
         if step > start_step:
             images = (step - start_step) * trainer.accumulate_grad_batches * trainer.world_size * len(batch[0])
             pl_module.log("train/images_per_s", images / (now - start))
+            pl_module.log("train/peak_memory_gb", peak_memory(pl_module.device) / 1e9)
             corrupt = getattr(trainer.datamodule, "corrupt", ())  # type: ignore[attr-defined]  # set by fit
             if corrupt:
                 pl_module.log("train/corrupt_samples", float(len(corrupt)))
