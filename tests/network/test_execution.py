@@ -69,6 +69,7 @@ def test_activation_checkpointing_gives_the_same_gradients_and_keeps_less():
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler for torch.compile")
 def test_compiled_blocks_compute_the_same_and_are_compiled_a_bounded_number_of_times():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     graphs = torch._dynamo.utils.counters["stats"]
     network = next(networks())
     counts = []
