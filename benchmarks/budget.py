@@ -24,7 +24,7 @@ from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import DDIM, GuidanceSettings
 from dcdit.network import DCDiT, build_network
-from dcdit.network.blocks import set_execution
+from dcdit.network.execution import set_execution
 from dcdit.network.routing import PredictabilityRouter
 from dcdit.runtime.devices import describe_device, pick_device
 from dcdit.runtime.memory import keep_freed_memory

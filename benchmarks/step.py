@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from dcdit.compute.flops import count
 from dcdit.network import DCDiT, DiT, dcdit
-from dcdit.network.blocks import set_execution
 from dcdit.network.dechunk import dechunk
+from dcdit.network.execution import set_execution
 from dcdit.network.packing import make_packing
 from dcdit.network.routing import PredictabilityRouter
 from dcdit.runtime.memory import keep_freed_memory

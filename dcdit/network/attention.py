@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dcdit.errors import UserError
 from dcdit.network.packing import Packing
+from dcdit.runtime.devices import has_amx
 
 Backend = Literal["auto", "sdpa", "varlen", "flash_attn"]
 
@@ -23,15 +24,8 @@ _SHORT = 48
 """Longest sample that the SDPA form pads."""
 
 
-@cache
-def _has_amx() -> bool:
-    """Whether torch may use the matrix units of this CPU for bfloat16."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("amx_bf16"))
-
-
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    if q.device.type == "cpu" and q.dtype != torch.float32 and not (q.dtype == torch.bfloat16 and _has_amx()):
+    if q.device.type == "cpu" and q.dtype != torch.float32 and not (q.dtype == torch.bfloat16 and has_amx()):
         # Without AMX the fused CPU kernel is slower in bfloat16 than in float32, its backward several times; autocast
         # would undo the conversion.
         with torch.autocast("cpu", enabled=False):

@@ -189,18 +189,6 @@ def broadcast_to_tokens(per_sample: Tensor, sample: Tensor, first: int, last: in
     return chosen.chunk(last - first, dim=1)
 
 
-def set_execution(network: nn.Module, compiled: bool = False, checkpointed: bool = False) -> None:
-    """Say how the transformer blocks of ``network`` run; what they compute stays the same.
-
-    Args:
-        network: with :class:`DiTBlock` inside.
-        compiled, checkpointed: see there.
-    """
-    for block in network.modules():
-        if isinstance(block, DiTBlock):
-            block.compiled, block.checkpointed = compiled, checkpointed
-
-
 def layer_norm(x: Tensor) -> Tensor:
     """LayerNorm over the last dimension without affine parameters, epsilon 1e-6."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)

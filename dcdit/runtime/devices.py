@@ -50,6 +50,12 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device={shown(name)} computes nothing here ({reason_of(error)}): take cpu or auto") from error
 
 
+def has_amx() -> bool:
+    """Whether torch uses matrix units of this CPU for bfloat16 (AMX)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("amx_bf16"))
+
+
 def check_compiler(key: str, device: str) -> None:
     """Raise :class:`UserError` unless torch.compile finds what it needs for a kind of device.
 
@@ -71,6 +77,15 @@ def check_compiler(key: str, device: str) -> None:
             f"{key}=true needs a {language} compiler, and there is no {' or '.join(names)} on this machine: install one"
             f" (Debian: apt-get install g++), name yours in the environment variable {variable}, or take {key}=false"
         )
+
+
+def has_compiler(device: str) -> bool:
+    """Whether torch.compile finds what it needs for a kind of device, see :func:`check_compiler`."""
+    try:
+        check_compiler("compile", device)
+    except UserError:
+        return False
+    return True
 
 
 def describe_device(device: torch.device) -> str:

@@ -25,7 +25,7 @@ class SamplingKeys:
     precision: Literal["auto", "fp32", "bf16"]
     autoencoder: str | None
     rounding: Rounding
-    compile: bool
+    compile: Literal["auto"] | bool
     assume: AssumeSettings
     budget: BudgetSettings
     paths: Paths

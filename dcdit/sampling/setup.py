@@ -16,7 +16,7 @@ from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import GuidanceSettings
 from dcdit.errors import UserError, naming
 from dcdit.network import Network
-from dcdit.network.blocks import set_execution
+from dcdit.network.execution import hold_products_in, is_compiled, set_execution
 from dcdit.runtime.devices import check_compiler, pick_device
 from dcdit.runtime.files import content_digest
 from dcdit.runtime.memory import keep_freed_memory
@@ -149,16 +149,32 @@ def load(config: SamplingConfig, source: CheckpointSource) -> Loaded:
 
 def _load(weights: Weights, config: SamplingConfig, source: CheckpointSource, device: torch.device) -> Loaded:
     guidance = config.guidance
-    if config.compile:
+    if config.compile is True:
         check_compiler("compile", device.type)
     model = build_model(weights, config.weights, device)
     print_once(f"{source.name}: {describe_weights(weights, model.network, config.weights)}")
-    set_execution(model.network, compiled=config.compile)
+    prepare(model, config)
     guiding = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
         source = resolve_checkpoint(guidance.weak_checkpoint, config.paths.runs, "guidance.weak_checkpoint")
         guiding = _guiding_model(source, config, model)
     return Loaded(model, load_decoder(model.latents, device, config.autoencoder, config.rounding), guiding)
+
+
+def precision_on(device: torch.device, config: SamplingConfig) -> str:
+    """Return the precision of sampling on ``device``, ``fp32`` or ``bf16``."""
+    if config.precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return config.precision
+
+
+def prepare(model: Model, config: SamplingConfig) -> None:
+    """Set how a model runs, and hold its weights in the precision of its products."""
+    half = precision_on(model.device, config) == "bf16"
+    set_execution(model.network, compiled=is_compiled(model.network, model.device.type, half, config.compile))
+    if half:
+        _ = model.digest  # of the weights as they are in the checkpoint
+        hold_products_in(model.network, torch.bfloat16)
 
 
 def sampling_of(config: SamplingConfig, source: CheckpointSource, loaded: Loaded) -> Sampling:
@@ -179,9 +195,7 @@ def sampling_of(config: SamplingConfig, source: CheckpointSource, loaded: Loaded
             raise UserError(
                 f"sampler.cache={sampler.settings.cache:g}: {network.title} computes every step: leave the key out"
             )
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if model.device.type == "cuda" else "fp32"
+    precision = precision_on(model.device, config)
     return Sampling(config, source, model, guidance, sampler, loaded.decode, precision, None, guiding)
 
 
@@ -241,7 +255,7 @@ def _guiding_model(source: CheckpointSource, config: SamplingConfig, model: Mode
             raise UserError(
                 f"{source.argument} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind"
             )
-    set_execution(guiding.network, compiled=config.compile)
+    prepare(guiding, config)
     return guiding
 
 

@@ -95,7 +95,7 @@ def check_devices(config: TrainConfig) -> None:
             "trainer.accelerator=mps: this machine has no usable Apple GPU; train on the CPU with trainer=cpu"
         )
     check_precision(config)
-    if config.execution.compile:
+    if config.execution.compile is True:
         check_compiler("execution.compile", "cuda" if trainer.on_gpu else trainer.accelerator)
 
 

@@ -17,7 +17,7 @@ from dcdit.checks import call_checked, to_plain
 from dcdit.data.datamodule import LatentDataModule
 from dcdit.errors import UserError
 from dcdit.network import build_network
-from dcdit.network.blocks import set_execution
+from dcdit.network.execution import is_compiled, set_execution
 from dcdit.runs.changes import Change, changes, describe_changes
 from dcdit.runs.lock import sole_writer
 from dcdit.runs.resume import LAST, find_checkpoints, is_finished, leave_queue, state_at_start, write_state
@@ -172,7 +172,9 @@ def build_training(config: TrainConfig, state: RunState, resumed: Resumed | None
     network, process = build_network(config.model), config.diffusion.build()
     manifest.spec.check_network(network)
     network.to(memory_format=torch.channels_last)  # which convolutions prefer, on CPUs and tensor cores
-    set_execution(network, config.execution.compile, config.execution.activation_checkpointing)
+    half, execution = "bf16" in str(config.trainer.precision), config.execution
+    compiled = is_compiled(network, config.trainer.accelerator, half, execution.compile)
+    set_execution(network, compiled, execution.activation_checkpointing)
     step = resumed.step if resumed else 0
     start = config.init.start(Model(network, manifest.spec, step, process), config.paths.runs)
     earlier = resumed.trained.training.get("init") if resumed else None

@@ -89,7 +89,7 @@ AUTO_CAPACITY = 1.5
 class ExecutionSettings:
     """How the same mathematics is run."""
 
-    compile: bool
+    compile: Literal["auto"] | bool
     activation_checkpointing: bool
     max_micro_batch: Count | None
     capacity: Literal["auto"] | Capacity | None

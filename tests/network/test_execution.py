@@ -9,9 +9,8 @@ from support.configs import perturb
 
 from dcdit.network import DCDiT, DiT
 from dcdit.network.attention import packed_attention
-from dcdit.network.blocks import set_execution
+from dcdit.network.execution import hold_products_in, is_compiled, set_execution
 from dcdit.network.packing import make_packing
-from dcdit.network.precision import hold_products_in
 
 SIZE = {"grid": 8, "channels": 4, "width": 64, "depth": 3, "heads": 2, "num_classes": 5}
 
@@ -122,8 +121,29 @@ def test_attention_computes_in_bf16_where_the_cpu_has_matrix_units(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     outputs = []
     for amx in (False, True):
-        monkeypatch.setattr("dcdit.network.attention._has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr("dcdit.network.attention.has_amx", lambda amx=amx: amx)
         outputs.append(packed_attention(q, k, v, packing))
     assert dtypes == [torch.float32, torch.bfloat16]
     assert outputs[0].dtype == outputs[1].dtype == torch.bfloat16
     torch.testing.assert_close(outputs[1], outputs[0], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("choice", "half", "amx", "expected"),
+    [
+        (True, False, False, True),
+        (False, True, True, False),
+        ("auto", True, True, True),
+        ("auto", True, False, False),
+        ("auto", False, True, False),
+    ],
+)
+def test_auto_compiles_large_networks_where_it_was_measured_to_pay(monkeypatch, choice, half, amx, expected):
+    monkeypatch.setattr("dcdit.network.execution.has_amx", lambda: amx)
+    monkeypatch.setattr("dcdit.network.execution.has_compiler", lambda device: True)
+    small = next(networks())
+    with torch.device("meta"):
+        large = torch.nn.Linear(6000, 6000)
+    assert is_compiled(large, "cpu", half, choice) == expected
+    assert is_compiled(small, "cpu", half, choice) == (choice is True)
+    assert is_compiled(large, "cuda", half, choice) == (choice is True)

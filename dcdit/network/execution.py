@@ -1,4 +1,4 @@
-"""Which tensors of a network are float32, whatever autocast says, and weights held in the precision of their products.
+"""How a network runs, which changes nothing in what it computes: compiled, checkpointed, in which precision.
 
 ======================================= ========== ================================================================
 tensor                                  precision  reason
@@ -14,10 +14,48 @@ loss and everything of the sampler      float32    differences of nearly equal n
 ======================================= ========== ================================================================
 """
 
+from typing import Literal
+
 import torch
 from torch import nn
 
+from dcdit.network.blocks import DiTBlock
 from dcdit.network.interface import Network
+from dcdit.runtime.devices import has_amx, has_compiler
+
+
+def set_execution(network: nn.Module, compiled: bool = False, checkpointed: bool = False) -> None:
+    """Say how the transformer blocks of ``network`` run; what they compute stays the same.
+
+    Args:
+        network: with :class:`DiTBlock` inside.
+        compiled, checkpointed: see there.
+    """
+    for block in network.modules():
+        if isinstance(block, DiTBlock):
+            block.compiled, block.checkpointed = compiled, checkpointed
+
+
+_LARGE = 30_000_000
+"""Parameters from which on a network gains more by compiling than that takes: those of S at the least."""
+
+
+def is_compiled(network: nn.Module, device: str, half: bool, choice: Literal["auto"] | bool) -> bool:
+    """Whether the blocks of a network are to be compiled.
+
+    ``auto`` compiles large networks on a CPU with matrix units for bfloat16 and a compiler: compiled blocks run 1.4
+    times as fast on a Xeon with AMX, 1.04 times on an EPYC without.
+
+    Args:
+        network: that will run.
+        device: kind of device, such as ``cpu``.
+        half: whether products run in bfloat16.
+        choice: what the user asks for.
+    """
+    if choice != "auto":
+        return choice
+    large = sum(parameter.numel() for parameter in network.parameters()) >= _LARGE
+    return large and half and device == "cpu" and has_amx() and has_compiler(device)
 
 
 def hold_products_in(network: Network, dtype: torch.dtype) -> None:
