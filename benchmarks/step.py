@@ -2,17 +2,21 @@
 
     python benchmarks/step.py                                              DC-DiT-B, 256px, float32
     python benchmarks/step.py --scale xl --batch 64 --precision bf16 --device cuda --compile
+    python benchmarks/step.py --capacity 0.3                               beside it, a packed sequence of fixed length
     python benchmarks/step.py --check                                      fails where an optimisation is lost
 
 Needs torch alone. An untrained network, its router set so that it keeps a given share of the very input that
 is measured. All variants take turns, and times are medians over the rounds: compare ratios within a run, never across.
+On a GPU float32 is float32: TF32 is off, for convolutions too, unless ``--tf32`` asks for it.
 """
 
 import argparse
+import math
 import platform
 import statistics
 import sys
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,12 +31,15 @@ from dcdit.compute.flops import count
 from dcdit.network import DCDiT, DiT, dcdit
 from dcdit.network.dechunk import dechunk
 from dcdit.network.execution import set_execution
-from dcdit.network.packing import make_packing
+from dcdit.network.interface import Output
+from dcdit.network.packing import make_packing, static_size
 from dcdit.network.routing import PredictabilityRouter
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.settings.published import SCALES, published_scales
 
 DROPS = (0.2, 0.5, 0.8)
+LEAST = 0.01
+"""Seconds between two readings of the clock around products: a product of a few microseconds is repeated."""
 MIB = 2.0**20
 
 Function = Callable[..., Any]
@@ -96,10 +103,11 @@ def instrumented(network: DCDiT, clock: Clock) -> Iterator[None]:
         (network.encoder, "forward", "encoder and decoder"),
         (network, "route", "router"),
         (dcdit, "make_packing", "chunk"),
+        (dcdit, "make_static_packing", "chunk"),
         (dcdit, "pack", "chunk"),
         (network.backbone, "forward", "backbone"),
         (dcdit, "dechunk", "de-chunk"),
-        (network.residual, "forward", "the residual projection"),
+        (network.residual, "forward", "residual projection"),
         (network.decoder, "forward", "encoder and decoder"),
         (network.output, "forward", "output"),
     ]
@@ -135,6 +143,8 @@ class Bench:
         self.network.eval()
         self.plain.eval()
         self.network.to(memory_format=torch.channels_last)
+        self.network.router_tf32 = options.tf32
+        self.memory: dict[str, float] = {}
         with torch.no_grad():
             for parameter in (*self.network.parameters(), *self.plain.parameters()):
                 parameter.add_(0.02 * torch.randn_like(parameter))  # zero-initialised parts make all positions alike
@@ -163,6 +173,16 @@ class Bench:
         function()
         return self.clock.now() - begin
 
+    def most_memory(self, network: nn.Module, optimizer: torch.optim.Optimizer | None, function: Function) -> float:
+        """The most bytes on a GPU in one call, with those of ``network`` and ``optimizer``, without all others."""
+        own = [*network.parameters(), *network.buffers()]
+        own += [each for each in tree_leaves(dict(optimizer.state) if optimizer else {}) if isinstance(each, Tensor)]
+        held = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        function()
+        more = torch.cuda.max_memory_allocated(self.device) - held
+        return more + float(sum(each.nbytes for each in own if each.is_cuda))
+
     def forward(self, network: nn.Module, drop: float = 0.0) -> None:
         """A forward pass without gradients."""
         with torch.no_grad(), self.precision():
@@ -171,13 +191,31 @@ class Bench:
     def train(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """A training step: forward, backward, AdamW."""
         with self.precision():
-            output = network(self.x, self.t, self.y)
+            output: Output = network(self.x, self.t, self.y)
         loss = output.prediction.float().square().mean()
         if output.routing is not None:
             loss = loss + 0.03 * output.routing.prob.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    @contextmanager
+    def fixed_length(self) -> Iterator[None]:
+        """The network packs its tokens in a sequence of fixed length."""
+        self.network.capacity = self.options.capacity
+        try:
+            yield
+        finally:
+            self.network.capacity = None
+
+    def in_fixed_length(self, function: Function) -> Function:
+        """``function``, called so."""
+
+        def call() -> None:
+            with self.fixed_length():
+                function()
+
+        return call
 
     def peak_matmul(self) -> Function:
         """A product as large as the widest of the backbone: the time that its FLOPs take at best."""
@@ -210,14 +248,18 @@ class Bench:
         """Medians in seconds: of whole steps, and of the parts of a forward pass."""
         matmul = self.peak_matmul()
         optimizers = [torch.optim.AdamW(each.parameters(), lr=0.0, fused=True) for each in (self.network, self.plain)]
+        matmul()
+        products = max(8, math.ceil(LEAST / self.seconds(matmul)))
         whole: dict[str, Function] = {
-            "matmul": lambda: [matmul() for _ in range(8)],
+            "matmul": lambda: [matmul() for _ in range(products)],
             "forward": lambda: self.forward(self.network),
             **{f"drop {drop}": lambda drop=drop: self.forward(self.network, drop) for drop in DROPS},
             "plain forward": lambda: self.forward(self.plain),
             "train": lambda: self.train(self.network, optimizers[0]),
             "plain train": lambda: self.train(self.plain, optimizers[1]),
         }
+        if self.options.capacity:
+            whole |= {f"{name}, fixed length": self.in_fixed_length(whole[name]) for name in ("forward", "train")}
         times: dict[str, list[float]] = {}
         parts: dict[str, list[float]] = {}
         for turn in range(self.options.rounds + self.options.warmup):
@@ -232,9 +274,34 @@ class Bench:
             for name, spent in self.clock.seconds.items():
                 if counted:
                     parts.setdefault(name, []).append(spent)
+        if self.device.type == "cuda":
+            for name, function in whole.items():
+                plain, trains = name.startswith("plain"), "train" in name
+                network = self.plain if plain else self.network
+                self.memory[name] = self.most_memory(network, optimizers[plain] if trains else None, function)
         median = {name: statistics.median(found) for name, found in times.items()}
-        median["matmul"] /= 8
+        median["matmul"] /= products
         return median, {name: statistics.median(found) for name, found in parts.items()}
+
+    def measure_graphs(self, training: bool) -> tuple[float, float]:
+        """Medians in seconds of a step of fixed length: as it is, and whole in one graph, on a GPU one CUDA graph."""
+        compiled = torch.compile(self.network, fullgraph=True, mode="reduce-overhead")
+        optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.0, fused=True)
+
+        def step(network: Any) -> None:
+            torch.compiler.cudagraph_mark_step_begin()
+            # compiled as a whole, the blocks are not compiled a second time
+            set_execution(self.network, self.options.compile and network is not compiled, self.options.checkpointing)
+            with self.fixed_length():
+                self.train(network, optimizer) if training else self.forward(network)
+
+        times: tuple[list[float], list[float]] = [], []
+        for turn in range(self.options.rounds + max(3, self.options.warmup)):  # compiled, recorded, replayed
+            for network, kept in zip((self.network, compiled), times, strict=True):
+                spent = self.seconds(lambda network=network: step(network))
+                if turn >= max(3, self.options.warmup):
+                    kept.append(spent)
+        return statistics.median(times[0]), statistics.median(times[1])
 
 
 def dropped(lengths: tuple[int, ...], drop: float) -> list[int]:
@@ -244,8 +311,7 @@ def dropped(lengths: tuple[int, ...], drop: float) -> list[int]:
 
 def grouped(components: dict[str, float]) -> dict[str, float]:
     """Counted FLOPs under the names that times have."""
-    names = {"residual Linear r": "the residual projection"}
-    names |= dict.fromkeys(("embedding", "encoder", "decoder"), "encoder and decoder")
+    names = dict.fromkeys(("embedding", "encoder", "decoder"), "encoder and decoder")
     found: dict[str, float] = {}
     for name, value in components.items():
         found[names.get(name, name)] = found.get(names.get(name, name), 0.0) + value
@@ -258,9 +324,10 @@ def report(bench: Bench) -> dict[str, float]:
     times, parts = bench.measure()
     flops = count(network, bench.lengths)
     per_component = grouped(dict(flops.components))
+    assert per_component.keys() <= parts.keys(), f"no times for {per_component.keys() - parts.keys()}"
     rate = bench.matmul_flops / times["matmul"]
     memory = bench.dechunk_bytes()
-    how = [name for name in ("compile", "checkpointing") if getattr(options, name)]
+    how = [name for name in ("compile", "checkpointing", "tf32") if getattr(options, name)]
     print(heading(options, f"batches of {batch}", *how))
     print(f"Kept {sum(bench.lengths) / batch / options.grid**2:.1%}; a product of {sum(bench.lengths)} tokens with the")
     print(f"MLP's first matrix runs at {rate / 1e9:,.0f} GFLOP/s, the peak matmul throughput here.\n")
@@ -280,18 +347,23 @@ def report(bench: Bench) -> dict[str, float]:
         "whole, not taken apart", f"{1e3 * whole / batch:.2f}", "", f"{work / 1e9:.2f}", share(work, batch, whole, rate)
     )
     print()
-    line("step", "ms/image", "against forward", "its FLOPs", "of peak matmul")
-    line("---", "---:", "---:", "---:", "---:")
+    line("step", "ms/image", "against forward", "its FLOPs", "of peak matmul", "most memory, MiB")
+    line("---", "---:", "---:", "---:", "---:", "---:")
     plain = count(bench.plain).total
     rows = {"forward": work, **{f"drop {d}": count(network, dropped(bench.lengths, d)).total for d in DROPS}}
     rows |= {"train": 3 * work, "plain forward": plain, "plain train": 3 * plain}
+    rows |= {name: rows[name.partition(",")[0]] for name in times if name.endswith("fixed length")}
     for name, counted in rows.items():
         spent = times[name]
         cells = (f"{1e3 * spent / batch:.2f}", f"{spent / whole:.2f}", f"{counted / work:.2f}")
-        line(name.replace("plain", "DiT/2"), *cells, share(counted, batch, spent, rate))
+        held = f"{bench.memory[name] / MIB:,.0f}" if name in bench.memory else "-"
+        line(name.replace("plain", "DiT/2"), *cells, share(counted, batch, spent, rate), held)
     print(f"\nDe-chunk holds {memory[0] / MIB:.0f} MiB at once, {memory[1] / MIB:.0f} MiB with its backward pass.")
-    if bench.device.type == "cuda":
-        print(f"Most memory of all: {torch.cuda.max_memory_allocated() / MIB:,.0f} MiB.")
+    if options.capacity:
+        size = static_size(options.capacity, batch, options.grid**2)
+        kept = sum(bench.lengths)
+        print(f"The fixed length has room for {size} tokens; {max(0, kept - size)} of {kept} were dropped.")
+    sys.stdout.flush()
     return {
         "peak matmul": work * batch / whole / rate,
         "drop": times["drop 0.5"] / whole / (rows["drop 0.5"] / work),
@@ -299,6 +371,22 @@ def report(bench: Bench) -> dict[str, float]:
         "de-chunk": parts["de-chunk"] / total,
         "memory": memory[1] / (batch * options.grid**2 * network.residual.in_features * 4),
     }
+
+
+def report_graphs(bench: Bench) -> None:
+    """Measure and print what compiling the whole network saves; where it fails, say how, and go on."""
+    print("\n| whole network compiled, fixed length | ms/image | of the time without | compiled in all, s |")
+    print("| --- | ---: | ---: | ---: |")
+    for training in (False, True):
+        name, begin = "training step" if training else "forward pass", time.perf_counter()
+        try:
+            without, graph = bench.measure_graphs(training)
+        except Exception:  # of the compiler, which has many
+            print(f"| {name} | failed | | |\n\n```\n{traceback.format_exc()[-1500:]}```", flush=True)
+            return
+        spent = time.perf_counter() - begin
+        ms = 1e3 * graph / bench.options.batch
+        print(f"| {name} | {ms:.2f} | {graph / without:.2f} | {spent:.0f} |", flush=True)
 
 
 def share(flops: float, batch: int, seconds: float, rate: float) -> str:
@@ -358,10 +446,19 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="fuse the blocks' element-wise operations")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of the blocks")
+    parser.add_argument("--capacity", type=float, help="measure, beside, a packed sequence with room for this share")
+    parser.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        help="with --capacity: measure the whole network compiled, on a GPU as CUDA graphs (there the default)",
+    )
+    parser.add_argument("--tf32", action="store_true", help="let float32 products and convolutions run in TF32")
     parser.add_argument("--check", action="store_true", help="a small network; exit status 1 if a ratio is far off")
     options = parser.parse_args()
     if not 0 < options.kept <= 1:
         parser.error(f"--kept {options.kept:g} is not a share: take one above 0 and up to 1")
+    if options.capacity is not None and not 0 < options.capacity <= 1:
+        parser.error(f"--capacity {options.capacity:g} is not a share: take one above 0 and up to 1")
     if options.grid < 2 or options.grid % 2:
         parser.error(f"--grid {options.grid} does not suit the patches of DiT/2: take an even number")
     if min(options.batch, options.rounds) < 1:
@@ -369,7 +466,11 @@ def main() -> int:
     if options.check:
         options.scale, options.batch, options.rounds, options.warmup = "s", 4, 5, 1
     keep_freed_memory()
-    ratios = report(Bench(options))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
+    bench = Bench(options)
+    ratios = report(bench)
+    if options.capacity and (bench.device.type == "cuda" if options.graphs is None else options.graphs):
+        report_graphs(bench)
     if options.check:
         print()
         return check(ratios)

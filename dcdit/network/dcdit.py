@@ -1,5 +1,6 @@
 """DC-DiT: a diffusion transformer over a learned selection of grid positions (arXiv 2603.06351)."""
 
+from contextlib import nullcontext
 from typing import Annotated, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from dcdit.network.embeddings import Conditioning, FreqShift, position_table
 from dcdit.network.initialisers import InitScheme, xavier_init, zero_init
 from dcdit.network.interface import Component, Network, Output
 from dcdit.network.packing import Packing, make_packing, make_static_packing, pack, static_size
-from dcdit.network.routing import ROUTERS, RouterName, Routing, route
+from dcdit.network.routing import ROUTERS, RouterName, Routing, exact_float32, route
 
 SmoothingSigma = Annotated[float, Bounds(0, 512, open_low=True, hint="take 1 or 2, or null for no smoothing")]
 
@@ -79,6 +80,11 @@ class DCDiT(Network):
         qk_norm: normalise queries and keys of each head (arXiv 2302.05442); not as published.
         attention: ``auto``, ``sdpa``, ``varlen`` or ``flash_attn``.
 
+    Attributes:
+        router_tf32: let the router's convolutions run in TF32 on a GPU, if ``torch.backends.cudnn.allow_tf32`` says so,
+            as it does by default. False: they run in float32, as published, so that the same positions are kept on
+            every device. The backward pass follows torch's setting either way.
+
     Raises:
         UserError: if the sizes do not fit each other or a name is unknown.
     """
@@ -88,6 +94,7 @@ class DCDiT(Network):
     float32_parts: ClassVar[tuple[str, ...]] = ("router", "residual")
     title = "DC-DiT"
     pos_embed: Tensor
+    router_tf32: bool = False
 
     def __init__(
         self,
@@ -172,7 +179,8 @@ class DCDiT(Network):
     def route(self, features: Tensor, drop_fraction: float | Tensor) -> Routing:
         """Decide in float32 which positions of ``features`` (B, H, W, D) to keep."""
         with torch.autocast(features.device.type, enabled=False):
-            prob = self.router(features.float().permute(0, 3, 1, 2))
+            with nullcontext() if self.router_tf32 else exact_float32(features.device):
+                prob = self.router(features.float().permute(0, 3, 1, 2))
             if prob.shape != (len(features), self.positions):
                 raise ValueError(
                     f"the router {type(self.router).__name__} returned probabilities of shape {list(prob.shape)}, not"

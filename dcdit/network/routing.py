@@ -1,6 +1,7 @@
 """Which grid positions become backbone tokens: the routers and the tail drop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -100,6 +101,26 @@ def tail_drop(prob: Tensor, natural_mask: Tensor, drop_fraction: float | Tensor)
     order = prob.masked_fill(~natural_mask, -1.0).sort(dim=1, descending=True, stable=True).indices
     top = torch.arange(prob.shape[1], device=prob.device) < remaining[:, None]
     return torch.zeros_like(natural_mask).scatter(1, order, top)
+
+
+def exact_float32(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which float32 convolutions on a GPU are not rounded to TF32, as torch lets them be by default.
+
+    Compiled code has no such context; there the process's ``torch.backends.cudnn.allow_tf32`` holds.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return nullcontext()
+    return _without_tf32()
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class PredictabilityRouter(nn.Module):
