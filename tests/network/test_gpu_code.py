@@ -22,6 +22,7 @@ try:
     from torch._inductor.graph import GraphLowering
     from torch._inductor.runtime.hints import DeviceProperties
     from torch._inductor.virtualized import V
+    from torch._subclasses import fake_tensor
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -65,6 +66,8 @@ def generated(part, shapes, precision):
         ):
             stack.enter_context(patch(name, value))
         stack.enter_context(patch.object(DeviceProperties, "create", lambda _: H100))
+        if hasattr(fake_tensor, "init_gpu_context"):  # torch 2.11 starts the driver for the first pretended tensor
+            stack.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda _: None))
         with torch.device("cuda"):
             block = DiTBlock(WIDTH, HEADS, 4.0, "released", "sdpa")
             tensors = [torch.zeros(shape, dtype=kind) for shape, kind in shapes]

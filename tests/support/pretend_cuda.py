@@ -69,6 +69,8 @@ class PretendCuda:
         self._stack.enter_context(mock.patch("torch.cuda.is_available", return_value=True))
         stream = SimpleNamespace(is_capturing=lambda: False)
         self._stack.enter_context(mock.patch("torch.accelerator.current_stream", return_value=stream))
+        # what optimisers ask before torch 2.12
+        self._stack.enter_context(mock.patch("torch.cuda.is_current_stream_capturing", return_value=False))
         self._stack.enter_context(mock.patch("torch.cuda.get_rng_state", side_effect=lambda *_: torch.get_rng_state()))
         self._stack.enter_context(mock.patch("torch.cuda.set_rng_state"))
         self._stack.enter_context(mock.patch("torch.nn.attention.varlen.varlen_attn", self._varlen_attention))
