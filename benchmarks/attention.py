@@ -16,14 +16,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from step import Clock, heading
+from step import Clock, heading, scales
 from torch import Tensor
 
 from dcdit.errors import UserError
 from dcdit.network.attention import check_installed, packed_attention, resolve_backend
 from dcdit.network.packing import Packing, make_packing
 from dcdit.runtime.memory import keep_freed_memory
-from dcdit.settings.published import SCALES, published_scales
 
 Form = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 
@@ -88,7 +87,7 @@ def calls_for(seconds: float) -> int:
 def main() -> None:
     """Measure and print as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", default="b", choices=list(SCALES))
+    parser.add_argument("--scale", default="b", choices=list(scales()))
     parser.add_argument("--grid", type=int, default=32, help="side of the latent grid: 32 for 256px, 64 for 512px")
     parser.add_argument("--kept", type=float, default=0.25, help="mean share of the positions that is kept")
     parser.add_argument("--batch", type=int, default=8)
@@ -99,7 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
-    scale = published_scales()[options.scale]
+    scale = scales()[options.scale]
     width, heads = scale["width"], scale["heads"]
     device, positions = torch.device(options.device), options.grid**2
     # Shares between half and one and a half times the mean, as the samples of a batch differ.

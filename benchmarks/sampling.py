@@ -81,16 +81,16 @@ def front(rows: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
     return best
 
 
-def measure(runs: Sequence[Path], side: int, count: int, data: Path, device: torch.device) -> list[dict[str, Any]]:
-    """One row for each setting: means over the networks, and the range of FID."""
-    networks = [Trained(run, device) for run in runs]
+def measure(networks: Sequence[Trained], side: int, count: int, data: Path, few: bool) -> list[dict[str, Any]]:
+    """One row for each setting, or for the first ``few``: means over the networks, and the range of FID."""
     process = networks[0].model.process.settings.name
     write_digits(data, Digits(grid=side))
     real = real_digits(data, side)
-    settings = settings_of(process)
+    settings = settings_of(process)[: 2 if few else None]
     found: dict[Setting, list[tuple[float, float, float]]] = {setting: [] for setting in settings}
     for network in networks:  # a process is slow at first
-        network.figures(real, Sampler(FAMILIES[process][settings[0].sampler][0](steps=5)), GuidanceSettings(), 100)
+        first = Sampler(FAMILIES[process][settings[0].sampler][0](steps=5))
+        network.figures(real, first, GuidanceSettings(), min(count, 100))
     work = [(network, setting) for network in networks for setting in settings]
     for network, setting in track(work, "measuring", console=Console(stderr=True), transient=True):
         kind = FAMILIES[process][setting.sampler][0]
@@ -140,14 +140,17 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="runs of one kind, such as three seeds")
     parser.add_argument("--count", type=int, default=1000, help="images for each point")
     parser.add_argument("--device", default="cpu", help="where they sample")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="bf16 on a GPU and fp32 on a CPU if left out")
+    parser.add_argument("--few", action="store_true", help="two settings alone: whether the command runs")
     parser.add_argument("--out", type=Path, default=Path("runs/sampling"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    side = Trained(options.runs[0]).model.network.grid[0]
-    data, device = options.out / f"digits{side}", pick_device(options.device)
-    rows = measure(options.runs, side, options.count, data, device)
+    device = pick_device(options.device)
+    networks = [Trained(run, device, options.precision) for run in options.runs]
+    side = networks[0].model.network.grid[0]
+    rows = measure(networks, side, options.count, options.out / f"digits{side}", options.few)
     (options.out / "sampling.json").write_text(json.dumps(rows, indent=1) + "\n")
-    title = f"{len(options.runs)} networks, {options.count} images each"
+    title = f"{len(networks)} networks, {options.count} images each, {networks[0].precision}"
     draw(rows, options.out / "sampling.png", title)
     base = rows[0]
     fronts = {cost: {row["words"] for row in front(rows, cost)} for cost in ("gflops", "ms")}

@@ -3,9 +3,10 @@
     python scripts/compare_networks.py mnist trainer=gpu     # or digits
 
 For each of three seeds: a DiT/2, a DC-DiT for as many steps as cost the same, and a DC-DiT that begins with the DiT's
-blocks, for half of that. Prints a table in Markdown: training compute (with the forward passes of the teacher), samples
-read as the requested class, FID, and FLOPs per image at several drop fractions. Further arguments are overrides of all
-runs. If it is interrupted, the same command goes on. Made for a GPU; ``--steps 100`` tries it on a laptop.
+blocks, for half of that. Prints, as soon as a run is measured and as means at the end, in Markdown: training compute
+(with the forward passes of the teacher), samples read as the requested class, FID, and FLOPs per image at several drop
+fractions. Further arguments are overrides of all runs; a trainer among them brings its precision along. If it is
+interrupted, the same command goes on. Made for a GPU; ``--steps 100`` tries it on a laptop.
 """
 
 import argparse
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digit_trials import ROOT, Judge, Trained, load_or_measure, real_digits, train_all, training_tflops, write_digits
+from digit_trials import ROOT, Judge, Trained, load_or_measure, real_digits, trained, training_tflops, write_digits
+from hydra import compose, initialize_config_dir
 
 from dcdit.checkpoints.load import load_model
 from dcdit.data.builtin import Digits, HandwrittenDigits, Mnist
@@ -27,8 +29,10 @@ from dcdit.diffusion.settings import GuidanceSettings, Heun
 from dcdit.evaluation.statistics import Statistics
 from dcdit.network import DiT
 from dcdit.runtime.devices import pick_device
+from dcdit.settings.compose import register_resolvers
+from dcdit.settings.published import CONFIG_DIR
 
-SEEDS, DROPS, IMAGES = (0, 1, 2), (0.0, 0.3, 0.6), 500
+DROPS = (0.0, 0.3, 0.6)
 DIT, SCRATCH, UPCYCLED = VARIANTS = ("DiT/2", "DC-DiT", "DC-DiT, upcycled")
 
 
@@ -62,15 +66,25 @@ def distil_steps(steps: int) -> int:
     return steps // 6
 
 
-def measure(run: Path, real: Statistics, judge: Judge, device: torch.device) -> list[dict[str, float]]:
+def precision_of(overrides: Sequence[str]) -> list[str]:
+    """The override that brings back the precision of a trainer among ``overrides``, which an experiment replaces."""
+    chosen = [each for each in overrides if each.startswith("trainer=")]
+    if not chosen or any(each.startswith("trainer.precision=") for each in overrides):
+        return []
+    register_resolvers()
+    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        return [f"trainer.precision={compose('train', overrides=chosen).trainer.precision}"]
+
+
+def measure(run: Path, real: Statistics, judge: Judge, device: torch.device, images: int) -> list[dict[str, float]]:
     """The figures of one run at each drop fraction."""
-    trained, sampler = Trained(run, device), Sampler(Heun(steps=15, clip=True))
+    network, sampler = Trained(run, device), Sampler(Heun(steps=15, clip=True))
     rows = []
-    for drop in DROPS if trained.model.network.routes else (0.0,):
-        figures = trained.figures(real, sampler, GuidanceSettings(drop_fraction=drop), IMAGES)
+    for drop in DROPS if network.model.network.routes else (0.0,):
+        figures = network.figures(real, sampler, GuidanceSettings(drop_fraction=drop), images)
         latents = torch.cat([batch.latents for batch in figures.batches])
         flops = torch.cat([batch.flops for batch in figures.batches]).mean().item()
-        read = judge.share(latents, torch.arange(IMAGES) % 10)
+        read = judge.share(latents, torch.arange(images) % 10)
         rows.append({"drop": drop, "fid": figures.fid, "read": read, "gflops": flops / 1e9})
     return rows
 
@@ -86,12 +100,21 @@ def _range(values: Sequence[float], form: str) -> str:
     return f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
+HEAD = """| network | training TFLOPs | ρ | read as asked for | FID | GFLOPs per image |
+|---|---|---|---|---|---|"""
+
+
+def row_of(figures: dict[str, Any]) -> str:
+    """One run at one drop fraction, as a row of a table."""
+    return (
+        f"| {figures['variant']}, seed {figures['seed']} | {figures['tflops']:.3g} | {figures['drop']:g}"
+        f" | {figures['read']:.1%} | {figures['fid']:.2f} | {figures['gflops']:.3f} |"
+    )
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A table in Markdown: means over the seeds, with the least and the greatest value in brackets."""
-    lines = [
-        "| network | training TFLOPs | ρ | read as asked for | FID | GFLOPs per image |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [HEAD]
     for variant in VARIANTS:
         for drop in DROPS:
             chosen = [row for row in rows if (row["variant"], row["drop"]) == (variant, drop)]
@@ -110,30 +133,39 @@ def main() -> None:
     parser.add_argument("data", choices=SETUPS)
     parser.add_argument("overrides", nargs="*", help="of all runs, such as trainer=gpu")
     parser.add_argument("--steps", type=int, default=2000, help="of DiT/2")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--images", type=int, default=500, help="that are sampled of each run")
     parser.add_argument("--out", type=Path, help="runs/networks_<data> if left out")
-    parser.add_argument("--parallel", type=int, default=min(os.cpu_count() or 1, len(SEEDS)), help="runs side by side")
-    options = parser.parse_args()
+    parser.add_argument("--parallel", type=int, help="runs side by side; a run for each core, up to one a seed")
+    options = parser.parse_intermixed_args()  # overrides may stand before and after options
+    parallel = options.parallel or min(os.cpu_count() or 1, options.seeds)
     setup, out = SETUPS[options.data], (options.out or ROOT / "runs" / f"networks_{options.data}").resolve()
     data = write_digits(out / "data", setup.source)
     shared = [f"experiment={options.data}", data, f"data.batch_size={setup.batch}", f"model.grid={setup.side}"]
-    runs = {(variant, seed): out / f"{variant}_{seed}".translate(_NAME) for variant in VARIANTS for seed in SEEDS}
-    shared.append("trainer.val_check_interval=100000")
+    keys = [(variant, seed) for variant in VARIANTS for seed in range(options.seeds)]
+    runs = {key: out / "{}_{}".format(*key).translate(_NAME) for key in keys}
+    key_of = {run: key for key, run in runs.items()}
+    shared += ["trainer.val_check_interval=100000", *precision_of(options.overrides)]
+    real, judge, device = real_digits(out / "data", setup.side), Judge(setup.source), pick_device("auto")
+    rows: list[dict[str, Any]] = []
+    print(HEAD, flush=True)
     for variants in ((DIT,), (SCRATCH, UPCYCLED)):  # the plain DiTs are the teachers
         overrides = {
             run: (*shared, *overrides_of(variant, options.steps, runs[DIT, seed]), f"seed={seed}", *options.overrides)
             for (variant, seed), run in runs.items()
             if variant in variants
         }
-        train_all(overrides, options.parallel)
-    real, judge, device = real_digits(out / "data", setup.side), Judge(setup.source), pick_device("auto")
-    rows = []
-    for (variant, seed), run in runs.items():
-        matched = distil_steps(options.steps) if variant == UPCYCLED else 0
-        about = {"variant": variant, "seed": seed, "tflops": cost(run, runs[DIT, seed], setup.batch, matched)}
-        measured = load_or_measure(run / "measured.json", partial(measure, run, real, judge, device))
-        rows += [{**about, **figures} for figures in measured]
-    (out / "measured.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{table(rows)}\n\nThe judge reads {judge.on_unseen:.1%} of unseen real digits.")
+        for run in trained(overrides, parallel):
+            variant, seed = key_of[run]
+            matched = distil_steps(options.steps) if variant == UPCYCLED else 0
+            about = {"variant": variant, "seed": seed, "tflops": cost(run, runs[DIT, seed], setup.batch, matched)}
+            measured = load_or_measure(
+                run / "measured.json", partial(measure, run, real, judge, device, options.images)
+            )
+            rows += [{**about, **figures} for figures in measured]
+            print("\n".join(map(row_of, rows[-len(measured) :])), flush=True)
+            (out / "measured.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"\n{table(rows)}\n\nThe judge reads {judge.on_unseen:.1%} of unseen real digits.")
 
 
 _NAME = str.maketrans({"/": "", ",": "", " ": "_", "-": ""})

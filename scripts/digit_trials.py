@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -42,14 +42,22 @@ def train(run: Path, *overrides: str) -> None:
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
-    print(f"{run.name}: trained", flush=True)
+    print(f"{run.name}: trained", file=sys.stderr, flush=True)
 
 
 def train_all(runs: Mapping[Path, Sequence[str]], parallel: int) -> None:
     """Train runs with their overrides, ``parallel`` of them at a time."""
+    for _ in trained(runs, parallel):
+        pass
+
+
+def trained(runs: Mapping[Path, Sequence[str]], parallel: int) -> Iterator[Path]:
+    """Train runs with their overrides, ``parallel`` of them at a time; gives each as soon as it is trained."""
     with ThreadPoolExecutor(parallel) as workers:
-        for job in [workers.submit(train, run, *overrides) for run, overrides in runs.items()]:
+        jobs = {workers.submit(train, run, *overrides): run for run, overrides in runs.items()}
+        for job in as_completed(jobs):
             job.result()
+            yield jobs[job]
 
 
 def load_or_measure(path: Path, measure: Callable[[], list[dict[str, float]]]) -> list[dict[str, float]]:
@@ -128,10 +136,13 @@ class Trained:
     Args:
         run: its directory.
         device: where it samples.
+        precision: ``fp32`` or ``bf16``; None takes float32 on a CPU, and bf16 on a GPU, where in float32 attention
+            would be a call for each sample.
     """
 
-    def __init__(self, run: Path, device: torch.device = CPU) -> None:
+    def __init__(self, run: Path, device: torch.device = CPU, precision: str | None = None) -> None:
         self.model: Model = load_model(run, device=device)
+        self.precision = precision or ("bf16" if device.type == "cuda" else "fp32")
         self._decode = load_decoder(self.model.latents, CPU)
         self._features = DigitsClassifier()
 
@@ -139,9 +150,11 @@ class Trained:
         """Compare ``count`` samples, as many of each class, with the ``real`` digits."""
         network = self.model.network
         labels: Tensor = torch.arange(count) % 10
-        guided = Guidance(network, network.null_class, guidance)
+        guided, how = Guidance(network, network.null_class, guidance), self.precision
         start = time.perf_counter()
-        batches = list(generate(self.model, guided, sampler, labels, range(count), seed=0, batch_size=100))
+        batches = list(
+            generate(self.model, guided, sampler, labels, range(count), seed=0, batch_size=100, precision=how)
+        )
         seconds = time.perf_counter() - start
         seen = self._features(self._decode(torch.cat([batch.latents for batch in batches])))
         assert seen.logits is not None

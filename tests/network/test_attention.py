@@ -69,19 +69,24 @@ def test_a_backend_that_cannot_run_says_so():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("width", [64, 72])  # of a head: that of S, B and L, and that of XL
 @pytest.mark.parametrize("backend", ["varlen", "flash_attn"])
-def test_fast_backends_against_sdpa(backend):
+def test_fast_backends_against_sdpa(backend, width):
     try:
         check_installed(backend)
     except UserError as error:
         pytest.skip(str(error))
     torch.manual_seed(0)
     lengths = [3, 200, 77]
-    q, k, v = (torch.randn(sum(lengths), 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    packing = packing_of(lengths, "cuda")
-    fast = packed_attention(q, k, v, packing, backend)
-    oracle = packed_attention(q.float(), k.float(), v.float(), packing, "sdpa")
+    shape, packing = (sum(lengths), 4, width), packing_of(lengths, "cuda")
+    halves = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    floats = [each.detach().float().requires_grad_() for each in halves]
+    fast, oracle = packed_attention(*halves, packing, backend), packed_attention(*floats, packing, "sdpa")
     torch.testing.assert_close(fast.float(), oracle, rtol=2e-2, atol=2e-2)
+    upstream = torch.randn_like(oracle)
+    found = torch.autograd.grad(fast, halves, upstream.bfloat16())
+    for got, wanted in zip(found, torch.autograd.grad(oracle, floats, upstream), strict=True):
+        assert (got.float() - wanted).norm() <= 2e-2 * wanted.norm()
 
 
 def test_scale_is_the_inverse_root_of_the_head_width():
