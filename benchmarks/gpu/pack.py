@@ -10,12 +10,12 @@ PYTHON = "3.12"
 """Of the GPU machine."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 WANTED = (
-    "hydra-core", "omegaconf", "antlr4-python3-runtime", "diffusers", "importlib-metadata", "webdataset",
-    "braceexpand", "torch-fidelity", "rich", "markdown-it-py", "mdurl", "mlxtend", "pytest-xdist", "execnet",
-    "hypothesis",
+    "hydra-core", "omegaconf", "antlr4-python3-runtime", "diffusers", "importlib-metadata", "lazy-importer", "zipp",
+    "webdataset", "braceexpand", "torch-fidelity", "mlxtend", "rich", "markdown-it-py", "mdurl", "pytest-xdist",
+    "execnet", "hypothesis",
 )  # fmt: skip
-"""What a machine with torch, Lightning, timm, SciPy and pytest may lack of what the stages import. Left out: loggers,
-the explorer, and submitit."""
+"""What the stages import, and a machine with torch, Lightning, timm, scikit-learn and pytest may lack. Loggers, the
+explorer and submitit are left out."""
 SOURCES = ("antlr4-python3-runtime",)
 """Published as source alone; the wheel that is built of it is the same everywhere."""
 MOST_MIB = 40

@@ -93,7 +93,7 @@ def run_command(command: Command, body: Path, until: float, page: Page, environm
             output.write(f"\n### `python {' '.join(words)}`\n\n" + ("" if command.markdown else "```\n"))
         status = call(words, body, said, until, page, environment)
         with body.open("a") as output:
-            output.write("" if command.markdown else "```\n")
+            output.write("" if command.markdown else "\n```\n")
             if status:
                 tail = said.read_text(errors="replace")[-TAIL:].replace("```", "'''").strip()
                 words_of = "ended at the limit" if status == 124 else f"failed with exit status {status}"
@@ -177,6 +177,7 @@ def measure(stages: list[Stage], budget: float, rehearsal: bool) -> int:
     page.about = about_machine(ROOT, environment)
     page.write()
     if not rehearsal and page.about.get("GPU", "none") == "none":
+        page.remove()
         print("torch sees no GPU here: --rehearse runs the commands on a CPU", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the command that runs is ended, the page is written
