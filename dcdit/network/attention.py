@@ -6,7 +6,6 @@ All backends compute the same thing. ``sdpa`` runs anywhere, in any precision, a
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache
 from typing import Literal
 
 import torch
@@ -87,15 +86,14 @@ _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {
 }
 
 
-@cache
-def _installed(backend: str) -> bool:
-    module = {"varlen": "torch.nn.attention.varlen", "flash_attn": "flash_attn"}.get(backend)
-    return module is None or importlib.util.find_spec(module) is not None
+_MODULES = {"varlen": "torch.nn.attention.varlen", "flash_attn": "flash_attn"}
+_MISSING = frozenset(name for name, module in _MODULES.items() if importlib.util.find_spec(module) is None)
+"""Backends that are not installed, looked for once: the compiler traces no search."""
 
 
 def check_installed(backend: Backend) -> None:
     """Raise :class:`UserError` if ``backend`` is not installed."""
-    if backend != "auto" and not _installed(backend):
+    if backend != "auto" and backend in _MISSING:
         remedy = "pip install 'dcdit[flash-attn]'" if backend == "flash_attn" else "install torch 2.10 or newer"
         raise UserError(f"attention={backend!r} is not installed: {remedy}, or set attention=auto")
 
@@ -111,7 +109,7 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
     """
     fast = tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16)
     if backend == "auto":
-        return next((name for name in ("varlen", "flash_attn") if fast and _installed(name)), "sdpa")
+        return next((name for name in ("varlen", "flash_attn") if fast and name not in _MISSING), "sdpa")
     if backend != "sdpa" and not fast:
         raise UserError(
             f"attention={backend!r} needs a CUDA device in float16 or bfloat16, got {tensor.dtype} on {tensor.device}:"

@@ -4,13 +4,14 @@ It uses private parts of torch: where a release moves them, the tests are skippe
 """
 
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from dcdit.network import build_network
 from dcdit.network.blocks import DiTBlock
 
 PROPERTIES = {"multi_processor_count": 132, "warp_size": 32, "total_memory": 80 << 30, "L2_cache_size": 50 << 20}
@@ -39,14 +40,9 @@ def forget():
             function.cache_clear()
 
 
-def generated(part, shapes, precision):
-    """The traced operations and the code for the GPU of one part of a block.
-
-    Args:
-        part: ``_before`` or ``_after``.
-        shapes: of its tensors; ints become int64.
-        precision: None, or what autocast takes.
-    """
+@contextmanager
+def pretended_h100():
+    """Tensors without values, on a GPU that is not there."""
     with ExitStack() as stack:
         stack.callback(forget)
         forget()
@@ -62,12 +58,28 @@ def generated(part, shapes, precision):
             ("torch.cuda.device_count", lambda: 1),
             ("torch.cuda.get_device_capability", lambda *_: (9, 0)),
             ("torch.cuda.is_bf16_supported", lambda *_, **__: True),
+            ("torch.cuda.get_rng_state", lambda *_: torch.empty(0)),
+            ("torch.cuda.set_rng_state", lambda *_: None),
+            ("torch.cuda.is_current_stream_capturing", lambda: False),
+            ("torch._C._cuda_getDevice", lambda: 0),
             ("torch.utils._triton.triton_hash_with_backend", lambda: "none"),
         ):
-            stack.enter_context(patch(name, value))
+            stack.enter_context(patch(name, value, create=name.startswith("torch._C")))
         stack.enter_context(patch.object(DeviceProperties, "create", lambda _: H100))
         if hasattr(fake_tensor, "init_gpu_context"):  # torch 2.11 starts the driver for the first pretended tensor
             stack.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda _: None))
+        yield
+
+
+def generated(part, shapes, precision):
+    """The traced operations and the code for the GPU of one part of a block.
+
+    Args:
+        part: ``_before`` or ``_after``.
+        shapes: of its tensors; ints become int64.
+        precision: None, or what autocast takes.
+    """
+    with pretended_h100():
         with torch.device("cuda"):
             block = DiTBlock(WIDTH, HEADS, 4.0, "released", "sdpa")
             tensors = [torch.zeros(shape, dtype=kind) for shape, kind in shapes]
@@ -117,3 +129,35 @@ def test_products_run_in_bf16_and_norms_in_float32():
         products = {kind for name, found in kinds.items() if name.startswith(("addmm", "mm", "bmm")) for kind in found}
         assert products == {torch.bfloat16}
         assert kinds["rsqrt.default"] == {torch.float32}
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_whole_network_of_fixed_length_is_one_graph(attention, training):
+    """Attention included, whose fast form is what ``auto`` takes in bf16; nothing is read by the host."""
+    sizes = {"grid": 16, "channels": 4, "num_classes": 10, "width": 128, "depth": 2, "heads": 2, "groups": 4}
+    network, graphs = build_network({"name": "dcdit", "attention": attention, **sizes}), []
+    network.capacity = 0.5
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with pretended_h100():
+        for module in network.modules():
+            for values in (module._parameters, module._buffers):
+                for name, value in values.items():
+                    there = torch.empty(value.shape, dtype=value.dtype, device="cuda") if value is not None else None
+                    is_parameter = isinstance(value, torch.nn.Parameter)
+                    values[name] = torch.nn.Parameter(there) if is_parameter else there
+        inputs = [torch.empty(shape, device="cuda") for shape in ((4, 4, 16, 16), (4,), (4,))]
+        inputs[2] = inputs[2].long()
+        with torch.set_grad_enabled(training), torch.autocast("cuda", torch.bfloat16):
+            output = torch.compile(network, fullgraph=True, backend=keep)(*inputs)
+    torch._dynamo.reset()
+    assert output.prediction.shape == (4, 8, 16, 16)
+    assert len(graphs) == 1
+    operations = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum("varlen_attn" in each for each in operations) == (2 if attention == "auto" else 0)
+    assert not [each for each in operations if each in ("item", "tolist") or "aten.item" in each or "scalar" in each]
