@@ -37,6 +37,15 @@ def commit_of(root: Path) -> str:
     return packed.read_text().strip() if found == "unknown" and packed.is_file() else found
 
 
+def processor() -> str:
+    """The name of the CPU, as Linux has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def about_machine(root: Path, environment: dict[str, str]) -> dict[str, str]:
     """Names and versions, asked of another process: this one needs no torch."""
     said = first_line(sys.executable, "-c", ABOUT, env=environment)
@@ -47,7 +56,7 @@ def about_machine(root: Path, environment: dict[str, str]) -> dict[str, str]:
     return {
         **found,
         "Python": platform.python_version(),
-        "CPU": f"{platform.machine()}, {cores} cores",
+        "CPU": f"{processor()}, {cores} cores",
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
         "commit": commit_of(root),
     }

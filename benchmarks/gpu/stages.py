@@ -69,7 +69,7 @@ def tests(place: Place) -> list[Command]:
     size = ("--scale", "tiny", "--batch", "2", "--count", "2") if place.rehearsal else ("--scale", "b", "--batch", "8")
     marked = ("tests/test_gpu.py", "tests/network/test_attention.py")
     return [
-        Command(("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *marked), markdown=False),
+        Command(("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu and not slow", *marked), markdown=False),
         Command(("benchmarks/gpu/checks.py", "--device", place.device, *size)),
     ]
 
@@ -161,14 +161,13 @@ def suite(place: Place) -> list[Command]:
 FIXED = ("--capacity", "0.3")
 KEEP_SAMPLING = ("sampling/sampling.json", "sampling/sampling.png")
 STAGES = [
-    Stage("tests", "tests for a GPU; what it computes beside what the CPU does", 70, 130, tests),
+    Stage("tests", "tests for a GPU; what it computes beside what the CPU does", 90, 160, tests),
     Stage("attention", "every form of attention: B and XL at 256px, XL at 512px", 40, 90, attention),
     Stage("step_b", "where the time of a step goes: DC-DiT-B, batch 128, bf16", 25, 70, step("b", 128)),
     Stage("step_xl", "the same, DC-DiT-XL, batch 64", 35, 90, step("xl", 64), apart=True),
     Stage("step_b_compile", "DC-DiT-B with compiled blocks", 60, 110, step("b", 128, "--compile"), apart=True),
-    Stage("graphs_b", "DC-DiT-B in a fixed length, whole, as CUDA graphs", 90, 150, step("b", 128, *FIXED)),
     Stage("train_xl", "dcdit.train experiment=xl_n4 on synthetic latents", 95, 150, training),
-    Stage("step_xl_compile", "DC-DiT-XL with compiled blocks", 70, 120, step("xl", 64, "--compile"), apart=True),
+    Stage("graphs_b", "DC-DiT-B in a fixed length, whole, as CUDA graphs", 90, 150, step("b", 128, *FIXED)),
     Stage("budget", "whether smaller budgets are cheaper in time: B and XL", 60, 110, budget),
     Stage("sampling", "FID against FLOPs and time, of trained digits", 75, 150, sampling, KEEP_SAMPLING),
 ]
@@ -176,6 +175,7 @@ STAGES = [
 EXTRA = [
     Stage("networks_digits", "DC-DiT, DiT/2 and upcycled on digits, three seeds", 170, 300, networks("digits")),
     Stage("networks_mnist", "the same on MNIST", 210, 300, networks("mnist")),
+    Stage("step_xl_compile", "DC-DiT-XL with compiled blocks", 70, 120, step("xl", 64, "--compile")),
     Stage("step_b_tf32", "DC-DiT-B with the float32 parts in TF32", 25, 70, step("b", 128, "--tf32")),
     Stage("step_xl_less", "XL with activation checkpointing", 60, 120, step("xl", 64, "--compile", "--checkpointing")),
     Stage("step_xl_512", "XL at 512px, batch 16", 40, 100, step("xl", 16, "--grid", "64")),
