@@ -82,8 +82,8 @@ class DCDiT(Network):
 
     Attributes:
         router_tf32: let the router's convolutions run in TF32 on a GPU, if ``torch.backends.cudnn.allow_tf32`` says so,
-            as it does by default. False: they run in float32, as published, so that the same positions are kept on
-            every device. The backward pass follows torch's setting either way.
+            as it does by default. False: they run in float32, as published, so that a GPU decides as precisely as a
+            CPU. The backward pass follows torch's setting either way.
 
     Raises:
         UserError: if the sizes do not fit each other or a name is unknown.
