@@ -191,39 +191,23 @@ class Bench:
         more = torch.cuda.max_memory_allocated(self.device) - held
         return more + float(sum(each.nbytes for each in own if each.is_cuda))
 
-    def forward(self, network: nn.Module, drop: float = 0.0) -> None:
+    def forward(self, network: nn.Module, drop: float = 0.0, capacity: float | None = None) -> None:
         """A forward pass without gradients."""
         with torch.no_grad(), self.precision():
-            network(self.x, self.t, self.y, drop)
+            network(self.x, self.t, self.y, drop, capacity=capacity)
 
-    def train(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def train(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, drop: float = 0.0, capacity: float | None = None
+    ) -> None:
         """A training step: forward, backward, AdamW."""
         with self.precision():
-            output: Output = network(self.x, self.t, self.y)
+            output: Output = network(self.x, self.t, self.y, drop, capacity=capacity)
         loss = output.prediction.float().square().mean()
         if output.routing is not None:
             loss = loss + 0.03 * output.routing.prob.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-    @contextmanager
-    def fixed_length(self) -> Iterator[None]:
-        """The network packs its tokens in a sequence of fixed length."""
-        self.network.capacity = self.options.capacity
-        try:
-            yield
-        finally:
-            self.network.capacity = None
-
-    def in_fixed_length(self, function: Function) -> Function:
-        """``function``, called so."""
-
-        def call() -> None:
-            with self.fixed_length():
-                function()
-
-        return call
 
     def peak_matmul(self) -> Function:
         """A product as large as the widest of the backbone: the time that its FLOPs take at best."""
@@ -267,7 +251,9 @@ class Bench:
             "plain train": lambda: self.train(self.plain, optimizers[1]),
         }
         if self.options.capacity:
-            whole |= {f"{name}, fixed length": self.in_fixed_length(whole[name]) for name in ("forward", "train")}
+            fixed = {"capacity": self.options.capacity}
+            whole["forward, fixed length"] = lambda: self.forward(self.network, **fixed)
+            whole["train, fixed length"] = lambda: self.train(self.network, optimizers[0], **fixed)
         times: dict[str, list[float]] = {}
         parts: dict[str, list[float]] = {}
         for turn in range(self.options.rounds + self.options.warmup):
@@ -300,8 +286,11 @@ class Bench:
             torch.compiler.cudagraph_mark_step_begin()
             # compiled as a whole, the blocks are not compiled a second time
             set_execution(self.network, self.options.compile and network is not compiled, self.options.checkpointing)
-            with self.fixed_length():
-                self.train(network, optimizer) if training else self.forward(network)
+            capacity = self.options.capacity
+            if training:
+                self.train(network, optimizer, capacity=capacity)
+            else:
+                self.forward(network, capacity=capacity)
 
         times: tuple[list[float], list[float]] = [], []
         for turn in range(self.options.rounds + max(3, self.options.warmup)):  # compiled, recorded, replayed

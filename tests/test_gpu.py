@@ -9,7 +9,8 @@ from support.configs import TINY, compose_config, perturb, train
 from support.runs import load
 
 from dcdit.network import build_network
-from dcdit.network.blocks import Attention, set_execution
+from dcdit.network.blocks import Attention
+from dcdit.network.execution import set_execution
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,9 +43,9 @@ def inputs(device="cuda", batch=4):
     return [each.to(device) for each in values]
 
 
-def gradients(net, values):
+def gradients(net, values, **options):
     net.zero_grad()
-    net(*values).prediction.float().square().mean().backward()
+    net(*values, **options).prediction.float().square().mean().backward()
     return torch.cat([each.grad.flatten() for each in net.parameters() if each.grad is not None])
 
 
@@ -99,13 +100,12 @@ def test_compiled_blocks_equal_the_others(network, backend):
 @pytest.mark.parametrize(("capacity", "reads"), [(None, 1), (0.9, 0)])
 def test_the_host_reads_the_lengths_alone_and_of_a_fixed_length_nothing(network, capacity, reads):
     net, values = network.to("cuda"), inputs()
-    net.capacity = capacity
     loss = None
 
     def forward():
         nonlocal loss
         with torch.autocast(**BF16):
-            loss = net(*values).prediction.float().square().mean()
+            loss = net(*values, capacity=capacity).prediction.float().square().mean()
 
     for _ in range(2):  # the first time, libraries start
         found = reads_of(forward), reads_of(lambda: loss.backward())
@@ -116,22 +116,20 @@ def test_a_fixed_length_equals_the_exact_one(network):
     net, values = network.to("cuda"), inputs()
     found = []
     for capacity in (None, 1.0):
-        net.capacity = capacity
         with torch.autocast(**BF16):
-            found.append(gradients(net, values))
+            found.append(gradients(net, values, capacity=capacity))
     assert (found[0] - found[1]).norm() <= 3e-2 * found[0].norm()
 
 
 @pytest.mark.slow
 def test_a_fixed_length_runs_as_one_cuda_graph(network):
     net, values = network.to("cuda"), inputs()
-    net.capacity = 0.9
     compiled = torch.compile(net, fullgraph=True, mode="reduce-overhead")
     with torch.no_grad(), torch.autocast(**BF16):
-        expected = net(*values).prediction.clone()
+        expected = net(*values, capacity=0.9).prediction.clone()
         for _ in range(3):  # compiled, recorded, replayed
             torch.compiler.cudagraph_mark_step_begin()
-            found = compiled(*values).prediction.clone()
+            found = compiled(*values, capacity=0.9).prediction.clone()
     assert (found - expected).float().norm() <= 3e-2 * expected.float().norm()
 
 

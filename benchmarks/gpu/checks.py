@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import DDIM, DPMSolver, GuidanceSettings
 from dcdit.network import DCDiT
 from dcdit.network.attention import resolve_backend
-from dcdit.network.blocks import Attention, set_execution
+from dcdit.network.blocks import Attention
+from dcdit.network.execution import set_execution
 from dcdit.runtime.tensors import read_tensors
 from dcdit.sampling.generate import generate
 
@@ -116,7 +118,7 @@ class Variant:
         most: the difference that is allowed; None where it is only told.
         bf16, convolutions, products: arithmetic, see :func:`tf32`.
         backend: of the attention.
-        compiled, checkpointed: see :func:`dcdit.network.blocks.set_execution`.
+        compiled, checkpointed: see :func:`dcdit.network.execution.set_execution`.
         capacity: of a fixed length.
     """
 
@@ -153,14 +155,13 @@ Outcome = tuple[Tensor, Tensor, Tensor]
 def outcome(network: DCDiT, inputs: list[Tensor], variant: Variant) -> Outcome:
     """What a training step computes."""
     device = inputs[0].device
-    network.capacity = variant.capacity
     set_execution(network, variant.compiled, variant.checkpointed)
     for module in network.modules():
         if isinstance(module, Attention):
             module.backend = variant.backend
     with tf32(variant.convolutions, variant.products):
         with torch.autocast(device.type, torch.bfloat16, enabled=variant.bf16):
-            output = network(*inputs)
+            output = network(*inputs, capacity=variant.capacity)
         (output.prediction.float().square().mean() + 0.03 * output.routing.prob.mean()).backward()
     gradients = torch.cat([each.grad.flatten() for each in network.parameters() if each.grad is not None])
     network.zero_grad()
@@ -219,16 +220,18 @@ def host_reads(judge: Judge, options: argparse.Namespace) -> None:
     there, inputs = network.to(options.device), [each.to(options.device) for each in inputs]
     loss = torch.zeros(())
 
-    def forward() -> None:
+    def forward(capacity: float | None) -> None:
         nonlocal loss
         with torch.autocast("cuda", torch.bfloat16):
-            loss = there(*inputs).prediction.float().square().mean()
+            loss = there(*inputs, capacity=capacity).prediction.float().square().mean()
 
     head("length", "part", "reads", "expected", "as expected")
     for name, capacity, wanted in (("exact", None, 1), ("fixed", 0.4, 0)):
-        there.capacity = capacity
         for _ in range(2):  # the first time, libraries start
-            found = {"forward": reads_of(forward), "backward": reads_of(lambda: loss.backward())}
+            found = {
+                "forward": reads_of(partial(forward, capacity)),
+                "backward": reads_of(lambda: loss.backward()),
+            }
         for part, reads in found.items():
             expected = wanted if part == "forward" else 0
             line(

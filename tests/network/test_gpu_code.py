@@ -137,7 +137,6 @@ def test_the_whole_network_of_fixed_length_is_one_graph(attention, training):
     """Attention included, whose fast form is what ``auto`` takes in bf16; nothing is read by the host."""
     sizes = {"grid": 16, "channels": 4, "num_classes": 10, "width": 128, "depth": 2, "heads": 2, "groups": 4}
     network, graphs = build_network({"name": "dcdit", "attention": attention, **sizes}), []
-    network.capacity = 0.5
 
     def keep(graph, inputs):
         graphs.append(graph)
@@ -154,7 +153,7 @@ def test_the_whole_network_of_fixed_length_is_one_graph(attention, training):
         inputs = [torch.empty(shape, device="cuda") for shape in ((4, 4, 16, 16), (4,), (4,))]
         inputs[2] = inputs[2].long()
         with torch.set_grad_enabled(training), torch.autocast("cuda", torch.bfloat16):
-            output = torch.compile(network, fullgraph=True, backend=keep)(*inputs)
+            output = torch.compile(network, fullgraph=True, backend=keep)(*inputs, capacity=0.5)
     torch._dynamo.reset()
     assert output.prediction.shape == (4, 8, 16, 16)
     assert len(graphs) == 1
