@@ -73,6 +73,8 @@ class PretendCuda:
         self._stack.enter_context(mock.patch("torch.cuda.is_current_stream_capturing", return_value=False))
         self._stack.enter_context(mock.patch("torch.cuda.get_rng_state", side_effect=lambda *_: torch.get_rng_state()))
         self._stack.enter_context(mock.patch("torch.cuda.set_rng_state"))
+        self._stack.enter_context(mock.patch("torch.cuda.max_memory_allocated", return_value=0))
+        self._stack.enter_context(mock.patch("torch.cuda.reset_peak_memory_stats"))
         self._stack.enter_context(mock.patch("torch.nn.attention.varlen.varlen_attn", self._varlen_attention))
         for place in ("torch.nn.utils.clip_grad", "torch.optim.optimizer"):
             self._stack.enter_context(mock.patch(f"{place}._group_tensors_by_device_and_dtype", _grouped))
