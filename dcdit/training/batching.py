@@ -40,8 +40,13 @@ def accumulation(config: TrainConfig, world: int) -> int:
             f"execution.max_micro_batch={most} and trainer.accumulate_grad_batches={steps} are two ways to say how a"
             " batch is split, take one"
         )
+    if most == "auto" and world > 1:
+        raise UserError(
+            "execution.max_micro_batch=auto finds a number for one process: find it with trainer.devices=1 and"
+            " trainer.max_steps=1, and give that number"
+        )
     micro_batch(batch, world, steps)
-    if most is None:
+    if most is None or most == "auto":  # of which dcdit.training.fitting makes a number before anything is built
         return steps
     own = batch // world
     return next(steps for steps in range(-(-own // most), own + 1) if own % steps == 0)

@@ -29,6 +29,7 @@ from dcdit.settings.compose import with_run_id
 from dcdit.training.batching import check_devices, recorded_settings, with_accelerator
 from dcdit.training.build import build_trainer, check_network, match_compute
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
+from dcdit.training.fitting import with_micro_batch
 from dcdit.training.initial_weights import Start
 from dcdit.training.loggers import keep_going
 from dcdit.training.module import DCDiTModule
@@ -55,6 +56,7 @@ def run_training(config: TrainConfig, patience: float = 0.0, inside_job: bool = 
     run_dir.mkdir(parents=True, exist_ok=True)
     with sole_writer(run_dir, rank(), patience):
         before, checkpoints = RunState.read(run_dir), find_checkpoints(config.ckpt_path, run_dir)
+        config = with_micro_batch(config, before if checkpoints else None)
         if before and has_finished(before, config, checkpoints):
             return leave_finished(before, config)
         resumed, changed, state = open_run(config, before, checkpoints)

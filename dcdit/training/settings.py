@@ -91,7 +91,7 @@ class ExecutionSettings:
 
     compile: Literal["auto"] | bool
     activation_checkpointing: bool
-    max_micro_batch: Count | None
+    max_micro_batch: Literal["auto"] | Count | None
     capacity: Literal["auto"] | Capacity | None
 
 

@@ -1,0 +1,90 @@
+"""``execution.max_micro_batch=auto``: the largest micro-batch that fits the memory of a GPU, found by trying."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from dcdit.errors import UserError
+from dcdit.network import build_network
+from dcdit.network.execution import is_compiled, set_execution
+from dcdit.runs.state import RunState
+from dcdit.runtime.processes import say
+from dcdit.training.batching import accumulation, world_size
+from dcdit.training.settings import TrainConfig
+
+LARGEST_SHARE = 0.85
+"""Share of the GPU's memory that the trial may take; the rest is for EMA, fragments, and other programs."""
+
+FIRST_STEPS = 0.6
+"""Share of the positions that a router keeps at most in its first steps (docs/performance.md)."""
+
+
+def with_micro_batch(config: TrainConfig, before: RunState | None) -> TrainConfig:
+    """Return ``config`` with the number that ``max_micro_batch=auto`` stands for.
+
+    A run that goes on takes the number that it began with; on a CPU the whole batch is one micro-batch.
+
+    Raises:
+        UserError: if not even one sample fits, or the run has several processes, which must agree on the number.
+    """
+    if config.execution.max_micro_batch != "auto":
+        return config
+    number: int | None = None
+    recorded = before.settings.get("execution.max_micro_batch") if before else None
+    if isinstance(recorded, int):
+        number = recorded
+    elif config.trainer.on_gpu:
+        accumulation(config, world_size(config))  # which several processes would have to agree on
+        memory = LARGEST_SHARE * torch.cuda.get_device_properties(0).total_memory
+        number = largest_micro_batch(lambda size: trial_peak(config, size, torch.device("cuda")) <= memory, config)
+        say(f"execution.max_micro_batch={number} is the largest that fits")
+    return replace(config, execution=replace(config.execution, max_micro_batch=number))
+
+
+def largest_micro_batch(fits: Callable[[int], bool], config: TrainConfig) -> int:
+    """Return the largest size of micro-batches that divides the batch and fits.
+
+    Args:
+        fits: whether a micro-batch of a size fits; it may run out of memory.
+
+    Raises:
+        UserError: if not even one sample fits.
+    """
+    for size in range(config.batch_size, 0, -1):
+        if config.batch_size % size:
+            continue
+        try:
+            if fits(size):
+                return size
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    raise UserError(
+        "execution.max_micro_batch=auto: not even one sample fits the memory of the GPU: take a smaller model, or"
+        " execution.activation_checkpointing=true"
+    )
+
+
+def trial_peak(config: TrainConfig, size: int, device: torch.device) -> int:
+    """Do one training step on random latents, and return the most bytes that tensors on a GPU held; 0 on a CPU.
+
+    Args:
+        size: samples of the step.
+    """
+    network, process = build_network(config.model).to(device), config.diffusion.build().to(device)
+    half = "bf16" in str(config.trainer.precision)
+    compiled = is_compiled(network, device.type, half, config.execution.compile)
+    set_execution(network, compiled, config.execution.activation_checkpointing)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0)
+    room = {"capacity": config.capacity or FIRST_STEPS} if network.routes else {}
+    x0 = torch.randn(size, network.channels, *network.grid, device=device)
+    noise, t = torch.randn_like(x0), process.draw_times(size, None, device)
+    labels = torch.zeros(size, dtype=torch.int64, device=device)
+    xt = process.add_noise(x0, noise, t)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        output = network(xt, t, labels, 0.0, **room)
+    process.loss(output.prediction, x0, xt, noise, t).total.mean().backward()
+    optimizer.step()
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
