@@ -200,12 +200,16 @@ def train_there(pretend, monkeypatch, digits, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("words", [(), ("diffusion=flow",), PLAIN_DIT], ids=["dcdit", "flow", "dit"])
+@pytest.mark.parametrize(
+    "words",
+    [(), ("diffusion=flow",), ("execution.capacity=0.5",), PLAIN_DIT],
+    ids=["dcdit", "flow", "fixed length", "dit"],
+)
 def test_a_training_step_reads_the_lengths_alone_unless_it_is_logged(train_there, precision, words):
     """Loss, clipping, optimiser, EMA, metrics and progress included; steps 3 and 6 are logged and shown."""
     bar = "callbacks.progress={_target_:dcdit.training.callbacks.ProgressBar,refresh_rate:3}"
     steps = train_there(precision, *words, bar, "trainer.max_steps=7", "trainer.log_every_n_steps=3")
-    routed = 0 if words == PLAIN_DIT else 1
+    routed = 0 if words in (PLAIN_DIT, ("execution.capacity=0.5",)) else 1
     reads = [reads.total() for reads, _ in steps[1:]]
     assert [reads[number] for number in (0, 1, 3, 4)] == [routed] * 4, steps
     assert reads[2] == reads[5] > routed
