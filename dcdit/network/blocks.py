@@ -166,14 +166,18 @@ class DiTBlock(nn.Module):
 
     def _before(self, tokens: Tensor, per_sample: Tensor, sample: Tensor) -> Tensor:
         """Modulated norm, then queries, keys and values: (T, 3 D)."""
-        shift, scale = broadcast_to_tokens(per_sample, sample, 0, 2)
-        return self.attention.qkv(modulate(layer_norm(tokens), shift, scale))
+        width = tokens.shape[1]
+        shift, scale = per_sample[:, : 2 * width].chunk(2, dim=1)
+        shift, scale = to_tokens(sample, shift, 1 + scale)
+        return self.attention.qkv(layer_norm(tokens) * scale + shift)
 
     def _after(self, tokens: Tensor, attended: Tensor, per_sample: Tensor, sample: Tensor) -> Tensor:
         """What follows the attention: its projection, its gate, and the MLP."""
-        gate1, shift, scale, gate2 = broadcast_to_tokens(per_sample, sample, 2, 6)
+        width = tokens.shape[1]
+        gate1, shift, scale, gate2 = per_sample[:, 2 * width :].chunk(4, dim=1)
+        gate1, shift, scale, gate2 = to_tokens(sample, gate1, shift, 1 + scale, gate2)
         tokens = tokens + gate1 * self.attention.out(attended)
-        return tokens + gate2 * self.mlp(modulate(layer_norm(tokens), shift, scale))
+        return tokens + gate2 * self.mlp(layer_norm(tokens) * scale + shift)
 
 
 @cache
@@ -182,11 +186,13 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function)
 
 
-def broadcast_to_tokens(per_sample: Tensor, sample: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-    """Vectors ``first`` to ``last`` of the six in ``per_sample`` (B, 6 D), each given to the tokens of its sample."""
-    width = per_sample.shape[1] // 6
-    chosen = per_sample[:, first * width : last * width].index_select(0, sample)
-    return chosen.chunk(last - first, dim=1)
+def to_tokens(sample: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """Give each of these ``vectors`` of the samples (B, D) to the tokens of its sample: (T, D) each, by one gather.
+
+    Args:
+        sample: (T,) int64, the sample that owns each token.
+    """
+    return torch.cat(vectors, dim=1).index_select(0, sample).chunk(len(vectors), dim=1)
 
 
 def layer_norm(x: Tensor) -> Tensor:
