@@ -31,10 +31,10 @@ class OutOfTimeError(Exception):
 
 @dataclass(frozen=True)
 class Deadline:
-    """When an evaluation begins nothing more.
+    """The time after which an evaluation begins no more work.
 
     Attributes:
-        end: by ``time.monotonic``; None for never.
+        end: that time, by ``time.monotonic``; None if there is none.
     """
 
     end: float | None = None

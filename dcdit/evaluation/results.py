@@ -152,7 +152,7 @@ class Result:
         reference: where the reference was.
         device: that sampled.
         keep_ratio: None for a network without router.
-        path: of the file, which does not hold it.
+        path: path of the result's file, which does not store it.
     """
 
     run: Text

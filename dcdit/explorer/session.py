@@ -27,7 +27,7 @@ from dcdit.sampling.figures import Moment, Recorder, decoded, panels
 from dcdit.sampling.overlays import Pixels, enlarged
 from dcdit.sampling.pictures import animation_frames
 from dcdit.sampling.settings import SamplingConfig
-from dcdit.sampling.setup import Sampling, at_budget, calibration_of, load, sampling_of
+from dcdit.sampling.setup import Sampling, build_sampling, calibrate_budget, load, with_budget_met
 
 STRIP = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 """Drop fractions of the strip of seven budgets."""
@@ -218,11 +218,11 @@ class Session:
         if choice.label > last:
             raise UserError(f"class {choice.label}: {self.sources[side].run} knows the classes 0 to {last}")
         config = choice.config(self.base)
-        sampling = sampling_of(config, self.sources[side], self.loaded[side])
+        sampling = build_sampling(config, self.sources[side], self.loaded[side])
         if not config.budget.given:
             return sampling
         key = (side, replace(choice, label=0, seed=0))
-        return at_budget(sampling, self._budgets.get(key, lambda: calibration_of(sampling)))
+        return with_budget_met(sampling, self._budgets.get(key, lambda: calibrate_budget(sampling)))
 
     def _sample(
         self, side: int, choice: Choice, on_progress: OnProgress, what: str, sampling: Sampling | None = None

@@ -24,11 +24,11 @@ from dcdit.sampling.overlays import Pixels, enlarged, save_animation, side_by_si
 from dcdit.sampling.setup import Sampling
 
 _MOST_FRAMES = 50
-"""Of an animation."""
+"""Most frames of an animation."""
 _FILES = ("samples.png", "boundaries.png", "latents.npz", "trajectory.gif", "trajectory.webp")
-"""What a call writes."""
+"""Names of the files that a call may write."""
 _MOST_PIXELS = 1 << 27
-"""Of a picture of samples: 2,048 images at 256px; 2 GB of memory."""
+"""Most pixels of a picture of samples: 2,048 images at 256px, which take 2 GB of memory."""
 _SHOWN = 4
 """Samples in the picture of boundaries, the first of each class."""
 

@@ -129,7 +129,7 @@ def set_up_all(configs: Sequence[SamplingConfig], source: CheckpointSource) -> l
     for config in sorted(configs, key=lambda config: config.guidance.scale == 1):  # first those with a guiding branch
         if config.weights not in loaded:
             loaded[config.weights] = _load(weights, config, source, device)
-    samplings = [sampling_of(config, source, loaded[config.weights]) for config in configs]
+    samplings = [build_sampling(config, source, loaded[config.weights]) for config in configs]
     return [meet_budget(sampling) if sampling.config.budget.given else sampling for sampling in samplings]
 
 
@@ -177,7 +177,7 @@ def prepare(model: Model, config: SamplingConfig) -> None:
         hold_products_in(model.network, torch.bfloat16)
 
 
-def sampling_of(config: SamplingConfig, source: CheckpointSource, loaded: Loaded) -> Sampling:
+def build_sampling(config: SamplingConfig, source: CheckpointSource, loaded: Loaded) -> Sampling:
     """Return the sampling of ``config``, its budget not met yet; raise UserError if the networks cannot do it."""
     model = loaded.model
     guiding = loaded.guiding if config.guidance.weak_checkpoint is not None and config.guidance.scale != 1 else None
@@ -210,7 +210,7 @@ def meet_budget(sampling: Sampling) -> Sampling:
         "weak": sampling.guiding.digest if sampling.guiding else None,
         "precision": sampling.precision,
     }
-    calibration = remembered(sampling.source.home / "budgets.json", question, lambda: calibration_of(sampling))
+    calibration = remembered(sampling.source.home / "budgets.json", question, lambda: calibrate_budget(sampling))
     print_once(
         f"Budget: drop fraction {calibration.drop_fraction}"
         + (f" and sampler.cache={calibration.cache:g} cost" if calibration.cache else " costs")
@@ -223,17 +223,17 @@ def meet_budget(sampling: Sampling) -> Sampling:
             f"It was trained at drop fractions up to {trained:g}, quality falls fast beyond; without budget.by=drop and"
             " sampler.cache reuse meets a part of the budget, and less is dropped"
         )
-    return at_budget(sampling, calibration)
+    return with_budget_met(sampling, calibration)
 
 
-def calibration_of(sampling: Sampling) -> Calibration:
+def calibrate_budget(sampling: Sampling) -> Calibration:
     """Find what meets the budget of ``sampling``; see :func:`dcdit.sampling.budget.calibrate`."""
     config = sampling.config
     settings = (config.budget, config.batch_size, sampling.precision)
     return calibrate(sampling.model, sampling.guidance, sampling.sampler, *settings)
 
 
-def at_budget(sampling: Sampling, calibration: Calibration) -> Sampling:
+def with_budget_met(sampling: Sampling, calibration: Calibration) -> Sampling:
     """Return ``sampling`` at the drop fraction and threshold of a calibration."""
     at_drop = sampling.guided(replace(sampling.guidance.settings, drop_fraction=calibration.drop_fraction))
     sampler = Sampler(replace(sampling.sampler.settings, cache=calibration.cache))

@@ -98,11 +98,11 @@ def start_from_weights(settings: FromWeights, model: Model, runs: str) -> Start:
     state = dict(weights.of_kind(settings.weights))
     load_state_strict(network, state)
     transfer = match_parameters(key, model.network, state, settings.adapt, sizes)
-    return take_over(Source(key, weights, network, transfer), settings, model)
+    return take_over(InitialWeights(key, weights, network, transfer), settings, model)
 
 
 @dataclass(frozen=True)
-class Source:
+class InitialWeights:
     """A checkpoint whose weights are taken over.
 
     Attributes:
@@ -118,7 +118,7 @@ class Source:
     distillation: Distillation | None = None
 
 
-def take_over(source: Source, settings: FromWeights | FromTeacher, model: Model) -> Start:
+def take_over(source: InitialWeights, settings: FromWeights | FromTeacher, model: Model) -> Start:
     """Copy what is taken over into the network of ``model``, unless that has done steps already."""
     _check_process(source.key, source.weights, model.process, matched=source.distillation is not None)
     transfer = source.transfer

@@ -11,7 +11,7 @@ from dcdit.errors import UserError
 from dcdit.network import DiT, Network, build_network
 from dcdit.runtime.tensors import load_state_strict
 from dcdit.training.distillation import Distillation
-from dcdit.training.initial_weights import Source, Start, freeze, take_over
+from dcdit.training.initial_weights import InitialWeights, Start, freeze, take_over
 from dcdit.training.settings import FromTeacher
 from dcdit.training.transfer import check_latents, match_parameters
 
@@ -40,7 +40,7 @@ def start_from_teacher(settings: FromTeacher, model: Model, runs: str) -> Start:
     distillation = None
     if settings.distil_steps and settings.distil_weight:
         distillation = Distillation(teacher, settings.distil_steps, settings.distil_weight, settings.distil_decay)
-    return take_over(Source(key, weights, teacher, transfer, distillation), settings, model)
+    return take_over(InitialWeights(key, weights, teacher, transfer, distillation), settings, model)
 
 
 def _blocks_and_embedders(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
