@@ -28,3 +28,19 @@ def test_its_digits_are_read_as_what_was_asked_for(tmp_path, capsys):
     decode = load_decoder(load_model("digits").latents, torch.device("cpu"))
     seen = DigitsClassifier()(decode(torch.from_numpy(stored["latents"]))).logits.argmax(1)
     assert (seen.numpy() == stored["labels"]).mean() > 0.9
+
+
+def test_bf16_is_near_float32():
+    """Within what docs/performance.md states."""
+    network = load_model("digits").network
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(32) % 10
+    for t in (50.0, 300.0, 700.0, 950.0):
+        x = torch.randn(32, network.channels, *network.grid, generator=generator)
+        with torch.no_grad():
+            exact = network(x, torch.full((32,), t), y)
+            with torch.autocast("cpu", torch.bfloat16):
+                half = network(x, torch.full((32,), t), y)
+        noise, rounded = (each.prediction[:, : network.channels].float() for each in (exact, half))
+        assert (noise - rounded).norm() < 0.01 * noise.norm()
+        assert (exact.routing.mask != half.routing.mask).float().mean() < 0.005
