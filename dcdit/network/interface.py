@@ -165,10 +165,20 @@ class Network(
         return self.num_classes
 
     def check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
-        """Raise :class:`UserError` unless ``x`` is (B, C, H, W) and ``t`` and ``y`` are (B,)."""
+        """Raise :class:`UserError` unless ``x`` is (B, C, H, W), ``t`` and ``y`` are (B,), and labels are classes.
+
+        Labels on a GPU are not read.
+        """
         batch, shape = x.shape[0], (self.channels, *self.grid)
         if x.shape[1:] != shape or t.shape != (batch,) or y.shape != (batch,):
             raise UserError(
                 f"expected x (B, {', '.join(map(str, shape))}), t (B,) and y (B,);"
                 f" got x {tuple(x.shape)}, t {tuple(t.shape)} and y {tuple(y.shape)}"
             )
+        if y.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+            least, most = (int(bound) for bound in y.aminmax())
+            if least < 0 or most > self.num_classes:
+                wrong = least if least < 0 else most
+                raise UserError(
+                    f"label {wrong} is no class: labels are 0 to {self.num_classes}, the last is the null class"
+                )

@@ -185,6 +185,11 @@ def test_wrong_inputs():
         lively()(x[:, :3], t, y)
     with pytest.raises(UserError, match="got x"):
         lively()(x, t[:2], y)
+    for label in (-1, lively().num_classes + 1):
+        with pytest.raises(
+            UserError, match=rf"label {label} is no class: labels are 0 to \d+, the last is the null class"
+        ):
+            lively()(x, t, torch.full_like(y, label))
     with pytest.raises(UserError, match="patch=3 does not divide grid=8"):
         DiT(**SMALL_DIT, patch=3)
     with pytest.raises(UserError, match="DiT/2 drops no tokens"):
