@@ -156,21 +156,12 @@ class DCDiT(Network):
         c = self.condition(t, y)  # (B, D)
         adapted = self.condition_norm(c)
         features = self.encoder(self.embed(x), adapted)  # (B, H, W, D)
-        routing = self.route(features, drop_fraction)
-        reused = change = None
+        routing, change = self.route(features, drop_fraction), None
         if cache is not None:
             first: DiTBlock = self.backbone.blocks[0]  # type: ignore[assignment]
             reused, change = cache.reuse(first.modulated(features.flatten(1, 2), c))
             routing = routing.without(reused)
-        if capacity is not None:
-            size = static_size(capacity, *routing.mask.shape)
-            routing = routing.within(size)
-            spread = self.spread(features, c, routing, make_static_packing(routing.mask, size))
-            spread = spread if cache is None or reused is None else cache.complete_all(spread, reused)
-        elif cache is None:
-            spread = self.spread(features, c, routing, make_packing(routing.mask))
-        else:
-            spread = self.spread_or_reuse(features, c, routing, cache)
+        spread, routing = self.run_backbone(features, c, routing, cache, capacity)  # (B, L, D)
         combined = self.combine(spread, features, routing)  # (B, H, W, D)
         decoded = self.decoder(combined.permute(0, 3, 1, 2), adapted)  # (B, H, W, E)
         prediction = self.output(decoded.flatten(1, 2), c)  # (B, L, 2C)
@@ -187,6 +178,23 @@ class DCDiT(Network):
                     f" (B, L) = {[len(features), self.positions]}"
                 )
             return route(prob, drop_fraction)
+
+    def run_backbone(
+        self, features: Tensor, c: Tensor, routing: Routing, cache: CachedStep | None, capacity: float | None
+    ) -> tuple[Tensor, Routing]:
+        """Run the backbone on the kept positions of ``features`` (B, H, W, D); samples that keep none reuse.
+
+        Returns:
+            Its output on all positions, (B, L, D), and the decision with what ``capacity`` dropped.
+        """
+        if capacity is not None:
+            size = static_size(capacity, *routing.mask.shape)
+            routing = routing.within(size)
+            spread = self.spread(features, c, routing, make_static_packing(routing.mask, size))
+            return spread if cache is None else cache.complete_all(spread, ~routing.mask.any(dim=1)), routing
+        if cache is not None:
+            return self.spread_or_reuse(features, c, routing, cache), routing
+        return self.spread(features, c, routing, make_packing(routing.mask)), routing
 
     def spread(self, features: Tensor, c: Tensor, routing: Routing, packing: Packing) -> Tensor:
         """What the backbone makes of the kept positions of ``features`` (B, H, W, D), spread over all: (B, L, D)."""

@@ -68,8 +68,12 @@ def make_static_packing(mask: Tensor, size: int) -> Packing:
 
 
 def static_size(share: float, batch: int, positions: int) -> int:
-    """Tokens of a packing with room for this ``share`` of all positions of a batch, rounded up to a multiple of 128."""
-    return min(batch * positions, -(-math.ceil(share * batch * positions) // 128) * 128)
+    """Tokens of a packing with room for this ``share`` of all positions of a batch, rounded up to a multiple of 128.
+
+    There is room for the two positions that every sample keeps, however small the share.
+    """
+    tokens = max(2 * batch, math.ceil(share * batch * positions))
+    return min(batch * positions, -(-tokens // 128) * 128)
 
 
 def full_packing(batch: int, positions: int, device: torch.device) -> Packing:

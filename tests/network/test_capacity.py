@@ -107,6 +107,7 @@ def test_sizes_are_multiples_of_128_and_no_more_than_all_positions():
     assert static_size(0.2501, 8, 1024) == 2176
     assert static_size(1.0, 2, 36) == 72
     assert static_size(0.001, 8, 1024) == 128
+    assert static_size(0.001, 100, 1024) == 256
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
