@@ -1,11 +1,11 @@
 """On a GPU: what a CPU, or the stand-in of ``support.pretend_cuda``, cannot tell."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 from support.configs import TINY, compose_config, perturb, train
+from support.gpu import reads_of
 from support.runs import load
 
 from dcdit.network import build_network
@@ -47,19 +47,6 @@ def gradients(net, values, **options):
     net.zero_grad()
     net(*values, **options).prediction.float().square().mean().backward()
     return torch.cat([each.grad.flatten() for each in net.parameters() if each.grad is not None])
-
-
-def reads_of(part):
-    """The lines at which the host waits for the device."""
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            part()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return [f"{each.filename}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)]
 
 
 def test_float32_equals_the_cpus(network):

@@ -11,7 +11,6 @@ import copy
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 
 from step import Bench
 from support.configs import golden_folders, golden_network
+from support.gpu import reads_of
 
 from dcdit.checkpoints.load import load_model
 from dcdit.diffusion.guidance import Guidance
@@ -199,19 +199,6 @@ def variants(judge: Judge, options: argparse.Namespace) -> None:
         spent = f"{time.perf_counter() - begin:.1f}"
         fine = None if variant.most is None else max(off) <= variant.most and (not wrong or variant.beside == "CPU")
         line(variant.name, variant.beside, f"{wrong} of {mask.numel()}", *off, spent, judge(fine))
-
-
-def reads_of(part: Callable[[], object]) -> list[str]:
-    """Where the host waits for a GPU in ``part``."""
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            part()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return [f"{each.filename}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)]
 
 
 def host_reads(judge: Judge, options: argparse.Namespace) -> None:

@@ -21,15 +21,13 @@ from typing import (
     overload,
 )
 
+from dcdit.checks.messages import shown
 from dcdit.errors import UserError
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
-from dcdit.checks.messages import shown
 
 T = TypeVar("T")
-
-
 Class = TypeVar("Class", bound=type)
 
 

@@ -175,7 +175,7 @@ class Measurement:
 
     @property
     def _batch(self) -> int:
-        """Images sampled at once."""
+        """The number of images that are sampled at once."""
         return min(self.sampling.config.batch_size, self.job.chunk_size, self.job.count)
 
     @property

@@ -91,7 +91,7 @@ class DCDiT(Network):
 
     routes: ClassVar[bool] = True
     caches: ClassVar[bool] = True
-    float32_parts: ClassVar[tuple[str, ...]] = ("router", "residual")
+    float32_parts: ClassVar[tuple[str, ...] | None] = ("router", "residual")
     title = "DC-DiT"
     pos_embed: Tensor
     router_tf32: bool = False

@@ -1,5 +1,7 @@
 """The plain DiT with fixed patches, on the same blocks: the baseline of every comparison."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from dcdit.checks import Count, Depth, Grid, LabelDropout, MlpRatio, Size, checked
@@ -29,6 +31,7 @@ class DiT(Network):
         UserError: if the sizes do not fit each other or a name is unknown.
     """
 
+    float32_parts: ClassVar[tuple[str, ...] | None] = ()
     pos_embed: Tensor
 
     def __init__(
@@ -92,11 +95,11 @@ class DiT(Network):
 
     @property
     def title(self) -> str:
-        """See :class:`Network`."""
+        """The name of the network with its patch side, such as ``DiT/2``."""
         return f"DiT/{self.patch}"
 
     def components(self) -> list[Component]:
-        """See :class:`Network`."""
+        """The parts of a forward pass; all but the conditioning run once for every patch."""
         tokens = self.positions // self.patch**2
         return [
             Component("embedding", [self.embed], tokens),

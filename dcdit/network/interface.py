@@ -73,7 +73,7 @@ class Network(
     Attributes:
         routes: whether a router chooses tokens, so that a drop fraction means something and cost varies.
         caches: whether samples can reuse what the backbone gave before.
-        float32_parts: names of the modules that compute in float32 under autocast too.
+        float32_parts: names of the modules that compute in float32 under autocast too; None where nobody says it.
         grid: (H, W).
         channels, num_classes, label_dropout: as given.
         variance: whether C channels of variance stand beside the C that are predicted of the latents.
@@ -81,7 +81,7 @@ class Network(
 
     routes: ClassVar[bool] = False
     caches: ClassVar[bool] = False
-    float32_parts: ClassVar[tuple[str, ...]] = ()
+    float32_parts: ClassVar[tuple[str, ...] | None] = None
     variance: bool = True
 
     def __init__(self, grid: int, channels: int, num_classes: int, label_dropout: float) -> None:

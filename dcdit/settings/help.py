@@ -75,7 +75,7 @@ def group_names() -> frozenset[str]:
 
 
 def choices(group: str) -> list[str]:
-    """The choices of a group."""
+    """The names that a user may choose in a group, sorted."""
     names = {path.stem for path in Path(CONFIG_DIR, group).glob("*.yaml")}
     return sorted(names - set(_BASES.get(group, ())))
 

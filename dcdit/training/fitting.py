@@ -17,7 +17,7 @@ LARGEST_SHARE = 0.85
 """Share of the GPU's memory that the trial may take; the rest is for EMA, fragments, and other programs."""
 
 FIRST_STEPS = 0.6
-"""Share of the positions that a router keeps at most in its first steps (docs/performance.md)."""
+"""Share of the positions that the trial makes room for: a fresh router of S kept 0.54 at most (docs/performance.md)."""
 
 
 def with_micro_batch(config: TrainConfig, before: RunState | None) -> TrainConfig:

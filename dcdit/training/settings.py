@@ -45,7 +45,7 @@ class OptimizerSettings:
 
 @config
 class RatioSettings:
-    """The ratio loss."""
+    """The loss that pulls the share of kept tokens to 1 / N, and the curriculum of N."""
 
     weight: NonNegative
     group: Annotated[int, Bounds(1, 10**7, hint="take 16, or null for the whole batch")] | None

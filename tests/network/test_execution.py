@@ -104,7 +104,7 @@ def test_weights_held_in_half_precision_give_the_same_bits_and_take_half_the_mem
             if network.routes
         ]
         assert not sizes or sizes[1] < 0.52 * sizes[0]
-        for name in network.float32_parts:
+        for name in network.float32_parts or ():
             assert {parameter.dtype for parameter in getattr(held, name).parameters()} == {torch.float32}
 
 
@@ -147,3 +147,10 @@ def test_auto_compiles_large_networks_where_it_was_measured_to_pay(monkeypatch, 
     assert is_compiled(large, "cpu", half, choice) == expected
     assert is_compiled(small, "cpu", half, choice) == (choice is True)
     assert is_compiled(large, "cuda", half, choice) == (choice is True)
+
+
+def test_a_network_that_does_not_say_what_is_float32_keeps_its_weights():
+    network = torch.nn.Module()
+    network.float32_parts, network.linear = None, torch.nn.Linear(2, 2)
+    hold_products_in(network, torch.bfloat16)
+    assert network.linear.weight.dtype == torch.float32

@@ -1,10 +1,11 @@
 """Training with a packed sequence of fixed length: ``execution.capacity``."""
 
 import pytest
-from support.configs import PLAIN_DIT, config_of
+from support.configs import PLAIN_DIT, TINY, config_of, module_of
 from support.runs import assert_same_end, logged
 
 from dcdit.errors import UserError
+from dcdit.network import NETWORKS, DCDiT
 from dcdit.network.packing import static_size
 from dcdit.network.routing import PredictabilityRouter
 
@@ -57,3 +58,14 @@ def test_a_plain_dit_has_no_capacity(tiny):
 def test_what_is_no_share_is_refused(value):
     with pytest.raises(UserError, match=rf"execution\.capacity='?{value}'? "):
         config_of(f"execution.capacity={value}")
+
+
+def test_a_network_of_ones_own_that_takes_no_capacity_is_told_so(monkeypatch):
+    class Own(DCDiT):
+        def forward(self, x, t, y, drop_fraction=0.0, cache=None):
+            return super().forward(x, t, y, drop_fraction, cache)
+
+    monkeypatch.setitem(NETWORKS, "dcdit", Own)
+    with pytest.raises(UserError, match=r"execution\.capacity=auto: Own\.forward takes no capacity: add the argument"):
+        module_of(config_of(*TINY, "execution.capacity=auto"))
+    module_of(config_of(*TINY))
