@@ -84,8 +84,8 @@ def calls_for(seconds: float) -> int:
     return min(MOST_CALLS, math.ceil(LEAST / max(seconds, 1e-9)))
 
 
-def main() -> None:
-    """Measure and print as Markdown."""
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", default="b", choices=list(scales()))
     parser.add_argument("--grid", type=int, default=32, help="side of the latent grid: 32 for 256px, 64 for 512px")
@@ -95,7 +95,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print as Markdown."""
+    options = parse_options()
     keep_freed_memory()
     torch.manual_seed(0)
     scale = scales()[options.scale]
