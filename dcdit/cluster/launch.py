@@ -73,7 +73,7 @@ def launch(
     """
     sweep_dir = Path(configs[0].hydra.sweep.dir)
     try:
-        checked = [read_config(config) for config in configs]
+        checked = [config_or_error(config) for config in configs]
         cluster = common_cluster(checked)
     except UserError:
         remove_empty_sweep(sweep_dir)
@@ -99,7 +99,7 @@ def launch(
     return [job_return(*outcome) for outcome in zip(runs, overrides, configs, strict=True)]
 
 
-def read_config(values: DictConfig) -> TrainConfig | UserError:
+def config_or_error(values: DictConfig) -> TrainConfig | UserError:
     """Return a configuration, or what is wrong with it, which :func:`needs_job` reports.
 
     Raises:

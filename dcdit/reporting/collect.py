@@ -23,7 +23,7 @@ def is_png(path: Path) -> bool:
         return file.read(8) == b"\x89PNG\r\n\x1a\n" and path.stat().st_size <= TEXT_BYTES
 
 
-def without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+def without_keys(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     """Return the values of all other keys."""
     return {key: value for key, value in values.items() if key not in keys}
 
@@ -31,27 +31,27 @@ def without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 def comparison_key(result: Result) -> dict[str, Any]:
     """Return what two results must share to be compared."""
     plan = result.plan
-    settings = without(asdict(plan), "step", "weights", "checkpoint", "autoencoder", "batch_size")
+    settings = without_keys(asdict(plan), "step", "weights", "checkpoint", "autoencoder", "batch_size")
     guidance = {"channels": plan.guidance.channels, "interval": plan.guidance.interval} if result.scale != 1 else {}
-    return {**settings, "sampler": without(plan.sampler.spec, "cache"), "guidance": guidance}
+    return {**settings, "sampler": without_keys(plan.sampler.spec, "cache"), "guidance": guidance}
 
 
 def budget_key(result: Result) -> dict[str, Any]:
     """Return what results on one curve over the guidance scale share: all but the scale, and the seed of training."""
     plan = result.plan
     return {
-        "training": without(result.training, "seed"),
+        "training": without_keys(result.training, "seed"),
         "weights": plan.weights,
         "step": plan.step,
         "cache": plan.sampler.cache,
-        **without(asdict(plan.guidance), "scale", "channels", "interval"),
+        **without_keys(asdict(plan.guidance), "scale", "channels", "interval"),
     }
 
 
 def row_of(result: Result) -> dict[str, Any]:
     """Return a result as one flat row, by columns of the CSV file."""
     plan = result.plan
-    guidance = without(asdict(plan.guidance), "drop_fraction")
+    guidance = without_keys(asdict(plan.guidance), "drop_fraction")
     return {
         "run": result.run,
         "network": result.network.title,

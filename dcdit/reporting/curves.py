@@ -15,7 +15,7 @@ from dcdit.evaluation.descriptions import (
 )
 from dcdit.evaluation.results import Result
 from dcdit.evaluation.settings import Figure, figures_of_metrics
-from dcdit.reporting.collect import budget_key, comparison_key, without
+from dcdit.reporting.collect import budget_key, comparison_key, without_keys
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _over(axis: Axis, results: Sequence[Result]) -> list[list[Result]]:
     """Group results that are one curve over an axis: they differ in nothing else but the seed of training."""
 
     def rest(result: Result) -> dict[str, Any]:
-        return without({**budget_key(result), "scale": result.scale}, axis.key)
+        return without_keys({**budget_key(result), "scale": result.scale}, axis.key)
 
     return _together(results, rest)
 

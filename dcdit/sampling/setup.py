@@ -153,7 +153,7 @@ def _load(weights: Weights, config: SamplingConfig, source: CheckpointSource, de
         check_compiler("compile", device.type)
     model = build_model(weights, config.weights, device)
     print_once(f"{source.name}: {describe_weights(weights, model.network, config.weights)}")
-    prepare(model, config)
+    configure_execution(model, config)
     guiding = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
         source = resolve_checkpoint(guidance.weak_checkpoint, config.paths.runs, "guidance.weak_checkpoint")
@@ -168,7 +168,7 @@ def precision_on(device: torch.device, config: SamplingConfig) -> str:
     return config.precision
 
 
-def prepare(model: Model, config: SamplingConfig) -> None:
+def configure_execution(model: Model, config: SamplingConfig) -> None:
     """Set how a model runs, and hold its weights in the precision of its products."""
     half = precision_on(model.device, config) == "bf16"
     set_execution(model.network, compiled=is_compiled(model.network, model.device.type, half, config.compile))
@@ -255,7 +255,7 @@ def _guiding_model(source: CheckpointSource, config: SamplingConfig, model: Mode
             raise UserError(
                 f"{source.argument} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind"
             )
-    prepare(guiding, config)
+    configure_execution(guiding, config)
     return guiding
 
 

@@ -223,14 +223,16 @@ def test_auto_does_not_go_on_with_another_experiment(tiny):
 
 
 def test_only_runs_that_need_a_job_get_one(tiny, tmp_path, monkeypatch, caplog):
-    from dcdit.cluster.launch import needs_job, note_gone, read_config
+    from dcdit.cluster.launch import config_or_error, needs_job, note_gone
     from dcdit.runs.lock import sole_writer
     from dcdit.runs.state import QUEUED_NAME
 
     finished = tiny("finished", "trainer.max_steps=2")
 
     def due(run, *overrides):
-        return needs_job(run, read_config(compose_config(*TINY, *CPU, "trainer.max_steps=2", *overrides)), overrides)
+        return needs_job(
+            run, config_or_error(compose_config(*TINY, *CPU, "trainer.max_steps=2", *overrides)), overrides
+        )
 
     assert not due(finished)
     assert due(finished, "trainer.max_steps=3")
