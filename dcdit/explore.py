@@ -39,6 +39,11 @@ class ExploreConfig(SamplingConfig):
                 "budget, guidance.drop_fraction, uncond_drop_fraction and drop_schedule are what the page chooses:"
                 " leave them out"
             )
+        if self.capacity is not None:
+            raise UserError(
+                f"capacity={self.capacity}: it bounds the tokens of a batch, and the page samples one image at a time:"
+                " leave it out"
+            )
         if guidance.scale == 1 and guidance.weak_checkpoint is not None:
             raise UserError("guidance.weak_checkpoint needs guidance.scale above 1")
 

@@ -41,6 +41,8 @@ def generate(config: GenerateConfig) -> Path:
         complete = archive.run(rank, world_size, display)
     if complete and (archive.job.finalized or rank == 0):
         print(f"{config.count} images: {archive.npz}, what they are: {archive.summary}")
+        if archive.dropped:
+            print(archive.dropped)
     elif not complete:
         print(f"Process {rank} is done; what is left is sampled by other processes, or by the same command again.")
     return out

@@ -20,6 +20,7 @@ from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import DDIM, DDPM, DPMSolver, Euler, EulerMaruyama, GuidanceSettings, Heun
 from dcdit.network import build_network
 from dcdit.network.routing import Routing
+from dcdit.sampling.capacity import room_of
 from dcdit.sampling.generate import generate
 
 SIZES = {"grid": 8, "channels": 1, "num_classes": 5, "width": 32, "depth": 2, "heads": 2}
@@ -125,13 +126,14 @@ SAMPLERS = {
 GUIDED = ({}, {"scale": 2.0, "drop_fraction": 0.2, "uncond_drop_fraction": 0.7}, {"scale": 2.0, "interval": [200, 800]})
 
 
+@pytest.mark.parametrize(("share", "expected"), [(None, 1), (0.3, 0)], ids=["exact", "capacity"])
 @pytest.mark.parametrize("guided", GUIDED, ids=["plain", "lite", "interval"])
 @pytest.mark.parametrize(
     ("process", "settings"),
     [(process, each) for process, some in SAMPLERS.items() for each in some],
     ids=lambda value: value if isinstance(value, str) else f"{value.name} {value.steps}",
 )
-def test_every_sampler_reads_once_a_step(pretend, process, settings, guided):
+def test_every_sampler_reads_once_a_step_and_with_a_capacity_never(pretend, process, settings, guided, share, expected):
     net = network_there("dcdit")
     latents = LatentSpec((1, 8, 8), IDENTITY, 1.0, 0.0, tuple("abcde"))
     model = replace(Model(net, latents, 0), process=build_process({"name": process}))
@@ -141,15 +143,18 @@ def test_every_sampler_reads_once_a_step(pretend, process, settings, guided):
         reads.append(pretend.reads.total())
         pretend.reads.clear()
 
-    guidance, sampler = Guidance(net, net.null_class, GuidanceSettings(**guided)), Sampler(settings)
+    capacity = share and room_of(share, [net, net])
+    guidance = Guidance(net, net.null_class, GuidanceSettings(**guided), capacity=capacity)
+    sampler = Sampler(settings)
     pretend.reads.clear()
     (batch,) = generate(
         model, guidance, sampler, torch.arange(3), range(3), seed=0, batch_size=3, precision="bf16", on_step=note
     )
-    assert reads == [1] * len(sampler.timesteps), pretend.reads
+    assert reads == [expected] * len(sampler.timesteps), pretend.reads
     assert not batch.latents.is_cuda
-    # At the end, when all is done: whether all is finite, the latents, and the lengths of each step and half.
-    assert pretend.reads.total() == 2 + sum(len(halves) for halves in batch.lengths)
+    # At the end, when all is done: whether all is finite, the latents, the lengths of each step and half, and what was
+    # dropped.
+    assert pretend.reads.total() == 2 + sum(len(halves) for halves in batch.lengths) + bool(share)
 
 
 class _There(CPUAccelerator):

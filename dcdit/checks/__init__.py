@@ -20,6 +20,7 @@ from dcdit.checks.checking import (
 from dcdit.checks.constraints import (
     HUB_ID,
     Bounds,
+    Capacity,
     Columns,
     Compression,
     Count,

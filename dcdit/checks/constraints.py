@@ -153,6 +153,12 @@ DropFraction = Annotated[
 ]
 
 
+Capacity = Annotated[
+    float,
+    Bounds(0, 1, open_low=True, hint="it is the share of all positions that there is room for, such as 0.4; or auto"),
+]
+
+
 Compression = Annotated[
     float, Bounds(1, 10**7, open_low=True, hint="N = 4 asks the router to keep a quarter of the tokens")
 ]

@@ -1,6 +1,6 @@
 """Guidance: a denoiser that wraps the denoisers of a main branch and of a weaker, guiding branch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,8 @@ from dcdit.diffusion.settings import GuidanceSettings
 
 
 class RoutingLike(Protocol):
-    """A router's decision for a batch: probabilities, and what was kept before and after the tail drop, each (B, L)."""
+    """A router's decision for a batch: probabilities, and what was kept before and after the tail drop, each (B, L);
+    with a capacity, how many tokens of each sample had no room, (B,)."""
 
     @property
     def prob(self) -> Tensor: ...  # noqa: D102
@@ -19,6 +20,8 @@ class RoutingLike(Protocol):
     def natural_mask(self) -> Tensor: ...  # noqa: D102
     @property
     def mask(self) -> Tensor: ...  # noqa: D102
+    @property
+    def beyond(self) -> Tensor | None: ...  # noqa: D102
     def of(self, samples: slice) -> "RoutingLike": ...  # noqa: D102
 
 
@@ -42,7 +45,15 @@ class StepCache(Protocol):
 
 
 Denoiser = Callable[..., Prediction]
-"""``denoiser(x, t, y, drop_fraction)``: a network; with feature caching ``denoiser(x, t, y, drop_fraction, cache)``."""
+"""``denoiser(x, t, y, drop_fraction)``: a network; with feature caching ``denoiser(x, t, y, drop_fraction, cache)``.
+With a capacity ``capacity=`` as well."""
+
+Shares = Sequence[float | None]
+"""Shares of the grid positions, of the main and of the guiding branch; None of a network that does not route."""
+
+Capacity = Callable[[float], Shares]
+"""``capacity(timestep)``: the shares of the positions that a packed sequence has room for; one sequence of both
+branches has room for the mean of both."""
 
 
 def guide(main: Tensor, guiding: Tensor, scale: float, channels: int) -> Tensor:
@@ -88,6 +99,7 @@ class Guidance:
         settings: scale, interval, drop fractions, and what makes the guiding branch weaker.
         guiding: the network of the guiding branch; None for the same.
         cache: what the samples of one trajectory reuse; None where all is computed.
+        capacity: the room of the packed sequences; None packs exactly.
     """
 
     denoiser: Denoiser
@@ -95,10 +107,18 @@ class Guidance:
     settings: GuidanceSettings
     guiding: Denoiser | None = None
     cache: StepCache | None = None
+    capacity: Capacity | None = None
 
     def _cached(self, timestep: float, *branches: int) -> tuple[Any, ...]:
         """The cache argument of a network for a batch of these branches; empty where all is computed."""
         return () if self.cache is None else (self.cache.step(timestep, branches),)
+
+    def _room(self, timestep: float, *branches: int) -> dict[str, float]:
+        """The capacity argument of a network for a batch of these branches; empty where it packs exactly."""
+        if self.capacity is None:
+            return {}
+        shares = [share for branch in branches if (share := self.capacity(timestep)[branch]) is not None]
+        return {"capacity": sum(shares) / len(shares)} if shares else {}
 
     def _changes(self, output: Prediction) -> tuple[Tensor, ...]:
         return () if self.cache is None or output.change is None else (output.change,)
@@ -111,13 +131,13 @@ class Guidance:
         drop, guiding_drop = self.settings.drop_at(timestep)
         t = torch.full(y.shape, timestep, device=y.device)  # whole numbers or not, as the process has it
         if not self.settings.is_guided(timestep):
-            output = self.denoiser(x, t, y, drop, *self._cached(timestep, 0))
+            output = self.denoiser(x, t, y, drop, *self._cached(timestep, 0), **self._room(timestep, 0))
             return GuidedOutput(output.prediction, (output.routing,), self._changes(output))
         guiding_y = y if self.settings.guiding_keeps_class else torch.full_like(y, self.null_class)
         if self.guiding is not None:
             outputs = (
-                self.denoiser(x, t, y, drop, *self._cached(timestep, 0)),
-                self.guiding(x, t, guiding_y, guiding_drop, *self._cached(timestep, 1)),
+                self.denoiser(x, t, y, drop, *self._cached(timestep, 0), **self._room(timestep, 0)),
+                self.guiding(x, t, guiding_y, guiding_drop, *self._cached(timestep, 1), **self._room(timestep, 1)),
             )
             main, guiding = (output.prediction for output in outputs)
             routings = tuple(output.routing for output in outputs)
@@ -128,7 +148,8 @@ class Guidance:
                 both = torch.tensor([drop, guiding_drop], device=x.device)
                 fractions = both.repeat_interleave(len(y), output_size=2 * len(y))
             both_y, cached = torch.cat([y, guiding_y]), self._cached(timestep, 0, 1)
-            output = self.denoiser(x.repeat(2, 1, 1, 1), t.repeat(2), both_y, fractions, *cached)
+            room = self._room(timestep, 0, 1)
+            output = self.denoiser(x.repeat(2, 1, 1, 1), t.repeat(2), both_y, fractions, *cached, **room)
             main, guiding = output.prediction.chunk(2)
             parts = slice(len(y)), slice(len(y), None)
             routings = tuple(None if output.routing is None else output.routing.of(part) for part in parts)

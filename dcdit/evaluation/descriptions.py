@@ -44,11 +44,17 @@ def describe_clipping(sampler: SamplerOptions) -> str:
     return ", x_0 clipped" if sampler.clip else ""
 
 
+def describe_capacity(plan: MeasuredPlan) -> str:
+    """Describe the room of forward passes, which there is."""
+    return "capacity auto" if isinstance(plan.capacity, str) else f"capacity {plan.capacity:g}"
+
+
 def describe_budget(plan: MeasuredPlan) -> str:
     """Describe a measured point without its guidance scale."""
     guidance, cache = plan.guidance, plan.sampler.cache
     text = "ρ by timestep" if guidance.drop_schedule is not None else f"ρ {guidance.drop_fraction:g}"
     text += f", cache {cache:g}" if cache else ""
+    text += "" if plan.capacity is None else f", {describe_capacity(plan)}"
     branch = describe_guiding_branch(guidance)
     return f"{plan.weights} weights, {text}" + (f", guiding branch: {branch}" if branch else "")
 

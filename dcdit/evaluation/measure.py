@@ -168,7 +168,10 @@ class Measurement:
             "metrics": metrics,
         }
         self.plan = MeasuredPlan.of(plan)
-        digest = content_digest({"schema": SCHEMA, **plan})[:12]  # what another release wrote is measured anew
+        chunks = {"chunk_size": chunk_size} if "capacity" in plan else {}  # which share the room
+        digest = content_digest({"schema": SCHEMA, **plan, **chunks})[
+            :12
+        ]  # what another release wrote is measured anew
         self.path = out / f"{_name_of(sampling)}_{digest}.json"
         fingerprint = {**plan, "chunk_size": chunk_size}
         self.job = FeatureJob(SampledChunk, self.path, "evaluation", fingerprint, count, chunk_size)
@@ -243,6 +246,7 @@ class Measurement:
             reference=self.reference.images.source,
             device=describe_device(model.device),
             keep_ratio=self._keep_ratio(cost) if model.network.routes else None,
+            dropped_by_capacity=cost.dropped(model.latents.positions),
             path=self.path,
         ).write()
 

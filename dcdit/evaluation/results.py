@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dcdit.checks import (
+    Capacity,
     Count,
     Matches,
     Natural,
@@ -23,6 +24,7 @@ from dcdit.diffusion.settings import SAMPLERS, GuidanceSettings, SamplerOptions
 from dcdit.errors import UserError
 from dcdit.evaluation.settings import METRICS, figures_of_metrics
 from dcdit.runtime.files import read_json, write_json
+from dcdit.sampling.dropped import Dropped
 
 SCHEMA = 6
 """Version of the files of results."""
@@ -77,6 +79,7 @@ class MeasuredPlan:
         rounding: of pixels, on the way to 0..255.
         checkpoint: digest of the weights.
         labels: how the classes were chosen.
+        capacity: room of the forward passes, as a share of all positions, or ``auto`` and a digest of the shares.
     """
 
     step: Natural | None
@@ -94,6 +97,7 @@ class MeasuredPlan:
     features: FeatureDescription
     reference: ReferenceDescription
     metrics: Annotated[list[Annotated[str, OneOf(METRICS)]], NotEmpty("it measures nothing")]
+    capacity: Capacity | Text | None = None
 
     def __post_init__(self) -> None:
         conform("guidance.weak_checkpoint", self.guidance.weak_checkpoint, Text | None)
@@ -152,6 +156,7 @@ class Result:
         reference: where the reference was.
         device: that sampled.
         keep_ratio: None for a network without router.
+        dropped_by_capacity: what a capacity had no room for; None where all had.
         path: path of the result's file, which does not store it.
     """
 
@@ -168,6 +173,7 @@ class Result:
     reference: Text
     device: Text
     keep_ratio: KeepRatio | None = None
+    dropped_by_capacity: Dropped | None = None
     path: Path = Path()
 
     def __post_init__(self) -> None:
@@ -203,7 +209,9 @@ class Result:
     def as_plain(self) -> dict[str, Any]:
         """Return the plain values that the file holds."""
         plan = {**asdict(self.plan), "sampler": self.plan.sampler.spec}
-        absent = {"path"} if self.keep_ratio else {"path", "keep_ratio"}
+        if plan["capacity"] is None:
+            del plan["capacity"]
+        absent = {"path", *(key for key in ("keep_ratio", "dropped_by_capacity") if getattr(self, key) is None)}
         values = {key: value for key, value in asdict(self).items() if key not in absent}
         return {"schema": SCHEMA, **values, "plan": plan}
 

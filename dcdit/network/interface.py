@@ -1,5 +1,6 @@
 """What everything else asks of a network: training, sampling, FLOPs, calibration, evaluation and the report."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,6 +141,22 @@ class Network(
             raise UserError(f"sampler.cache: {self.title} computes every step, take 0, or a dcdit model")
         if capacity is not None:
             raise UserError(f"capacity={capacity:g}: {self.title} drops no tokens, take null, or a dcdit model")
+
+    def check_capacity(self, key: str, capacity: float | str | None) -> None:
+        """Raise :class:`UserError` if this network cannot have the ``capacity`` that ``key`` asks for.
+
+        ``auto`` asks nothing of a network that drops no tokens.
+        """
+        if capacity is None or (capacity == "auto" and not self.routes):
+            return
+        given = f"{key}={capacity}" if isinstance(capacity, str) else f"{key}={capacity:g}"
+        if not self.routes:
+            raise UserError(f"{given}: {self.title} drops no tokens, set {key}=null")
+        if "capacity" not in inspect.signature(self.forward).parameters:
+            raise UserError(
+                f"{given}: {type(self).__name__}.forward takes no capacity: add the argument, see"
+                f" dcdit.network.interface.Network.forward, or set {key}=null"
+            )
 
     @property
     @abstractmethod

@@ -23,7 +23,7 @@ class Routing:
         natural_mask: (B, L) bool, ``prob > 0.5``: what the router keeps by itself.
         mask: (B, L) bool, what is kept after the tail drop; a subset of ``natural_mask``. Of a sample that reuses what
             the backbone gave before, see :mod:`dcdit.network.caching`, nothing.
-        beyond: tokens that :meth:`within` dropped, a scalar; None where there is no capacity.
+        beyond: (B,) tokens of each sample that :meth:`within` dropped; None where there is no capacity.
     """
 
     prob: Tensor
@@ -52,11 +52,12 @@ class Routing:
         certainty = certainty.masked_fill(self.mask & ends, 2.0).flatten()
         first = certainty.sort(descending=True, stable=True).indices[:capacity]
         mask = self.mask & torch.zeros_like(self.mask).flatten().index_fill(0, first, True).view_as(self.mask)
-        return replace(self, mask=mask, beyond=self.mask.sum() - mask.sum())
+        return replace(self, mask=mask, beyond=(self.mask & ~mask).sum(dim=1))
 
     def of(self, samples: Tensor | slice) -> "Routing":
         """The decision for these ``samples``, (n,) int64 or a slice, alone."""
-        return Routing(self.prob[samples], self.natural_mask[samples], self.mask[samples], self.beyond)
+        beyond = None if self.beyond is None else self.beyond[samples]
+        return Routing(self.prob[samples], self.natural_mask[samples], self.mask[samples], beyond)
 
 
 def route(prob: Tensor, drop_fraction: float | Tensor = 0.0) -> Routing:

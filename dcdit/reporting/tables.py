@@ -6,6 +6,7 @@ from rich import box
 from rich.table import Table
 
 from dcdit.evaluation.descriptions import (
+    describe_capacity,
     describe_clipping,
     describe_guiding_branch,
     describe_point,
@@ -38,12 +39,13 @@ def table_of(results: list[Result]) -> Table:
     decay = "" if first.ema_decay is None else f" of decay {first.ema_decay:g}"
     weights = "" if "weights" in varying else f", {plan.weights} weights{decay}"
     cache = "" if "cache" in varying or not sampler.cache else f", cache {sampler.cache:g}"
+    room = "" if plan.capacity is None else f", {describe_capacity(plan)}"
     same_branch = "guiding branch" not in varying and guidance.scale != 1
     branch = f", guiding branch: {describe_guiding_branch(guidance)}" if same_branch else ""
     title = (
         f"{first.run}, {describe_step(plan.step)}{weights}, {plan.precision}:"
         f" {plan.count} images, {plan.labels} labels, {describe_rounding(plan)},"
-        f" {sampler.name} {sampler.steps} steps{describe_clipping(sampler)}{cache}{scale}{branch}."
+        f" {sampler.name} {sampler.steps} steps{describe_clipping(sampler)}{cache}{room}{scale}{branch}."
         f" Features of {plan.features.name}, {describe_reference(first)}."
         f" Time on {first.device}, batches of {first.timing.batch_size}"
     )
@@ -73,6 +75,11 @@ def notes_on(results: list[Result]) -> list[str]:
         notes.append("●: no other point is both better and cheaper in TFLOPs")
     if any(result.plan.sampler.cache for result in results):
         notes.append("Keep ratios are means of all evaluations: of those that reused features none was kept")
+    dropped = [(result.dropped_by_capacity, result) for result in results if result.dropped_by_capacity is not None]
+    if dropped:
+        worst, result = max(dropped, key=lambda pair: pair[0].share)
+        text = worst.described(result.plan.capacity)
+        notes.append(f"At {len(dropped)} of {len(results)} points, at the worst of them {text}")
     differences = differences_from_published(results[0].plan)
     if differences:
         notes.append(f"Not comparable with published figures: {'; '.join(differences)}")

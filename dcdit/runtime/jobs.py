@@ -135,8 +135,9 @@ class ResumableJob(Generic[Record]):
                     f"source: {name!r} {change} since this {self.name} began"
                     f" ({had.get(name, 'not there')} before, {has.get(name, 'not there')} now): {remedy}"
                 )
-        for key, value in self.fingerprint.items():
-            if before.get(key) != value:
+        for key in {**self.fingerprint, **before}:
+            value = self.fingerprint.get(key)
+            if key != "source" and before.get(key) != value:
                 raise UserError(f"{key}={value}, but the {self.name} there was begun with {before.get(key)}: {remedy}")
 
 

@@ -61,6 +61,8 @@ class ImageArchive:
             "batch_size": sampling.config.batch_size,
             "checkpoint": sampling.model.digest,
         }
+        self.dropped = ""
+        """What to tell the user of tokens that had no room; empty before this process has joined the chunks."""
         self.job = _ArchiveJob(ArchivedChunk, self.npz, "generation", self.fingerprint, count, chunk_size)
 
     def run(self, rank: int, world_size: int, display: Display) -> bool:
@@ -131,6 +133,10 @@ class ImageArchive:
             "calibration": asdict(calibration) if calibration else None,
             "training": dict(model.training),
         }
+        lost = cost.dropped(model.latents.positions)
+        if lost:
+            figures["dropped_by_capacity"] = asdict(lost)
+            self.dropped = lost.described(self.sampling.config.capacity)
         with replacing(self.npz) as target:
             with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
                 for name, dtype, arrays, size in (

@@ -5,14 +5,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
 from dcdit.checkpoints.load import Model
-from dcdit.checks import DropFraction, NonNegative, Positive
+from dcdit.checks import DropFraction, NonNegative, Positive, call_checked
 from dcdit.compute.flops import Cost
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler, Step
@@ -23,6 +23,9 @@ from dcdit.runtime.files import read_json, write_json
 from dcdit.runtime.processes import print_once
 from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import branch_networks, generate
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _MEANS = {"drop": "drops alone", "cache": "reuse alone", "both": "drops and reuse together"}
 TOLERANCE = 0.01  # of the cost measured on the calibration's own images; half of what is promised for others
@@ -53,10 +56,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class _Answer:
-    """A calibration in the file that keeps it, and what it was for."""
+    """The fields of what was found, in the file that keeps it, and what it was for."""
 
     settings: dict[str, Any]
-    found: Calibration
+    found: dict[str, Any]
+
+
+Found = TypeVar("Found", bound="DataclassInstance")
 
 
 class _Meter:
@@ -214,14 +220,16 @@ def _solve(function: Callable[[float], float], wanted: float, high: float) -> fl
     return (low + high) / 2
 
 
-def remembered(store: Path, settings: Mapping[str, Any], find: Callable[[], Calibration]) -> Calibration:
+def remembered(kind: type[Found], store: Path, settings: Mapping[str, Any], find: Callable[[], Found]) -> Found:
     """Return what ``find()`` returns, and keep it for the next call with the same settings.
 
     Args:
-        store: file that keeps calibrations.
-        settings: plain values that a calibration depends on.
-        find: called if there is no calibration for these settings.
+        kind: the dataclass of what is found.
+        store: file that keeps it.
+        settings: plain values that it depends on.
+        find: called if nothing was found for these settings.
     """
+    remedy = "delete it, it is found again"
     with suppress(OSError):
         store.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(store.with_name(f".{store.name}.lock"))
@@ -232,15 +240,18 @@ def remembered(store: Path, settings: Mapping[str, Any], find: Callable[[], Cali
     try:
         known: list[_Answer] = []
         with suppress(FileNotFoundError):
-            known = read_json(store, list[_Answer], "delete it, it is found again")
+            known = read_json(store, list[_Answer], remedy)
         for entry in known:
             if entry.settings == settings:
-                return entry.found
+                try:
+                    return call_checked(kind, entry.found, "found")
+                except UserError as error:
+                    raise UserError(f"{store}: {error}: {remedy}") from error
         found = find()
         try:
-            write_json(store, [asdict(entry) for entry in (*known, _Answer(dict(settings), found))])
+            write_json(store, [asdict(entry) for entry in (*known, _Answer(dict(settings), asdict(found)))])
         except UserError as error:
-            print_once(f"The drop fraction is not kept for the next time: {error}")
+            print_once(f"What was calibrated is not kept for the next time: {error}")
         return found
     finally:
         lock.release()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dcdit.sampling.dropped import Dropped
 from dcdit.sampling.generate import SampleBatch
 
 Tokens = list[int | None]
@@ -21,6 +22,7 @@ class SamplingCost:
         main: tokens that the main branch kept.
         guiding: tokens that the guiding branch kept.
         computed: evaluations with a router that reused nothing, summed over images, steps and branches.
+        beyond: tokens at each step that a capacity had no room for; empty without one.
     """
 
     images: int = 0
@@ -28,6 +30,7 @@ class SamplingCost:
     main: Tokens = field(default_factory=list)
     guiding: Tokens = field(default_factory=list)
     computed: int = 0
+    beyond: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, batch: SampleBatch) -> "SamplingCost":
@@ -39,7 +42,7 @@ class SamplingCost:
                 lengths = step[branch] if branch < len(step) else None
                 tokens.append(None if lengths is None else int(lengths.sum()))
                 computed += 0 if lengths is None else int((lengths > 0).sum())
-        return cls(len(batch.indices), batch.flops.sum().item(), *sums, computed)
+        return cls(len(batch.indices), batch.flops.sum().item(), *sums, computed, list(batch.beyond))
 
     @classmethod
     def total(cls, costs: Iterable["SamplingCost"]) -> "SamplingCost":
@@ -54,6 +57,7 @@ class SamplingCost:
             _add(self.main, other.main),
             _add(self.guiding, other.guiding),
             self.computed + other.computed,
+            [int(tokens or 0) for tokens in _add([*self.beyond], [*other.beyond])],
         )
 
     @property
@@ -79,6 +83,21 @@ class SamplingCost:
         """Return the keep ratio in the mean of all steps and branches with a router; None where there are none."""
         ratios = [ratio for branch in self.keep_ratios(positions) for ratio in branch if ratio is not None]
         return torch.tensor(ratios, dtype=torch.float64).mean().item() if ratios else None
+
+    def dropped(self, positions: int) -> Dropped | None:
+        """Return what a capacity had no room for; None where all had; ``positions`` is H * W."""
+        if not any(self.beyond):
+            return None
+        steps = [
+            [tokens for tokens in branches if tokens is not None]
+            for branches in zip(self.main, self.guiding, strict=True)
+        ]
+        wanted = [sum(branches) + tokens for branches, tokens in zip(steps, self.beyond, strict=True)]
+        shares = [tokens / max(1, all_of) for tokens, all_of in zip(self.beyond, wanted, strict=True)]
+        ran = [max(1, len(branches)) * self.images * positions for branches in steps]
+        needed = max(tokens / places for tokens, places in zip(wanted, ran, strict=True))
+        worst = max(range(len(shares)), key=shares.__getitem__)
+        return Dropped(sum(self.beyond) / sum(wanted), worst + 1, len(shares), shares[worst], needed)
 
 
 def _add(tokens: Tokens, others: Tokens) -> Tokens:

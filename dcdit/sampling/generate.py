@@ -29,12 +29,14 @@ class SampleBatch:
             guiding branch: (n,) int64 each, on the CPU; 0 where earlier features of the backbone were reused; None
             where there is no router. :class:`dcdit.sampling.cost.SamplingCost` sums them up.
         step_flops: of each sample at each step, both branches, (steps, n) float64.
+        beyond: for each step the tokens, of all samples and branches, that a capacity had no room for; () without one.
     """
 
     indices: list[int]
     latents: Tensor
     lengths: list[tuple[Tensor | None, ...]]
     step_flops: Tensor
+    beyond: tuple[int, ...] = ()
 
     @property
     def flops(self) -> Tensor:
@@ -95,6 +97,7 @@ def generate(
         streams = [sample_generator(seed, number) for number in numbers]
         classes = labels[numbers].to(model.device)
         kept: list[tuple[Tensor | None, ...]] = []
+        beyond: list[list[Tensor]] = []
         first_bad = torch.full_like(classes, _NEVER)  # step after which a sample was not finite; read once, at the end
         x = torch.empty(0)
         threshold = sampler.settings.cache
@@ -106,11 +109,14 @@ def generate(
                 first_bad = torch.where(x.flatten(1).isfinite().all(dim=1), first_bad, first_bad.clamp(max=step.index))
                 masks = [None if routing is None else routing.mask for routing in step.output.routings]
                 kept.append(tuple(None if mask is None else mask.sum(dim=1) for mask in masks))
+                dropped = [None if routing is None else routing.beyond for routing in step.output.routings]
+                beyond.append([tokens.sum() for tokens in dropped if tokens is not None])
                 if on_step:
                     on_step(numbers, step)
         _check_finite(numbers, first_bad.tolist(), sampler, f"guidance.scale={guidance.settings.scale:g}, {precision}")
         lengths = [tuple(None if branch is None else branch.cpu() for branch in branches) for branches in kept]
-        yield SampleBatch(numbers, x.float().cpu(), lengths, _step_flops(costs, lengths, len(numbers)))
+        flops = _step_flops(costs, lengths, len(numbers))
+        yield SampleBatch(numbers, x.float().cpu(), lengths, flops, _sums(beyond))
 
 
 def _step_flops(costs: Sequence[Cost], lengths: Sequence[tuple[Tensor | None, ...]], samples: int) -> Tensor:
@@ -121,6 +127,12 @@ def _step_flops(costs: Sequence[Cost], lengths: Sequence[tuple[Tensor | None, ..
         kept = [none if branch is None else branch for branch in branches]
         flops.append(torch.stack([cost.of(tokens) for cost, tokens in zip(costs, kept, strict=False)]).sum(dim=0))
     return torch.stack(flops)
+
+
+def _sums(steps: Sequence[Sequence[Tensor]]) -> tuple[int, ...]:
+    """Return the sums of the numbers of each step, in one read from the device; () if no step has any."""
+    counts = iter(torch.stack([count for step in steps for count in step]).tolist() if any(steps) else ())
+    return tuple(sum(next(counts) for _ in step) for step in steps) if any(steps) else ()
 
 
 _NEVER = 10**9

@@ -151,4 +151,4 @@ def sample_to_folder(
     if frames and model.network.routes:
         titles = [visible(model.latents.classes[int(labels[number])]) for number in shown]
         save_boundaries(list(recorder.rows.values()), titles, sampling.decode, out / "boundaries.png", title)
-    return f"{_describe_samples(len(labels), cost, sampling)}: {out}"
+    return "\n".join(filter(None, [f"{_describe_samples(len(labels), cost, sampling)}: {out}", sampling.dropped(cost)]))

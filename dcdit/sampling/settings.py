@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from dcdit.checkpoints.settings import AssumeSettings, Paths, WeightsKind
-from dcdit.checks import Images, Named, Seed, annotations, call_checked, config
+from dcdit.checks import Capacity, Images, Named, Seed, annotations, call_checked, config
 from dcdit.data.latents import Rounding
 from dcdit.diffusion.settings import SAMPLERS, BudgetSettings, GuidanceSettings, SamplerOptions
 from dcdit.errors import UserError
@@ -26,6 +26,7 @@ class SamplingKeys:
     autoencoder: str | None
     rounding: Rounding
     compile: Literal["auto"] | bool
+    capacity: Literal["auto"] | Capacity | None
     assume: AssumeSettings
     budget: BudgetSettings
     paths: Paths

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from dcdit.checkpoints.load import Model, Weights, build_model, describe_weights
 from dcdit.checkpoints.resolve import CheckpointSource, resolve_checkpoint
 from dcdit.data.decoder import LatentDecoder, load_decoder
 from dcdit.data.latents import LatentSpec, format_numbers
-from dcdit.diffusion.guidance import Guidance
+from dcdit.diffusion.guidance import Capacity, Guidance
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import GuidanceSettings
 from dcdit.errors import UserError, naming
@@ -22,7 +23,9 @@ from dcdit.runtime.files import content_digest
 from dcdit.runtime.memory import keep_freed_memory
 from dcdit.runtime.processes import print_once
 from dcdit.sampling.budget import Calibration, calibrate, remembered
-from dcdit.sampling.generate import OnStep, SampleBatch, generate
+from dcdit.sampling.capacity import KeptShares, measure_kept, room_of
+from dcdit.sampling.cost import SamplingCost
+from dcdit.sampling.generate import OnStep, SampleBatch, branch_networks, generate
 from dcdit.sampling.settings import SamplingConfig
 
 
@@ -70,7 +73,7 @@ class Sampling:
         """Sample ``indices`` of those that ``labels`` (N,) lists; see :func:`dcdit.sampling.generate.generate`."""
         return generate(
             self.model,
-            self.guidance,
+            replace(self.guidance, capacity=self.capacity),
             self.sampler,
             labels,
             indices,
@@ -80,10 +83,36 @@ class Sampling:
             on_step=on_step,
         )
 
+    @cached_property
+    def kept_shares(self) -> KeptShares | None:
+        """What images keep at each step, measured unless that is known; None unless ``capacity=auto`` asks for it."""
+        networks = branch_networks(self.model, self.guidance)
+        if self.config.capacity != "auto" or not any(network.routes for network in networks):
+            return None
+        how = (self.model, self.guidance, self.sampler, self.config.batch_size, self.precision)
+        store = self.source.home / "capacities.json"
+        question = {**_question(self), "batch_size": self.config.batch_size}
+        found = remembered(KeptShares, store, question, lambda: measure_kept(*how))
+        if len(found.steps) != len(self.sampler.timesteps):
+            raise UserError(f"{store}: it has shares of another number of steps: delete it, they are measured again")
+        return found
+
+    @property
+    def capacity(self) -> Capacity | None:
+        """The room of forward passes that the configuration asks for; None for sequences of exactly what is kept."""
+        if isinstance(self.config.capacity, float):
+            return room_of(self.config.capacity, branch_networks(self.model, self.guidance))
+        return None if self.kept_shares is None else self.kept_shares.room(self.sampler.timesteps)
+
     def images(self, batch: SampleBatch) -> Tensor:
         """Decode samples to images (n, 1 or 3, height, width) uint8; raise UserError naming one that is not finite."""
         with naming("sample", batch.indices):
             return self.decode(batch.latents)
+
+    def dropped(self, cost: SamplingCost) -> str:
+        """Return what to tell the user if images of this ``cost`` lost tokens for lack of room, or nothing."""
+        lost = cost.dropped(self.model.latents.positions)
+        return lost.described(self.config.capacity) if lost else ""
 
     def guided(self, settings: GuidanceSettings) -> "Sampling":
         """Return the same with other guidance by the same networks; raise UserError if they cannot do that."""
@@ -99,6 +128,7 @@ class Sampling:
         guidance["channels"] = settings.guided_channels(self.model.network.channels)
         if self.guiding is not None:
             guidance["weak_checkpoint"] = f"{settings.weak_checkpoint} {self.guiding.digest}"
+        capacity = self.config.capacity if self.kept_shares is None else f"auto {self.kept_shares.digest}"
         return {
             "step": self.model.step,
             "weights": self.config.weights,
@@ -108,6 +138,8 @@ class Sampling:
             "guidance": guidance,
             "autoencoder": self.decode.identity,
             "rounding": self.decode.rounding,
+            # with it an image depends on its batch; what was made without it keeps its description
+            **({} if self.capacity is None else {"capacity": capacity, "batch_size": self.config.batch_size}),
         }
 
 
@@ -191,6 +223,8 @@ def build_sampling(config: SamplingConfig, source: CheckpointSource, loaded: Loa
         )
     sampler = Sampler(config.sampler.for_process(model.process.settings))
     for network in (model.network, *([guiding.network] if guiding else [])):
+        if network is model.network or network.routes:
+            network.check_capacity("capacity", config.capacity)
         if sampler.settings.cache and not network.caches:
             raise UserError(
                 f"sampler.cache={sampler.settings.cache:g}: {network.title} computes every step: leave the key out"
@@ -202,15 +236,9 @@ def build_sampling(config: SamplingConfig, source: CheckpointSource, loaded: Loa
 def meet_budget(sampling: Sampling) -> Sampling:
     """Return ``sampling`` at the drop fraction and threshold that meet its budget, calibrated unless they are known."""
     config, model = sampling.config, sampling.model
-    question = {
-        "budget": asdict(config.budget),
-        "sampler": sampling.sampler.settings.spec,
-        "guidance": asdict(config.guidance),
-        "network": model.digest,
-        "weak": sampling.guiding.digest if sampling.guiding else None,
-        "precision": sampling.precision,
-    }
-    calibration = remembered(sampling.source.home / "budgets.json", question, lambda: calibrate_budget(sampling))
+    question = {"budget": asdict(config.budget), **_question(sampling)}
+    store = sampling.source.home / "budgets.json"
+    calibration = remembered(Calibration, store, question, lambda: calibrate_budget(sampling))
     print_once(
         f"Budget: drop fraction {calibration.drop_fraction}"
         + (f" and sampler.cache={calibration.cache:g} cost" if calibration.cache else " costs")
@@ -224,6 +252,17 @@ def meet_budget(sampling: Sampling) -> Sampling:
             " sampler.cache reuse meets a part of the budget, and less is dropped"
         )
     return with_budget_met(sampling, calibration)
+
+
+def _question(sampling: Sampling) -> dict[str, Any]:
+    """Return the plain values that what a few images cost and keep depends on."""
+    return {
+        "sampler": sampling.sampler.settings.spec,
+        "guidance": asdict(sampling.guidance.settings),
+        "network": sampling.model.digest,
+        "weak": sampling.guiding.digest if sampling.guiding else None,
+        "precision": sampling.precision,
+    }
 
 
 def calibrate_budget(sampling: Sampling) -> Calibration:

@@ -39,7 +39,8 @@ def routing_metrics(routing: Routing, world_size: int) -> dict[str, Tensor]:
     }
     tokens = routing.mask.sum().float()
     if routing.beyond is not None:
-        metrics["train/dropped_by_capacity"] = routing.beyond / (tokens + routing.beyond)
+        beyond = routing.beyond.sum()
+        metrics["train/dropped_by_capacity"] = beyond / (tokens + beyond)
     return metrics | dict.fromkeys(_TOKENS if world_size > 1 else _TOKENS[:1], tokens)
 
 

@@ -1,6 +1,5 @@
 """The LightningModule: network, diffusion loss, ratio loss and the sampled drop fraction."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -64,17 +63,7 @@ def check_fit(network: Network, process: Process, config: TrainConfig) -> None:
             f"multi_budget.fractions={config.multi_budget.fractions}: {network.title} drops no tokens, set"
             " multi_budget=none"
         )
-    if isinstance(config.execution.capacity, float) and not network.routes:
-        raise UserError(
-            f"execution.capacity={config.execution.capacity:g}: {network.title} drops no tokens, set"
-            " execution.capacity=null"
-        )
-    takes_capacity = "capacity" in inspect.signature(network.forward).parameters
-    if config.execution.capacity is not None and network.routes and not takes_capacity:
-        raise UserError(
-            f"execution.capacity={config.execution.capacity}: {type(network).__name__}.forward takes no capacity: add"
-            " the argument, see dcdit.network.interface.Network.forward, or set execution.capacity=null"
-        )
+    network.check_capacity("execution.capacity", config.execution.capacity)
     for part in config.optimizer.lr_scale or ():
         if part not in network.parts():
             known = ", ".join(network.parts())

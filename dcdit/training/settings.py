@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from dcdit.checkpoints.settings import AssumeSettings, Paths, WeightsKind
 from dcdit.checks import (
     Bounds,
+    Capacity,
     Compression,
     Count,
     DropFraction,
@@ -75,11 +76,6 @@ class MatchComputeSettings:
     baseline: str | None
     steps: Count
 
-
-Capacity = Annotated[
-    float,
-    Bounds(0, 1, open_low=True, hint="it is the share of all positions that there is room for, such as 0.4; or auto"),
-]
 
 AUTO_CAPACITY = 1.5
 """Room of ``execution.capacity=auto`` over what the ratio loss asks the router to keep."""

@@ -507,3 +507,23 @@ def test_weak_checkpoints(measured, tiny, trained_run, tmp_path):
     place = f"guidance.weak_checkpoint={trained_run}/checkpoints/last.ckpt"
     with pytest.raises(UserError, match=r"latents of shape \(1, 8, 8\), the checkpoint \(1, 16, 16\)"):
         measured("guidance.scale=2", place, out="wrong")
+
+
+def test_a_capacity_is_part_of_a_result_and_what_had_no_room_is_noted(run, tmp_path, capsys):
+    stored = torch.load(run.checkpoint, weights_only=True)
+    stored["state_dict"]["network.router.scorer.3.bias"].zero_()  # a fresh router keeps next to nothing
+    torch.save(stored, run.checkpoint)
+    settings = ("metrics=[fid]", "time_rounds=0", "batch_size=8", "chunk_size=16")
+    exact = run(*settings, out="results")[0.0]
+    assert not {"capacity", "dropped_by_capacity"} & {*exact, *exact["plan"]}
+    assert "no room" not in capsys.readouterr().out
+    bounded = run(*settings, "capacity=0.3", out="results")[0.0]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert bounded["plan"] == {**exact["plan"], "capacity": 0.3}
+    assert 0 < bounded["dropped_by_capacity"]["share"] < 1
+    assert shown.count("At 1 of 1 points, at the worst of them capacity=0.3: ") == 1
+    run(*settings, "capacity=0.3", "chunk_size=12", out="results")  # other batches share the room
+    files = list((tmp_path / "results").glob("*.json"))
+    assert len(files) == 3
+    for file in files:
+        assert read_result(file).as_plain() == json.loads(file.read_text())

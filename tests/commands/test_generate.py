@@ -169,3 +169,72 @@ def test_a_budget_is_calibrated_once(tiny, tmp_path, capsys):
     assert store.read_bytes() == before
     with pytest.raises(UserError, match=r"budget.fraction=0.01 cannot be met by drops alone: from .* of the full cost"):
         call(generate, compose_config(*arguments, "budget.fraction=0.01", name="generate"))
+
+
+@pytest.fixture
+def keeps_half(run):
+    """The network of three steps with a router that keeps about half; a fresh one keeps next to nothing."""
+    stored = torch.load(run.checkpoint, weights_only=True)
+    stored["state_dict"]["network.router.scorer.3.bias"].zero_()
+    torch.save(stored, run.checkpoint)
+    return run
+
+
+def test_images_of_a_capacity_have_an_identity_of_their_own_and_what_had_no_room_is_told(keeps_half, tmp_path, capsys):
+    exact = keeps_half("exact")
+    plan = json.loads((exact / "samples.json").read_text())["plan"]
+    assert not {"capacity", "dropped_by_capacity"} & {*plan, *json.loads((exact / "samples.json").read_text())}
+    assert "no room" not in capsys.readouterr().out
+    roomy = keeps_half("roomy", "capacity=1")
+    images = [np.load(folder / "samples.npz")["arr_0"].astype(int) for folder in (exact, roomy)]
+    assert np.abs(images[0] - images[1]).max() <= 1
+    figures = json.loads((roomy / "samples.json").read_text())
+    assert figures["plan"] == {**plan, "capacity": 1.0}
+    assert "dropped_by_capacity" not in figures
+    assert "no room" not in capsys.readouterr().out
+    narrow = keeps_half("narrow", "capacity=0.2", "guidance.scale=2")
+    told = capsys.readouterr().out
+    figures = json.loads((narrow / "samples.json").read_text())
+    dropped = figures["dropped_by_capacity"]
+    assert 0 < dropped["share"] <= dropped["most"] < 1
+    assert told.count("no room") == 1
+    assert f"capacity=0.2: {dropped['share']:.2%} of the kept tokens had no room" in told
+    for folder, words, message in (
+        ("narrow", ("guidance.scale=2",), r"capacity=None, but the generation there was begun with 0\.2"),
+        ("narrow", ("guidance.scale=2", "capacity=0.3"), r"capacity=0\.3, but .* begun with 0\.2"),
+        ("exact", ("capacity=0.3",), r"capacity=0\.3, but .* begun with None"),
+    ):
+        with pytest.raises(UserError, match=message):
+            keeps_half(folder, *words)
+    suggested = told.partition("such as ")[2].partition(",")[0]
+    keeps_half("enough", suggested, "guidance.scale=2")
+    assert "no room" not in capsys.readouterr().out
+
+
+def test_auto_is_measured_once_at_the_budget_that_was_met(keeps_half, tmp_path, capsys):
+    words = ("capacity=auto", "guidance.scale=2", "budget.fraction=0.95", "budget.by=drop")
+    folder = keeps_half("auto", *words)
+    assert "no room" not in capsys.readouterr().out
+    store = keeps_half.checkpoint.parents[1] / "capacities.json"
+    before = store.read_bytes()
+    (entry,) = json.loads(before)
+    plan = json.loads((folder / "samples.json").read_text())["plan"]
+    assert entry["settings"]["guidance"]["drop_fraction"] == plan["guidance"]["drop_fraction"] > 0
+    assert plan["capacity"].startswith("auto ")
+    assert len(entry["found"]["steps"]) == 3
+    again = keeps_half("again", *words)
+    assert json.loads((again / "samples.json").read_text())["plan"] == plan
+    assert store.read_bytes() == before
+    assert (again / "samples.npz").read_bytes() == (folder / "samples.npz").read_bytes()
+    for steps, message in (([[0.5, 0.5]], "another number of steps: delete it"), ([[2, 0.5]] * 3, "delete it")):
+        store.write_text(json.dumps([{**entry, "found": {"steps": steps}}]))
+        with pytest.raises(UserError, match=rf"capacities\.json: .*{message}"):
+            keeps_half("damaged", *words)
+
+
+def test_a_picture_tells_what_had_no_room(keeps_half, tmp_path, capsys):
+    places = (f"checkpoint={keeps_half.checkpoint}", f"out={tmp_path}/pictures", "sampler.steps=3", "per_class=3")
+    call(sample, compose_config(*places, "capacity=0.1", name="sample"))
+    assert capsys.readouterr().out.count("capacity=0.1: ") == 1
+    call(sample, compose_config(*places, name="sample"))
+    assert "no room" not in capsys.readouterr().out

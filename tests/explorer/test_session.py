@@ -167,6 +167,8 @@ def test_what_the_command_said_of_a_sampler_holds():
 def test_mistakes_before_anything_is_loaded():
     for words, message in (
         (["budget.fraction=0.5"], "are what the page chooses: leave them out"),
+        (["capacity=0.5"], "capacity=0.5: it bounds the tokens of a batch"),
+        (["capacity=auto"], "capacity=auto: it bounds the tokens of a batch"),
         (["guidance.drop_fraction=0.5"], "are what the page chooses: leave them out"),
         (["guidance.uncond_drop_fraction=0.5"], "are what the page chooses: leave them out"),
         (["port=0"], "port=0 is outside"),

@@ -15,7 +15,7 @@ from dcdit.diffusion.samplers import Sampler, sample_generator
 from dcdit.diffusion.settings import DDIM, DDPM, BudgetSettings, GuidanceSettings
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.network import DCDiT, DiT
-from dcdit.sampling.budget import calibrate, remembered
+from dcdit.sampling.budget import Calibration, calibrate, remembered
 from dcdit.sampling.generate import SampleBatch, generate
 from dcdit.sampling.settings import SamplingConfig
 from dcdit.sampling.setup import Sampling, check_guidance
@@ -174,6 +174,7 @@ def test_budgets_that_cannot_be(model):
         "autoencoder": None,
         "rounding": "round",
         "compile": False,
+        "capacity": None,
         "assume": {},
         "paths": {"data": "data", "runs": "runs"},
     }
@@ -189,10 +190,10 @@ def test_what_was_calibrated_is_remembered(model, tmp_path):
         return calibrate(model, guidance(model), SAMPLER, BudgetSettings(fraction=0.8), 16, "fp32")
 
     path = tmp_path / "last.ckpt"
-    first = remembered(path, {"step": 1, "fraction": 0.8}, find)
-    assert remembered(path, {"step": 1, "fraction": 0.8}, find) == first
+    first = remembered(Calibration, path, {"step": 1, "fraction": 0.8}, find)
+    assert remembered(Calibration, path, {"step": 1, "fraction": 0.8}, find) == first
     assert len(calls) == 1
-    remembered(path, {"step": 2, "fraction": 0.8}, find)
+    remembered(Calibration, path, {"step": 2, "fraction": 0.8}, find)
     assert len(calls) == 2
 
 

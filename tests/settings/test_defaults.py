@@ -100,7 +100,7 @@ def test_fid_during_training_is_measured_as_an_evaluation_measures_it():
     evaluation = compose_config(name="evaluate")
     fid = compose_config("callbacks=fid", name="train").callbacks.fid
     shared = set(fid) & set(evaluation) - {"reference", "features", "drop_fractions", "count", "sampler", "guidance"}
-    assert shared == {"autoencoder", "batch_size", "cache", "seed", "shown"}
+    assert shared == {"autoencoder", "batch_size", "cache", "capacity", "seed", "shown"}
     assert {key: fid[key] for key in shared} == {key: evaluation[key] for key in shared}
     assert fid.guidance.items() <= evaluation.guidance.items()
 

@@ -13,6 +13,7 @@ from support.runs import assert_same_end
 
 from dcdit import evaluate
 from dcdit.errors import UserError
+from dcdit.network.routing import PredictabilityRouter
 from dcdit.training.callbacks.fid import FID as FIDCallback
 
 FID = (
@@ -168,3 +169,16 @@ def test_the_sum_over_processes_is_the_whole(digits):
     for state in (f"{side}_features_{kind}" for side in ("real", "fake") for kind in ("sum", "cov_sum", "num_samples")):
         setattr(parts[0], state, torch.stack([getattr(part, state) for part in parts]).sum(0))
     assert float(parts[0].compute()) == pytest.approx(float(whole.compute()), rel=1e-6)
+
+
+def test_a_capacity_bounds_what_is_measured_and_what_had_no_room_is_logged(trained, monkeypatch):
+    monkeypatch.setattr(PredictabilityRouter, "BIAS", 1.0)  # a fresh router that keeps nearly all
+    words = ("trainer.max_steps=4", "callbacks.ema.decay=0", "callbacks.fid.drop_fractions=[0]")
+    (free,), (bounded,) = (
+        validations(trained(str(key), *words, f"callbacks.fid.capacity={key}")) for key in ("null", 0.25)
+    )
+    assert "val/dropped_by_capacity@0" not in free
+    assert 0 < bounded["val/dropped_by_capacity@0"] < 1
+    assert bounded["val/keep_ratio@0"] <= 0.25 < free["val/keep_ratio@0"]
+    with pytest.raises(UserError, match=r"callbacks\.fid\.capacity=0\.25: DiT.* drops no tokens"):
+        trained("plain", *PLAIN_DIT, *words, "callbacks.fid.capacity=0.25")

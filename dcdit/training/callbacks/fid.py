@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from dcdit.checkpoints.load import Model
-from dcdit.checks import Columns, Count, Images, Named, Seed, Shown, TimeFraction, checked
+from dcdit.checks import Capacity, Columns, Count, Images, Named, Seed, Shown, TimeFraction, checked
 from dcdit.data.decoder import LatentDecoder, load_decoder
 from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.guidance import Guidance
@@ -28,6 +28,7 @@ from dcdit.evaluation.settings import DropFractions
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime.display import Display
 from dcdit.runtime.processes import say
+from dcdit.sampling.capacity import room_of
 from dcdit.sampling.figures import Recorder, save_boundaries, save_grid
 from dcdit.sampling.generate import generate
 from dcdit.sampling.setup import check_guidance
@@ -68,6 +69,7 @@ class FID(Callback):
     drop_fractions: DropFractions
     count: Images
     batch_size: Images
+    capacity: Capacity | None
     every: Count
     max_time_fraction: TimeFraction
     shown: Shown
@@ -95,6 +97,7 @@ class FID(Callback):
             )
         model = self._model(pl_module, trainer)
         sampler = Sampler(self.sampler.for_process(model.process.settings))
+        model.network.check_capacity("callbacks.fid.capacity", self.capacity)
         for drop in self.drop_fractions:
             check_guidance(model.network, self._guidance(drop))
         device = pl_module.device
@@ -180,9 +183,10 @@ class FID(Callback):
         """
         rank, world_size = trainer.global_rank, trainer.world_size
         network, count = model.network, self.count
+        capacity = None if self.capacity is None else room_of(self.capacity, [network, network])
         batches = generate(
             model,
-            Guidance(network, network.null_class, self._guidance(drop)),
+            Guidance(network, network.null_class, self._guidance(drop), capacity=capacity),
             loaded.sampler,
             torch.arange(count) % network.num_classes,
             range(rank * count // world_size, (rank + 1) * count // world_size),
@@ -200,11 +204,15 @@ class FID(Callback):
             fid.update(features.features.to(device), real=False)
         cost = measured.sampled.cost
         ratio = cost.mean_keep_ratio(model.latents.positions) or 0.0
-        own = torch.tensor([cost.flops, ratio * cost.images], dtype=torch.float64, device=device)
-        flops, ratios = trainer.strategy.reduce(own, reduce_op="sum").tolist()
+        kept = sum(tokens or 0 for tokens in (*cost.main, *cost.guiding))
+        sums = [cost.flops, ratio * cost.images, kept, sum(cost.beyond)]
+        own = torch.tensor(sums, dtype=torch.float64, device=device)
+        flops, ratios, kept, beyond = trainer.strategy.reduce(own, reduce_op="sum").tolist()
         figures = {"fid": float(fid.compute()), "tflops": flops / count / 1e12}
         if network.routes:
             figures["keep_ratio"] = ratios / count
+        if self.capacity is not None:
+            figures["dropped_by_capacity"] = beyond / max(1, kept + beyond)
         return figures, measured.first
 
     def _save_pictures(self, trainer: pl.Trainer, images: Tensor, recorder: Recorder, loaded: _Loaded) -> None:
