@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dcdit.checkpoints.names import DIFFUSERS, NAME_MAPS, REFERENCE, NameMap
-from dcdit.checkpoints.settings import AssumeSettings
+from dcdit.checkpoints.nesting import without_wrappers
+from dcdit.checkpoints.settings import CONVENTIONS, AssumeSettings, Convention
 from dcdit.checks import Count, Size, conform
 from dcdit.data.latents import IDENTITY, LatentSpec
 from dcdit.diffusion.process import build_process
@@ -24,8 +25,8 @@ from dcdit.settings.published import AUTOENCODER, LATENT_SCALE, published_scales
 _MAX_NAMED = 5
 """Differences that a message names."""
 
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Parts of names that come from what torch wraps around networks: DDP, averaging, compiling, FSDP, checkpointing."""
+_TRAINING_ONLY = ("projectors.",)
+"""Beginnings of the names of parameters that only a training loss uses: the heads that REPA aligns features with."""
 
 _PUBLISHED_CLASSES = 1000
 """Number of ImageNet's classes, whose names and order are known."""
@@ -44,24 +45,6 @@ class ForeignNetwork:
     names: NameMap
     spec: dict[str, Any]
     weights: dict[str, Tensor]
-
-
-def _without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop from the names of parameters what torch's wrappers around the network and its parts added to them.
-
-    Raises:
-        UserError: if two parameters get one name.
-    """
-    plain: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        own = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-        if own in plain:
-            raise UserError(
-                f"{name} stands beside another parameter that is {own} of the network too: save one of them"
-            )
-        plain[own] = tensor
-    plain.pop("n_averaged", None)  # of torch's AveragedModel: how many states it has averaged
-    return plain
 
 
 def _merge_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,7 +131,12 @@ def _describe(
     bias = weights.get("output.linear.bias")
     if bias is not None and bias.shape == (channels * spec.get("patch", 1) ** 2,):
         spec["variance"] = False
-    _check_described(names, spec, weights, process_of(assume)["name"])
+    convention = convention_of(assume)
+    if convention.time_input != "steps":
+        spec["time_input"] = convention.time_input
+    _check_described(names, spec, weights, convention.process)
+    if convention.time_input == "reversed":
+        weights = _with_reversed_velocity(weights, "output.linear", spec)
     return ForeignNetwork(names, spec, weights)
 
 
@@ -166,8 +154,20 @@ def _check_described(names: NameMap, spec: Mapping[str, Any], weights: Mapping[s
     if spec.get("variance") is False and build_process({"name": diffusion}).needs_variance:
         raise UserError(
             f"it predicts no variance, which diffusion={diffusion} has: if it was trained by flow matching,"
-            " assume.diffusion=flow says so"
+            " assume.diffusion=flow_sit, flow_repa or flow says so"
         )
+
+
+def _with_reversed_velocity(weights: Mapping[str, Tensor], layer: str, spec: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``weights`` whose output ``layer`` predicts minus the velocity: its sign changes with the direction of time.
+
+    Its rows are C channels, and C of variance where there are any, for each position of a patch.
+    """
+    channels, variance = int(spec["channels"]), spec.get("variance", True)
+    sign = torch.ones(int(spec.get("patch", 1)) ** 2, (1 + variance) * channels)
+    sign[:, :channels] = -1
+    linear, bias = f"{layer}.weight", f"{layer}.bias"
+    return {**weights, linear: weights[linear] * sign.view(-1, 1), bias: weights[bias] * sign.flatten()}
 
 
 def _number_of_heads(width: int, assumed: int | None, known: int | None) -> int:
@@ -195,9 +195,9 @@ def _number_of_classes(rows: int, assumed: int | None, known: int | None) -> int
     return conform("num_classes", number, Count)
 
 
-def process_of(assume: AssumeSettings) -> Mapping[str, Any]:
-    """The process of weights whose file does not name it, as :func:`dcdit.diffusion.process.build_process` takes it."""
-    return PUBLISHED_PROCESS if assume.diffusion is None else {"name": assume.diffusion}
+def convention_of(assume: AssumeSettings) -> Convention:
+    """How weights were trained whose file does not say it: as the user says, or as published."""
+    return CONVENTIONS[assume.diffusion or PUBLISHED_PROCESS["name"]]
 
 
 def describe_guesses(model: Mapping[str, Any], assume: AssumeSettings) -> list[str]:
@@ -210,9 +210,9 @@ def describe_guesses(model: Mapping[str, Any], assume: AssumeSettings) -> list[s
     guesses = []
     if assume.diffusion is None:
         guesses.append(
-            f"Nothing in the file says by which process it was trained: diffusion={process_of(assume)['name']} is"
-            " taken, as published; assume.diffusion=... says it. Weights of SiT have the same names and shapes, but"
-            " their time runs the other way, which is not supported: they would give noise"
+            f"Nothing in the file says by which process it was trained: diffusion={convention_of(assume).process} is"
+            " taken, as published. Weights of SiT and REPA have the same names and shapes, and would give noise:"
+            " assume.diffusion=flow_sit or flow_repa says that it is one of them"
         )
     classes, has_null_class = model["num_classes"], model.get("label_dropout") != 0
     if assume.num_classes is None and not (classes == _PUBLISHED_CLASSES and has_null_class):
@@ -231,13 +231,16 @@ def infer_network(state: Mapping[str, Tensor], assume: AssumeSettings) -> Foreig
     Raises:
         UserError: if no network that is known here has such parameters.
     """
-    state = _without_wrappers(state)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(_TRAINING_ONLY)}
     table = state.pop("pos_embed", None)
     names, weights = _rename(state, NAME_MAPS)
     if names is DIFFUSERS:
         raise UserError("these are the weights of a network of diffusers: give their folder, with its config.json")
     if table is None or table.ndim != 3:
-        raise UserError(f"a {names.title} has a table pos_embed of positions, this has none: it tells the grid")
+        raise UserError(
+            f"a {names.title} has a table pos_embed of positions, this has none: it tells the grid. Weights with rotary"
+            " positions are not read"
+        )
     side = round(table.shape[1] ** 0.5)
     if names is REFERENCE:
         return _describe(names, weights, side, assume, {"position_patch": _position_patch(table[0], side)})
@@ -259,8 +262,8 @@ def _position_patch(table: Tensor, side: int, patches: tuple[int, ...] = (1, 2, 
         if ours is not None and ours.shape == table.shape and torch.allclose(ours, table, rtol=0, atol=tolerance):
             return patch
     raise UserError(
-        f"pos_embed, {list(table.shape)}, is not the fixed sin-cos table of a square grid, which is all that is"
-        " known here"
+        f"pos_embed, {list(table.shape)}, is not the fixed sin-cos table of a square grid: weights with learned"
+        " positions are not read"
     )
 
 
@@ -283,7 +286,7 @@ def describe_diffusers(
     for key, value in supported.items():
         if config.get(key, value) != value:
             raise UserError(f"config.json: {key}={config[key]!r}, only {value!r} is known here")
-    names, weights = _rename(_without_wrappers(state), (DIFFUSERS,))
+    names, weights = _rename(without_wrappers(state), (DIFFUSERS,))
     num_classes = conform("num_embeds_ada_norm", config.get("num_embeds_ada_norm"), Count | None)
     heads, grid = (conform(key, config.get(key), Size) for key in ("num_attention_heads", "sample_size"))
     channels = weights["embed.weight"].shape[1]
@@ -345,5 +348,7 @@ def reference_state(network: Network) -> dict[str, Tensor]:
     if not network.label_dropout:  # its null class was never trained: a table without it says so
         name = str(names.theirs("condition.label.table.weight"))
         state[name] = state[name][:-1].clone()
+    if spec.get("time_input") == "reversed":
+        state = _with_reversed_velocity(state, str(names.theirs("output.linear.weight")).removesuffix(".weight"), spec)
     positions = network.get_buffer("pos_embed")
     return {"pos_embed": positions[None].cpu().clone(), **state}

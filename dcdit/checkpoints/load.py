@@ -12,12 +12,13 @@ from torch import Tensor
 
 from dcdit.checkpoints.foreign import (
     ForeignNetwork,
+    convention_of,
     describe_diffusers,
     describe_guesses,
     infer_network,
-    process_of,
     published_latents,
 )
+from dcdit.checkpoints.nesting import find_states
 from dcdit.checkpoints.power_ema import FOLDER, PowerAverages
 from dcdit.checkpoints.read import DamagedError, read_checkpoint
 from dcdit.checkpoints.resolve import CheckpointSource, resolve_checkpoint, weights_of_folder
@@ -210,19 +211,13 @@ def _read_source(path: Path, assume: AssumeSettings) -> Weights:
     if path.is_dir():
         return _read_folder(path, assume)
     if path.suffix == ".safetensors":
-        return _infer_weights({"ema": read_tensors(path)}, assume)
+        return _infer_weights(find_states(read_tensors(path)), assume)
     values = read_checkpoint(path, legacy=path.suffix != ".ckpt")
     if "hyper_parameters" in values or path.suffix == ".ckpt":
         weights = _check_trained(values, path)
         assume.check_unused(weights.source)
         return weights
-    states = {
-        kind: conform(kind, values[key], dict[str, Tensor])
-        for kind, key in (("ema", "ema"), ("raw", "model"))
-        if values.get(key)
-    }
-    states = states or {"ema": conform("state", values, dict[str, Tensor])}
-    return _infer_weights(states, assume, _adam_step(values.get("opt")))
+    return _infer_weights(find_states(values), assume, _adam_step(values.get("opt")))
 
 
 def read_trained(path: str | PathLike[str]) -> TrainingCheckpoint:
@@ -338,7 +333,9 @@ def _foreign_weights(
     """Weights of another program, by kind, with what the user or the publication says about them."""
     network = next(iter(networks.values()))
     model, states = network.spec, {kind: inferred.weights for kind, inferred in networks.items()}
-    training = {"model": model, **({"diffusion": process_of(assume)} if assume.diffusion is not None else {})}
+    training: dict[str, Any] = {"model": model}
+    if assume.diffusion is not None:
+        training["diffusion"] = {"name": convention_of(assume).process}
     latents = published_latents(model, assume)
     return Weights(network.names.title, model, latents, step, states.get("ema"), states.get("raw"), training, False)
 

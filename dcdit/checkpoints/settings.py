@@ -43,6 +43,27 @@ class Paths:
     runs: str
 
 
+@dataclass(frozen=True)
+class Convention:
+    """How a program trains by a process, where no shape tells it.
+
+    Attributes:
+        process: name in :data:`PROCESSES`.
+        time_input: what its network embeds of the time, see :data:`dcdit.network.embeddings.TimeInput`. If that runs
+            the other way than here, the network predicts the velocity along it, minus ours.
+    """
+
+    process: str
+    time_input: str = "steps"
+
+
+CONVENTIONS = {name: Convention(name) for name in PROCESSES} | {
+    "flow_sit": Convention("flow", "reversed"),
+    "flow_repa": Convention("flow", "unit"),
+}
+"""What ``assume.diffusion`` may say: a process as dcdit trains by it, or as another program does."""
+
+
 @checked
 @dataclass(frozen=True)
 class AssumeSettings:
@@ -51,7 +72,7 @@ class AssumeSettings:
     heads: Size | None = None
     smoothing_sigma: Annotated[float, Bounds(0, 512)] | None = None
     freq_shift: Literal[0, 1] | None = None
-    diffusion: Annotated[str, OneOf(PROCESSES)] | None = None
+    diffusion: Annotated[str, OneOf(CONVENTIONS)] | None = None
     num_classes: Count | None = None
     autoencoder: str | None = None
     scale: LatentScale | None = None

@@ -12,7 +12,7 @@ from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import ConvBlock, DiTBlock, OutputLayer
 from dcdit.network.caching import CachedStep
 from dcdit.network.dechunk import dechunk, straight_through
-from dcdit.network.embeddings import Conditioning, FreqShift, position_table
+from dcdit.network.embeddings import Conditioning, FreqShift, TimeInput, position_table
 from dcdit.network.initialisers import InitScheme, xavier_init, zero_init
 from dcdit.network.interface import Component, Network, Output
 from dcdit.network.packing import Packing, make_packing, make_static_packing, pack, static_size
@@ -76,6 +76,7 @@ class DCDiT(Network):
         condition_norm: a LayerNorm on the conditioning vector of the encoder and the decoder: adapts it to them where
             blocks and conditioning were taken over (paper, section 4.4).
         freq_shift: frequencies of the timestep embedding, see :data:`dcdit.network.embeddings.FreqShift`.
+        time_input: what of a timestep is embedded, see :data:`dcdit.network.embeddings.TimeInput`.
         variance: predict a variance beside, which DDPM needs and flow matching leaves alone.
         qk_norm: normalise queries and keys of each head (arXiv 2302.05442); not as published.
         attention: ``auto``, ``sdpa``, ``varlen`` or ``flash_attn``.
@@ -114,6 +115,7 @@ class DCDiT(Network):
         position_patch: Size = 1,
         condition_norm: bool = False,
         freq_shift: FreqShift = 0,
+        time_input: TimeInput = "steps",
         variance: bool = True,
         qk_norm: bool = False,
         attention: Backend = "auto",
@@ -126,7 +128,7 @@ class DCDiT(Network):
         self.smoothing_sigma = smoothing_sigma
         inner = encoder_width or width // 4
 
-        self.condition = Conditioning(width, num_classes, freq_shift)
+        self.condition = Conditioning(width, num_classes, freq_shift, time_input)
         self.embed = xavier_init(nn.Conv2d(channels, inner, 3, padding=1))
         self.encoder = ConvStack(
             [ConvBlock(inner, inner, width, groups), ConvBlock(inner, width, width, groups)], width

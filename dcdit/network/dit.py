@@ -9,7 +9,7 @@ from dcdit.errors import UserError
 from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import DiTBlock, OutputLayer
 from dcdit.network.caching import CachedStep
-from dcdit.network.embeddings import Conditioning, FreqShift, position_table
+from dcdit.network.embeddings import Conditioning, FreqShift, TimeInput, position_table
 from dcdit.network.initialisers import xavier_init
 from dcdit.network.interface import Component, Network, Output
 from dcdit.network.packing import full_packing
@@ -24,8 +24,8 @@ class DiT(Network):
         channels: latent channels C.
         num_classes: real classes; label ``num_classes`` is the null class.
         patch: patch side; must divide ``grid``.
-        width, depth, heads, mlp_ratio, label_dropout, freq_shift, variance, qk_norm, attention: as in
-            :class:`dcdit.network.DCDiT`.
+        width, depth, heads, mlp_ratio, label_dropout, freq_shift, time_input, variance, qk_norm, attention: as
+            in :class:`dcdit.network.DCDiT`.
 
     Raises:
         UserError: if the sizes do not fit each other or a name is unknown.
@@ -46,6 +46,7 @@ class DiT(Network):
         mlp_ratio: MlpRatio = 4.0,
         label_dropout: LabelDropout = 0.1,
         freq_shift: FreqShift = 0,
+        time_input: TimeInput = "steps",
         variance: bool = True,
         qk_norm: bool = False,
         attention: Backend = "auto",
@@ -58,7 +59,7 @@ class DiT(Network):
         self.patch = patch
         side = grid // patch
 
-        self.condition = Conditioning(width, num_classes, freq_shift)
+        self.condition = Conditioning(width, num_classes, freq_shift, time_input)
         self.embed = xavier_init(nn.Conv2d(channels, width, patch, stride=patch))
         self.register_buffer("pos_embed", position_table(side, side, width), persistent=False)
         self.blocks = nn.ModuleList(

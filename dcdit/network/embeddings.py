@@ -12,6 +12,13 @@ from dcdit.network.initialisers import normal_init
 FreqShift = Literal[0, 1]
 """0: frequencies of timesteps fall as 10000^(-i / 128), as published. 1: as 10000^(-i / 127), diffusers' DiT."""
 
+TimeInput = Literal["steps", "unit", "reversed"]
+"""What of a timestep is embedded: ``steps`` itself, 0 (image) to 1000 (noise), as published for DiT and DC-DiT;
+``unit`` t = timestep / 1000, as REPA's code trains; ``reversed`` 1 - t, as SiT's code trains."""
+
+PURE_NOISE = 1000
+"""The timestep of pure noise."""
+
 
 def frequencies(dim: int, *, dtype: torch.dtype, max_period: float = 10_000.0, shift: int = 0) -> Tensor:
     """The ``dim // 2`` frequencies ``max_period ** (-i / (dim // 2 - shift))`` of a sinusoidal embedding, on the CPU.
@@ -60,26 +67,35 @@ def position_table(height: int, width: int, dim: int, patch: int = 1) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoidal features of the raw timestep (0..999), then Linear, SiLU, Linear (DiT, section 3.2).
+    """Sinusoidal features of the timestep, then Linear, SiLU, Linear (DiT, section 3.2).
 
     Args:
         width: output width D.
         freq_shift: see :data:`FreqShift`.
+        time_input: see :data:`TimeInput`.
         features: number of sinusoidal features, cosines first.
     """
 
     frequency: Tensor
 
-    def __init__(self, width: int, freq_shift: FreqShift = 0, features: int = 256) -> None:
+    def __init__(
+        self, width: int, freq_shift: FreqShift = 0, time_input: TimeInput = "steps", features: int = 256
+    ) -> None:
         super().__init__()
+        self.time_input = time_input
         table = frequencies(features, dtype=torch.float32, shift=freq_shift)
         self.register_buffer("frequency", table, persistent=False)
         self.fc1 = normal_init(nn.Linear(features, width))
         self.fc2 = normal_init(nn.Linear(width, width))
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """Embed ``timestep`` (B,) as (B, D)."""
-        angle = timestep.float()[:, None] * self.frequency
+        """Embed ``timestep`` (B,), from 0, the image, to 1000, pure noise, as (B, D)."""
+        time = timestep.float()
+        if self.time_input != "steps":
+            time = time / PURE_NOISE
+        if self.time_input == "reversed":
+            time = 1 - time
+        angle = time[:, None] * self.frequency
         return self.fc2(F.silu(self.fc1(torch.cat([angle.cos(), angle.sin()], dim=1))))
 
 
@@ -103,9 +119,11 @@ class LabelEmbedding(nn.Module):
 class Conditioning(nn.Module):
     """c = time(t) + label(y), a vector of width D per sample."""
 
-    def __init__(self, width: int, num_classes: int, freq_shift: FreqShift = 0) -> None:
+    def __init__(
+        self, width: int, num_classes: int, freq_shift: FreqShift = 0, time_input: TimeInput = "steps"
+    ) -> None:
         super().__init__()
-        self.time = TimestepEmbedding(width, freq_shift)
+        self.time = TimestepEmbedding(width, freq_shift, time_input)
         self.label = LabelEmbedding(num_classes, width)
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:

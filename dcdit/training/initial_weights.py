@@ -149,9 +149,15 @@ def _check_process(key: str, weights: Weights, process: Process, matched: bool) 
     if matched:
         raise UserError(
             f"{key} was trained with diffusion={before}, whose hidden states are of other noise than those of"
-            f" diffusion={now}: take diffusion={before}, or init.distil_steps=0"
+            f" diffusion={now}: take diffusion={before}, or init.distil_steps=0{_assume_hint(weights)}"
         )
     say(f"{key} was trained with diffusion={before}; with diffusion={now} the network has to learn another prediction")
+
+
+def _assume_hint(weights: Weights) -> str:
+    """How to say by which process weights were trained, where that was only assumed."""
+    assumed = not weights.has_class_names and "diffusion" not in weights.training
+    return ". If it was trained by another process, init.assume.diffusion=... says so" if assumed else ""
 
 
 def freeze(network: Network, parts: Sequence[str]) -> None:

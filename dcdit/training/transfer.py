@@ -22,7 +22,7 @@ _ADAPTED_BY_PREFIX = {
 """What has to be adapted if parameters whose names begin so do not fit; they start anew then."""
 
 _EQUAL_UNLESS_ADAPTED = {"router": "router", "smoothing_sigma": "grid"} | dict.fromkeys(
-    ("heads", "groups", "position_patch", "freq_shift", "patch"), ""
+    ("heads", "groups", "position_patch", "freq_shift", "time_input", "patch"), ""
 )
 """What no shape tells of a network, and must be equal unless the named thing is adapted."""
 

@@ -52,7 +52,7 @@ def _blocks_and_embedders(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _check_teacher(key: str, teacher: DiT, network: Network, distil_steps: int) -> None:
     """Raise :class:`UserError` with both values if a teacher does not fit, more strictly while it is matched."""
     own, theirs = network.spec, teacher.spec
-    for name in ("width", "depth", "heads", "mlp_ratio", "freq_shift"):
+    for name in ("width", "depth", "heads", "mlp_ratio", "freq_shift", "time_input"):
         if own.get(name) != theirs[name]:
             raise UserError(
                 f"model.{name}={shown(own.get(name))} does not fit {key}, whose {name} is {shown(theirs[name])}: set"

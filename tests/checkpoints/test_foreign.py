@@ -231,6 +231,18 @@ def test_another_table_of_positions_is_refused_in_half_precision_too(tmp_path):
     refuses(tmp_path / "odd.pt", "is not the fixed sin-cos table")
 
 
+def test_learned_and_rotary_positions_are_refused(tmp_path):
+    state = reference_state(small_dit(depth=1))
+    for changes, words in (
+        ({"pos_embed": torch.randn_like(state["pos_embed"])}, "weights with learned positions are not read"),
+        ({"feat_rope.freqs_cos": torch.randn(4, 4)}, r"feat_rope\.freqs_cos is unknown"),
+        ({"pos_embed": None}, "Weights with rotary positions are not read"),
+    ):
+        changed = {name: tensor for name, tensor in {**state, **changes}.items() if tensor is not None}
+        torch.save(changed, tmp_path / "x.pt")
+        refuses(tmp_path / "x.pt", words)
+
+
 def tiny_dit_file(path: Path, **changes) -> Path:
     torch.save(reference_state(small_dit(width=8, depth=1, heads=2, grid=4, **changes)), path)
     return path
@@ -287,5 +299,5 @@ def test_the_process_that_no_shape_tells_can_be_said(tmp_path, caplog, variance)
     found = read_weights(resolve_checkpoint(str(path), "runs"), said)
     write_exported(tmp_path / "out", found, "ema", "fp32", Card("none", "", [], ""))
     assert load_model(tmp_path / "out").process.settings.name == "flow"
-    with pytest.raises(UserError, match="diffusion='sit' is not one of ddpm, flow"):
+    with pytest.raises(UserError, match="diffusion='sit' is not one of ddpm, flow, flow_sit, flow_repa"):
         AssumeSettings(diffusion="sit")

@@ -215,6 +215,8 @@ def test_a_teacher_that_does_not_fit_is_refused_with_both_values(teacher, traine
     refuses(r"model.width=64 does not fit .* whose width is 32", "model.width=64")
     refuses(r"model.depth=2 does not fit .* whose depth is 1", "model.depth=2")
     refuses(r"model.freq_shift=1 does not fit .* whose freq_shift is 0", "model.freq_shift=1")
+    refuses(r"model.time_input='unit' does not fit .* whose time_input is 'steps': set", "model.time_input=unit")
+    refuses(r"trained with diffusion=ddpm.* take diffusion=ddpm, or init.distil_steps=0$", "diffusion=flow")
     refuses(r"model.position_patch=1: .* has patches of 2", "model.position_patch=1")
     refuses("holds no plain DiT, which upcycling starts from", place=trained_run)
     refuses("does not exist", place="nowhere")
@@ -229,6 +231,33 @@ def test_a_teacher_that_does_not_fit_is_refused_with_both_values(teacher, traine
     )
     with pytest.raises(UserError, match="init=upcycle makes a DC-DiT of a plain DiT: choose a dcdit model"):
         train(compose_config(*TINY, *UPCYCLE, "init.teacher=x", *PLAIN_DIT), tiny.folder)
+
+
+def test_a_teacher_of_sit_and_its_student_embed_one_time(teacher, tiny):
+    """SiT's weights as a teacher: the student is told its convention of time, and starts with its condition."""
+    latents = load_model(teacher).latents
+    torch.save(reference_state(load_model(teacher).network), tiny.folder / "sit.pt")
+    said = {"heads": 2, "num_classes": 10, "autoencoder": "identity", "scale": latents.scale, "shift": latents.shift}
+    words = (*UPCYCLE, f"init.teacher={tiny.folder}/sit.pt", "diffusion=flow", "model.label_dropout=0.1", *STILL)
+    words += tuple(f"init.assume.{key}={value}" for key, value in said.items())
+    with pytest.raises(UserError, match=r"was trained with diffusion=ddpm.* init\.assume\.diffusion=\.\.\. says so"):
+        tiny("refused", *words)
+    sit = (*words, "init.assume.diffusion=flow_sit")
+    with pytest.raises(UserError, match=r"time_input='steps' does not fit .* set model\.time_input='reversed'"):
+        tiny("refused", *sit)
+    run = tiny("up", *sit, "model.time_input=reversed")
+    student = load_model(run)
+    assert (student.process.settings.name, student.network.spec["time_input"]) == ("flow", "reversed")
+    t, y = torch.tensor([0.0, 250.0, 1000.0]), torch.tensor([0, 4, 10])
+    theirs = load_model(teacher).network.condition(1 - t / 1000, y)  # as SiT's own code asks it
+    torch.testing.assert_close(student.network.condition(t, y), theirs, rtol=0, atol=1e-5)
+    again = tiny("tuned", *weights_of(run), "diffusion=flow", "model.time_input=reversed", "model.position_patch=2",
+                 "model.condition_norm=true", *STILL)  # fmt: skip
+    assert load_model(again).network.spec["time_input"] == "reversed"
+    with pytest.raises(
+        UserError, match=r"model\.time_input='steps': .* was trained with 'reversed', set model\.time_input"
+    ):
+        tiny("refused", *weights_of(run), "diffusion=flow", "model.position_patch=2", "model.condition_norm=true")
 
 
 def test_each_kept_position_meets_the_token_that_covers_it(teacher):
