@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
 from dcdit.checks import shown
-from dcdit.data.autoencoder_folder import folder_of, own_normalisation, read_folder
+from dcdit.data.autoencoder_folder import folder_of, read_folder
+from dcdit.data.autoencoder_kinds import AutoencoderKind
 from dcdit.data.latents import IDENTITY, LatentScale, LatentShift, Rounding
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.runtime.devices import autocast, fingerprint
@@ -33,7 +35,7 @@ def to_uint8(images: Tensor, rounding: Rounding = "round") -> Tensor:
     return ((images.float() + 1) * 127.5 + half).clamp(0, 255).to(torch.uint8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Autoencoder(ABC):
     """Encodes images and decodes latents.
 
@@ -44,6 +46,8 @@ class Autoencoder(ABC):
         channels: C of a latent.
         factor: pixels per latent position along each side.
         random: whether an image has a posterior, from which latents are drawn, or one latent.
+        image_size: the only side of an image, in pixels; None for any multiple of the factor.
+        distilled: whether it was made to decode latents of another autoencoder, as networks see them.
     """
 
     name: str
@@ -53,6 +57,8 @@ class Autoencoder(ABC):
     channels: int
     factor: int
     random: bool
+    image_size: int | None = None
+    distilled: bool = False
 
     @abstractmethod
     def encode(self, images: Tensor, precision: str) -> Tensor:
@@ -85,35 +91,47 @@ class Identity(Autoencoder):
         return images[:, : 3 if images.shape[1] >= 3 else 1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Diffusers(Autoencoder):
     """An autoencoder of diffusers, frozen.
 
     Attributes:
         vae: the model, in evaluation mode on its device.
+        kind: its class.
+        fold: side of the tiles of its positions that become the channels of one position of a latent.
         chunk: images decoded at once, which bounds the memory.
     """
 
     vae: Any
+    kind: AutoencoderKind
+    fold: int = 1
     chunk: int = 16
 
     @override
     @torch.no_grad()
     def encode(self, images: Tensor, precision: str) -> Tensor:
-        pixels = images.to(self.vae.device).float() / 127.5 - 1
+        pixels = images.to(self.vae.device).float()
+        pixels = pixels / 255 if self.kind.unit_pixels else pixels / 127.5 - 1
+        pixels = pixels[:, :, None] if self.kind.frames else pixels.to(memory_format=torch.channels_last)
         with autocast(precision, self.vae.device):
-            encoded = self.vae.encode(pixels.to(memory_format=torch.channels_last))
+            (encoded,) = self.vae.encode(pixels, return_dict=False)
         if not self.random:
-            return _moments_without_variance(encoded.latent.float())
-        return torch.cat([encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()], dim=1)
+            return _moments_without_variance(self._folded(encoded.float()))
+        return torch.cat([self._folded(encoded.mean.float()), self._folded(encoded.logvar.float())], dim=1)
+
+    def _folded(self, encoded: Tensor) -> Tensor:
+        """Latents (B, C, H, W) of what the model encodes, (B, c, h, w) or (B, c, 1, h, w)."""
+        return F.pixel_unshuffle(encoded[:, :, 0] if self.kind.frames else encoded, self.fold)
 
     @override
     @torch.no_grad()
     def decode(self, latents: Tensor, rounding: Rounding = "round") -> Tensor:
         images: list[Tensor] = []
-        for part in latents.to(self.vae.device).split(self.chunk):
+        for part in F.pixel_shuffle(latents.to(self.vae.device), self.fold).split(self.chunk):
+            (decoded,) = self.vae.decode(part[:, :, None] if self.kind.frames else part, return_dict=False)
+            decoded = decoded[:, :, 0] if self.kind.frames else decoded
             try:
-                images.append(to_uint8(self.vae.decode(part).sample, rounding).cpu())
+                images.append(to_uint8(decoded * 2 - 1 if self.kind.unit_pixels else decoded, rounding).cpu())
             except NotFiniteError as error:
                 raise NotFiniteError(str(error), len(images) * self.chunk + error.row) from None
         return torch.cat(images)
@@ -123,29 +141,35 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
     """The autoencoder called ``name``, on ``device``.
 
     It is ``identity``, or the local folder or hub id of an autoencoder of diffusers, of one of
-    :data:`dcdit.data.autoencoder_folder.AUTOENCODER_KINDS`.
+    :data:`dcdit.data.autoencoder_kinds.AUTOENCODER_KINDS`.
 
     Raises:
         UserError: if it cannot be loaded, or is none of these.
     """
     if name == IDENTITY:
-        return Identity(IDENTITY, fingerprint=None, scale=1.0, shift=0.0, channels=3, factor=1, random=False)
+        return Identity(name=IDENTITY, fingerprint=None, scale=1.0, shift=0.0, channels=3, factor=1, random=False)
     try:
         kind, config, vae = read_folder(folder_of(name))
-        if (config["in_channels"], config.get("out_channels", 3)) != (3, 3):
+        if any(config[key] != 3 for key in kind.image_channels):
             raise UserError("it does not take and give images of 3 channels")
-        scale, shift = own_normalisation(config)
+        fold = kind.side_of_tiles(config)
+        channels = config[kind.channels] * fold**2
+        scale, shift = kind.normalisation(config, channels, vae)
     except UserError as error:
         raise UserError(f"autoencoder={shown(name)} cannot be loaded: {error}") from error
     return Diffusers(
-        vae=vae.to(device, memory_format=torch.channels_last),
+        vae=vae.to(device) if kind.frames else vae.to(device, memory_format=torch.channels_last),
+        kind=kind,
+        fold=fold,
         name=_recorded_name(name),
         fingerprint=fingerprint(vae),
         scale=scale,
         shift=shift,
-        channels=config["latent_channels"],
-        factor=2 ** (len(config[kind.stages]) - 1),
+        channels=channels,
+        factor=kind.factor(config) * fold,
         random=kind.random,
+        image_size=kind.image_size(config) if kind.image_size else None,
+        distilled=kind.distilled,
     )
 
 

@@ -1,13 +1,13 @@
 """From stored latents to what the network sees, and from there to images."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dcdit.data.autoencoder import Autoencoder, load_autoencoder
-from dcdit.data.latents import IDENTITY, LatentSpec, Rounding
+from dcdit.data.latents import IDENTITY, LatentSpec, Rounding, format_numbers
 from dcdit.data.manifest import MOMENTS, Manifest
 from dcdit.errors import UserError
 from dcdit.runtime.processes import say
@@ -65,6 +65,17 @@ class LatentDecoder:
         return height, width
 
 
+def _as_networks_see_them(latents: LatentSpec, autoencoder: Autoencoder) -> LatentSpec:
+    """``latents`` for a distilled ``autoencoder``, which decodes what networks see; UserError if they see another."""
+    for key, values in (("scale", latents.scale), ("shift", latents.shift)):
+        if isinstance(values, tuple):
+            raise UserError(
+                f"autoencoder={autoencoder.name!r} decodes latents with the scale and shift of their autoencoder's own"
+                f" configuration, these have {key} {format_numbers(values)}: leave autoencoder out"
+            )
+    return replace(latents, scale=autoencoder.scale, shift=autoencoder.shift)
+
+
 def load_decoder(
     latents: LatentSpec, device: torch.device, instead: str | None = None, rounding: Rounding = "round"
 ) -> LatentDecoder:
@@ -99,4 +110,11 @@ def load_decoder(
         )
     if autoencoder.name != IDENTITY and autoencoder.channels != channels:
         raise UserError(f"autoencoder={autoencoder.name!r} has {autoencoder.channels} channels, the latents {channels}")
+    size, side = autoencoder.image_size, latents.shape[1] * autoencoder.factor
+    if size not in (None, side):
+        raise UserError(
+            f"autoencoder={autoencoder.name!r} gives images of side {size} alone, the latents are those of side {side}"
+        )
+    if instead and autoencoder.distilled and (expected is None or autoencoder.fingerprint != expected):
+        latents = _as_networks_see_them(latents, autoencoder)
     return LatentDecoder(autoencoder, latents, rounding)

@@ -70,6 +70,11 @@ class Extraction:
     ) -> None:
         self.directory, self.source, self.autoencoder, self.settings = directory, source, autoencoder, settings
         self.rank, self.world_size, self.workers, self.strict = rank, world_size, workers, strict
+        if autoencoder.image_size not in (None, settings.image_size):
+            raise UserError(
+                f"image_size={settings.image_size}: autoencoder={autoencoder.name!r} takes images of one size, set"
+                f" image_size={autoencoder.image_size}"
+            )
         side, rest = divmod(settings.image_size, autoencoder.factor)
         if rest:
             raise UserError(

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import diffusers
@@ -12,14 +13,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.foreign import save_dc, save_kl, small_dit
+from support.foreign import AUTOENCODERS, save_kl, save_rae, small_dit
 from support.hub import hub_of
 
 from dcdit.checkpoints.foreign import reference_state
 from dcdit.checkpoints.load import load_model
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.data.autoencoder import load_autoencoder
-from dcdit.data.autoencoder_folder import AUTOENCODER_KINDS
+from dcdit.data.autoencoder_kinds import AUTOENCODER_KINDS
 from dcdit.data.decoder import load_decoder
 from dcdit.data.latents import LatentSpec, numbers_of
 from dcdit.errors import UserError
@@ -141,14 +142,16 @@ JUNK = st.one_of(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    saved = [save(tmp_path_factory.mktemp("vae")) for save in (save_kl, save_dc)]
+    saved = [save(tmp_path_factory.mktemp("vae")) for name, save in AUTOENCODERS.items() if name != "AutoencoderRAE"]
+    if find_spec("transformers"):
+        saved.append(save_rae(tmp_path_factory.mktemp("vae")))
     return [(Path(folder), (Path(folder) / "config.json").read_text()) for folder in saved]
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(which=st.integers(0, 1), data=st.data(), value=JUNK)
+@given(which=st.integers(0, 6), data=st.data(), value=JUNK)
 def test_a_configuration_of_an_autoencoder_is_understood_or_refused(folders, which, data, value):
-    folder, text = folders[which]
+    folder, text = folders[which % len(folders)]
     config = json.loads(text)
     keys = [*config, "latents_mean", "latents_std", "shift_factor", "quantization_config", "surprise"]
     config[data.draw(st.sampled_from(keys))] = value

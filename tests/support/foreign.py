@@ -65,22 +65,78 @@ def diffusers_dit(**changes):
 
 def save_kl(path, **values):
     """A small AutoencoderKL with random weights."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **blocks, **values).save_pretrained(path)
-    return str(path)
+    return save_autoencoder(path, "AutoencoderKL", block_out_channels=(8, 8), norm_num_groups=4, **blocks, **values)
 
 
 def save_dc(path):
     """A small AutoencoderDC with random weights."""
-    from diffusers import AutoencoderDC
-
-    torch.manual_seed(0)
     stages = {}
     for half in ("encoder", "decoder"):
         stages |= {f"{half}_block_types": ("ResBlock",) * 3, f"{half}_block_out_channels": (8, 8, 16)}
         stages |= {f"{half}_layers_per_block": (1, 1, 1), f"{half}_qkv_multiscales": ((), (), ())}
-    AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.41, **stages).save_pretrained(path)
+    values = {"latent_channels": 4, "attention_head_dim": 4, "scaling_factor": 0.41}
+    return save_autoencoder(path, "AutoencoderDC", **values, **stages)
+
+
+def save_autoencoder(path, name: str, **values):
+    """An autoencoder of diffusers with random weights, and random statistics where it has a batch norm."""
+    import diffusers
+
+    torch.manual_seed(0)
+    model = getattr(diffusers, name)(**values)
+    if hasattr(model, "bn"):
+        model.bn.running_mean.normal_()
+        model.bn.running_var.uniform_(0.5, 2)
+    model.save_pretrained(path)
     return str(path)
+
+
+def save_tiny(path, **values):
+    """A small AutoencoderTiny with random weights."""
+    halves = ("encoder", "decoder")
+    stages = {f"{half}_block_out_channels": (8, 8) for half in halves} | {
+        f"num_{half}_blocks": (1, 1) for half in halves
+    }
+    return save_autoencoder(path, "AutoencoderTiny", **stages, **values)
+
+
+def save_flux2(path, **values):
+    """A small AutoencoderKLFlux2 with random weights."""
+    values = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, **values}
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 2}
+    return save_autoencoder(path, "AutoencoderKLFlux2", **{**sizes, **values})
+
+
+def save_video(path, name: str = "AutoencoderKLQwenImage"):
+    """A small autoencoder of videos with random weights."""
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 4.0]}
+    sizes = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True]}
+    return save_autoencoder(path, name, **sizes, **statistics)
+
+
+def save_wan(path):
+    """A small AutoencoderKLWan with random weights."""
+    return save_video(path, "AutoencoderKLWan")
+
+
+def save_rae(path, encoder_type: str = "dinov2", **values):
+    """A small AutoencoderRAE of images of 32 pixels with random weights."""
+    pytest.importorskip("transformers")
+    encoder = {"encoder_hidden_size": 64, "encoder_patch_size": 4, "encoder_num_hidden_layers": 1}
+    decoder = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    sizes = {"encoder_input_size": 16, "patch_size": 8, "decoder_intermediate_size": 32, **encoder, **decoder}
+    statistics = {"latents_mean": torch.randn(64, 4, 4), "latents_std": torch.rand(64, 4, 4) + 0.5}
+    return save_autoencoder(path, "AutoencoderRAE", encoder_type=encoder_type, **{**sizes, **statistics, **values})
+
+
+AUTOENCODERS = {
+    "AutoencoderKL": save_kl,
+    "AutoencoderKLFlux2": save_flux2,
+    "AutoencoderDC": save_dc,
+    "AutoencoderTiny": save_tiny,
+    "AutoencoderRAE": save_rae,
+    "AutoencoderKLQwenImage": save_video,
+    "AutoencoderKLWan": save_wan,
+}
+"""Functions that save a small autoencoder of each class that is understood."""
