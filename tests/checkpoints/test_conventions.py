@@ -74,6 +74,12 @@ def test_both_programs_make_the_same_latents(tmp_path, state, diffusion, by):
     torch.save(weights, tmp_path / "x.pt")
     model = load_model(tmp_path / "x.pt", assume=said(diffusion))
     expected = by(network, 7)
+    x, t = noise(), torch.tensor([0.0, 400.0, 1000.0])
+    own, sign = (1 - t / 1000, -1) if diffusion == "flow_sit" else (t / 1000, 1)
+    with torch.no_grad():
+        ours, theirs = model.network(x, t, LABELS).prediction, network(x, own, LABELS).prediction
+    torch.testing.assert_close(ours[:, :4], sign * theirs[:, :4], rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours[:, 4:], theirs[:, 4:], rtol=0, atol=1e-5)  # the variance, where there is one
     torch.testing.assert_close(sampled(model, 7), expected, rtol=0, atol=1e-5)
     for other in set(CONVENTIONS) - {diffusion, "ddpm"}:
         wrong = sampled(load_model(tmp_path / "x.pt", assume=said(other)), 7)

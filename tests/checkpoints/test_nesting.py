@@ -64,6 +64,9 @@ def test_names_behind_the_prefixes_of_training_modules(tmp_path, weights, averag
     for values in (both, {"state_dict": both, "epoch": 3}):
         assert same(loaded(tmp_path / "x.pt", values, "ema"), weights)
         assert same(loaded(tmp_path / "x.pt", values, "raw"), raw)
+    beside = {"model": under(prefix, raw) | under(averaged, shifted(raw)), "ema": weights}
+    assert same(loaded(tmp_path / "x.pt", beside, "ema"), weights)
+    assert same(loaded(tmp_path / "x.pt", beside, "raw"), raw)
     save_file(both, tmp_path / "x.safetensors")
     found = load_model(
         tmp_path / "x.safetensors", "raw", assume=AssumeSettings(heads=4, diffusion="flow")
