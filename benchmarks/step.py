@@ -135,14 +135,14 @@ def instrumented(network: DCDiT, clock: Clock) -> Iterator[None]:
 class Bench:
     """The networks, their input, and what is measured on them."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, **blocks: Any) -> None:
         self.options = options
         self.device = torch.device(options.device)
         self.clock = Clock(self.device)
         torch.manual_seed(0)
         sigma = 2.0 if options.grid > 32 else 1.0
         size: dict[str, Any] = {"grid": options.grid, "channels": 4, "num_classes": 1000}
-        size |= scales()[options.scale]
+        size |= {**scales()[options.scale], **blocks}
         with self.device:
             self.network, self.plain = DCDiT(**size, smoothing_sigma=sigma), DiT(**size)
             batch = options.batch
@@ -430,9 +430,9 @@ def check(ratios: dict[str, float]) -> int:
     return int(lost > 0)
 
 
-def main() -> int:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_options(description: str | None) -> argparse.Namespace:
+    """Read the command line, and set torch as it says."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", default="b", choices=list(scales()))
     parser.add_argument("--grid", type=int, default=32, help="side of the latent grid: 32 for 256px, 64 for 512px")
     parser.add_argument("--kept", type=float, default=0.25, help="share of the positions that the router keeps")
@@ -464,6 +464,12 @@ def main() -> int:
         options.scale, options.batch, options.rounds, options.warmup = "s", 4, 5, 1
     keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
+    return options
+
+
+def main() -> int:
+    """Measure and print."""
+    options = read_options(__doc__)
     bench = Bench(options)
     ratios = report(bench)
     if options.capacity and (bench.device.type == "cuda" if options.graphs is None else options.graphs):

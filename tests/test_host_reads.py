@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from support.configs import PLAIN_DIT, TINY, compose_config, perturb, train
+from support.configs import MODERN, PLAIN_DIT, TINY, compose_config, perturb, train
 from support.pretend_cuda import CUDA, MixedDevicesError, PretendCuda
 
 from dcdit.checkpoints.load import Model
@@ -25,6 +25,7 @@ from dcdit.sampling.generate import generate
 
 SIZES = {"grid": 8, "channels": 1, "num_classes": 5, "width": 32, "depth": 2, "heads": 2}
 NETWORKS = {"dcdit": {"name": "dcdit", "groups": 4, **SIZES}, "dit": {"name": "dit", **SIZES}}
+NETWORKS |= {f"{name}, modern": {**spec, **MODERN} for name, spec in NETWORKS.items()}
 
 
 @pytest.fixture
@@ -104,14 +105,14 @@ class TestTheStandIn:
             assert pretend.reads.total() == 2
 
 
-@pytest.mark.parametrize(("name", "reads"), [("dcdit", 1), ("dit", 0)])
+@pytest.mark.parametrize(("name", "reads"), [("dcdit", 1), ("dit", 0), ("dcdit, modern", 1), ("dit, modern", 0)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_forward_pass_reads_the_lengths_and_a_backward_pass_nothing(pretend, name, reads, precision):
     net, batch = network_there(name), inputs()
     pretend.reads.clear()
     pretend.copies.clear()
     with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-        output = net(*batch, 0.3 if name == "dcdit" else 0.0)
+        output = net(*batch, 0.3 if net.routes else 0.0)
     assert pretend.reads.total() == reads, pretend.reads
     output.prediction.float().square().mean().backward()
     assert pretend.reads.total() == reads, pretend.reads

@@ -11,7 +11,7 @@ from torch import Tensor
 from dcdit.checkpoints.names import DIFFUSERS, NAME_MAPS, REFERENCE, NameMap
 from dcdit.checkpoints.nesting import without_wrappers
 from dcdit.checkpoints.settings import CONVENTIONS, AssumeSettings, Convention
-from dcdit.checks import Count, Size, conform
+from dcdit.checks import Count, Size, conform, shown
 from dcdit.data.latents import IDENTITY, LatentSpec
 from dcdit.diffusion.process import build_process
 from dcdit.diffusion.settings import PUBLISHED_PROCESS
@@ -336,9 +336,13 @@ def reference_state(network: Network) -> dict[str, Tensor]:
     """
     spec = network.spec
     names = next(names for names in NAME_MAPS if names.network == spec["name"])
-    for key, value in (("groups", 32), ("freq_shift", 0)):
+    known = {"groups": 32, "freq_shift": 0, "norm": "layer", "mlp": "gelu", "position": "table", "qk_norm": False}
+    for key, value in known.items():
         if spec.get(key, value) != value:
-            raise UserError(f"format=reference: model.{key}={spec[key]}, the reference implementation has {value}")
+            raise UserError(
+                f"format=reference: model.{key}={shown(spec[key])}, the reference implementation has {shown(value)}:"
+                " format=dcdit exports this network"
+            )
     state: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         theirs = names.theirs(name)

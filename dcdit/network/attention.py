@@ -118,6 +118,25 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
     return backend
 
 
+def head_width(width: int, heads: int, rotary: bool = False) -> int:
+    """Channels of each of the attention ``heads`` of tokens of ``width`` D.
+
+    Raises:
+        UserError: if the heads do not divide the width, or, with ``rotary`` positions, have no multiple of 4 channels.
+    """
+    multiple = 4 if rotary and width % heads == 0 else 1
+    if width % (heads * multiple) == 0:
+        return width // heads
+    fitting = [h for h in range(1, width + 1) if width % (h * multiple) == 0]
+    remedy = f"take heads={min(fitting, key=lambda h: abs(h - heads))}, or " if fitting else "take "
+    if multiple == 1:
+        raise UserError(f"heads={heads} does not divide width={width}: {remedy}a width that is a multiple of {heads}")
+    raise UserError(
+        f"position='rope' needs heads of a multiple of 4 channels, and width={width} with heads={heads} makes heads of"
+        f" {width // heads}: {remedy}a width that is a multiple of {4 * heads}, or position='table'"
+    )
+
+
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, backend: str = "auto") -> Tensor:
     """Softmax attention with scale d_head ** -0.5, each token attending to its own sample only.
 

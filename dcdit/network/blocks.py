@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dcdit.errors import UserError
-from dcdit.network.attention import packed_attention
+from dcdit.network.attention import head_width, packed_attention
 from dcdit.network.initialisers import InitScheme, xavier_init, zero_init
+from dcdit.network.layers import MLPS, NORMS, PUBLISHED, BlockStyle
 from dcdit.network.packing import Packing
+from dcdit.network.rotary import rotate
 
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
@@ -76,44 +79,27 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, backend: str, qk_norm: bool) -> None:
         super().__init__()
-        if width % heads:
-            fitting = sorted((h for h in range(1, width + 1) if width % h == 0), key=lambda h: abs(h - heads))
-            raise UserError(
-                f"heads={heads} does not divide width={width}: take heads={fitting[0]},"
-                f" or a width that is a multiple of {heads}"
-            )
+        channels = head_width(width, heads)
         self.heads = heads
         self.backend = backend
         self.qkv = xavier_init(nn.Linear(width, 3 * width))
         self.out = xavier_init(nn.Linear(width, width))
-        self.norms = nn.ModuleList(nn.RMSNorm(width // heads, eps=1e-5) for _ in range(2 * qk_norm))
+        self.norms = nn.ModuleList(nn.RMSNorm(channels, eps=1e-5) for _ in range(2 * qk_norm))
 
-    def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
-        """Attend within each sample: queries, keys and values (T, 3 D) to (T, D)."""
-        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
+    def project(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (T, heads, d) each, of ``x`` (T, D).
+
+        Args:
+            x: modulated tokens.
+            rotation: (T, d/2, 2) of :class:`dcdit.network.rotary.Rotary`, which turns queries and keys after their
+                norm; None turns nothing.
+        """
+        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
         if self.norms:  # in float32, as the norms' weights are
-            q, k = (norm(each.float()).type_as(v) for norm, each in zip(self.norms, (q, k), strict=True))
-        return packed_attention(q, k, v, packing, self.backend).flatten(1)
-
-
-class MLP(nn.Module):
-    """Linear, tanh-approximated GELU, Linear.
-
-    Args:
-        width: input and output width D.
-        hidden: width between.
-    """
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        # Both are drawn by PyTorch's default first: the order of random numbers is part of what a seed means.
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        xavier_init(self.fc1)
-        xavier_init(self.fc2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` (..., D) to (..., D)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+            q, k = (norm(each.float()) for norm, each in zip(self.norms, (q, k), strict=True))
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return q.type_as(v), k.type_as(v), v
 
 
 class DiTBlock(nn.Module):
@@ -125,7 +111,7 @@ class DiTBlock(nn.Module):
         mlp_ratio: hidden width of the MLP over D.
         init: ``paper`` starts the modulation at zero (adaLN-Zero), ``released`` at Xavier uniform.
         attention: attention backend.
-        qk_norm: normalise queries and keys, see :class:`Attention`.
+        style: its norms and its MLP.
 
     Attributes:
         compiled: run what lies before and after the attention through torch.compile, once for all blocks.
@@ -133,43 +119,57 @@ class DiTBlock(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, mlp_ratio: float, init: InitScheme, attention: str, qk_norm: bool = False
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        init: InitScheme,
+        attention: str,
+        style: BlockStyle = PUBLISHED,
     ) -> None:
         super().__init__()
         self.compiled, self.checkpointed = False, False
-        self.attention = Attention(width, heads, attention, qk_norm)
-        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.norm = NORMS[style.norm]
+        self.attention = Attention(width, heads, attention, style.qk_norm)
+        self.mlp = MLPS[style.mlp](width, mlp_ratio)
         self.modulation = {"paper": zero_init, "released": xavier_init}[init](nn.Linear(width, 6 * width))
 
-    def forward(self, tokens: Tensor, c: Tensor, packing: Packing) -> Tensor:
-        """Map ``tokens`` (T, D), conditioned per sample on ``c`` (B, D), to (T, D)."""
+    def forward(self, tokens: Tensor, c: Tensor, packing: Packing, rotation: Tensor | None = None) -> Tensor:
+        """Map ``tokens`` (T, D), conditioned per sample on ``c`` (B, D), to (T, D).
+
+        ``rotation`` (T, d/2, 2) turns queries and keys, see :class:`dcdit.network.rotary.Rotary`.
+        """
         if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(self._forward, tokens, c, packing, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(tokens, c, packing)
+            arguments = (tokens, c, packing, rotation)
+            return checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(tokens, c, packing, rotation)
 
     def modulated(self, grid: Tensor, c: Tensor) -> Tensor:
         """What the attention would be given of ``grid`` (B, L, D), conditioned on ``c`` (B, D): (B, L, D)."""
         shift, scale = self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)[:2]
-        return modulate(layer_norm(grid), shift, scale)
+        return modulate(self.norm(grid), shift, scale)
 
-    def _forward(self, tokens: Tensor, c: Tensor, packing: Packing) -> Tensor:
+    def _forward(self, tokens: Tensor, c: Tensor, packing: Packing, rotation: Tensor | None) -> Tensor:
         before, after = type(self)._before, type(self)._after
         if self.compiled:
-            torch._dynamo.mark_dynamic(tokens, 0)
-            torch._dynamo.mark_dynamic(packing.sample, 0)
+            for each in (tokens, packing.sample, *([] if rotation is None else [rotation])):
+                torch._dynamo.mark_dynamic(each, 0)
             before, after = fused(before), fused(after)
         per_sample = self.modulation(F.silu(c))  # (B, 6 D): the Linear runs once per sample
-        attended = self.attention.attend(before(self, tokens, per_sample, packing.sample), packing)
+        q, k, v = before(self, tokens, per_sample, packing.sample, rotation)
+        attended = packed_attention(q, k, v, packing, self.attention.backend).flatten(1)
         if self.compiled:
             torch._dynamo.mark_dynamic(attended, 0)
         return after(self, tokens, attended, per_sample, packing.sample)
 
-    def _before(self, tokens: Tensor, per_sample: Tensor, sample: Tensor) -> Tensor:
-        """Modulated norm, then queries, keys and values: (T, 3 D)."""
+    def _before(
+        self, tokens: Tensor, per_sample: Tensor, sample: Tensor, rotation: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Modulated norm, then queries, keys and values: (T, heads, d) each."""
         width = tokens.shape[1]
         shift, scale = per_sample[:, : 2 * width].chunk(2, dim=1)
         shift, scale = to_tokens(sample, shift, 1 + scale)
-        return self.attention.qkv(layer_norm(tokens) * scale + shift)
+        return self.attention.project(self.norm(tokens) * scale + shift, rotation)
 
     def _after(self, tokens: Tensor, attended: Tensor, per_sample: Tensor, sample: Tensor) -> Tensor:
         """What follows the attention: its projection, its gate, and the MLP."""
@@ -177,11 +177,11 @@ class DiTBlock(nn.Module):
         gate1, shift, scale, gate2 = per_sample[:, 2 * width :].chunk(4, dim=1)
         gate1, shift, scale, gate2 = to_tokens(sample, gate1, shift, 1 + scale, gate2)
         tokens = tokens + gate1 * self.attention.out(attended)
-        return tokens + gate2 * self.mlp(layer_norm(tokens) * scale + shift)
+        return tokens + gate2 * self.mlp(self.norm(tokens) * scale + shift)
 
 
 @cache
-def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` compiled, its element-wise operations in as few passes over memory as possible."""
     return torch.compile(function)
 
@@ -195,26 +195,23 @@ def to_tokens(sample: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
     return torch.cat(vectors, dim=1).index_select(0, sample).chunk(len(vectors), dim=1)
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm over the last dimension without affine parameters, epsilon 1e-6."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
 class OutputLayer(nn.Module):
-    """Modulated LayerNorm and Linear, both starting at zero, so that a fresh network predicts zero.
+    """Modulated norm and Linear, both starting at zero, so that a fresh network predicts zero.
 
     Args:
         width: input width.
         condition: width D of the conditioning vector.
         out_features: features per position.
+        norm: one of :data:`dcdit.network.layers.NORMS`.
     """
 
-    def __init__(self, width: int, condition: int, out_features: int) -> None:
+    def __init__(self, width: int, condition: int, out_features: int, norm: str) -> None:
         super().__init__()
+        self.norm = NORMS[norm]
         self.modulation = zero_init(nn.Linear(condition, 2 * width))
         self.linear = zero_init(nn.Linear(width, out_features))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Map ``x`` (B, L, width), conditioned on ``c`` (B, D), to (B, L, out_features)."""
         shift, scale = self.modulation(F.silu(c))[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(layer_norm(x), shift, scale))
+        return self.linear(modulate(self.norm(x), shift, scale))

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from dcdit.checks import Bounds, Count, Depth, Grid, LabelDropout, MlpRatio, Size, checked
-from dcdit.errors import UserError
 from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import ConvBlock, DiTBlock, OutputLayer
 from dcdit.network.caching import CachedStep
@@ -15,7 +14,9 @@ from dcdit.network.dechunk import dechunk, straight_through
 from dcdit.network.embeddings import Conditioning, FreqShift, TimeInput, position_table
 from dcdit.network.initialisers import InitScheme, xavier_init, zero_init
 from dcdit.network.interface import Component, Network, Output
+from dcdit.network.layers import BlockStyle, MLPName, NormName
 from dcdit.network.packing import Packing, make_packing, make_static_packing, pack, static_size
+from dcdit.network.rotary import PositionName, Rotary
 from dcdit.network.routing import ROUTERS, RouterName, Routing, exact_float32, route
 
 SmoothingSigma = Annotated[float, Bounds(0, 512, open_low=True, hint="take 1 or 2, or null for no smoothing")]
@@ -45,10 +46,10 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(width, eps=1e-5)
 
-    def forward(self, tokens: Tensor, c: Tensor, packing: Packing) -> Tensor:
-        """Map ``tokens`` (T, D), conditioned per sample on ``c`` (B, D), to (T, D)."""
+    def forward(self, tokens: Tensor, c: Tensor, packing: Packing, rotation: Tensor | None = None) -> Tensor:
+        """Map ``tokens`` (T, D), conditioned per sample on ``c`` (B, D), to (T, D); see :class:`DiTBlock`."""
         for block in self.blocks:
-            tokens = block(tokens, c, packing)
+            tokens = block(tokens, c, packing, rotation)
         return self.norm(tokens)
 
 
@@ -78,6 +79,9 @@ class DCDiT(Network):
         freq_shift: frequencies of the timestep embedding, see :data:`dcdit.network.embeddings.FreqShift`.
         time_input: what of a timestep is embedded, see :data:`dcdit.network.embeddings.TimeInput`.
         variance: predict a variance beside, which DDPM needs and flow matching leaves alone.
+        norm: of the blocks and of the output: ``layer`` as published, or ``rms``.
+        mlp: of the blocks: ``gelu`` as published, or ``swiglu``.
+        position: how the blocks know positions: ``table`` as published, or ``rope``.
         qk_norm: normalise queries and keys of each head (arXiv 2302.05442); not as published.
         attention: ``auto``, ``sdpa``, ``varlen`` or ``flash_attn``.
 
@@ -94,7 +98,7 @@ class DCDiT(Network):
     caches: ClassVar[bool] = True
     float32_parts: ClassVar[tuple[str, ...] | None] = ("router", "residual")
     title = "DC-DiT"
-    pos_embed: Tensor
+    pos_embed: Tensor | None
     router_tf32: bool = False
 
     def __init__(
@@ -117,14 +121,18 @@ class DCDiT(Network):
         freq_shift: FreqShift = 0,
         time_input: TimeInput = "steps",
         variance: bool = True,
+        norm: NormName = "layer",
+        mlp: MLPName = "gelu",
+        position: PositionName = "table",
         qk_norm: bool = False,
         attention: Backend = "auto",
     ) -> None:
         super().__init__(grid, channels, num_classes, label_dropout)
         self.variance = variance
         check_installed(attention)
-        if width % 4:
-            raise UserError(f"width={width} is not divisible by 4, which the 2-D position table needs")
+        table = position_table(grid, grid, width, position_patch) if position == "table" else None
+        self.register_buffer("pos_embed", table, persistent=False)
+        self.rotary = Rotary(grid, width, heads, position_patch) if position == "rope" else None
         self.smoothing_sigma = smoothing_sigma
         inner = encoder_width or width // 4
 
@@ -135,13 +143,13 @@ class DCDiT(Network):
         )
         self.residual = {"paper": zero_init, "released": xavier_init}[init](nn.Linear(width, width))
         self.router = ROUTERS[router](width)
-        self.register_buffer("pos_embed", position_table(grid, grid, width, position_patch), persistent=False)
-        blocks = [DiTBlock(width, heads, mlp_ratio, init, attention, qk_norm) for _ in range(depth)]
+        style = BlockStyle(norm, mlp, qk_norm)
+        blocks = [DiTBlock(width, heads, mlp_ratio, init, attention, style) for _ in range(depth)]
         self.backbone = Backbone(blocks, width)
         self.decoder = ConvStack(
             [ConvBlock(width, inner, width, groups), ConvBlock(inner, inner, width, groups)], inner
         )
-        self.output = OutputLayer(inner, width, (1 + variance) * channels)
+        self.output = OutputLayer(inner, width, (1 + variance) * channels, norm)
         self.condition_norm = nn.LayerNorm(width) if condition_norm else nn.Identity()
 
     def forward(
@@ -200,9 +208,11 @@ class DCDiT(Network):
 
     def spread(self, features: Tensor, c: Tensor, routing: Routing, packing: Packing) -> Tensor:
         """What the backbone makes of the kept positions of ``features`` (B, H, W, D), spread over all: (B, L, D)."""
-        positions = self.pos_embed.index_select(0, packing.index % packing.bound)
-        kept = pack(features.flatten(1, 2), packing) + positions
-        tokens = self.backbone(kept, c, packing)  # (T, D)
+        kept = pack(features.flatten(1, 2), packing)
+        if self.pos_embed is not None:
+            kept = kept + self.pos_embed.index_select(0, packing.positions)
+        rotation = None if self.rotary is None else self.rotary(packing)
+        tokens = self.backbone(kept, c, packing, rotation)  # (T, D)
         with torch.autocast(features.device.type, enabled=False):
             return dechunk(tokens, routing, packing, self.grid, self.smoothing_sigma)
 

@@ -12,7 +12,9 @@ from dcdit.network.caching import CachedStep
 from dcdit.network.embeddings import Conditioning, FreqShift, TimeInput, position_table
 from dcdit.network.initialisers import xavier_init
 from dcdit.network.interface import Component, Network, Output
+from dcdit.network.layers import BlockStyle, MLPName, NormName
 from dcdit.network.packing import full_packing
+from dcdit.network.rotary import PositionName, Rotary
 
 
 @checked
@@ -24,15 +26,15 @@ class DiT(Network):
         channels: latent channels C.
         num_classes: real classes; label ``num_classes`` is the null class.
         patch: patch side; must divide ``grid``.
-        width, depth, heads, mlp_ratio, label_dropout, freq_shift, time_input, variance, qk_norm, attention: as
-            in :class:`dcdit.network.DCDiT`.
+        width, depth, heads, mlp_ratio, label_dropout, freq_shift, time_input, variance, norm, mlp, position, qk_norm,
+            attention: as in :class:`dcdit.network.DCDiT`.
 
     Raises:
         UserError: if the sizes do not fit each other or a name is unknown.
     """
 
     float32_parts: ClassVar[tuple[str, ...] | None] = ()
-    pos_embed: Tensor
+    pos_embed: Tensor | None
 
     def __init__(
         self,
@@ -48,6 +50,9 @@ class DiT(Network):
         freq_shift: FreqShift = 0,
         time_input: TimeInput = "steps",
         variance: bool = True,
+        norm: NormName = "layer",
+        mlp: MLPName = "gelu",
+        position: PositionName = "table",
         qk_norm: bool = False,
         attention: Backend = "auto",
     ) -> None:
@@ -61,11 +66,12 @@ class DiT(Network):
 
         self.condition = Conditioning(width, num_classes, freq_shift, time_input)
         self.embed = xavier_init(nn.Conv2d(channels, width, patch, stride=patch))
-        self.register_buffer("pos_embed", position_table(side, side, width), persistent=False)
-        self.blocks = nn.ModuleList(
-            DiTBlock(width, heads, mlp_ratio, "paper", attention, qk_norm) for _ in range(depth)
-        )
-        self.output = OutputLayer(width, width, patch * patch * (1 + variance) * channels)
+        table = position_table(side, side, width) if position == "table" else None
+        self.register_buffer("pos_embed", table, persistent=False)
+        self.rotary = Rotary(side, width, heads) if position == "rope" else None
+        style = BlockStyle(norm, mlp, qk_norm)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, "paper", attention, style) for _ in range(depth))
+        self.output = OutputLayer(width, width, patch * patch * (1 + variance) * channels, norm)
 
     def forward(
         self,
@@ -82,9 +88,11 @@ class DiT(Network):
         c = self.condition(t, y)  # (B, D)
         patches = self.embed(x).flatten(2).transpose(1, 2)  # (B, L / patch^2, D)
         packing = full_packing(len(x), patches.shape[1], x.device)
-        tokens = (patches + self.pos_embed).flatten(0, 1)
+        # float32 between blocks, also where no table is added
+        tokens = (patches.float() if self.pos_embed is None else patches + self.pos_embed).flatten(0, 1)
+        rotation = None if self.rotary is None else self.rotary(packing)
         for block in self.blocks:
-            tokens = block(tokens, c, packing)
+            tokens = block(tokens, c, packing, rotation)
         out = self.output(tokens.unflatten(0, (len(x), -1)), c)  # (B, L / patch^2, patch^2 * 2C)
         return Output(self.unpatchify(out), None)
 

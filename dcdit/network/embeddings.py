@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dcdit.errors import UserError
 from dcdit.network.initialisers import normal_init
 
 FreqShift = Literal[0, 1]
@@ -36,6 +37,18 @@ def frequencies(dim: int, *, dtype: torch.dtype, max_period: float = 10_000.0, s
     return exponent.double().exp().to(dtype)
 
 
+def axis_angles(size: int, dim: int, patch: int = 1) -> Tensor:
+    """The angles of the coordinates of one axis, ``dim // 2`` frequencies each: (size, dim // 2) float64, on the CPU.
+
+    Args:
+        size: coordinates of the axis.
+        dim: features that sines and cosines make of them; even.
+        patch: count in patches of this side: position u has the coordinate (u + 1/2) / patch - 1/2.
+    """
+    coordinates = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) / patch - 0.5
+    return coordinates[:, None] * frequencies(dim, dtype=torch.float64)
+
+
 def position_table(height: int, width: int, dim: int, patch: int = 1) -> Tensor:
     """Fixed 2-D sin-cos position table in the layout of MAE.
 
@@ -45,17 +58,21 @@ def position_table(height: int, width: int, dim: int, patch: int = 1) -> Tensor:
         height: rows of the grid.
         width: columns of the grid.
         dim: channels, divisible by 4.
-        patch: count in patches of this side: position u has the coordinate (u + 1/2) / patch - 1/2.
+        patch: see :func:`axis_angles`.
 
     Returns:
         (height * width, dim) float32, raster order.
+
+    Raises:
+        UserError: if ``dim`` is not divisible by 4.
     """
+    if dim % 4:
+        raise UserError(f"width={dim} is not divisible by 4, which the 2-D position table needs")
     # Tables are built in float64 on the CPU so that every device and precision sees the same bits; each axis by itself,
     # so that nothing larger than the table is held.
-    frequency = frequencies(dim // 2, dtype=torch.float64)
 
     def features(size: int) -> Tensor:
-        angles = ((torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) / patch - 0.5)[:, None] * frequency
+        angles = axis_angles(size, dim // 2, patch)
         return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
     if torch.get_default_device().type == "meta":  # whoever builds at no cost does not look at it

@@ -33,6 +33,11 @@ class Packing:
     batch: int
     valid: Tensor | None = None
 
+    @property
+    def positions(self) -> Tensor:
+        """(T,) int64, the position of each token on the grid of its sample, 0 to L - 1."""
+        return self.index % self.bound
+
 
 def make_packing(mask: Tensor, known: Sequence[int] | None = None) -> Packing:
     """Lay the kept positions of ``mask`` (B, L) out one sample after the other, each in raster order.

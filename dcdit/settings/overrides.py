@@ -21,8 +21,8 @@ from dcdit.settings.help import choices, group_names
 TEXT_KEYS = frozenset(
     {
         *("account", "autoencoder", "cache", "classes", "constraint", "dir", "directory", "dirpath", "entity"),
-        *("features.model", "folder", "group", "id", "name", "notes", "partition", "project", "qos", "reference"),
-        *("router", "save_dir", "setup", "subdir", "tags", "weak_checkpoint", "weights"),
+        *("features.model", "folder", "group", "id", "mlp", "name", "norm", "notes", "partition", "project"),
+        *("qos", "reference", "router", "save_dir", "setup", "subdir", "tags", "weak_checkpoint", "weights"),
     }
 )
 """Keys of texts, by their last part or last two, that no class of a configuration names, and ``classes``, which may be

@@ -21,10 +21,13 @@ _ADAPTED_BY_PREFIX = {
 }
 """What has to be adapted if parameters whose names begin so do not fit; they start anew then."""
 
+BLOCKS = ("norm", "mlp", "position", "qk_norm")
+"""What transformer blocks consist of: weights of other ones cannot be taken over."""
+
 _EQUAL_UNLESS_ADAPTED = {"router": "router", "smoothing_sigma": "grid"} | dict.fromkeys(
-    ("heads", "groups", "position_patch", "freq_shift", "time_input", "patch"), ""
+    ("heads", "groups", "position_patch", "freq_shift", "time_input", "patch", *BLOCKS), ""
 )
-"""What no shape tells of a network, and must be equal unless the named thing is adapted."""
+"""What no shape tells of a network, or names better, and must be equal unless the named thing is adapted."""
 
 
 @dataclass(frozen=True)

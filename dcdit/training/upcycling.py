@@ -13,7 +13,7 @@ from dcdit.runtime.tensors import load_state_strict
 from dcdit.training.distillation import Distillation
 from dcdit.training.initial_weights import InitialWeights, Start, freeze, take_over
 from dcdit.training.settings import FromTeacher
-from dcdit.training.transfer import check_latents, match_parameters
+from dcdit.training.transfer import BLOCKS, check_latents, match_parameters
 
 
 def start_from_teacher(settings: FromTeacher, model: Model, runs: str) -> Start:
@@ -52,11 +52,11 @@ def _blocks_and_embedders(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _check_teacher(key: str, teacher: DiT, network: Network, distil_steps: int) -> None:
     """Raise :class:`UserError` with both values if a teacher does not fit, more strictly while it is matched."""
     own, theirs = network.spec, teacher.spec
-    for name in ("width", "depth", "heads", "mlp_ratio", "freq_shift", "time_input"):
+    for name in ("width", "depth", "heads", "mlp_ratio", "freq_shift", "time_input", *BLOCKS):
         if own.get(name) != theirs[name]:
             raise UserError(
                 f"model.{name}={shown(own.get(name))} does not fit {key}, whose {name} is {shown(theirs[name])}: set"
-                f" model.{name}={shown(theirs[name])}, or choose the scale of the teacher"
+                f" model.{name}={shown(theirs[name])}, or take another teacher"
             )
     if own["position_patch"] != teacher.patch:
         raise UserError(

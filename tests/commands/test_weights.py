@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.commands import Result, typed
+from support.configs import MODERN
 from support.damage import sign
 from support.foreign import write_reference
 from support.hub import Hub, hub_of
@@ -16,6 +17,7 @@ from support.hub import Hub, hub_of
 from dcdit import DCDiT, DiT
 from dcdit.checkpoints.load import load_model
 from dcdit.checkpoints.resolve import resolve_checkpoint
+from dcdit.checks import shown
 from dcdit.data.shards import write_shards
 from dcdit.network.interface import Network
 
@@ -199,6 +201,13 @@ def test_a_file_for_the_reference_implementation_and_back(reference, trained_run
     odd.save_pretrained(tmp_path / "odd")
     refused = typed(capsys, tmp_path, "export", "checkpoint=odd", "out=odd.pt", "format=reference")
     assert (refused.status, "no counterpart of condition_norm.weight" in refused.words) == (2, True)
+    for key, value in MODERN.items():
+        odd = DCDiT(8, 1, 3, width=64, depth=1, heads=2, encoder_width=64, **{key: value})
+        odd.save_pretrained(tmp_path / key)
+        assert DCDiT.from_pretrained(tmp_path / key).spec == odd.spec
+        refused = typed(capsys, tmp_path, "export", f"checkpoint={key}", f"out={key}.pt", "format=reference")
+        message = f"model.{key}={shown(value)}, the reference implementation has"
+        assert (refused.status, message in refused.words) == (2, True), refused.words
 
 
 def test_folders_that_are_not_whole_are_refused(trained_run, tmp_path, capsys):

@@ -1,5 +1,8 @@
 """FLOPs against those that the reference implementation and the paper report."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -8,6 +11,8 @@ from support.configs import call, compose_config
 from dcdit.compute.flops import count
 from dcdit.errors import UserError
 from dcdit.network import build_network
+
+ROOT = Path(__file__).parents[2]
 
 
 def build(model: str):
@@ -64,6 +69,19 @@ def test_the_largest_scale():
 )
 def test_plain_transformers_as_the_paper_counts(model, tflops):
     assert count(build(model)).total * 250 / 1e12 == pytest.approx(tflops, rel=1e-2)
+
+
+def test_the_page_of_the_method_has_the_sizes_of_other_blocks():
+    rows = re.findall(r"\| `(d\w+)` \| ([\d.]+)M \| ([\d.]+) \|", (ROOT / "docs" / "method.md").read_text())
+    assert len(rows) == 8
+    for model, parameters, gflops in rows:
+        network = build(model)
+        assert f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f}" == parameters
+        assert f"{count(network, [network.positions / 4] if network.routes else []).total / 1e9:.1f}" == gflops
+        in_file = re.search(
+            r"([\d.]+)M parameters at 256px", (ROOT / "configs" / "model" / f"{model}.yaml").read_text()
+        )
+        assert f"{float(parameters):.1f}" == in_file[1]
 
 
 def test_dropping_tokens_costs_less_and_linearly_at_most():

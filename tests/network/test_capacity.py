@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.configs import perturb
+from support.configs import MODERN, perturb
 from support.pretend_cuda import PretendCuda
 
 from dcdit.network import build_network
@@ -55,7 +55,7 @@ def test_padding_stands_after_the_kept_tokens_in_segments_of_its_own(data):
 @settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_a_forward_pass_with_room_equals_the_exact_one(data):
-    net = network(data.draw(st.integers(0, 5)))
+    net = network(data.draw(st.integers(0, 5)), **data.draw(st.sampled_from([{}, MODERN])))
     batch, drop = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([0.0, 0.4, 0.8]))
     with torch.no_grad():
         exact = net(*inputs(batch), drop)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from support.configs import perturb
+from support.configs import MODERN, perturb
 
 from dcdit.network import DCDiT, DiT
 from dcdit.network.attention import packed_attention
@@ -20,7 +20,7 @@ DROP = {True: (0.3,), False: ()}
 
 def networks():
     torch.manual_seed(0)
-    for network in (DCDiT(**SIZE, groups=8), DiT(**SIZE)):
+    for network in (DCDiT(**SIZE, groups=8), DiT(**SIZE), DCDiT(**SIZE, groups=8, **MODERN), DiT(**SIZE, **MODERN)):
         perturb(network)
         if isinstance(network, DCDiT):
             with torch.no_grad():
@@ -66,11 +66,12 @@ def test_activation_checkpointing_gives_the_same_gradients_and_keeps_less():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler for torch.compile")
-def test_compiled_blocks_compute_the_same_and_are_compiled_a_bounded_number_of_times():
+@pytest.mark.parametrize("number", [0, 2], ids=["published", "modern"])
+def test_compiled_blocks_compute_the_same_and_are_compiled_a_bounded_number_of_times(number):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     graphs = torch._dynamo.utils.counters["stats"]
-    network = next(networks())
+    network = list(networks())[number]
     counts = []
     for seed, drop in enumerate((0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)):
         arguments = (*inputs(seed=seed), drop)

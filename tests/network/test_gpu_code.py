@@ -10,9 +10,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from support.configs import MODERN
 
 from dcdit.network import build_network
 from dcdit.network.blocks import DiTBlock
+from dcdit.network.layers import PUBLISHED, BlockStyle
 
 PROPERTIES = {"multi_processor_count": 132, "warp_size": 32, "total_memory": 80 << 30, "L2_cache_size": 50 << 20}
 WIDTH, HEADS, TOKENS, SAMPLES = 64, 2, 100, 4
@@ -71,17 +73,18 @@ def pretended_h100():
         yield
 
 
-def generated(part, shapes, precision):
+def generated(part, shapes, precision, style=PUBLISHED):
     """The traced operations and the code for the GPU of one part of a block.
 
     Args:
         part: ``_before`` or ``_after``.
         shapes: of its tensors; ints become int64.
         precision: None, or what autocast takes.
+        style: of the block.
     """
-    with pretended_h100():
+    with pretended_h100(), patch("torch.compiler.is_compiling", lambda: True):
         with torch.device("cuda"):
-            block = DiTBlock(WIDTH, HEADS, 4.0, "released", "sdpa")
+            block = DiTBlock(WIDTH, HEADS, 4.0, "released", "sdpa", style)
             tensors = [torch.zeros(shape, dtype=kind) for shape, kind in shapes]
 
         def run(*arguments):
@@ -118,6 +121,15 @@ def test_element_wise_operations_become_few_kernels(part, most, linears, precisi
     assert on_host == []
 
 
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_norm_and_rotation_of_queries_and_keys_are_fused(precision):
+    """One kernel before the product, and at most one each for queries and keys after it."""
+    rotation = ((TOKENS, WIDTH // HEADS // 2, 2), torch.float32)
+    shapes, casts = [*parts(precision or torch.float32)["_before"], rotation], 2 if precision else 0
+    _, code = generated("_before", shapes, precision, BlockStyle("rms", "swiglu", True))
+    assert 2 <= len(set(re.findall(r"def (triton_\w+)\(", code))) <= 3 + casts
+
+
 def test_products_run_in_bf16_and_norms_in_float32():
     for part, shapes in parts(torch.bfloat16).items():
         traced, _ = generated(part, shapes, torch.bfloat16)
@@ -133,10 +145,11 @@ def test_products_run_in_bf16_and_norms_in_float32():
 
 @pytest.mark.parametrize("attention", ["auto", "sdpa"])
 @pytest.mark.parametrize("training", [False, True])
-def test_the_whole_network_of_fixed_length_is_one_graph(attention, training):
+@pytest.mark.parametrize("blocks", [{}, MODERN], ids=["published", "modern"])
+def test_the_whole_network_of_fixed_length_is_one_graph(attention, training, blocks):
     """Attention included, whose fast form is what ``auto`` takes in bf16; nothing is read by the host."""
     sizes = {"grid": 16, "channels": 4, "num_classes": 10, "width": 128, "depth": 2, "heads": 2, "groups": 4}
-    network, graphs = build_network({"name": "dcdit", "attention": attention, **sizes}), []
+    network, graphs = build_network({"name": "dcdit", "attention": attention, **sizes, **blocks}), []
 
     def keep(graph, inputs):
         graphs.append(graph)

@@ -45,6 +45,12 @@ PLAIN_DIT = (
 )
 """Overrides that make a plain DiT of it."""
 
+MODERN = {"norm": "rms", "mlp": "swiglu", "position": "rope", "qk_norm": True}
+"""Blocks of which nothing is as published."""
+
+MODERN_WORDS = tuple(f"model.{key}={str(value).lower()}" for key, value in MODERN.items())
+"""The same as overrides."""
+
 
 def compose_config(*overrides: str, name: str = "train") -> DictConfig:
     with initialize_config_dir(CONFIG_DIR, version_base="1.3"):

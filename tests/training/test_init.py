@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from support.configs import PLAIN_DIT, TINY, compose_config, train
+from support.configs import MODERN, MODERN_WORDS, PLAIN_DIT, TINY, compose_config, train
 from support.runs import differences, load
 
 from dcdit.checkpoints.foreign import reference_state
 from dcdit.checkpoints.load import load_model
+from dcdit.checks import shown
 from dcdit.data.builtin import Digits
 from dcdit.errors import UserError
 from dcdit.network import DCDiT
@@ -81,6 +82,8 @@ def test_what_differs_is_refused_until_it_is_asked_for(trained_run, tiny, tmp_pa
     )
     for key, value, there in (("heads", 4, 2), ("smoothing_sigma", 2, 1), ("freq_shift", 1, 0)):
         refuses(f"model.{key}={value}: .* was trained with {there}", f"model.{key}={value}")
+    for key, value in MODERN.items():
+        refuses(f"model.{key}={shown(value)}: .* was trained with .*, set model.{key}=", f"model.{key}={value}")
     refuses("model.name=dcdit, model.name=dit is trained", *PLAIN_DIT)
 
     larger = tmp_path / "larger"
@@ -258,6 +261,25 @@ def test_a_teacher_of_sit_and_its_student_embed_one_time(teacher, tiny):
         UserError, match=r"model\.time_input='steps': .* was trained with 'reversed', set model\.time_input"
     ):
         tiny("refused", *weights_of(run), "diffusion=flow", "model.position_patch=2", "model.condition_norm=true")
+
+
+def test_a_teacher_of_other_blocks_hands_over_those_and_the_scale_of_its_rotations(tiny):
+    teacher = tiny("teacher", *PLAIN_DIT, *MODERN_WORDS, "trainer.max_steps=2", "optimizer.lr=0.02")
+    words = (*UPCYCLE, f"init.teacher={teacher}", *STILL)
+    published = {"norm": "layer", "mlp": "gelu", "position": "table", "qk_norm": False}
+    for key, value in published.items():
+        message = f"model.{key}={shown(value)} does not fit .* whose {key} is {shown(MODERN[key])}: set"
+        with pytest.raises(UserError, match=message):
+            tiny("refused", *words, *MODERN_WORDS, f"model.{key}={value}")
+    run = tiny("up", *words, *MODERN_WORDS)
+    before, found = load_model(teacher).network, raw(run)
+    taken = {name: tensor for name, tensor in before.state_dict().items() if name.startswith("blocks.")}
+    assert len(taken) == 12
+    for name, tensor in taken.items():
+        torch.testing.assert_close(found[f"backbone.{name}"], tensor, rtol=0, atol=1e-9)
+    fine, coarse = (torch.view_as_complex(each.rotary.table) for each in (load_model(run).network, before))
+    corners = fine.view(4, 2, 4, 2, -1).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    torch.testing.assert_close(corners.prod(dim=2), coarse.view(4, 4, -1) ** 4)
 
 
 def test_each_kept_position_meets_the_token_that_covers_it(teacher):
