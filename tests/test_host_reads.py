@@ -208,8 +208,8 @@ def train_there(pretend, monkeypatch, digits, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "words",
-    [(), ("diffusion=flow",), ("execution.capacity=0.5",), PLAIN_DIT],
-    ids=["dcdit", "flow", "fixed length", "dit"],
+    [(), ("diffusion=flow",), ("optimizer=muon",), ("execution.capacity=0.5",), PLAIN_DIT],
+    ids=["dcdit", "flow", "muon", "fixed length", "dit"],
 )
 def test_a_training_step_reads_the_lengths_alone_unless_it_is_logged(train_there, precision, words):
     """Loss, clipping, optimiser, EMA, metrics and progress included; steps 3 and 6 are logged and shown."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,8 @@ class Attention(nn.Module):
         UserError: if ``heads`` does not divide ``width``.
     """
 
+    stacked: ClassVar[dict[str, int]] = {"qkv": 3}  # see dcdit.network.matrices
+
     def __init__(self, width: int, heads: int, backend: str, qk_norm: bool) -> None:
         super().__init__()
         channels = head_width(width, heads)
@@ -117,6 +119,8 @@ class DiTBlock(nn.Module):
         compiled: run what lies before and after the attention through torch.compile, once for all blocks.
         checkpointed: keep nothing for the backward pass but the input (activation checkpointing).
     """
+
+    stacked: ClassVar[dict[str, int]] = {"modulation": 6}  # see dcdit.network.matrices
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,6 +52,8 @@ class SwiGLU(nn.Module):
         width: input and output width D.
         ratio: hidden width of the MLP that it stands for, over D.
     """
+
+    stacked: ClassVar[dict[str, int]] = {"fc1": 2}  # see dcdit.network.matrices
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()

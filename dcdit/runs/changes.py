@@ -34,6 +34,7 @@ KINDS: dict[str, Kind] = {
     "data.batch_size": Kind.REMARK,
     "data.shuffle_buffer": Kind.REMARK,
     "optimizer": Kind.EFFECT,
+    "optimizer.name": Kind.NEVER,  # another optimiser has another state
     "trainer": Kind.EFFECT,
     "execution": Kind.EFFECT,
     "processes": Kind.EFFECT,  # which trainer.devices and trainer.num_nodes came to
@@ -61,6 +62,13 @@ KINDS: dict[str, Kind] = {
     "run_name": Kind.UNSEEN,
 }
 """By the key, or the section that holds it; the longest that fits decides."""
+
+ADDED: dict[str, object] = {
+    "optimizer.name": "adamw",
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.eps": 1e-8,
+}
+"""Keys that older runs did not record, with the value that stood for each of them then."""
 
 EXPERIMENT = ("compression", "ratio", "multi_budget", "optimizer")
 """What may change when it is asked for, but not by ``ckpt_path=auto``: a sweep's directories are named by what varies
@@ -126,6 +134,7 @@ def changes(before: Mapping[str, object], now: Mapping[str, object], step: int, 
         UserError: naming both values, if one may not change, or is of a key that nobody knows.
     """
     changed = []
+    before = {**{key: value for key, value in ADDED.items() if key in now}, **before}
     for key in {**now, **before}:
         if before.get(key) == now.get(key):
             continue

@@ -75,7 +75,7 @@ def trial_peak(config: TrainConfig, size: int, device: torch.device) -> int:
     half = "bf16" in str(config.trainer.precision)
     compiled = is_compiled(network, device.type, half, config.execution.compile)
     set_execution(network, compiled, config.execution.activation_checkpointing)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0)
+    optimizer = config.optimizer.build(network.parts())
     room = {"capacity": config.capacity or FIRST_STEPS} if network.routes else {}
     x0 = torch.randn(size, network.channels, *network.grid, device=device)
     noise, t = torch.randn_like(x0), process.draw_times(size, None, device)

@@ -68,6 +68,7 @@ def check_fit(network: Network, process: Process, config: TrainConfig) -> None:
         if part not in network.parts():
             known = ", ".join(network.parts())
             raise UserError(f"optimizer.lr_scale: {network.title} has no part {part}, but {known}")
+    config.optimizer.check(network)
 
 
 class DCDiTModule(pl.LightningModule):
@@ -209,20 +210,15 @@ class DCDiTModule(pl.LightningModule):
     # ---- optimisation ------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Fused AdamW, part by part, and the learning-rate schedule by optimiser step."""
+        """The optimiser, and the learning-rate schedule by optimiser step."""
         from diffusers.optimization import get_scheduler
 
         config = self.optimizer
-        scale = config.lr_scale or {}
-        groups = [
-            {"params": list(part.parameters()), "lr": config.lr * scale.get(name, 1.0)}
-            for name, part in self.network.parts().items()
-        ]
-        adamw = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        optimizer = config.build(self.network.parts())
         schedule = get_scheduler(
-            config.schedule, adamw, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.max_steps
+            config.schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.max_steps
         )
-        return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
         self,
@@ -236,7 +232,7 @@ class DCDiTModule(pl.LightningModule):
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         bad = (~norm.isfinite()).float()
-        # The fused kernels take this flag from gradient scalers and leave weights and moments alone where it is 1.
+        # Optimisers take this flag, as if of a gradient scaler, and leave weights and moments alone where it is 1.
         optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad])
         self.log("train/gradient_norm", norm)

@@ -25,6 +25,7 @@ from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.runtime.devices import without_memory
 from dcdit.runtime.processes import say
+from dcdit.training.optimizer_settings import OptimizerSettings
 
 _UNTOUCHED = "untouched"
 """Lists the parameters without state in a checkpoint: such as never had a gradient, for AdamW makes a parameter's
@@ -96,7 +97,9 @@ def _open(path: Path) -> Resumed:
     return Resumed(path, trained, settings, position)
 
 
-def check_resumed(resumed: Resumed, network: Network, process: Process, manifest: Manifest) -> None:
+def check_resumed(
+    resumed: Resumed, network: Network, process: Process, manifest: Manifest, optimizer: OptimizerSettings
+) -> None:
     """Check that a run can go on from a checkpoint.
 
     Raises:
@@ -133,27 +136,32 @@ def check_resumed(resumed: Resumed, network: Network, process: Process, manifest
             " samples of this epoch would come twice, others never. Point data.directory at the shards it was trained"
             " on, or start another run"
         )
-    _check_optimizer_state(resumed, network)
+    _check_optimizer_state(resumed, network, optimizer)
     if resumed.trained.values["skipped"].shape != (2,):
         raise UserError(f"ckpt_path={resumed.path}: skipped is not two counts")
 
 
-def _check_optimizer_state(resumed: Resumed, network: Network) -> None:
-    """Raise :class:`UserError` unless each trained parameter has AdamW's state, or none because it never needed one."""
+def _check_optimizer_state(resumed: Resumed, network: Network, settings: OptimizerSettings) -> None:
+    """Raise :class:`UserError` unless each trained parameter has its optimiser's state, or none, never needing one."""
     optimizer = resumed.trained.values["optimizer_states"][0]
     untouched = set(optimizer.get(_UNTOUCHED, ()))
+    matrices = settings.matrices(network)
     trained = {
-        number: (name, parameter.shape)
+        number: (name, parameter)
         for number, (name, parameter) in enumerate(network.named_parameters())
         if parameter.requires_grad
     }
     for number in {**trained, **optimizer["state"]}:
-        name, shape = trained.get(number, (f"number {shown(number)}, which is not trained", None))
+        name, parameter = trained.get(number, (f"number {shown(number)}, which is not trained", None))
+        kind, shape = "Muon" if parameter in matrices else "AdamW", parameter.shape if parameter is not None else None
         shapes = {key: tensor.shape for key, tensor in optimizer["state"].get(number, {}).items()}
-        of_adamw = {"step": torch.Size(()), "exp_avg": shape, "exp_avg_sq": shape}
-        if shapes != ({} if number in untouched and number in trained else of_adamw):
+        expected = {
+            "Muon": {"momentum_buffer": shape},
+            "AdamW": {"step": torch.Size(()), "exp_avg": shape, "exp_avg_sq": shape},
+        }[kind]
+        if shapes != ({} if number in untouched and number in trained else expected):
             raise UserError(
-                f"ckpt_path={resumed.path}: the optimiser's state of parameter {name} is not that of AdamW: take"
+                f"ckpt_path={resumed.path}: the optimiser's state of parameter {name} is not that of {kind}: take"
                 " another checkpoint of the run"
             )
 

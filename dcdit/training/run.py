@@ -182,7 +182,7 @@ def build_training(config: TrainConfig, state: RunState, resumed: Resumed | None
     earlier = resumed.trained.training.get("init") if resumed else None
     module = DCDiTModule(network, process, config, manifest.spec, start.distillation, start.record_after(earlier))
     if resumed:
-        check_resumed(resumed, network, process, manifest)
+        check_resumed(resumed, network, process, manifest, config.optimizer)
     interrupt = StopOnInterrupt()
     trainer = build_trainer(config, interrupt, state.id, resumed.trained.values if resumed else None)
     start = replace(start, distillation=None)  # the module alone holds the teacher, and lets it go
@@ -199,6 +199,7 @@ def write_start(training: Training, changed: tuple[Change, ...]) -> None:
             names = {key: list(getattr(start, key)) for key in ("loaded", "new", "left", "frozen")}
             write_json(run_dir / "init.json", {**start.record, **names})
     say(describe_training(training))
+    describe_optimizer(training)
     if changed:
         say(describe_changes(changed))
     write_settings(training)
@@ -252,6 +253,25 @@ def describe_training(training: Training) -> str:
         + f", in {os.path.relpath(config.run_dir)}"
         + (f", on from step {training.step}" if training.step else "")
     )
+
+
+def describe_optimizer(training: Training) -> None:
+    """Say and write down which parameters Muon trains, if it trains any."""
+    network = training.module.network
+    matrices = training.config.optimizer.matrices(network)
+    if not matrices:
+        return
+    names: dict[str, list[str]] = {"muon": [], "adamw": []}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            names["muon" if parameter in matrices else "adamw"].append(name)
+    say(
+        f"Muon trains {sum(matrices.values())} matrices in {len(names['muon'])} weights of the transformer blocks,"
+        f" {sum(weight.numel() for weight in matrices) / 1e6:.1f}M parameters; AdamW the other {len(names['adamw'])}"
+        " parameter tensors"
+    )
+    if not rank():
+        write_json(training.run_dir / "optimizer.json", names)
 
 
 def describe_outcome(outcome: Outcome, run_dir: Path, inside_job: bool) -> str:

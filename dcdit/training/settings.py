@@ -15,7 +15,6 @@ from dcdit.checks import (
     Named,
     Natural,
     NonNegative,
-    Positive,
     Seed,
     WithOthers,
     config,
@@ -27,21 +26,11 @@ from dcdit.errors import UserError
 from dcdit.runs.changes import leaves
 from dcdit.runs.state import RunId
 from dcdit.settings.compose import RUN_ID
+from dcdit.training.optimizer_settings import OPTIMIZERS, OptimizerSettings
 
 if TYPE_CHECKING:
     from dcdit.checkpoints.load import Model
     from dcdit.training.initial_weights import Start
-
-
-@config
-class OptimizerSettings:
-    """AdamW and its learning-rate schedule: the keys of ``configs/optimizer``."""
-
-    lr: Positive
-    weight_decay: NonNegative
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-    lr_warmup_steps: Natural
-    lr_scale: dict[str, Positive] | None
 
 
 @config
@@ -258,7 +247,7 @@ class TrainConfig:
     diffusion: Annotated[ProcessSettings, Named(PROCESSES)]
     ratio: RatioSettings
     multi_budget: MultiBudgetSettings
-    optimizer: OptimizerSettings
+    optimizer: Annotated[OptimizerSettings, Named(OPTIMIZERS)]
     match_compute: MatchComputeSettings
     execution: ExecutionSettings
     trainer: Annotated[TrainerSettings, WithOthers(TrainerSettings)]

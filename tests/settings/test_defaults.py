@@ -45,7 +45,7 @@ ONE_HOME = (
         ema.EMAConfig,
     ),
     *(settings.TrainConfig, settings.TrainerSettings, settings.RatioSettings, settings.MultiBudgetSettings),
-    *(settings.OptimizerSettings, settings.MatchComputeSettings, settings.ExecutionSettings),
+    *(*settings.OPTIMIZERS.values(), settings.MatchComputeSettings, settings.ExecutionSettings),
 )
 """What only configurations build: no defaults beside those of the files."""
 

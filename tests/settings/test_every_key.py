@@ -31,6 +31,7 @@ COMMANDS = {
     "inspect_latents": ("directory=x",),
     "explore": (),
 }
+MUON = ("experiment=digits", "optimizer=muon")
 CLUSTER = ("experiment=digits", "cluster=slurm", "cluster.gpus_per_node=0", "cluster.tasks_per_node=2")
 
 A_NUMBER = 424_242
@@ -68,7 +69,13 @@ MAY_BE_ZERO = {
         "corrupt_limit",
         "num_workers",
     ),
-    *("optimizer.weight_decay", "optimizer.lr_warmup_steps", "ratio.weight", "ratio.curriculum_steps"),
+    *(
+        "optimizer.weight_decay",
+        "optimizer.lr_warmup_steps",
+        "optimizer.momentum",
+        "ratio.weight",
+        "ratio.curriculum_steps",
+    ),
     *(
         "multi_budget.full_budget_steps",
         "model.label_dropout",
@@ -175,10 +182,10 @@ def is_refused(key: str, default: object, name: str) -> bool:
     return name != "zero" or key not in MAY_BE_ZERO
 
 
-CASES = [*COMMANDS.items(), ("train", CLUSTER)]
+CASES = [*COMMANDS.items(), ("train", CLUSTER), ("train", MUON)]
 
 
-@pytest.mark.parametrize(("command", "overrides"), CASES, ids=[*COMMANDS, "train on a cluster"])
+@pytest.mark.parametrize(("command", "overrides"), CASES, ids=[*COMMANDS, "train on a cluster", "train by muon"])
 def test_no_value_passes_in_silence_or_ends_in_a_traceback(command, overrides, capsys, monkeypatch):
     monkeypatch.setattr("dcdit.training.batching.check_devices", lambda plan: None)
     whole = compose_config(*overrides, name=command)
@@ -186,6 +193,8 @@ def test_no_value_passes_in_silence_or_ends_in_a_traceback(command, overrides, c
     found = dict(leaves(whole))
     if "cluster=slurm" in overrides:
         found = {key: value for key, value in found.items() if key.startswith("cluster.")}
+    if "optimizer=muon" in overrides:
+        found = {key: value for key, value in found.items() if key.startswith("optimizer.")}
     wrong, texts, read_as_text = [], set(), checking._PLAIN[str]
 
     def noted(name: str, value: object) -> str:

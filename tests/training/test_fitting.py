@@ -70,6 +70,8 @@ def test_on_a_cpu_the_batch_is_not_split(tiny):
     assert_same_end(run, tiny("whole", "trainer.max_steps=2"))
 
 
-@pytest.mark.parametrize("overrides", [(), ("execution.capacity=0.3",), ("diffusion=flow",), PLAIN_DIT])
+@pytest.mark.parametrize(
+    "overrides", [(), ("execution.capacity=0.3",), ("diffusion=flow",), ("optimizer=muon",), PLAIN_DIT]
+)
 def test_the_trial_is_a_step_that_runs(overrides):
     assert trial_peak(config_of(*TINY, *overrides), 3, torch.device("cpu")) == 0

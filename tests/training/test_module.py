@@ -17,8 +17,9 @@ class Trainer:
 
 
 @pytest.fixture
-def module(monkeypatch):
-    module = module_of(config_of(*TINY, "optimizer.lr_warmup_steps=0"))
+def module(monkeypatch, request):
+    words = getattr(request, "param", ())
+    module = module_of(config_of(*TINY, "optimizer.lr_warmup_steps=0", *words))
     monkeypatch.setattr(type(module), "trainer", Trainer())
     monkeypatch.setattr(type(module), "global_rank", 0, raising=False)
     module.logged = {}
@@ -61,6 +62,7 @@ def test_what_is_logged(module):
     assert logged["train/loss"] == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.parametrize("module", [(), ("optimizer=muon",)], ids=["adamw", "muon"], indirect=True)
 def test_a_non_finite_step_changes_nothing_and_is_counted(module):
     optimizer = module.configure_optimizers()["optimizer"]
     step(module, optimizer, batch())
