@@ -123,7 +123,9 @@ def test_a_forward_pass_reads_the_lengths_and_a_backward_pass_nothing(pretend, n
 SAMPLERS = {
     "ddpm": (DDPM(4), DDIM(4, eta=0.5), DPMSolver(4), DDIM(6, clip=True, cache=0.5)),
     "flow": (Euler(4), Heun(3), EulerMaruyama(4, clip=True), Euler(6, cache=0.5)),
+    "image": (Heun(2), EulerMaruyama(3)),
 }
+PROCESSES = {"ddpm": {"name": "ddpm"}, "flow": {"name": "flow"}, "image": {"name": "flow", "prediction": "x"}}
 GUIDED = ({}, {"scale": 2.0, "drop_fraction": 0.2, "uncond_drop_fraction": 0.7}, {"scale": 2.0, "interval": [200, 800]})
 
 
@@ -137,7 +139,7 @@ GUIDED = ({}, {"scale": 2.0, "drop_fraction": 0.2, "uncond_drop_fraction": 0.7},
 def test_every_sampler_reads_once_a_step_and_with_a_capacity_never(pretend, process, settings, guided, share, expected):
     net = network_there("dcdit")
     latents = LatentSpec((1, 8, 8), IDENTITY, 1.0, 0.0, tuple("abcde"))
-    model = replace(Model(net, latents, 0), process=build_process({"name": process}))
+    model = replace(Model(net, latents, 0), process=build_process(PROCESSES[process]))
     reads = []
 
     def note(numbers, step):
@@ -205,11 +207,14 @@ def train_there(pretend, monkeypatch, digits, tmp_path):
     return run
 
 
+IMAGE = ("diffusion=flow", "diffusion.prediction=x", "diffusion.velocity_cosine=1", "diffusion.shift=2")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "words",
-    [(), ("diffusion=flow",), ("optimizer=muon",), ("execution.capacity=0.5",), PLAIN_DIT],
-    ids=["dcdit", "flow", "muon", "fixed length", "dit"],
+    [(), ("diffusion=flow",), IMAGE, ("optimizer=muon",), ("execution.capacity=0.5",), PLAIN_DIT],
+    ids=["dcdit", "flow", "image", "muon", "fixed length", "dit"],
 )
 def test_a_training_step_reads_the_lengths_alone_unless_it_is_logged(train_there, precision, words):
     """Loss, clipping, optimiser, EMA, metrics and progress included; steps 3 and 6 are logged and shown."""

@@ -26,7 +26,7 @@ class RoutingLike(Protocol):
 
 
 class Prediction(Protocol):
-    """What a denoiser returns: noise or velocity, perhaps variance, (B, C or 2C, H, W); the routing if there is any;
+    """What a denoiser returns: noise, velocity or image, perhaps variance, (B, C or 2C, H, W); the routing if any;
     with a cache, the change of its input, (B,)."""
 
     @property
@@ -57,7 +57,9 @@ branches has room for the mean of both."""
 
 
 def guide(main: Tensor, guiding: Tensor, scale: float, channels: int) -> Tensor:
-    """eps = eps_g + s (eps_m - eps_g) on the leading channels of the main prediction; of velocities alike.
+    """eps = eps_g + s (eps_m - eps_g) on the leading channels of the main prediction; of velocities and images alike.
+
+    A velocity is a difference to the image over t, so that guided images have the guided velocity.
 
     Classifier-free guidance where the guiding branch knows no class (arXiv 2207.12598), autoguidance where it knows the
     class and is weaker otherwise (arXiv 2406.02507).

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dcdit.diffusion.schedule import Posterior, per_sample
@@ -17,16 +18,22 @@ class DiffusionLoss:
         mse: mean squared error of what is predicted, noise or velocity.
         vlb: one term of the variational lower bound, bits per dimension; None where no variance is trained.
         weight: of ``mse``; None for 1.
+        cosine: 1 - cosine of predicted and true velocity; None where it is not trained.
+        cosine_weight: of ``cosine``.
     """
 
     mse: Tensor
     vlb: Tensor | None
     weight: Tensor | None = None
+    cosine: Tensor | None = None
+    cosine_weight: float = 0.0
 
     @property
     def total(self) -> Tensor:
         """(B,) the sum of the terms."""
         error = self.mse if self.weight is None else self.weight * self.mse
+        if self.cosine is not None:
+            error = error + self.cosine_weight * self.cosine
         return error if self.vlb is None else error + self.vlb
 
 
@@ -35,10 +42,19 @@ def min_snr_weight(snr: Tensor, gain: Tensor, gamma: float) -> Tensor:
 
     Args:
         snr: (B,) signal-to-noise ratio.
-        gain: (B,) squared error of x_0 that a squared error of 1 in the network's prediction stands for.
+        gain: (B,) squared error of x_0 that a squared error of 1 in noise or velocity stands for.
         gamma: the ratio from which on samples weigh less.
     """
     return snr.clamp(max=gamma) * gain
+
+
+def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cos over the channels at each position, the mean over positions (LightningDiT, arXiv 2501.01423): (B,).
+
+    Args:
+        prediction, target: velocities (B, C, H, W).
+    """
+    return 1 - F.cosine_similarity(prediction, target, dim=1).flatten(1).mean(dim=1)
 
 
 def diffusion_loss(

@@ -14,8 +14,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from dcdit.checks import build_named
-from dcdit.diffusion.loss import DiffusionLoss, diffusion_loss
-from dcdit.diffusion.schedule import BETA_END, BETA_START, Posterior, add_noise, per_sample
+from dcdit.diffusion.loss import DiffusionLoss, cosine_loss, diffusion_loss
+from dcdit.diffusion.schedule import BETA_END, BETA_START, Posterior, add_noise, per_sample, shift_times
 from dcdit.diffusion.settings import (
     PROCESSES,
     TRAIN_STEPS,
@@ -52,7 +52,7 @@ class Process(ABC):
 
     @abstractmethod
     def signal_to_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The signal-to-noise ratio at times ``t`` (B,), and the squared error of x_0 for one of 1 in the prediction.
+        """The signal-to-noise ratio at times ``t`` (B,), and the squared error of x_0 per one of noise or velocity.
 
         Both are (B,); a weighting of the loss needs them, see :data:`dcdit.diffusion.settings.WEIGHTINGS`.
         """
@@ -68,6 +68,13 @@ class Process(ABC):
     @abstractmethod
     def clean(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
         """x_0 (B, C, H, W) that a prediction for ``x`` at time ``t`` amounts to."""
+
+    def for_sampler(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
+        """What samplers integrate, noise and variance or velocity, of a prediction for ``x`` at time ``t``.
+
+        Both are (B, C or 2C, H, W). The same for all networks of a process, whatever they predict.
+        """
+        return prediction
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -143,22 +150,35 @@ class NoiseProcess(Process):
         }
 
 
+LEAST_DIVISOR = 0.05
+"""The least t that velocities of predicted images are divided by, v = (x_t - x_0) / max(t, 0.05) (JiT)."""
+
+
 class FlowProcess(Process):
     """Flow matching on the straight line from image to noise (SiT, arXiv 2401.08740): x_t = (1 - t) x_0 + t noise.
 
-    The network predicts the velocity v = noise - x_0, told 1000 t; a variance beside it is not used.
+    The network predicts the velocity v = noise - x_0, or x_0, told 1000 t; a variance beside it is not used.
+
+    Raises:
+        UserError: if a setting is still ``auto``.
     """
 
     def __init__(self, settings: FlowMatching) -> None:
+        if settings.shift == "auto":
+            raise UserError("diffusion.shift=auto depends on the size of latents: take FlowMatching.for_latents")
         self.settings: FlowMatching = settings
+        self.shift = settings.shift
+        self.predicts_image = settings.prediction == "x"
 
     @override
     def draw_times(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """(count,) float32 in (0, 1000)."""
         if self.settings.time == "uniform":
-            return TRAIN_STEPS * torch.rand(count, generator=generator, device=device)
-        normal = torch.randn(count, generator=generator, device=device)
-        return TRAIN_STEPS * (self.settings.time_mean + self.settings.time_std * normal).sigmoid()
+            times = torch.rand(count, generator=generator, device=device)
+        else:
+            normal = torch.randn(count, generator=generator, device=device)
+            times = (self.settings.time_mean + self.settings.time_std * normal).sigmoid()
+        return TRAIN_STEPS * shift_times(times, self.shift)
 
     @override
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -167,28 +187,51 @@ class FlowProcess(Process):
 
     @override
     def loss(self, prediction: Tensor, x0: Tensor, xt: Tensor, noise: Tensor, t: Tensor) -> DiffusionLoss:
-        """The mean squared error of the velocity."""
-        velocity = prediction.float()[:, : x0.shape[1]]
-        mse = (noise - x0 - velocity).square().flatten(1).mean(dim=1)
-        return DiffusionLoss(mse, None, self.weight(t))
+        """The mean squared error of the velocity, and its cosine.
+
+        Of a predicted image both velocities are (x_t - x_0) / max(t, 0.05): the best prediction is x_0 at all t.
+        """
+        velocity = self.velocity(prediction.float()[:, : x0.shape[1]], xt, t)
+        target = self.velocity(x0, xt, t) if self.predicts_image else noise - x0
+        mse = (target - velocity).square().flatten(1).mean(dim=1)
+        cosine_weight = self.settings.velocity_cosine
+        cosine = cosine_loss(velocity, target) if cosine_weight else None
+        return DiffusionLoss(mse, None, self.weight(t), cosine, cosine_weight)
+
+    def velocity(self, predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity (B, C, H, W) that ``predicted`` of the network amounts to, for ``x`` at ``t`` (B,)."""
+        return (x - predicted) / self._divisor(t)[:, None, None, None] if self.predicts_image else predicted
+
+    def _divisor(self, t: Tensor) -> Tensor:
+        """What a difference to x_0 is divided by to be a velocity, (B,)."""
+        share = t / TRAIN_STEPS
+        return share.clamp(min=LEAST_DIVISOR) if self.predicts_image else share
 
     @override
     def signal_to_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         share = t / TRAIN_STEPS
-        return ((1 - share) / share).square(), share.square()
+        return ((1 - share) / share).square(), self._divisor(t).square()
 
     @override
     def clean(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
-        return x - t / TRAIN_STEPS * prediction[:, : x.shape[1]]
+        predicted = prediction[:, : x.shape[1]]
+        return predicted if self.predicts_image else x - t / TRAIN_STEPS * predicted
+
+    @override
+    def for_sampler(self, prediction: Tensor, x: Tensor, t: float) -> Tensor:
+        if not self.predicts_image:
+            return prediction
+        return self.velocity(prediction[:, : x.shape[1]], x, torch.full((len(x),), t, device=x.device))
 
     @override
     def facts(self) -> dict[str, Any]:
-        return {
-            "process": "flow",
-            "path": "x_t = (1 - t) x_0 + t noise",
-            "prediction": "velocity noise - x_0",
-            "time": f"{TRAIN_STEPS} t",
-        }
+        facts = {"process": "flow", "path": "x_t = (1 - t) x_0 + t noise"}
+        if self.predicts_image:
+            facts |= {"prediction": "image x_0", "velocity": f"(x_t - x_0) / max(t, {LEAST_DIVISOR})"}
+        else:
+            facts |= {"prediction": "velocity noise - x_0"}
+        shift = {} if self.shift == 1 else {"time_shift": self.shift}
+        return {**facts, "time": f"{TRAIN_STEPS} t", **shift}
 
 
 def build_process(spec: Mapping[str, Any]) -> Process:

@@ -11,8 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from dcdit.diffusion.guidance import GuidedOutput
-from dcdit.diffusion.process import build_process
-from dcdit.diffusion.schedule import BETA_END, BETA_START, linear_betas
+from dcdit.diffusion.process import Process, build_process
+from dcdit.diffusion.schedule import BETA_END, BETA_START, linear_betas, shift_times
 from dcdit.diffusion.settings import (
     DDIM,
     DDPM,
@@ -144,11 +144,15 @@ _FLOW = build_process({"name": "flow"})
 
 
 class _FlowStepper(Stepper):
-    """From t = 1 to 0 along velocities; what is particular is :meth:`advance`."""
+    """From t = 1 to 0 along velocities; what is particular is :meth:`advance`.
+
+    Args:
+        times: t from 1 to 0, before they are shifted.
+    """
 
     def __init__(self, settings: Euler | Heun | EulerMaruyama, times: Tensor) -> None:
         self.clip = settings.clip
-        self.times = (settings.shift * times / (1 + (settings.shift - 1) * times)).tolist()  # and 0 at the end
+        self.times = shift_times(times, settings.shift or 1.0).tolist()  # and 0 at the end
         self.timesteps = [TRAIN_STEPS * t for t in self.times[:-1]]
         self.evaluations = 0
 
@@ -201,7 +205,8 @@ class EulerMaruyamaStepper(_FlowStepper):
     """x - h (v - w s / 2) + sqrt(w h) noise, with w = t and the score s = -(x + (1 - t) v) / t."""
 
     def __init__(self, settings: EulerMaruyama) -> None:
-        even = torch.linspace(1, settings.last, settings.steps, dtype=torch.float64)
+        last = shift_times(torch.tensor(settings.last, dtype=torch.float64), 1 / (settings.shift or 1.0))
+        even = torch.linspace(1, last.item(), settings.steps, dtype=torch.float64)
         super().__init__(settings, torch.cat([even, even.new_zeros(1)]))
 
     @override
@@ -221,14 +226,22 @@ class Sampler:
 
     Attributes:
         settings: which sampler, and how many steps.
+        process: that the network was trained by; None for the one that the sampler is for, with its default settings.
     """
 
     settings: SamplerSettings
+    process: Process | None = None
+
+    def _process(self) -> Process:
+        return self.process or build_process({"name": self.settings.process})
 
     @property
     def timesteps(self) -> list[float]:
         """The times at which the network is asked, from noise to image."""
-        return list(self.settings.stepper().timesteps)
+        return list(self._stepper().timesteps)
+
+    def _stepper(self) -> Stepper:
+        return self.settings.for_process(self._process().settings).stepper()
 
     def trajectory(
         self,
@@ -240,16 +253,17 @@ class Sampler:
         """Sample, yielding every step.
 
         Args:
-            denoiser: returns noise and variance, or velocity, (B, C or 2C, H, W), guidance applied.
+            denoiser: returns what the network predicts, (B, C or 2C, H, W), guidance applied.
             shape: (C, H, W).
             labels: (B,) class labels; their device is where sampling runs.
             generators: one CPU generator per sample, the only source of randomness of that sample.
         """
-        stepper, streams = self.settings.stepper(), list(generators)
+        stepper, process, streams = self._stepper(), self._process(), list(generators)
         x = torch.cat([torch.randn(1, *shape, generator=stream) for stream in streams]).to(labels.device)
         for index, timestep in enumerate(stepper.timesteps):
             output = denoiser(x, timestep, labels)
-            following = stepper.step(output.prediction.float(), timestep, x, streams)
+            prediction = process.for_sampler(output.prediction.float(), x, timestep)
+            following = stepper.step(prediction, timestep, x, streams)
             yield Step(index, timestep, x, output, following)
             x = following
 

@@ -59,6 +59,14 @@ class Posterior:
         return Posterior(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """s t / (1 + (s - 1) t) of times ``t`` in [0, 1]: above 1 the shift s moves them towards noise (arXiv 2403.03206).
+
+    The inverse is the shift by 1 / s.
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
 def per_sample(table: Tensor, t: Tensor) -> Tensor:
     """Entries of ``table`` (1000,) at ``t`` (B,), shaped (B, 1, 1, 1) to broadcast over latents."""
     return table[t][:, None, None, None]

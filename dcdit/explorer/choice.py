@@ -85,7 +85,8 @@ class Choice:
     def _own(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """Keys that only some samplers have, such as ``shift``, where the command named this one."""
         given = base["sampler"] if base["sampler"]["name"] == self.sampler else {}
-        return {key: value for key, value in given.items() if key not in ("name", "steps", "clip", "cache")}
+        others = {key: value for key, value in given.items() if key not in ("name", "steps", "clip", "cache")}
+        return {key: value for key, value in others.items() if value is not None}
 
     def command(self, base: Mapping[str, Any], checkpoint: str, out: str) -> str:
         """The command for a terminal that makes the same image in the folder ``out``; ``base`` as of :meth:`config`."""

@@ -67,6 +67,9 @@ ADDED: dict[str, object] = {
     "optimizer.name": "adamw",
     "optimizer.betas": [0.9, 0.999],
     "optimizer.eps": 1e-8,
+    "diffusion.shift": 1.0,
+    "diffusion.prediction": "velocity",
+    "diffusion.velocity_cosine": 0.0,
 }
 """Keys that older runs did not record, with the value that stood for each of them then."""
 

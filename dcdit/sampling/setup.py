@@ -221,7 +221,7 @@ def build_sampling(config: SamplingConfig, source: CheckpointSource, loaded: Loa
             f"guidance.weak_checkpoint={canonical.weak_checkpoint} holds the weights that it should guide, at the same"
             " budget: it would guide nowhere; name another checkpoint, or give guidance.uncond_drop_fraction"
         )
-    sampler = Sampler(config.sampler.for_process(model.process.settings))
+    sampler = Sampler(config.sampler.for_process(model.process.settings), model.process)
     for network in (model.network, *([guiding.network] if guiding else [])):
         if network is model.network or network.routes:
             network.check_capacity("capacity", config.capacity)
@@ -275,7 +275,8 @@ def calibrate_budget(sampling: Sampling) -> Calibration:
 def with_budget_met(sampling: Sampling, calibration: Calibration) -> Sampling:
     """Return ``sampling`` at the drop fraction and threshold of a calibration."""
     at_drop = sampling.guided(replace(sampling.guidance.settings, drop_fraction=calibration.drop_fraction))
-    sampler = Sampler(replace(sampling.sampler.settings, cache=calibration.cache))
+    settings = replace(sampling.sampler.settings, cache=calibration.cache)
+    sampler = replace(sampling.sampler, settings=settings)
     return replace(at_drop, sampler=sampler, calibration=calibration)
 
 
@@ -289,6 +290,7 @@ def _guiding_model(source: CheckpointSource, config: SamplingConfig, model: Mode
         ("latents of scale and shift", *(_scale_and_shift(side.latents) for side in (guiding, model))),
         ("a number of classes of", guiding.network.num_classes, model.network.num_classes),
         ("a process of", guiding.process.settings.name, model.process.settings.name),
+        ("a prediction of", *(side.process.facts()["prediction"] for side in (guiding, model))),
     ):
         if its != ours:
             raise UserError(

@@ -54,10 +54,17 @@ def match_compute(config: TrainConfig) -> TrainConfig:
     return replace(config, trainer=replace(config.trainer, max_steps=equal))
 
 
-def check_network(config: TrainConfig) -> None:
-    """Raise :class:`UserError` unless network, process and training fit together. Takes no memory at any scale."""
+def check_network(config: TrainConfig) -> TrainConfig:
+    """Raise :class:`UserError` unless network, process and training fit together. Takes no memory at any scale.
+
+    Returns:
+        ``config``, with what ``diffusion.shift=auto`` comes to for the latents of the network.
+    """
     with without_memory():
-        check_fit(build_network(config.model), config.diffusion.build(), config)
+        network = build_network(config.model)
+        config = replace(config, diffusion=config.diffusion.for_latents(network.channels * network.positions))
+        check_fit(network, config.diffusion.build(), config)
+    return config
 
 
 def build_each(nodes: Mapping[str, Any] | None, section: str, run_id: str) -> list[Any]:

@@ -25,6 +25,8 @@ def step_metrics(diffusion: DiffusionLoss, drop_fraction: float) -> dict[str, Te
     metrics = {"train/diffusion_loss": loss, "train/mse": diffusion.mse.mean()}
     if diffusion.vlb is not None:
         metrics["train/vlb"] = diffusion.vlb.mean()
+    if diffusion.cosine is not None:
+        metrics["train/velocity_cosine"] = diffusion.cosine.mean()
     return {**metrics, "train/drop_fraction": loss.new_tensor(drop_fraction)}
 
 

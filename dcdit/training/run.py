@@ -50,8 +50,7 @@ def run_training(config: TrainConfig, patience: float = 0.0, inside_job: bool = 
     Raises:
         UserError: naming key, value and remedy; everything that can be wrong is checked before the first step.
     """
-    config = match_compute(with_accelerator(config))
-    check_network(config)
+    config = check_network(match_compute(with_accelerator(config)))
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with sole_writer(run_dir, rank(), patience):

@@ -6,10 +6,13 @@ import os
 import pytest
 import torch
 from support.configs import PLAIN_DIT, call, compose_config, config_of
+from support.damage import rewrite
+from support.runs import assert_same_end
 
 from dcdit import evaluate, export, generate, sample
 from dcdit.checkpoints.load import load_model, read_trained
 from dcdit.errors import UserError
+from dcdit.runs.changes import ADDED
 from dcdit.training.build import check_network
 
 SAMPLERS = ("euler", "heun", "sde")
@@ -117,3 +120,55 @@ def test_weights_and_teachers_of_the_other_process(tiny, trained_run, caplog):
     place = f"init.teacher={teacher}/checkpoints/last.ckpt"
     with pytest.raises(UserError, match="trained with diffusion=ddpm, whose hidden states are of other noise"):
         tiny("student", *FLOW, "init=upcycle", place, "init.distil_steps=2", "trainer.max_steps=2")
+
+
+TODAY = ("diffusion.prediction=x", "diffusion.velocity_cosine=1", "diffusion.shift=auto")
+
+
+def test_a_network_that_predicts_the_image_from_training_to_pictures(tiny, flow, tmp_path, digits):
+    run = tiny("image", *FLOW, *TODAY, "trainer.max_steps=2", "callbacks=fid", "callbacks.fid.count=40",
+               "features@callbacks.fid.features=digits", "callbacks.fid.sampler.steps=2",
+               "trainer.val_check_interval=2")  # fmt: skip
+    logged = (run / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0]
+    assert "train/velocity_cosine" in logged
+    spec = load_model(run).process.spec
+    # 64 elements of 8 x 8 x 1: the root of 64 / 4096
+    assert {key: spec[key] for key in ("prediction", "velocity_cosine", "shift")} == {
+        "prediction": "x", "velocity_cosine": 1.0, "shift": 0.125,
+    }  # fmt: skip
+    tiny("image", *FLOW, *TODAY, "trainer.max_steps=3", "ckpt_path=last", "callbacks=fid", "callbacks.fid=null")
+    folder = call(export, compose_config(f"checkpoint={run}", f"out={tmp_path}/exported", name="export"))
+    facts = json.loads((folder / "config.json").read_text())["diffusion"]
+    assert facts["prediction"] == "image x_0"
+    assert facts["velocity"] == "(x_t - x_0) / max(t, 0.05)"
+    assert facts["time_shift"] == 0.125
+    words = (f"checkpoint={folder}", "sampler=few", "sampler.steps=3", "guidance.scale=2", "sampler.cache=0.1")
+    made = call(sample, compose_config(*words, "per_class=1", f"out={tmp_path}/pictures", name="sample"))
+    assert {"samples.png", "latents.npz"} <= {path.name for path in made.iterdir()}
+    points = ("features=digits", "count=40", f"reference={digits}/val", f"cache={tmp_path}/cache", "time_rounds=1")
+    (measured,) = call(evaluate, compose_config(*words, *points, f"out={tmp_path}/figures", name="evaluate"))
+    plan = json.loads(measured.path.read_text())["plan"]
+    assert plan["sampler"] == {"name": "euler", "steps": 3, "clip": False, "cache": 0.1, "shift": 0.125}
+    with pytest.raises(UserError, match="has a prediction of velocity noise - x_0, the checkpoint image x_0"):
+        call(sample, compose_config(*words[:2], f"guidance.weak_checkpoint={flow}", "guidance.scale=2",
+                                    f"out={tmp_path}/x", name="sample"))  # fmt: skip
+
+
+def test_a_run_from_before_these_keys_goes_on(tiny, flow):
+    """Its settings lack the keys that came later; the values that stood for them then are the defaults."""
+    last = flow / "checkpoints" / "last.ckpt"
+    whole = tiny("whole", *FLOW, "diffusion.time=logit_normal", "trainer.max_steps=6")
+
+    def age(values):
+        for key in ADDED:
+            section, name = key.split(".")
+            del values["hyper_parameters"][section][name], values["settings"][key]
+
+    rewrite(last, age)
+    later = ("diffusion.time=logit_normal", "trainer.max_steps=6", f"ckpt_path={last}")
+    with pytest.raises(UserError, match=r"diffusion\.shift=2: the run was trained with 1"):
+        tiny("flow", *FLOW, *later, "diffusion.shift=2")
+    with pytest.raises(UserError, match=r"optimizer\.name='muon': the run was trained with 'adamw'"):
+        tiny("flow", *FLOW, *later, "optimizer=muon")
+    tiny("flow", *FLOW, *later)
+    assert_same_end(flow, whole)

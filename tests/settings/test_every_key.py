@@ -93,6 +93,7 @@ MAY_BE_ZERO = {
     ),
     *(
         "diffusion.time_mean",
+        "diffusion.velocity_cosine",
         "callbacks.fid.sampler.eta",
         "callbacks.fid.sampler.cache",
         "frames",

@@ -14,6 +14,7 @@ from dcdit.diffusion.settings.processes import (
     NamedSettings,
     NoiseDiffusion,
     ProcessSettings,
+    TimeShift,
     Weighting,
 )
 from dcdit.diffusion.settings.samplers import (
@@ -29,6 +30,5 @@ from dcdit.diffusion.settings.samplers import (
     SamplerOptions,
     SamplerSettings,
     Steps,
-    TimeShift,
     samplers_of,
 )

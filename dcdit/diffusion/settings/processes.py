@@ -1,10 +1,13 @@
 """The settings of diffusion processes, and the table of them."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from dcdit.checks import Number, OneOf, Positive, checked
+from typing_extensions import Self, override
+
+from dcdit.checks import Bounds, NonNegative, Number, OneOf, Positive, checked
 
 if TYPE_CHECKING:
     from dcdit.diffusion.process import Process
@@ -21,6 +24,12 @@ The function takes the signal-to-noise ratio (B,), the squared error of x_0 that
 prediction stands for (B,), and ``snr_gamma``; it returns (B,). ``none``, as published, weighs all times alike."""
 
 Weighting = Annotated[str, OneOf(WEIGHTINGS)]
+
+TimeShift = Annotated[float, Bounds(0, 10**7, open_low=True, hint="1 is no shift, 3 spends more of the times on noise")]
+"""s of t' = s t / (1 + (s - 1) t) (arXiv 2403.03206), see :func:`dcdit.diffusion.schedule.shift_times`."""
+
+_UNSHIFTED_ELEMENTS = 4096
+"""Elements of a latent, 32 x 32 x 4, that need no shift of times (RAE, arXiv 2510.11690)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,10 @@ class ProcessSettings(NamedSettings):
         process: Process = resolve_name(self.implementation)(self)
         return process
 
+    def for_latents(self, elements: int) -> Self:
+        """These settings, with the values that ``auto`` stands for, for latents of C * H * W ``elements``."""
+        return self
+
 
 @checked
 @dataclass(frozen=True)
@@ -83,6 +96,10 @@ class FlowMatching(ProcessSettings):
     Attributes:
         time: how training draws t: ``uniform``, or ``logit_normal`` (arXiv 2403.03206), more of the middle.
         time_mean, time_std: of the normal distribution of logit(t), for ``logit_normal``.
+        shift: of the times of training, and of sampling unless a sampler has its own; ``auto`` is the square root of
+            elements of a latent / 4096.
+        prediction: what the network predicts: ``velocity``, or ``x``, the image (JiT, arXiv 2511.13720).
+        velocity_cosine: weight of 1 - cos(v', v) beside the squared error of the velocity v' (arXiv 2501.01423).
     """
 
     name: ClassVar[str] = "flow"
@@ -92,8 +109,17 @@ class FlowMatching(ProcessSettings):
     time: Literal["uniform", "logit_normal"] = "uniform"
     time_mean: Number = 0.0
     time_std: Positive = 1.0
+    shift: Literal["auto"] | TimeShift = 1.0
+    prediction: Literal["velocity", "x"] = "velocity"
+    velocity_cosine: NonNegative = 0.0
     weighting: Weighting = "none"
     snr_gamma: Positive = 5.0
+
+    @override
+    def for_latents(self, elements: int) -> Self:
+        if self.shift != "auto":
+            return self
+        return replace(self, shift=math.sqrt(elements / _UNSHIFTED_ELEMENTS))
 
 
 PROCESSES: dict[str, type[ProcessSettings]] = {kind.name: kind for kind in (NoiseDiffusion, FlowMatching)}

@@ -1,12 +1,20 @@
 """The settings of samplers, and the table of them."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
+from typing_extensions import override
+
 from dcdit.checks import Bounds, call_checked, checked
-from dcdit.diffusion.settings.processes import TRAIN_STEPS, NamedSettings, ProcessSettings
+from dcdit.diffusion.settings.processes import (
+    TRAIN_STEPS,
+    FlowMatching,
+    NamedSettings,
+    ProcessSettings,
+    TimeShift,
+)
 from dcdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,22 +122,26 @@ class DPMSolver(SamplerSettings):
     ]
 
 
-TimeShift = Annotated[float, Bounds(0, 10**7, open_low=True, hint="1 is even steps, 3 spends more of them among noise")]
-
-
 @checked
 @dataclass(frozen=True)
 class Euler(SamplerSettings):
     """Euler's method for the ODE of flow matching: first order, one evaluation a step.
 
     Attributes:
-        shift: s of t' = s t / (1 + (s - 1) t) (arXiv 2403.03206), on evenly spaced t from 1 to 0.
+        shift: of evenly spaced t from 1 to 0; None takes that of the process that the network was trained by.
     """
 
     name: ClassVar[str] = "euler"
     implementation: ClassVar[str] = "dcdit.diffusion.samplers:EulerStepper"
     process: ClassVar[str] = "flow"
-    shift: TimeShift = 1.0
+    shift: TimeShift | None = None
+
+    @override
+    def for_process(self, process: ProcessSettings) -> SamplerSettings:
+        super().for_process(process)
+        if self.shift is None and isinstance(process, FlowMatching) and process.shift != "auto":
+            return replace(self, shift=process.shift)
+        return self
 
 
 @checked
