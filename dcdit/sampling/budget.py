@@ -105,7 +105,7 @@ class _Meter:
         batches = generate(
             self.model,
             replace(self.guidance, settings=settings),
-            replace(self.sampler, settings=options),
+            Sampler(options),
             torch.arange(_IMAGES) * self.model.network.num_classes // _IMAGES,
             range(_IMAGES),
             seed=0,

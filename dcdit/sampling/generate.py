@@ -80,7 +80,7 @@ def generate(
     """Sample in batches; sample i depends on (seed, i) and its label only, up to rounding.
 
     Args:
-        model, guidance, sampler: what computes.
+        model, guidance, sampler: what computes; the sampler takes the process of ``model``.
         labels: (N,) labels of all samples; sample i takes ``labels[i]``.
         indices: the samples wanted, such as the share of one process.
         seed: of all noise.
@@ -89,8 +89,9 @@ def generate(
         on_step: called after every step.
 
     Raises:
-        UserError: naming sample and step, if a latent is not finite.
+        UserError: naming sample and step, if a latent is not finite; if the sampler is one for another process.
     """
+    sampler = replace(sampler, process=model.process)
     costs = [Cost.of_network(network) for network in branch_networks(model, guidance)]
     for start in range(0, len(indices), batch_size):
         numbers = [int(number) for number in indices[start : start + batch_size]]

@@ -221,7 +221,7 @@ def build_sampling(config: SamplingConfig, source: CheckpointSource, loaded: Loa
             f"guidance.weak_checkpoint={canonical.weak_checkpoint} holds the weights that it should guide, at the same"
             " budget: it would guide nowhere; name another checkpoint, or give guidance.uncond_drop_fraction"
         )
-    sampler = Sampler(config.sampler.for_process(model.process.settings), model.process)
+    sampler = Sampler(config.sampler.for_process(model.process.settings))
     for network in (model.network, *([guiding.network] if guiding else [])):
         if network is model.network or network.routes:
             network.check_capacity("capacity", config.capacity)
@@ -275,8 +275,7 @@ def calibrate_budget(sampling: Sampling) -> Calibration:
 def with_budget_met(sampling: Sampling, calibration: Calibration) -> Sampling:
     """Return ``sampling`` at the drop fraction and threshold of a calibration."""
     at_drop = sampling.guided(replace(sampling.guidance.settings, drop_fraction=calibration.drop_fraction))
-    settings = replace(sampling.sampler.settings, cache=calibration.cache)
-    sampler = replace(sampling.sampler, settings=settings)
+    sampler = Sampler(replace(sampling.sampler.settings, cache=calibration.cache))
     return replace(at_drop, sampler=sampler, calibration=calibration)
 
 

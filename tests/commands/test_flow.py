@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,13 @@ from support.runs import assert_same_end
 
 from dcdit import evaluate, export, generate, sample
 from dcdit.checkpoints.load import load_model, read_trained
+from dcdit.diffusion.guidance import Guidance
+from dcdit.diffusion.process import build_process
+from dcdit.diffusion.samplers import Sampler
+from dcdit.diffusion.settings import GuidanceSettings, Heun
 from dcdit.errors import UserError
 from dcdit.runs.changes import ADDED
+from dcdit.sampling.generate import generate as generate_latents
 from dcdit.training.build import check_network
 
 SAMPLERS = ("euler", "heun", "sde")
@@ -152,6 +158,25 @@ def test_a_network_that_predicts_the_image_from_training_to_pictures(tiny, flow,
     with pytest.raises(UserError, match="has a prediction of velocity noise - x_0, the checkpoint image x_0"):
         call(sample, compose_config(*words[:2], f"guidance.weak_checkpoint={flow}", "guidance.scale=2",
                                     f"out={tmp_path}/x", name="sample"))  # fmt: skip
+
+
+def test_samples_of_a_predicted_image_are_those_of_its_velocity(flow, monkeypatch):
+    by_velocity, by_image = load_model(flow), load_model(flow)
+    plain = by_image.network.forward
+
+    def predict_image(x, t, *arguments, **named):
+        output = plain(x, t, *arguments, **named)
+        velocity = output.prediction[:, : x.shape[1]]
+        return replace(output, prediction=x - t[:, None, None, None] / 1000 * velocity)
+
+    monkeypatch.setattr(by_image.network, "forward", predict_image)
+    by_image = replace(by_image, process=build_process({"name": "flow", "prediction": "x", "shift": 2.0}))
+    labels, options = torch.arange(4), {"seed": 0, "batch_size": 4}
+    found = []
+    for model, sampler in ((by_velocity, Sampler(Heun(4, shift=2.0))), (by_image, Sampler(Heun(4)))):
+        guidance = Guidance(model.network, model.network.null_class, GuidanceSettings(scale=2.0))
+        found += generate_latents(model, guidance, sampler, labels, range(4), **options)
+    torch.testing.assert_close(found[1].latents, found[0].latents, rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_from_before_these_keys_goes_on(tiny, flow):

@@ -39,7 +39,18 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_every_key_has_a_kind():
-    groups = ("model", "data", "trainer", "multi_budget", "callbacks", "logger", "cluster", "experiment")
+    groups = (
+        "model",
+        "data",
+        "trainer",
+        "optimizer",
+        "diffusion",
+        "multi_budget",
+        "callbacks",
+        "logger",
+        "cluster",
+        "experiment",
+    )
     for group in groups:
         for choice in choices(group):
             for key, _ in leaves(plain(compose_config(f"{group}={choice}"))):
