@@ -63,16 +63,6 @@ KINDS: dict[str, Kind] = {
 }
 """By the key, or the section that holds it; the longest that fits decides."""
 
-ADDED: dict[str, object] = {
-    "optimizer.name": "adamw",
-    "optimizer.betas": [0.9, 0.999],
-    "optimizer.eps": 1e-8,
-    "diffusion.shift": 1.0,
-    "diffusion.prediction": "velocity",
-    "diffusion.velocity_cosine": 0.0,
-}
-"""Keys that older runs did not record, with the value that stood for each of them then."""
-
 EXPERIMENT = ("compression", "ratio", "multi_budget", "optimizer")
 """What may change when it is asked for, but not by ``ckpt_path=auto``: a sweep's directories are named by what varies
 in it, and the next sweep may vary something else."""
@@ -137,7 +127,6 @@ def changes(before: Mapping[str, object], now: Mapping[str, object], step: int, 
         UserError: naming both values, if one may not change, or is of a key that nobody knows.
     """
     changed = []
-    before = {**{key: value for key, value in ADDED.items() if key in now}, **before}
     for key in {**now, **before}:
         if before.get(key) == now.get(key):
             continue
