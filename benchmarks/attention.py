@@ -22,7 +22,7 @@ from torch import Tensor
 from dcdit.errors import UserError
 from dcdit.network.attention import check_installed, packed_attention, resolve_backend
 from dcdit.network.packing import Packing, make_packing
-from dcdit.runtime.memory import keep_freed_memory
+from dcdit.runtime.memory import configure_memory
 
 Form = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 
@@ -101,7 +101,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Measure and print as Markdown."""
     options = parse_options()
-    keep_freed_memory()
+    configure_memory()
     torch.manual_seed(0)
     scale = scales()[options.scale]
     width, heads = scale["width"], scale["heads"]

@@ -28,7 +28,7 @@ from dcdit.network import DCDiT, build_network
 from dcdit.network.execution import set_execution
 from dcdit.network.routing import PredictabilityRouter
 from dcdit.runtime.devices import describe_device, pick_device
-from dcdit.runtime.memory import keep_freed_memory
+from dcdit.runtime.memory import configure_memory
 from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import SampleBatch, generate
 from dcdit.settings.compose import model_config
@@ -132,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 2:
         parser.error(f"--steps {options.steps}: the first is not timed, take at least 2")
-    keep_freed_memory()
+    configure_memory()
     device = pick_device(options.device)
     with torch.no_grad():
         network = network_keeping(KEPT, options.model, device)

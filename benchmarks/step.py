@@ -34,7 +34,7 @@ from dcdit.network.execution import set_execution
 from dcdit.network.interface import Output
 from dcdit.network.packing import make_packing, static_size
 from dcdit.network.routing import PredictabilityRouter
-from dcdit.runtime.memory import keep_freed_memory
+from dcdit.runtime.memory import configure_memory
 from dcdit.settings.published import published_scales
 
 DROPS = (0.2, 0.5, 0.8)
@@ -462,7 +462,7 @@ def read_options(description: str | None) -> argparse.Namespace:
         parser.error(f"--batch {options.batch}, --rounds {options.rounds}: take at least 1 of each")
     if options.check:
         options.scale, options.batch, options.rounds, options.warmup = "s", 4, 5, 1
-    keep_freed_memory()
+    configure_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
     return options
 

@@ -20,7 +20,7 @@ from dcdit.diffusion.samplers import Step
 from dcdit.diffusion.settings import samplers_of
 from dcdit.errors import UserError
 from dcdit.explorer.choice import Choice
-from dcdit.runtime.memory import keep_freed_memory
+from dcdit.runtime.memory import configure_memory
 from dcdit.sampling.budget import Calibration
 from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.figures import Moment, Recorder, decoded, panels
@@ -138,7 +138,7 @@ class Session:
     def __init__(
         self, config: SamplingConfig, sources: Sequence[CheckpointSource], most_steps: int, overrides: str = ""
     ) -> None:
-        keep_freed_memory()
+        configure_memory()
         self.config, self.sources, self.most_steps, self.overrides = config, sources, most_steps, overrides
         self.base = to_plain(config)
         self.loaded = [load(config, source) for source in sources]

@@ -20,7 +20,7 @@ from dcdit.network import Network
 from dcdit.network.execution import hold_products_in, is_compiled, set_execution
 from dcdit.runtime.devices import check_compiler, pick_device
 from dcdit.runtime.files import content_digest
-from dcdit.runtime.memory import keep_freed_memory
+from dcdit.runtime.memory import configure_memory
 from dcdit.runtime.processes import print_once
 from dcdit.sampling.budget import Calibration, calibrate, remembered
 from dcdit.sampling.capacity import KeptShares, measure_kept, room_of
@@ -154,7 +154,7 @@ def set_up_all(configs: Sequence[SamplingConfig], source: CheckpointSource) -> l
     Raises:
         UserError: naming key, value and remedy.
     """
-    keep_freed_memory()
+    configure_memory()
     device = pick_device(configs[0].device)
     weights = read_weights(source, configs[0].assume)
     loaded: dict[str, Loaded] = {}

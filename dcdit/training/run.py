@@ -23,7 +23,7 @@ from dcdit.runs.lock import sole_writer
 from dcdit.runs.resume import LAST, find_checkpoints, is_finished, leave_queue, state_at_start, write_state
 from dcdit.runs.state import Outcome, RunState, State
 from dcdit.runtime.files import write_json, write_text
-from dcdit.runtime.memory import keep_freed_memory
+from dcdit.runtime.memory import configure_memory
 from dcdit.runtime.processes import rank, say
 from dcdit.settings.compose import with_run_id
 from dcdit.training.batching import check_devices, recorded_settings, with_accelerator
@@ -168,7 +168,7 @@ class Training:
 def build_training(config: TrainConfig, state: RunState, resumed: Resumed | None, data: LatentDataModule) -> Training:
     """Build what trains, with the weights that it starts from; UserError if something does not fit."""
     manifest = data.manifest()
-    keep_freed_memory()
+    configure_memory()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     network, process = build_network(config.model), config.diffusion.build()
     manifest.spec.check_network(network)
