@@ -1,6 +1,5 @@
 """Networks whose features tell how alike two sets of images are."""
 
-import difflib
 import hashlib
 import inspect
 import io
@@ -14,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dcdit.checkpoints.read import read_checkpoint
+from dcdit.checkpoints.timm_models import create_timm_model, read_model_weights
 from dcdit.checks import reason_of
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.runtime.devices import fingerprint
-from dcdit.runtime.hub import cause_of, check_hub_answers
-from dcdit.runtime.tensors import load_state_strict, read_tensors
+from dcdit.runtime.tensors import load_state_strict
 
 _DIGITS = Path(__file__).with_name("digits.safetensors")
+_WEIGHTS = "features.weights"
 
 
 class Features(NamedTuple):
@@ -91,30 +90,10 @@ class FeatureNetwork(nn.Module, ABC):
         return self.eval().requires_grad_(False)
 
 
-def read_feature_weights(path: str) -> dict[str, Any]:
-    """Read parameters by name from a local ``.safetensors`` or torch file; nothing in it is run.
-
-    Raises:
-        UserError: if it is missing, unsafe, or holds no parameters.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"features.weights={path}: there is no such file")
-    if Path(path).suffix == ".safetensors":
-        try:
-            return dict(read_tensors(Path(path)))
-        except UserError as error:
-            raise UserError(f"features.weights={path}: {error}") from error
-    state = read_checkpoint(path, legacy=True)
-    state = state.get("state_dict", state)
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"features.weights={path} holds more than parameters: save the network's state_dict")
-    return state
-
-
 def _load(module: nn.Module, path: str) -> None:
     counters = {name: own for name, own in module.state_dict().items() if name.endswith(".num_batches_tracked")}
     try:
-        load_state_strict(module, {**counters, **read_feature_weights(path)})  # old files lack the counters
+        load_state_strict(module, {**counters, **read_model_weights(path, _WEIGHTS)})  # old files lack the counters
     except UserError as error:
         text = str(error)
         fault = text if path in text else f"features.weights={path} do not fit {type(module).__name__}: {text}"
@@ -156,7 +135,7 @@ class InceptionFeatures(FeatureNetwork):
                     " elsewhere and give the file as features.weights=..., or take features=timm"
                 ) from error
         else:
-            state = read_feature_weights(weights)
+            state = read_model_weights(weights, _WEIGHTS)
         # The extractor unpickles whatever file it is given: give it one that was read safely and written anew.
         safe = io.BytesIO()
         torch.save(dict(state), safe)
@@ -199,23 +178,13 @@ class TimmFeatures(FeatureNetwork):
 
     def __init__(self, model: str, weights: str | None = None) -> None:
         super().__init__()
-        import timm
+        from timm.data import resolve_model_data_config
 
-        if not timm.is_model(model):
-            close = difflib.get_close_matches(model, timm.list_models(), n=3)
-            remedy = f", did you mean {' or '.join(close)}?" if close else ": timm.list_models() lists them"
-            raise UserError(f"features.model={model!r} is no model of timm{remedy}")
-        check_hub_answers()
-        try:
-            network: Any = timm.create_model(model, pretrained=weights is None)
-        except (OSError, RuntimeError, UserError) as error:
-            raise UserError(
-                f"features.model={model!r}: its weights cannot be downloaded ({cause_of(error)}): give a local file"
-                " as features.weights=..."
-            ) from error
+        remedy = "give a local file as features.weights=..."
+        network: Any = create_timm_model(model, "features.model", remedy, pretrained=weights is None)
         if weights is not None:
             _load(network, weights)
-        config = timm.data.resolve_model_data_config(network)
+        config = resolve_model_data_config(network)
         self.size = tuple(config["input_size"][1:])
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key]).view(1, -1, 1, 1))

@@ -22,8 +22,8 @@ from support.runs import differences
 from dcdit.checkpoints.load import read_weights
 from dcdit.checkpoints.read import read_checkpoint
 from dcdit.checkpoints.resolve import resolve_checkpoint
+from dcdit.checkpoints.timm_models import read_model_weights
 from dcdit.errors import UserError
-from dcdit.evaluation.features import read_feature_weights
 from dcdit.evaluation.images import NpzArchive
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime import limits
@@ -219,8 +219,8 @@ READERS = {
     "checkpoint": (read_checkpoint, "x.ckpt"),
     "weights": (lambda path: read_weights(resolve_checkpoint(str(path), "runs")), "x.pt"),
     "safetensors": (read_tensors, "x.safetensors"),
-    "features": (lambda path: read_feature_weights(str(path)), "x.pt"),
-    "safe features": (lambda path: read_feature_weights(str(path)), "x.safetensors"),
+    "features": (lambda path: read_model_weights(str(path), "features.weights"), "x.pt"),
+    "safe features": (lambda path: read_model_weights(str(path), "features.weights"), "x.safetensors"),
     "reference": (NpzArchive, "x.npz"),
     "statistics": (Statistics.load, "x.npz"),
     "json": (lambda path: read_json(path, dict, "write it anew"), "x.json"),

@@ -1,0 +1,61 @@
+"""Image models of timm, whose weights come from the hub or from a local file."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dcdit.checkpoints.read import read_checkpoint
+from dcdit.errors import UserError
+from dcdit.runtime.hub import cause_of, check_hub_answers
+from dcdit.runtime.tensors import read_tensors
+
+
+def create_timm_model(name: str, key: str, remedy: str, pretrained: bool, **options: Any) -> Any:
+    """A model of timm, whose weights timm downloads if it is to be ``pretrained``, and else are random.
+
+    Args:
+        name: timm's name of the model.
+        key: that the name was given as, for messages.
+        remedy: what to do where there is no network, for messages.
+        options: of ``timm.create_model``.
+
+    Raises:
+        UserError: if there is no such model, or its weights cannot be had.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        instead = f", did you mean {' or '.join(close)}?" if close else ": timm.list_models() lists them"
+        raise UserError(f"{key}={name!r} is no model of timm{instead}")
+    check_hub_answers()
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except (OSError, RuntimeError, UserError) as error:
+        raise UserError(f"{key}={name!r}: its weights cannot be downloaded ({cause_of(error)}): {remedy}") from error
+
+
+def read_model_weights(path: str, key: str) -> dict[str, Any]:
+    """Read parameters by name from a local ``.safetensors`` or torch file; nothing in it is run.
+
+    Args:
+        path: the file.
+        key: that it was given as, for messages.
+
+    Raises:
+        UserError: if it is missing, unsafe, or holds no parameters.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{key}={path}: there is no such file")
+    if Path(path).suffix == ".safetensors":
+        try:
+            return dict(read_tensors(Path(path)))
+        except UserError as error:
+            raise UserError(f"{key}={path}: {error}") from error
+    state = read_checkpoint(path, legacy=True)
+    state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{key}={path} holds more than parameters: save the network's state_dict")
+    return state
