@@ -238,11 +238,15 @@ def encoding(arguments: argparse.Namespace) -> Table:
                 min_side=1,
                 max_pixels=10**8,
                 threads=None,
+                companion=None,
+                encoder="",
+                encoder_grid=None,
+                jpeg_quality=95,
             )
             begin = time.perf_counter()
             images = FolderSource(source, settings.samples_per_shard, 0)
             out = folder / f"out-{number}"
-            extraction = Extraction(out, images, autoencoder, settings, 0, 1, arguments.workers, True, 0, None)
+            extraction = Extraction(out, images, autoencoder, settings, 0, 1, arguments.workers, True, 0, None, None)
             extraction.run(Display(1, "encoding", "shard"))
             if number:  # the first round warms up
                 rates["bare forward"].append(bare)

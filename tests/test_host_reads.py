@@ -23,6 +23,8 @@ from dcdit.network.routing import Routing
 from dcdit.sampling.capacity import room_of
 from dcdit.sampling.generate import generate
 
+ENCODER = ("alignment.encoder=test_vit", "alignment.weights=random", "alignment.grid=4")
+REPA, IREPA = ("alignment=repa", "alignment.width=32", *ENCODER), ("alignment=irepa", *ENCODER)
 SIZES = {"grid": 8, "channels": 1, "num_classes": 5, "width": 32, "depth": 2, "heads": 2}
 NETWORKS = {"dcdit": {"name": "dcdit", "groups": 4, **SIZES}, "dit": {"name": "dit", **SIZES}}
 NETWORKS |= {f"{name}, modern": {**spec, **MODERN} for name, spec in NETWORKS.items()}
@@ -213,8 +215,11 @@ IMAGE = ("diffusion=flow", "diffusion.prediction=x", "diffusion.velocity_cosine=
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "words",
-    [(), ("diffusion=flow",), IMAGE, ("optimizer=muon",), ("execution.capacity=0.5",), PLAIN_DIT],
-    ids=["dcdit", "flow", "image", "muon", "fixed length", "dit"],
+    [
+        *((), ("diffusion=flow",), IMAGE, ("optimizer=muon",), ("execution.capacity=0.5",), PLAIN_DIT),
+        *(REPA, IREPA, ("alignment=dispersive",)),
+    ],
+    ids=["dcdit", "flow", "image", "muon", "fixed length", "dit", "repa", "irepa", "dispersive"],
 )
 def test_a_training_step_reads_the_lengths_alone_unless_it_is_logged(train_there, precision, words):
     """Loss, clipping, optimiser, EMA, metrics and progress included; steps 3 and 6 are logged and shown."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dcdit.compute.flops import count
+from dcdit.compute.flops import Cost, count
 from dcdit.errors import UserError
 from dcdit.network import Network
 
@@ -42,6 +42,7 @@ def steps_matching(
     compression: float,
     fractions: Sequence[float],
     full_budget_steps: int,
+    beside: Cost = Cost(),  # noqa: B008  (immutable)
 ) -> int:
     """:func:`matched_steps` for networks: one that routes is taken to keep 1 / ``compression`` of the positions.
 
@@ -53,11 +54,13 @@ def steps_matching(
         compression: target compression N.
         fractions: drop fractions that training samples; empty trains at the full budget.
         full_budget_steps: steps at the full budget before the first is sampled.
+        beside: what training adds to a forward pass of ``network``, but not of ``baseline``.
     """
 
-    def flops(candidate: Network, drop: float) -> float:
+    def flops(candidate: Network, drop: float, beside: Cost) -> float:
         lengths = [candidate.positions / compression * (1 - drop)] if candidate.routes else []
-        return count(candidate, lengths).published
+        return count(candidate, lengths).published + beside.mean(lengths)
 
-    budgets = [flops(network, drop) for drop in fractions]
-    return matched_steps(baseline_steps, flops(baseline, 0.0), full_budget_steps, flops(network, 0.0), budgets)
+    budgets = [flops(network, drop, beside) for drop in fractions]
+    full = flops(network, 0.0, beside)
+    return matched_steps(baseline_steps, flops(baseline, 0.0, Cost()), full_budget_steps, full, budgets)

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from os.path import normpath
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from dcdit.checks import Count, Digest, Natural, Positive, Seed, Workers, checked, conform
 from dcdit.data.builtin import build_source
 from dcdit.data.decoder import network_latents
-from dcdit.data.latents import LatentScale, format_numbers
-from dcdit.data.manifest import MANIFEST_NAME, Manifest
+from dcdit.data.latents import IDENTITY, LatentScale, format_numbers
+from dcdit.data.manifest import MANIFEST_NAME, Companion, Manifest
 from dcdit.data.order import Position, Readers, micro_batch
 from dcdit.data.splits import Validation, match_validation
 from dcdit.data.storage import Location
@@ -64,6 +64,8 @@ class LatentDataModule(pl.LightningDataModule):
         autoencoder, scale: those that the shards must have been made with; None takes any.
         corrupt_limit: unreadable samples that each rank leaves out before training stops.
         cache, cache_gb, allow_pipe: for URLs.
+        features: where training has features of an encoder from: ``stored`` beside the latents, or ``computed`` of
+            pixels; None if it needs none.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class LatentDataModule(pl.LightningDataModule):
         cache: str | None,
         cache_gb: Positive,
         allow_pipe: bool,
+        features: Literal["computed", "stored"] | None,
     ) -> None:
         super().__init__()
         self.location = Location(directory, cache, cache_gb, allow_pipe)
@@ -91,6 +94,7 @@ class LatentDataModule(pl.LightningDataModule):
         )
         self.source = build_source(source) if source else None
         self.autoencoder, self.scale, self.corrupt_limit = autoencoder, scale, corrupt_limit
+        self.features = features
         self.corrupt: set[tuple[str, int]] = set()
         self._reported: set[tuple[str, str]] = set()
         self._manifest: Manifest | None = None
@@ -159,6 +163,29 @@ class LatentDataModule(pl.LightningDataModule):
                 say(self._validation.note)
         return self._validation
 
+    def companion(self) -> Companion | None:
+        """The companion shards that training reads; None if it reads none.
+
+        Raises:
+            UserError: if the shards do not hold what alignment needs, or a companion shard is missing or cut short.
+        """
+        if self.features is None:
+            return None
+        manifest, location = self.manifest(), self.location.below("train")
+        held = manifest.companion.kind if manifest.companion else None
+        needed = "features" if self.features == "stored" else "pixels"
+        if held == needed:
+            location.check_shards(manifest.companion.shards if manifest.companion else ())
+            return manifest.companion
+        if needed == "pixels" and manifest.autoencoder == IDENTITY:
+            return None  # the latents are the pixels
+        other = "stored" if held == "features" else "computed"
+        instead = f"set alignment.features={other}, or " if held else ""
+        raise UserError(
+            f"alignment.features={self.features} needs {needed} beside the latents, and {location.root} holds"
+            f" {held or 'none'}: {instead}extract them with python -m dcdit.extract companion={needed} to another place"
+        )
+
     def train_dataloader(self) -> DataLoader[StoredBatch]:
         """Endless training batches, from where the last checkpoint stopped."""
         assert self.trainer is not None
@@ -172,7 +199,11 @@ class LatentDataModule(pl.LightningDataModule):
             )
         location, parts = self.location.below("train"), self.trainer.accumulate_grad_batches
         return DataLoader(
-            LatentStream(location, manifest, readers, self.trainer.global_rank, self.seed, self._start, parts=parts),
+            LatentStream(
+                *(location, manifest, readers, self.trainer.global_rank, self.seed, self._start),
+                parts=parts,
+                companion=self.companion(),
+            ),
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
@@ -219,9 +250,9 @@ class LatentDataModule(pl.LightningDataModule):
         generator = torch.Generator(batch.stored.device).manual_seed(batch.seed)
         split = None if self.trainer is None or self.trainer.training else self.validation()
         if split is None:
-            return network_latents(batch.stored, self.manifest(), generator), batch.labels
+            return Batch(network_latents(batch.stored, self.manifest(), generator), batch.labels, batch.companion)
         labels = torch.tensor(split.labels, device=batch.labels.device)[batch.labels]
-        return network_latents(batch.stored, split.manifest, generator), labels
+        return Batch(network_latents(batch.stored, split.manifest, generator), labels)
 
     def _readers(self) -> Readers:
         """Who reads the training split together; UserError if the batch cannot be divided among them."""

@@ -12,9 +12,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from dcdit.data.companions import verify_companions
 from dcdit.data.decoder import network_latents
 from dcdit.data.latents import LatentStatistics, by_channel, format_numbers
-from dcdit.data.manifest import MOMENTS, Manifest
+from dcdit.data.manifest import MOMENTS, Companion, Manifest
 from dcdit.data.shards import Layout, read_samples
 from dcdit.data.statistics import Sums, Tally
 from dcdit.data.storage import Location
@@ -59,9 +60,23 @@ def verify(location: Location, manifest: Manifest, console: Console) -> Findings
             sums.append(tally.sums)
         except (OSError, UserError) as error:
             findings.faults.append(f"{shard.name}: {error}")
+    if manifest.companion:
+        findings.faults += verify_companions(location, manifest, manifest.companion)
     if not findings.faults and Sums.total(sums).statistics(manifest.latent_shape[0]) != manifest.statistics:
         findings.faults.append("manifest.json: its statistics are not those of the latents")
     return findings
+
+
+def _describe_companion(companion: Companion | None) -> str:
+    """What lies beside the latents, in a few words."""
+    if companion is None:
+        return "nothing"
+    size = decimal(sum(shard.bytes for shard in companion.shards))
+    channels, height, width = companion.shape
+    if companion.encoder is None:
+        return f"pixels, {height} x {width}, {size}"
+    encoder = companion.encoder
+    return f"features, {channels} x {height} x {width}, of {encoder.name}, weights {encoder.weights}, {size}"
 
 
 def first_samples(location: Location, manifest: Manifest, count: int) -> Tensor:
@@ -96,6 +111,7 @@ def latents_table(
         "autoencoder": f"{manifest.autoencoder}, weights {manifest.fingerprint or 'none'}",
         "scale, shift": f"{scale}, {shift}; {_ORIGIN[manifest.normalise]}",
         "classes": _classes(manifest, findings),
+        "beside them": _describe_companion(manifest.companion),
         "skipped images": f"{len(manifest.skipped)}",
     }
     if warning := network.describe_unusual():

@@ -22,12 +22,16 @@ from dcdit.runtime.files import content_digest, read_json, write_json
 
 SCHEMA_VERSION = 5
 MANIFEST_NAME = "manifest.json"
+MAX_SIDE = 8192
+"""Pixels that a side of an image has at most."""
+
 SAMPLE: Final = "sample"
 MOMENTS: Final = "moments"
 """Representations: one latent (C, H, W) per image, or mean and log-variance of its posterior (2C, H, W)."""
 
 Dtype = Literal["float16", "float32"]
 Representation = Literal["sample", "moments"]
+CompanionKind = Literal["pixels", "features"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,38 @@ class Shard:
     samples: Count
     bytes: Count
     sha256: Digest
+
+
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """What tells the features of one pretrained encoder from those of another.
+
+    Attributes:
+        name: timm's name of the model.
+        weights: digest of its weights.
+        origin: where these came from: timm, a local file, or nowhere.
+    """
+
+    name: Name
+    weights: Fingerprint
+    origin: Literal["auto", "file", "random"]
+
+
+@dataclass(frozen=True)
+class Companion:
+    """Shards that lie beside those of the latents, and hold what alignment needs of the same samples.
+
+    Attributes:
+        kind: ``pixels``: the image as the autoencoder saw it, as a JPEG; ``features``: those of an encoder, float16.
+        shape: (3, height, width) of the pixels, or (F, h, w) of the features.
+        shards: one for each shard of latents, with the same samples.
+        encoder: of the features.
+    """
+
+    kind: CompanionKind
+    shape: tuple[Size, Size, Size]
+    shards: tuple[Shard, ...]
+    encoder: EncoderIdentity | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +99,7 @@ class Manifest:
         normalise: where scale and shift come from; ``train``: of another split, they are those of the train split.
         skipped: images of the source that could not be encoded.
         extraction: settings of ``dcdit.extract``; empty for shards written otherwise.
+        companion: what lies beside the latents; None for nothing.
     """
 
     latent_shape: tuple[Size, Size, Size]
@@ -79,6 +116,7 @@ class Manifest:
     fingerprint: Fingerprint | None = None
     skipped: tuple[Skipped, ...] = ()
     extraction: Mapping[str, Any] = field(default_factory=dict)
+    companion: Companion | None = None
 
     @property
     def samples(self) -> int:
@@ -109,6 +147,8 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Write ``manifest.json`` into ``directory``, replacing it at once or not at all."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        if self.companion is None:  # as manifests were before there were companions
+            del content["companion"]
         write_json(directory / MANIFEST_NAME, {**content, "digest": content_digest(content)})
 
     @classmethod
@@ -143,7 +183,24 @@ class Manifest:
             least = shard.samples * (math.prod(manifest.stored_shape) * (2 if manifest.dtype == "float16" else 4))
             if shard.bytes < least:
                 raise UserError(f"{shard.name} has {shard.bytes} bytes, too few for its {shard.samples} samples")
+        if manifest.companion:
+            manifest._check_companion(manifest.companion)
         return manifest
+
+    def _check_companion(self, companion: Companion) -> None:
+        """Raise :class:`UserError` unless companion shards have the samples of the latents, and their size is real."""
+        if [shard.samples for shard in companion.shards] != [shard.samples for shard in self.shards]:
+            raise UserError("companion: its shards do not have the samples of the latents")
+        channels, height, width = companion.shape
+        if companion.kind == "pixels":
+            if channels != 3 or height != width or height > MAX_SIDE:
+                raise UserError(f"companion.shape={list(companion.shape)} are no square RGB images")
+        elif companion.encoder is None or height != width:
+            raise UserError("companion: its encoder or its grid is missing")
+        least = 1 if companion.kind == "pixels" else math.prod(companion.shape) * 2 * (1 + self.hflip)
+        for shard in companion.shards:
+            if shard.bytes < shard.samples * least:
+                raise UserError(f"{shard.name} has {shard.bytes} bytes, too few for its {shard.samples} samples")
 
     def _check_normalisation(self) -> None:
         """Raise :class:`UserError` unless scale, shift and statistics fit the latents and one another."""

@@ -9,8 +9,8 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -44,6 +44,7 @@ class Sample:
         latent: (C, H, W), or (2C, H, W) for moments.
         hflip: the same of the flipped image; None if the shards hold none.
         source: name of the image, for messages.
+        companion: contents of its members in the companion shard, by name, see :mod:`dcdit.data.companions`.
     """
 
     key: str
@@ -51,15 +52,39 @@ class Sample:
     latent: StoredArray
     hflip: StoredArray | None = None
     source: str = ""
+    companion: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def _note(label: int, checksums: list[int], source: str) -> bytes:
+def note_of_sample(label: int, checksums: list[int], source: str) -> bytes:
     """The JSON member of a sample; a long source loses its beginning."""
     while True:
         note = json.dumps({"label": label, "crc32": checksums, "source": source}).encode()
         if len(note) <= _LARGEST_NOTE:
             return note
         source = source[max(1, (len(note) - _LARGEST_NOTE) // 6) :]
+
+
+def read_note(note: bytes, number: int) -> tuple[int, int]:
+    """The label in what :func:`note_of_sample` returned, and one of the checksums; CorruptSampleError if unreadable."""
+    try:
+        values = json.loads(note)
+        label, checksum = values["label"], values["crc32"][number]
+        if type(label) is not int or type(checksum) is not int:  # 3.9, true and Infinity are no labels
+            raise TypeError
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        raise CorruptSampleError("label and checksum are unreadable") from None
+    return label, checksum
+
+
+def member_size(header: bytes) -> int:
+    """Bytes of a member of a tar file, from its header; CorruptSampleError if that is none."""
+    try:
+        size = int(header[_SIZE_FIELD], 8)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise CorruptSampleError("label and checksum are unreadable")
+    return size
 
 
 @dataclass(frozen=True)
@@ -125,13 +150,10 @@ class Layout:
             raise CorruptSampleError("the file ends before it")
         name = f"key {bytes(note[:100]).split(b'.json')[0].decode('ascii', 'replace')}"
         try:
-            length = int(bytes(note[_SIZE_FIELD]), 8)
-            values = json.loads(bytes(note[BLOCKSIZE : BLOCKSIZE + length]))
-            label, expected = values["label"], values["crc32"][hflip]
-            if type(label) is not int or type(expected) is not int:  # 3.9, true and Infinity are no labels
-                raise TypeError
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            raise CorruptSampleError(f"{name}: label and checksum are unreadable") from None
+            length = member_size(bytes(note[:BLOCKSIZE]))
+            label, expected = read_note(bytes(note[BLOCKSIZE : BLOCKSIZE + length]), hflip)
+        except CorruptSampleError as error:
+            raise CorruptSampleError(f"{name}: {error}") from None
         payload = BLOCKSIZE + len(self.npy_header)
         if member[BLOCKSIZE:payload] != self.npy_header:
             raise CorruptSampleError(f"{name}: no {self.dtype} array of shape {self.stored_shape} follows")
@@ -163,7 +185,7 @@ def write_shard(path: Path, samples: Iterable[Sample], layout: Layout, tally: Ta
                 tally.add(array)
             assert len(arrays) == 1 + layout.hflip
             contents = [array.tobytes() for array in arrays]
-            members = {"json": _note(sample.label, list(map(zlib.crc32, contents)), sample.source)}
+            members = {"json": note_of_sample(sample.label, list(map(zlib.crc32, contents)), sample.source)}
             # webdataset writes the members in alphabetical order, on which the layout relies
             for name, content in zip(("latent.npy", "latent_hflip.npy"), contents, strict=False):
                 members[name] = layout.npy_header + content

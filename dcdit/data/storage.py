@@ -107,14 +107,18 @@ class Location:
                 ) from error
             return Manifest.read(path)
         manifest = Manifest.read(path)
-        for shard in manifest.shards:
+        self.check_shards(manifest.shards)
+        return manifest
+
+    def check_shards(self, shards: Sequence[Shard]) -> None:
+        """Raise :class:`UserError` unless each of ``shards`` lies in a local directory in its full size."""
+        for shard in () if self.remote else shards:
             path = self.directory / shard.name
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
                 missing = "is no regular file" if os.path.exists(path) else "is missing"
                 fault = missing if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
                 raise UserError(f"shard {path} {fault}: restore it or write the shards again")
-        return manifest
 
     def fetch(self, shard: Shard, in_use: Collection[Shard] = ()) -> Path:
         """The local file of ``shard``, fetched and checked unless it is there; safe with many processes.

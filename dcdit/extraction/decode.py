@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dcdit.checks import visible
+from dcdit.data.companions import encode_pixels
 from dcdit.data.manifest import Skipped
 from dcdit.errors import UserError
 from dcdit.extraction.settings import ExtractionSettings
@@ -169,6 +170,7 @@ class Decoded(NamedTuple):
         notes: what else is to be listed, see :class:`dcdit.extraction.sources.Listing`.
         files: how many files this batch stands for.
         problem: what must stop the extraction; None if all is well.
+        jpegs: members that hold the images in the companion shard, one mapping for each; none unless they are stored.
     """
 
     task: int
@@ -178,6 +180,7 @@ class Decoded(NamedTuple):
     notes: Sequence[Skipped] = ()
     files: int = 0
     problem: str | None = None
+    jpegs: Sequence[Mapping[str, bytes]] = ()
 
 
 def as_it_is(batch: object) -> object:
@@ -229,4 +232,6 @@ class ImageBatches(IterableDataset[Decoded]):
             except UnreadableError as error:
                 return self._stop(task, error, f"{item.source}: ")
         images = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
-        return Decoded(task, images, items, skipped, files=len(batch))
+        stored = pixels if self.settings.companion == "pixels" else []
+        jpegs = [encode_pixels(image, self.settings.jpeg_quality) for image in stored]
+        return Decoded(task, images, items, skipped, files=len(batch), jpegs=jpegs)

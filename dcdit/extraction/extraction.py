@@ -4,6 +4,7 @@ Every task of the source becomes one shard, and nothing in it depends on which p
 before. Processes share nothing but the directory.
 """
 
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -11,20 +12,20 @@ from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 from rich.filesize import decimal
-from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dcdit.checkpoints.encoder import Encoder
 from dcdit.data.autoencoder import Autoencoder
+from dcdit.data.companions import encode_features, write_with_companion
 from dcdit.data.latents import check_numbers
-from dcdit.data.manifest import MOMENTS, SAMPLE, Manifest, Representation, Shard, Skipped
-from dcdit.data.shards import Layout, Sample, write_shard
-from dcdit.data.statistics import StoredArray, Sums, Tally
+from dcdit.data.manifest import MOMENTS, SAMPLE, Companion, Manifest, Representation, Shard, Skipped
+from dcdit.data.shards import Layout, Sample
+from dcdit.data.statistics import Sums, Tally
 from dcdit.errors import UserError
 from dcdit.extraction.decode import Decoded, ImageBatches, as_it_is
+from dcdit.extraction.encoding import EncodedBatch, Encoding, Launched
 from dcdit.extraction.journal import Encoded, ExtractionJob, shard_name
 from dcdit.extraction.settings import ExtractionSettings
 from dcdit.extraction.sources import ImageSource
@@ -32,6 +33,10 @@ from dcdit.runtime.devices import threads
 from dcdit.runtime.display import Display
 from dcdit.runtime.files import content_digest
 from dcdit.runtime.signals import ignore_interrupts
+
+_OF_FEATURES = ("encoder", "encoder_grid")
+_OF_COMPANIONS = ("companion", "jpeg_quality", *_OF_FEATURES)
+"""Settings of what is written beside the latents."""
 
 _NEVER_FINITE = 16
 """Images after which an autoencoder that never gave a finite latent is given up."""
@@ -49,6 +54,7 @@ class Extraction:
         workers: processes that decode images.
         strict: stop at the first image that cannot be used.
         corrupt_limit: images that this process skips before it stops.
+        encoder: whose features are written beside the latents; None writes none.
         train: manifest of the train split whose scale and shift hold for this split too; None if it has its own.
 
     Raises:
@@ -66,6 +72,7 @@ class Extraction:
         workers: int,
         strict: bool,
         corrupt_limit: int,
+        encoder: Encoder | None,
         train: Manifest | None,
     ) -> None:
         self.directory, self.source, self.autoencoder, self.settings = directory, source, autoencoder, settings
@@ -87,10 +94,16 @@ class Extraction:
         self.layout = Layout((stored_channels, side, side), settings.dtype, settings.hflip)
         for key, values in (("scale", autoencoder.scale), ("shift", autoencoder.shift)):
             check_numbers(f"autoencoder={autoencoder.name!r}: its {key}", values, self.latent_shape)
-        self.train = train
+        self.train, self.encoder = train, encoder
+        self.encoding = Encoding(autoencoder, encoder, settings)
         self.corrupt_limit, self._corrupt, self._not_finite, self._any_finite = corrupt_limit, 0, 0, False
         made_by = {"autoencoder": autoencoder.fingerprint or autoencoder.name}
         plan = {**asdict(settings), **made_by, "source": source.inventory}
+        # What is not written is no part of the plan, as it was before there was anything to write.
+        left_out = {None: _OF_COMPANIONS, "pixels": _OF_FEATURES, "features": ("jpeg_quality",)}
+        plan = {key: value for key, value in plan.items() if key not in left_out[settings.companion]}
+        if encoder:
+            plan["encoder"] = asdict(encoder.identity)
         if train:
             self._check_train(train)
             plan["train"] = content_digest({"classes": train.classes, "scale": train.scale, "shift": train.shift})[:16]
@@ -137,15 +150,29 @@ class Extraction:
             skipped: list[Skipped] = []
             labels: set[int] = set()
             tally = self._tally()
-            shard = write_shard(self.directory / name, self._samples(batches, skipped, labels), self.layout, tally)
-            self.job.record(task, Encoded(shard, skipped, tally.sums if shard else None, sorted(labels)))
+            samples = self._samples(batches, skipped, labels)
+            shard, companion = write_with_companion(
+                self.directory / name, samples, self.layout, tally, self.settings.companion
+            )
+            self.job.record(task, Encoded(shard, skipped, tally.sums if shard else None, sorted(labels), companion))
             display.finish(name, shard.samples if shard else 0)
         return self.job.close(self._manifest)
 
     def _tally(self) -> Tally:
         return Tally(self.latent_shape, self.representation, by_element=self.settings.normalise == "element")
 
-    def _manifest(self, shards: tuple[Shard, ...], skipped: tuple[Skipped, ...], sums: Sums) -> Manifest:
+    def _companion(self, shards: tuple[Shard, ...]) -> Companion | None:
+        """The entry of companion ``shards`` in the manifest; None if nothing is written beside the latents."""
+        if self.settings.companion is None:
+            return None
+        if self.encoder is None:
+            return Companion("pixels", (3, self.settings.image_size, self.settings.image_size), shards, None)
+        grid = self.encoder.grid
+        return Companion("features", (self.encoder.channels, grid, grid), shards, self.encoder.identity)
+
+    def _manifest(
+        self, shards: tuple[Shard, ...], companions: tuple[Shard, ...], skipped: tuple[Skipped, ...], sums: Sums
+    ) -> Manifest:
         scale, shift = self.autoencoder.scale, self.autoencoder.shift
         if self.train:
             scale, shift = self.train.scale, self.train.shift
@@ -166,6 +193,7 @@ class Extraction:
             fingerprint=self.autoencoder.fingerprint,
             skipped=tuple(dict.fromkeys((*self.source.skipped, *skipped))),
             extraction=self.job.fingerprint,
+            companion=self._companion(companions),
         )
 
     def _check_train(self, train: Manifest) -> None:
@@ -184,14 +212,17 @@ class Extraction:
         return [] if labels is None else [name for label, name in enumerate(classes) if label not in labels]
 
     def _check_disk(self, images: int) -> None:
-        needed, free = images * self.layout.sample_bytes, shutil.disk_usage(self.directory).free
+        each, features = self.layout.sample_bytes, self._companion(())
+        if features and self.encoder:
+            each += math.prod(features.shape) * 2 * (1 + self.settings.hflip)
+        needed, free = images * each, shutil.disk_usage(self.directory).free
         if needed > free:
             raise UserError(
                 f"{self.directory}: {decimal(needed)} are needed for {images} images, {decimal(free)} are free"
             )
 
-    def _encoded(self, tasks: list[int], display: Display) -> Iterator[tuple[Decoded, list[StoredArray]]]:
-        """Decoded batches with their moments; a GPU works on the next batch while this one is written."""
+    def _encoded(self, tasks: list[int], display: Display) -> Iterator[EncodedBatch]:
+        """Decoded batches with their latents; a GPU works on the next batch while this one is written."""
         if not tasks:
             return
         loader = DataLoader(
@@ -202,42 +233,15 @@ class Extraction:
             collate_fn=as_it_is,
             worker_init_fn=ignore_interrupts,
         )
-        waiting: tuple[Decoded, list[Tensor]] | None = None
+        waiting: tuple[Decoded, Launched] | None = None
         for batch in chain(loader, [None]):
             if batch and batch.problem:
                 raise UserError(batch.problem)
-            launched = (batch, self._launch(batch.images, self.settings.precision)) if batch else None
+            launched = (batch, self.encoding.launch(batch.images, self.settings.precision)) if batch else None
             if waiting:
-                yield self._collect(*waiting)
+                yield self.encoding.collect(*waiting)
                 display.advance(waiting[0].files)
             waiting = launched
-
-    def _launch(self, pixels: NDArray[np.uint8], precision: str) -> list[Tensor]:
-        if not len(pixels):
-            return []
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        views = [images, images.flip(-1)] if self.settings.hflip else [images]
-        return [self.autoencoder.encode(view, precision) for view in views]
-
-    def _collect(self, batch: Decoded, moments: list[Tensor]) -> tuple[Decoded, list[StoredArray]]:
-        arrays = [self._store(batch, part.cpu(), view) for view, part in enumerate(moments)]
-        if self.settings.precision != "fp32" and not all(np.isfinite(array).all() for array in arrays):
-            exact = self._launch(batch.images, "fp32")  # autocast has overflowed
-            arrays = [self._store(batch, part.cpu(), view) for view, part in enumerate(exact)]
-        return batch, arrays
-
-    def _store(self, batch: Decoded, moments: Tensor, view: int) -> StoredArray:
-        """Moments (n, 2C, H, W), or a sample (n, C, H, W) of them, in the stored type."""
-        if self.settings.representation == SAMPLE:
-            mean, log_variance = moments.chunk(2, dim=1)
-            noise = [self._noise(batch.task, number, view, mean.shape[1:]) for number in batch.items]
-            moments = mean + torch.exp(0.5 * log_variance) * torch.stack(noise)
-        with np.errstate(over="ignore"):  # seen as an infinity by whoever checks
-            return moments.numpy().astype(self.settings.dtype)
-
-    def _noise(self, task: int, number: int, view: int, shape: torch.Size) -> Tensor:
-        seed = np.random.SeedSequence([self.settings.seed, task, number, view]).generate_state(1, np.uint64)[0]
-        return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed >> np.uint64(1))))
 
     def _count_corrupt(self, skipped: Sequence[Skipped], hint: str = "") -> None:
         """Count images that cannot be used; UserError for the first with ``strict``, else beyond ``corrupt_limit``."""
@@ -251,23 +255,26 @@ class Extraction:
                 " are kept"
             )
 
-    def _samples(
-        self, batches: Iterable[tuple[Decoded, list[StoredArray]]], skipped: list[Skipped], labels: set[int]
-    ) -> Iterator[Sample]:
+    def _samples(self, batches: Iterable[EncodedBatch], skipped: list[Skipped], labels: set[int]) -> Iterator[Sample]:
         """Samples of one shard; what must be left out is added to ``skipped``, labels of what is not to ``labels``."""
-        for batch, arrays in batches:
+        for batch, latents, features in batches:
             skipped += [*batch.skipped, *batch.notes]
             self._count_corrupt(batch.skipped)
-            rows = zip(batch.items.items(), *arrays, strict=True) if arrays else ()
-            for (number, item), *views in rows:
-                if all(np.isfinite(array).all() for array in views):
+            for row, (number, item) in enumerate(batch.items.items()):
+                views, seen = [array[row] for array in latents], [array[row] for array in features]
+                fault = (
+                    "" if all(np.isfinite(array).all() for array in seen) else "its features are not finite in float16"
+                )
+                if all(np.isfinite(array).all() for array in views) and not fault:
                     self._any_finite = True
                     labels.add(item.label)
                     latent, hflip = views if self.layout.hflip else (views[0], None)
-                    yield Sample(f"{batch.task:06d}-{number:06d}", item.label, latent, hflip, item.source)
+                    companion = encode_features(seen) if seen else batch.jpegs[row] if batch.jpegs else {}
+                    key = f"{batch.task:06d}-{number:06d}"
+                    yield Sample(key, item.label, latent, hflip, item.source, companion)
                 else:
-                    skipped.append(Skipped(item.source, f"its latent is not finite in {self.settings.dtype}"))
-                    self._count_corrupt(skipped[-1:], ", try dtype=float32")
+                    skipped.append(Skipped(item.source, fault or f"its latent is not finite in {self.settings.dtype}"))
+                    self._count_corrupt(skipped[-1:], "" if fault else ", try dtype=float32")
                     self._count_not_finite(item.source)
 
     def _count_not_finite(self, source: str) -> None:

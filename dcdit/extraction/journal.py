@@ -24,12 +24,23 @@ class Encoded:
         shard, sums: its shard, and sums over it; None if all was skipped.
         skipped: the images that are not in it.
         labels: labels of those that are; None if unknown.
+        companion: its companion shard; None if it has none.
     """
 
     shard: Shard | None
     skipped: list[Skipped]
     sums: Sums | None
     labels: list[int] | None
+    companion: Shard | None = None
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The files of the task."""
+        return [shard for shard in (self.shard, self.companion) if shard is not None]
+
+
+MakeManifest = Callable[[tuple[Shard, ...], tuple[Shard, ...], tuple[Skipped, ...], Sums], Manifest]
+"""From shards, their companions, skipped images and sums to the manifest."""
 
 
 class ExtractionJob(ResumableJob[Encoded]):
@@ -59,7 +70,8 @@ class ExtractionJob(ResumableJob[Encoded]):
                         f"out: {self.directory} holds shards that no extraction wrote: choose another place"
                     )
                 self.compare(manifest.extraction)
-                if all(self._is_whole(shard) for shard in manifest.shards):
+                companions = manifest.companion.shards if manifest.companion else ()
+                if all(self._is_whole(shard) for shard in (*manifest.shards, *companions)):
                     return manifest
                 self._reopen(manifest)
             elif not self.work.is_dir() and any(self.directory.glob("*.tar")):
@@ -73,11 +85,12 @@ class ExtractionJob(ResumableJob[Encoded]):
     @override
     def read_record(self, task: int) -> Encoded:
         record = super().read_record(task)
-        if record.shard and not self._is_whole(record.shard):  # gone or cut short is damage too
-            raise UserError(f"{self.directory / record.shard.name} is damaged: the same command makes it again")
+        for shard in record.shards:
+            if not self._is_whole(shard):  # gone or cut short is damage too
+                raise UserError(f"{self.directory / shard.name} is damaged: the same command makes it again")
         return record
 
-    def close(self, manifest: Callable[[tuple[Shard, ...], tuple[Skipped, ...], Sums], Manifest]) -> Manifest | None:
+    def close(self, manifest: MakeManifest) -> Manifest | None:
         """Write the manifest if all tasks of all processes are done; returns it if it is there now.
 
         Raises:
@@ -90,6 +103,7 @@ class ExtractionJob(ResumableJob[Encoded]):
                 remedy = f"delete {self.work}, which begins the extraction anew"
                 skipped = read_json(self.work / "skipped.json", list[Skipped], remedy) + skipped
             shards = tuple(record.shard for record in records if record.shard)
+            companions = tuple(record.companion for record in records if record.companion)
             labels = [record.labels for record in records]
             self.labels = None if None in labels else {label for part in labels for label in part or ()}
             if not shards:
@@ -97,7 +111,7 @@ class ExtractionJob(ResumableJob[Encoded]):
                 first = f"; the first: {skipped[0].file}: {skipped[0].reason}" if skipped else ""
                 raise UserError(f"no image could be used{first}")
             sums = Sums.total([record.sums for record in records if record.sums])
-            manifest(shards, tuple(dict.fromkeys(skipped)), sums).write(self.directory)
+            manifest(shards, companions, tuple(dict.fromkeys(skipped)), sums).write(self.directory)
 
         path = self.directory / MANIFEST_NAME
         self.finalize(path, write)
@@ -110,17 +124,18 @@ class ExtractionJob(ResumableJob[Encoded]):
     def _reopen(self, manifest: Manifest) -> None:
         """From a manifest back to records: all tasks are done but those whose shards are not whole."""
         shards = {shard.name: shard for shard in manifest.shards}
+        companions = dict(zip(shards, manifest.companion.shards, strict=True)) if manifest.companion else {}
         self.work.mkdir(exist_ok=True)
         for task in range(self.tasks):
-            shard = shards.get(shard_name(task))
+            shard, companion = shards.get(shard_name(task)), companions.get(shard_name(task))
             if shard is None:
                 self.record(task, Encoded(None, [], None, []))
-            elif self._is_whole(shard):
+            elif self._is_whole(shard) and (companion is None or self._is_whole(companion)):
                 tally, faults = self.tally(), list[str]()
                 for _, _, array in read_samples(self.directory / shard.name, shard, self.layout, faults):
                     tally.add(array)
                 if not faults:  # else the shard is done anew
-                    self.record(task, Encoded(shard, [], tally.sums, None))
+                    self.record(task, Encoded(shard, [], tally.sums, None, companion))
         write_json(self.work / "skipped.json", [asdict(image) for image in manifest.skipped])
         write_json(self.work / "plan.json", self.fingerprint)
         (self.directory / MANIFEST_NAME).unlink()

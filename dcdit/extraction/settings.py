@@ -3,15 +3,16 @@
 from dataclasses import fields
 from typing import Annotated, Literal
 
-from dcdit.checks import Bounds, Matches, Natural, Seed, Workers, config
+from dcdit.checks import Bounds, Grid, Matches, Natural, Seed, Workers, config
 from dcdit.data.latents import Normalise
+from dcdit.data.manifest import MAX_SIDE, CompanionKind
 
 
 @config
 class ExtractionSettings:
     """The keys of ``configs/extract.yaml`` on which the bytes of the shards depend, beside images and autoencoder."""
 
-    image_size: Annotated[int, Bounds(1, 8192)]
+    image_size: Annotated[int, Bounds(1, MAX_SIDE)]
     representation: Literal["auto", "moments", "sample"]
     normalise: Normalise
     hflip: bool
@@ -23,6 +24,10 @@ class ExtractionSettings:
     min_side: Annotated[int, Bounds(1, 8192)]
     max_pixels: Annotated[int, Bounds(1, 178_956_970, hint="Pillow decodes no larger images")]
     threads: Annotated[int, Bounds(1, 1024)] | None
+    companion: CompanionKind | None
+    encoder: str
+    encoder_grid: Grid | None
+    jpeg_quality: Annotated[int, Bounds(1, 100)]
 
 
 @config
@@ -34,6 +39,7 @@ class ExtractConfig(ExtractionSettings):
     split: Annotated[str, Matches("[A-Za-z0-9_][A-Za-z0-9._-]*", "a name of letters, digits and . _ - only")]
     classes: Annotated[int, Bounds(1, 1_000_000)] | str | None
     autoencoder: str
+    encoder_weights: str
     strict: bool
     corrupt_limit: Natural
     device: str

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.filesize import decimal
 
+from dcdit.checkpoints.encoder import EncoderKeys, load_encoder
 from dcdit.checks import visible
 from dcdit.data.autoencoder import load_autoencoder
 from dcdit.data.latents import format_numbers
@@ -24,6 +25,7 @@ from dcdit.runtime.devices import pick_device
 from dcdit.runtime.files import read_text
 from dcdit.runtime.processes import cores
 
+_KEYS = EncoderKeys("encoder", "encoder_weights", "encoder_grid")
 _LISTED = 10  # skipped images named in the summary
 
 
@@ -44,11 +46,18 @@ def set_up_extraction(config: ExtractConfig, directory: Path, rank: int, world_s
     autoencoder = load_autoencoder(config.autoencoder, device)
     if settings.representation == "auto":
         settings = replace(settings, representation=MOMENTS if autoencoder.random else SAMPLE)
+    encoder = None
+    if settings.companion == "features":
+        grid = settings.encoder_grid or round(settings.image_size / 16)
+        encoder = load_encoder(settings.encoder, config.encoder_weights, grid, _KEYS).to(device)
+        settings = replace(settings, encoder_grid=grid)
     if rank == 0:
         for note in [*source.notes, *_describe_train(directory, train)]:
             print(note, file=sys.stderr)
     return Extraction(
-        directory, source, autoencoder, settings, rank, world_size, workers, config.strict, config.corrupt_limit, train
+        *(directory, source, autoencoder, settings, rank, world_size, workers, config.strict, config.corrupt_limit),
+        encoder=encoder,
+        train=train,
     )
 
 

@@ -103,6 +103,11 @@ class DiT(Network):
         return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """The grid of the patches."""
+        return self.grid[0] // self.patch, self.grid[1] // self.patch
+
+    @property
     def title(self) -> str:
         """The name of the network with its patch side, such as ``DiT/2``."""
         return f"DiT/{self.patch}"

@@ -177,6 +177,11 @@ class Network(
         return self.grid[0] * self.grid[1]
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """The grid (h, w) of which tokens are positions: that of the latents, unless the network has patches."""
+        return self.grid
+
+    @property
     def null_class(self) -> int:
         """The label that stands for no class."""
         return self.num_classes

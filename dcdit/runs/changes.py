@@ -21,6 +21,7 @@ KINDS: dict[str, Kind] = {
     "model": Kind.NEVER,
     "diffusion": Kind.NEVER,
     "init": Kind.NEVER,
+    "alignment": Kind.NEVER,
     "seed": Kind.NEVER,
     "data.seed": Kind.NEVER,
     "callbacks.ema": Kind.NEVER,
@@ -29,6 +30,7 @@ KINDS: dict[str, Kind] = {
     "ratio": Kind.REMARK,
     "multi_budget": Kind.REMARK,
     "balance_timesteps": Kind.REMARK,
+    "alignment.weight": Kind.REMARK,
     "trainer.precision": Kind.REMARK,
     "trainer.gradient_clip_val": Kind.REMARK,
     "data.batch_size": Kind.REMARK,
@@ -46,6 +48,8 @@ KINDS: dict[str, Kind] = {
     "callbacks.checkpoint.every_n_steps": Kind.EFFECT,
     "callbacks.checkpoint.keep": Kind.EFFECT,
     "callbacks.checkpoint.milestone_every": Kind.EFFECT,
+    "alignment.weights": Kind.UNSEEN,  # where they lie; what they are is compared by itself
+    "alignment.features": Kind.EFFECT,
     "init.checkpoint": Kind.UNSEEN,  # where the weights lie; what they are is compared by itself
     "init.teacher": Kind.UNSEEN,
     "init.assume": Kind.UNSEEN,

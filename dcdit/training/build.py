@@ -22,6 +22,7 @@ from dcdit.runtime.processes import launched, say
 from dcdit.settings.compose import model_config, with_run_id
 from dcdit.settings.help import choices
 from dcdit.settings.instantiate import instantiated
+from dcdit.training.alignment.build import cost_of_alignment
 from dcdit.training.batching import accumulation, world_size
 from dcdit.training.callbacks.checkpoint import AtomicCheckpointIO
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
@@ -48,8 +49,8 @@ def match_compute(config: TrainConfig) -> TrainConfig:
     other = model_config(baseline) | {key: spec[key] for key in ("grid", "channels", "num_classes")}
     with without_memory():
         networks = build_network(spec), build_network(other)
-    budgets = config.multi_budget
-    equal = steps_matching(*networks, steps, config.compression, budgets.fractions, budgets.full_budget_steps)
+    budgets, beside = config.multi_budget, cost_of_alignment(config.alignment, networks[0])
+    equal = steps_matching(*networks, steps, config.compression, budgets.fractions, budgets.full_budget_steps, beside)
     say(f"{equal} steps cost as much as {steps} of {baseline}")
     return replace(config, trainer=replace(config.trainer, max_steps=equal))
 

@@ -10,6 +10,7 @@ from dcdit.network import build_network
 from dcdit.network.execution import is_compiled, set_execution
 from dcdit.runs.state import RunState
 from dcdit.runtime.processes import say
+from dcdit.training.auxiliary import Noisy, record_hidden_states
 from dcdit.training.batching import accumulation, world_size
 from dcdit.training.settings import TrainConfig
 
@@ -75,7 +76,11 @@ def trial_peak(config: TrainConfig, size: int, device: torch.device) -> int:
     half = "bf16" in str(config.trainer.precision)
     compiled = is_compiled(network, device.type, half, config.execution.compile)
     set_execution(network, compiled, config.execution.activation_checkpointing)
-    optimizer = config.optimizer.build(network.parts())
+    alignment, parts = config.alignment.build(network, None), network.parts()
+    if alignment is not None:
+        alignment.to(device).move(device)
+        parts["alignment"] = alignment
+    optimizer = config.optimizer.build(parts)
     room = {"capacity": config.capacity or FIRST_STEPS} if network.routes else {}
     x0 = torch.randn(size, network.channels, *network.grid, device=device)
     noise, t = torch.randn_like(x0), process.draw_times(size, None, device)
@@ -84,7 +89,10 @@ def trial_peak(config: TrainConfig, size: int, device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        output = network(xt, t, labels, 0.0, **room)
-    process.loss(output.prediction, x0, xt, noise, t).total.mean().backward()
+        with record_hidden_states(network, alignment.states if alignment is not None else ()) as hidden:
+            output = network(xt, t, labels, 0.0, **room)
+        noisy = Noisy(xt, t, labels, x0, noise)
+        aligned = alignment.loss(hidden, noisy, output.routing) if alignment is not None else 0.0
+    (process.loss(output.prediction, x0, xt, noise, t).total.mean() + aligned).backward()
     optimizer.step()
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

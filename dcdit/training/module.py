@@ -1,8 +1,6 @@
 """The LightningModule: network, diffusion loss, ratio loss and the sampled drop fraction."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -10,7 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcdit.checks import to_plain
 from dcdit.data.latents import LatentSpec
@@ -19,9 +17,11 @@ from dcdit.diffusion.loss import DiffusionLoss
 from dcdit.diffusion.process import Process
 from dcdit.errors import TrainingError, UserError
 from dcdit.network import Network, Output
+from dcdit.training.alignment.losses import Alignment
+from dcdit.training.auxiliary import AuxiliaryLoss, Noisy, record_hidden_states
 from dcdit.training.batching import recorded_settings
 from dcdit.training.callbacks.monitoring import logging_interval
-from dcdit.training.distillation import Distillation, record_hidden_states
+from dcdit.training.distillation import Distillation
 from dcdit.training.metrics import BatchMetrics, over_ranks, routing_metrics, step_metrics
 from dcdit.training.objective import balanced_timesteps, drop_fraction_at, ratio_loss, target_compression
 from dcdit.training.resume import check_same_step, restore_lightning_state, strip_lightning_state
@@ -35,24 +35,6 @@ _REPAIR = (
     "The newest checkpoint is from before. Look at the latents (python -m dcdit.inspect_latents), lower optimizer.lr,"
     " or use trainer.precision=32-true, and resume with ckpt_path=last; without a checkpoint, leave ckpt_path out"
 )
-
-
-@dataclass(frozen=True)
-class Noisy:
-    """A batch on its way to noise.
-
-    Attributes:
-        x: (B, C, H, W) noisy latents.
-        t: (B,) timesteps.
-        labels: (B,), as the network sees them.
-        latents, noise: what ``x`` is made of.
-    """
-
-    x: Tensor
-    t: Tensor
-    labels: Tensor
-    latents: Tensor
-    noise: Tensor
 
 
 def check_fit(network: Network, process: Process, config: TrainConfig) -> None:
@@ -69,6 +51,7 @@ def check_fit(network: Network, process: Process, config: TrainConfig) -> None:
             known = ", ".join(network.parts())
             raise UserError(f"optimizer.lr_scale: {network.title} has no part {part}, but {known}")
     config.optimizer.check(network)
+    config.alignment.check_network(network)
 
 
 class DCDiTModule(pl.LightningModule):
@@ -81,6 +64,8 @@ class DCDiTModule(pl.LightningModule):
         config: all that is asked for; what names network, process and training is saved with the checkpoint.
         latents: what it is trained on, saved with the checkpoint.
         distillation: matches the hidden states of a teacher, and is no part of this module or its checkpoints.
+        alignment: the loss that ``config.alignment`` asks for. What it trains beside the network is part of this module
+            and its checkpoints, and of nothing else.
         init: what the weights came from, saved with the checkpoint.
 
     Raises:
@@ -94,6 +79,7 @@ class DCDiTModule(pl.LightningModule):
         config: TrainConfig,
         latents: LatentSpec,
         distillation: Distillation | None = None,
+        alignment: Alignment | None = None,
         init: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__()
@@ -102,13 +88,16 @@ class DCDiTModule(pl.LightningModule):
         self.compression, self.ratio, self.multi_budget = config.compression, config.ratio, config.multi_budget
         self.optimizer, self.max_steps, self.seed = config.optimizer, config.trainer.max_steps, config.seed
         self.nonfinite_limit, self.balance_timesteps = config.nonfinite_limit, config.balance_timesteps
-        self.capacity = config.capacity if network.routes else None
+        self.room = {"capacity": config.capacity} if network.routes and config.capacity is not None else {}
         names = ("model", "diffusion", "compression", "ratio", "multi_budget", "optimizer", "seed")
         saved = {name: to_plain(getattr(config, name)) for name in (*names, "nonfinite_limit", "balance_timesteps")}
+        if alignment is not None:
+            saved["alignment"] = alignment.record
         self.save_hyperparameters(
             {**saved, "latents": latents.to_plain(), "max_steps": self.max_steps, "init": dict(init)}, logger=False
         )
-        self.distillation = distillation
+        self.alignment = alignment
+        self.auxiliary: list[AuxiliaryLoss] = [loss for loss in (distillation, alignment) if loss is not None]
         self.settings = recorded_settings(config)
         """What the course of the run depends on; saved with the checkpoint."""
         self.skipped = torch.zeros(2)  # steps skipped: in all, and in a row
@@ -119,8 +108,8 @@ class DCDiTModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Move what is no parameter or buffer to the device."""
         self.process.to(self.device)
-        if self.distillation is not None:
-            self.distillation.teacher.to(self.device)
+        for auxiliary in self.auxiliary:
+            auxiliary.move(self.device)
         self.skipped = self.skipped.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -134,12 +123,11 @@ class DCDiTModule(pl.LightningModule):
         if world > 1 and self.balance_timesteps:
             seed = self._stream(step, _ALL_RANKS, micro)
             t = balanced_timesteps(self._draw_times, seed, world, self.global_rank, len(batch[0])).to(self.device)
-        if self.distillation is not None and not self.distillation.weight_at(step):
-            self._end_distillation()
+        self._end_auxiliary(step)
         noisy = self._diffuse(batch, t)
-        with record_hidden_states(self.network) if self.distillation is not None else nullcontext() as hidden:
-            capacity = {} if self.capacity is None else {"capacity": self.capacity}
-            output = self.network(noisy.x, noisy.t, noisy.labels, drop, **capacity)
+        wanted = {number for auxiliary in self.auxiliary for number in auxiliary.states}
+        with record_hidden_states(self.network, wanted) as hidden:
+            output = self.network(noisy.x, noisy.t, noisy.labels, drop, **self.room)
         diffusion = self._loss(noisy, output)
         loss, metrics = diffusion.total.mean(), step_metrics(diffusion, drop)
         if output.routing is not None:
@@ -148,22 +136,22 @@ class DCDiTModule(pl.LightningModule):
             ratio = ratio_loss(output.routing.prob, output.routing.natural_mask, target, self.ratio.group)
             loss = loss + self.ratio.weight * ratio
             metrics |= {"train/ratio_loss": ratio, **routing_metrics(output.routing, world)}
-        if hidden is not None and self.distillation is not None:
-            distilled = self.distillation.loss(hidden, noisy.x, noisy.t, noisy.labels)
-            loss = loss + self.distillation.weight_at(step) * distilled
-            metrics |= {"train/distil_loss": distilled}
+        for auxiliary in self.auxiliary:
+            metrics[auxiliary.metric] = auxiliary.loss(hidden, noisy, output.routing)
+            loss = loss + auxiliary.weight_at(step) * metrics[auxiliary.metric]
         self._batch.add({**metrics, "train/loss": loss})
         if micro + 1 == self.trainer.accumulate_grad_batches:
             self._log(self._batch.take())
         # A non-finite loss poisons the gradients of every rank, whose norm then makes all of them skip the step.
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
-    def _end_distillation(self) -> None:
-        """Let the teacher go, and its metric: Lightning would log the last value for ever."""
-        self.distillation = None
-        results: Any = self.trainer._results  # private: an AttributeError here, and in test_init.py, if it is renamed
-        for key in [key for key in results or () if key.endswith("train/distil_loss")]:
-            del results[key]
+    def _end_auxiliary(self, step: int) -> None:
+        """Let go of losses whose weight is 0 from now on, and of their metrics: Lightning would log the last value."""
+        for auxiliary in [loss for loss in self.auxiliary if not loss.weight_at(step)]:
+            self.auxiliary.remove(auxiliary)
+            results: Any = self.trainer._results  # private: an AttributeError here, and in test_init.py, if renamed
+            for key in [key for key in results or () if key.endswith(auxiliary.metric)]:
+                del results[key]
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         """Log what all ranks found, at the steps that are logged."""
@@ -195,13 +183,13 @@ class DCDiTModule(pl.LightningModule):
 
     def _diffuse(self, batch: Batch, t: Tensor | None = None) -> Noisy:
         """Noise a batch, at random timesteps unless they are given; in training drop labels as well."""
-        latents, labels = batch
+        latents, labels, companion = batch
         if t is None:
             t = self.process.draw_times(len(latents), None, self.device)
         noise = torch.randn_like(latents)
         if self.training:
             labels = self.network.drop_labels(labels)
-        return Noisy(self.process.add_noise(latents, noise, t), t, labels, latents, noise)
+        return Noisy(self.process.add_noise(latents, noise, t), t, labels, latents, noise, companion)
 
     def _loss(self, noisy: Noisy, output: Output) -> DiffusionLoss:
         with torch.autocast(self.device.type, enabled=False):
@@ -209,12 +197,19 @@ class DCDiTModule(pl.LightningModule):
 
     # ---- optimisation ------------------------------------------------------------------------------------------
 
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """The parts of the network and what is trained beside it, by name; together all parameters, in their order."""
+        parts = self.network.parts()
+        if self.alignment is not None and next(self.alignment.parameters(), None) is not None:
+            parts["alignment"] = self.alignment
+        return parts
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser, and the learning-rate schedule by optimiser step."""
         from diffusers.optimization import get_scheduler
 
         config = self.optimizer
-        optimizer = config.build(self.network.parts())
+        optimizer = config.build(self.trained_parts())
         schedule = get_scheduler(
             config.schedule, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.max_steps
         )

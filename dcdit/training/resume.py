@@ -8,7 +8,7 @@ batch does not shift a count, and a changed value takes effect.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -20,12 +20,15 @@ from dcdit.checkpoints.read import DamagedError
 from dcdit.checks import conform, shown
 from dcdit.data.datamodule import StreamState
 from dcdit.data.manifest import Manifest
-from dcdit.diffusion.process import Process
 from dcdit.errors import UserError
-from dcdit.network import Network, build_network
+from dcdit.network import build_network
 from dcdit.runtime.devices import without_memory
 from dcdit.runtime.processes import say
+from dcdit.runtime.tensors import check_shapes, shapes_of
 from dcdit.training.optimizer_settings import OptimizerSettings
+
+if TYPE_CHECKING:
+    from dcdit.training.module import DCDiTModule
 
 _UNTOUCHED = "untouched"
 """Lists the parameters without state in a checkpoint: such as never had a gradient, for AdamW makes a parameter's
@@ -97,14 +100,14 @@ def _open(path: Path) -> Resumed:
     return Resumed(path, trained, settings, position)
 
 
-def check_resumed(
-    resumed: Resumed, network: Network, process: Process, manifest: Manifest, optimizer: OptimizerSettings
-) -> None:
+def check_resumed(resumed: Resumed, module: "DCDiTModule", manifest: Manifest) -> None:
     """Check that a run can go on from a checkpoint.
 
     Raises:
-        UserError: with both values, if network, process, latents or shards differ, or if it contradicts itself.
+        UserError: with both values, if network, process, alignment, latents or shards differ, or if it contradicts
+            itself.
     """
+    network, process = module.network, module.process
     # The recorded settings were compared before; what the weights are used with could still differ from them.
     with without_memory():
         networks = build_network(resumed.trained.model).spec, network.spec
@@ -136,19 +139,38 @@ def check_resumed(
             " samples of this epoch would come twice, others never. Point data.directory at the shards it was trained"
             " on, or start another run"
         )
-    _check_optimizer_state(resumed, network, optimizer)
+    _check_alignment(resumed, module)
+    _check_optimizer_state(resumed, module, module.optimizer)
     if resumed.trained.values["skipped"].shape != (2,):
         raise UserError(f"ckpt_path={resumed.path}: skipped is not two counts")
 
 
-def _check_optimizer_state(resumed: Resumed, network: Network, settings: OptimizerSettings) -> None:
+def _check_alignment(resumed: Resumed, module: "DCDiTModule") -> None:
+    """Raise :class:`UserError` unless the checkpoint holds what this alignment trains, with the same encoder."""
+    there = resumed.trained.training.get("alignment") or {}
+    here = module.alignment.record if module.alignment is not None else {}
+    for key in {**here, **there}:
+        if there.get(key) != here.get(key):
+            raise UserError(
+                f"alignment: the run was trained with {key}={shown(there.get(key))}, now it is {shown(here.get(key))}."
+                " Take the same encoder and weights, or start another run with run_name=..."
+            )
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items() if name.startswith("alignment.")}
+    values = resumed.trained.values
+    for key in ("state_dict", "current_model_state"):
+        state = {name: tensor for name, tensor in values.get(key, {}).items() if name.startswith("alignment.")}
+        if key in values:
+            check_shapes(shapes_of(state), expected)
+
+
+def _check_optimizer_state(resumed: Resumed, module: "DCDiTModule", settings: OptimizerSettings) -> None:
     """Raise :class:`UserError` unless each trained parameter has its optimiser's state, or none, never needing one."""
     optimizer = resumed.trained.values["optimizer_states"][0]
     untouched = set(optimizer.get(_UNTOUCHED, ()))
-    matrices = settings.matrices(network)
+    matrices = settings.matrices(module.network)
     trained = {
-        number: (name, parameter)
-        for number, (name, parameter) in enumerate(network.named_parameters())
+        number: (name.removeprefix("network."), parameter)
+        for number, (name, parameter) in enumerate(module.named_parameters())
         if parameter.requires_grad
     }
     for number in {**trained, **optimizer["state"]}:

@@ -127,10 +127,11 @@ def open_data(config: TrainConfig) -> LatentDataModule:
 
     Such as by batches that exceed them, or a validation split of other latents.
     """
-    data = call_checked(LatentDataModule, config.data, "data")
+    data = call_checked(LatentDataModule, config.data, "data", {"features": config.alignment.feature_source})
     data.prepare_data()
     samples = data.manifest().samples
     data.validation()
+    data.companion()
     if data.batch_size > samples:
         raise UserError(
             f"data.batch_size={data.batch_size} exceeds the {samples} samples in {data.location.root}: lower"
@@ -179,9 +180,11 @@ def build_training(config: TrainConfig, state: RunState, resumed: Resumed | None
     step = resumed.step if resumed else 0
     start = config.init.start(Model(network, manifest.spec, step, process), config.paths.runs)
     earlier = resumed.trained.training.get("init") if resumed else None
-    module = DCDiTModule(network, process, config, manifest.spec, start.distillation, start.record_after(earlier))
+    alignment = config.alignment.build(network, manifest)
+    init = start.record_after(earlier)
+    module = DCDiTModule(network, process, config, manifest.spec, start.distillation, alignment, init)
     if resumed:
-        check_resumed(resumed, network, process, manifest, config.optimizer)
+        check_resumed(resumed, module, manifest)
     interrupt = StopOnInterrupt()
     trainer = build_trainer(config, interrupt, state.id, resumed.trained.values if resumed else None)
     start = replace(start, distillation=None)  # the module alone holds the teacher, and lets it go
@@ -256,14 +259,13 @@ def describe_training(training: Training) -> str:
 
 def describe_optimizer(training: Training) -> None:
     """Say and write down which parameters Muon trains, if it trains any."""
-    network = training.module.network
-    matrices = training.config.optimizer.matrices(network)
+    matrices = training.config.optimizer.matrices(training.module.network)
     if not matrices:
         return
     names: dict[str, list[str]] = {"muon": [], "adamw": []}
-    for name, parameter in network.named_parameters():
+    for name, parameter in training.module.named_parameters():
         if parameter.requires_grad:
-            names["muon" if parameter in matrices else "adamw"].append(name)
+            names["muon" if parameter in matrices else "adamw"].append(name.removeprefix("network."))
     say(
         f"Muon trains {sum(matrices.values())} matrices in {len(names['muon'])} weights of the transformer blocks,"
         f" {sum(weight.numel() for weight in matrices) / 1e6:.1f}M parameters; AdamW the other {len(names['adamw'])}"

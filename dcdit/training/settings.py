@@ -26,6 +26,7 @@ from dcdit.errors import UserError
 from dcdit.runs.changes import leaves
 from dcdit.runs.state import RunId
 from dcdit.settings.compose import RUN_ID
+from dcdit.training.alignment.settings import ALIGNMENTS, AlignmentSettings
 from dcdit.training.optimizer_settings import OPTIMIZERS, OptimizerSettings
 
 if TYPE_CHECKING:
@@ -244,6 +245,7 @@ class TrainConfig:
     nonfinite_limit: Count
     balance_timesteps: bool
     init: Annotated[InitSettings, Named(INITS)]
+    alignment: Annotated[AlignmentSettings, Named(ALIGNMENTS)]
     diffusion: Annotated[ProcessSettings, Named(PROCESSES)]
     ratio: RatioSettings
     multi_budget: MultiBudgetSettings

@@ -31,7 +31,7 @@ def write(directory, split, classes=ANIMALS, count=12, side=2, **changes):
 
 
 def module(directory, source=None, workers=0, seed=0):
-    data = LatentDataModule(str(directory), 4, workers, 0, seed, source, None, None, 0, None, 1.0, False)
+    data = LatentDataModule(str(directory), 4, workers, 0, seed, source, None, None, 0, None, 1.0, False, None)
     data.trainer = SimpleNamespace(
         world_size=1, accumulate_grad_batches=1, global_rank=0, training=False, strategy=None, global_step=0
     )
@@ -41,7 +41,7 @@ def module(directory, source=None, workers=0, seed=0):
 def validated(data):
     """Latents and labels of the whole validation split, as a network gets them."""
     batches = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()[0]]
-    return torch.cat([latents for latents, _ in batches]), torch.cat([labels for _, labels in batches])
+    return torch.cat([batch.latents for batch in batches]), torch.cat([batch.labels for batch in batches])
 
 
 @pytest.mark.parametrize(

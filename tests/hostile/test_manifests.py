@@ -164,7 +164,7 @@ def test_a_small_validation_split_names_the_remedy_that_works(tmp_path):
         place / "val", normal(2), np.zeros(2, int), classes=("a", "b"), autoencoder="identity", scale=1.0, shift=0.0,
         samples_per_shard=2,
     )  # fmt: skip
-    data = LatentDataModule(str(place), 48, 0, 0, 0, None, None, None, 0, None, 1.0, False)
+    data = LatentDataModule(str(place), 48, 0, 0, 0, None, None, None, 0, None, 1.0, False, None)
     data.trainer = SimpleNamespace(world_size=3, accumulate_grad_batches=1, global_rank=0)
     with pytest.raises(UserError, match=r"has 2 samples for 3 processes: add some, take fewer processes"):
         data.val_dataloader()

@@ -31,6 +31,7 @@ GROUPS = (
     "cluster",
     "callbacks",
     "diffusion",
+    "alignment",
 )
 NAMED = {"digits", "s_n4", "b_n4", "l_n4", "xl_n4", "b_n16", "b_n4_512", "xl_n4_512", "dit_s_2", "dit_b_2", "dit_xl_2"}
 
@@ -81,7 +82,8 @@ def test_the_named_experiments_are_there():
 
 
 @pytest.mark.parametrize(
-    "group", ["model", "trainer", "multi_budget", "logger", "data", "debug", "resolution", "cluster", "callbacks"]
+    "group",
+    ["model", "trainer", "multi_budget", "logger", "data", "debug", "resolution", "cluster", "callbacks", "alignment"],
 )
 def test_every_choice_of_every_group_composes(group):
     for path in Path(CONFIG_DIR, group).glob("*.yaml"):

@@ -27,6 +27,7 @@ from dcdit.extraction.settings import ExtractConfig, ExtractionSettings
 from dcdit.network import DCDiT, DiT
 from dcdit.sampling.settings import SamplingConfig
 from dcdit.training import settings
+from dcdit.training.alignment import settings as alignment
 from dcdit.training.callbacks import EMA, Checkpoint, PowerEMA, ProgressBar
 from dcdit.training.callbacks.fid import FID
 
@@ -45,6 +46,7 @@ ONE_HOME = (
         ema.EMAConfig,
     ),
     *(settings.TrainConfig, settings.TrainerSettings, settings.RatioSettings, settings.MultiBudgetSettings),
+    *(alignment.NoAlignment, alignment.REPA, alignment.IREPA, alignment.Dispersive),
     *(*settings.OPTIMIZERS.values(), settings.MatchComputeSettings, settings.ExecutionSettings),
 )
 """What only configurations build: no defaults beside those of the files."""

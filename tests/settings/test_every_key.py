@@ -18,7 +18,10 @@ from dcdit.settings.overrides import is_text
 
 CHECKPOINT = "checkpoint=x"
 COMMANDS = {
-    "train": ("experiment=digits", "callbacks=fid", "features@callbacks.fid.features=digits", "logger=csv"),
+    "train": (
+        *("experiment=digits", "alignment=repa", "alignment.grid=4"),
+        *("callbacks=fid", "features@callbacks.fid.features=digits", "logger=csv"),
+    ),
     "sample": (CHECKPOINT, "sampler=ddim"),
     "generate": (CHECKPOINT, "out=x", "sampler=dpm++"),
     "evaluate": (CHECKPOINT, "reference=x", "features=digits"),
@@ -52,7 +55,7 @@ EXTREMES = (None, 10**400, "", {}, [[None]], "x" * 100_000, "a\0b")
 NULL_BUT_NUMBER = {
     *("ratio.curriculum_start", "execution.max_micro_batch", "data.scale", "model.encoder_width"),
     *("guidance.uncond_drop_fraction", "budget.tflops", "budget.fraction", "reference_count", "threads"),
-    *("uncond_drop_fraction", "num_workers", "cluster.mem_gb", "max_images", "max_hours"),
+    *("uncond_drop_fraction", "num_workers", "cluster.mem_gb", "encoder_grid", "max_images", "max_hours"),
 }
 """Keys whose default is null and that take a number."""
 
@@ -70,6 +73,7 @@ MAY_BE_ZERO = {
         "num_workers",
     ),
     *(
+        "alignment.weight",
         "optimizer.weight_decay",
         "optimizer.lr_warmup_steps",
         "optimizer.momentum",
@@ -130,7 +134,7 @@ def check(command: str, config: DictConfig, key: str = "") -> None:
     plan = match_compute(configs.check(train, config))
     if key.partition(".")[0] not in ("callbacks", "logger", "trainer", "cluster"):
         check_network(plan)
-        checking.call_checked(LatentDataModule, plan.data, "data")
+        checking.call_checked(LatentDataModule, plan.data, "data", {"features": plan.alignment.feature_source})
     if plan.cluster["name"] != "local":
         cluster_of(plan)
     if key.partition(".")[0] not in ("model", "optimizer", "ratio", "multi_budget"):

@@ -14,8 +14,9 @@ from dcdit.data.builtin import Digits
 from dcdit.errors import UserError
 from dcdit.network import DCDiT
 from dcdit.network.packing import make_packing
+from dcdit.training.auxiliary import HiddenStates, Noisy, covering, record_hidden_states
 from dcdit.training.callbacks import EMA
-from dcdit.training.distillation import Distillation, HiddenStates, covering, record_hidden_states
+from dcdit.training.distillation import Distillation
 
 STILL = ("optimizer.lr=1e-12", "optimizer.lr_warmup_steps=0", "trainer.max_steps=1")
 UPCYCLE = ("init=upcycle", "init.distil_steps=4", "trainer.max_steps=6", "callbacks.checkpoint.every_n_steps=1")
@@ -298,12 +299,13 @@ def test_the_loss_is_zero_at_the_teachers_own_states_and_one_at_none(teacher):
         network(x, t, y)
     assert len(wanted.tokens) == 2
     tokens = covering(packing.index, network.grid, network.patch)
-    own = HiddenStates([each[tokens] for each in wanted.tokens], packing)
+    noisy = Noisy(x, t, y, x, x)
+    own = HiddenStates({number: each[tokens] for number, each in wanted.tokens.items()}, packing)
     match = Distillation(network, 10, 2.0, True)
-    assert match.loss(own, x, t, y).item() == 0
+    assert match.loss(own, noisy, None).item() == 0
     everything = make_packing(torch.ones(3, 64, dtype=torch.bool))
-    nothing = HiddenStates([torch.zeros(len(everything.index), 32)] * 2, everything)
-    assert match.loss(nothing, x, t, y).item() == pytest.approx(1, rel=1e-5)
+    nothing = HiddenStates(dict.fromkeys(range(2), torch.zeros(len(everything.index), 32)), everything)
+    assert match.loss(nothing, noisy, None).item() == pytest.approx(1, rel=1e-5)
     assert [match.weight_at(step) for step in (0, 5, 10, 11)] == [2.0, 1.0, 0.0, 0.0]
     assert Distillation(network, 10, 2.0, False).weight_at(9) == 2.0
 

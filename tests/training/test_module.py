@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.configs import TINY, config_of, module_of, perturb
 
+from dcdit.data.stream import Batch
 from dcdit.errors import UserError
 
 
@@ -30,7 +31,7 @@ def module(monkeypatch, request):
 
 
 def batch():
-    return torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 10
+    return Batch(torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 10)
 
 
 def step(module, optimizer, data):
@@ -67,9 +68,9 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(module):
     optimizer = module.configure_optimizers()["optimizer"]
     step(module, optimizer, batch())
     before = copy.deepcopy((module.network.state_dict(), optimizer.state_dict()["state"]))
-    latents, labels = batch()
+    latents, labels, _ = batch()
     latents[0, 0, 0, 0] = float("inf")
-    step(module, optimizer, (latents, labels))
+    step(module, optimizer, Batch(latents, labels))
     after = (module.network.state_dict(), optimizer.state_dict()["state"])
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert module.skipped.tolist() == [1, 1]
@@ -85,8 +86,8 @@ def test_too_many_in_a_row_stop_training(tiny, monkeypatch):
     original = LatentDataModule.on_after_batch_transfer
 
     def broken(self, *args):
-        latents, labels = original(self, *args)
-        return latents * float("nan"), labels
+        batch = original(self, *args)
+        return batch._replace(latents=batch.latents * float("nan"))
 
     monkeypatch.setattr(LatentDataModule, "on_after_batch_transfer", broken)
     with pytest.raises(TrainingError, match=r"last 4 steps .*nonfinite_limit=4.*ckpt_path=last"):

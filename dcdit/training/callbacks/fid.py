@@ -143,7 +143,7 @@ class FID(Callback):
             recorder = Recorder([0, 1, 2], frames, len(loaded.sampler.timesteps), model.process.clean)
             values, images = self._measure(trainer, model, loaded, drop, recorder)
             for name, value in values.items():
-                pl_module.log(f"val/{name}@{drop:g}", value, on_step=False, on_epoch=True)
+                pl_module.log(f"val/{name}@{drop:g}", value, on_step=False, on_epoch=True, batch_size=1)
             rows.append(images)
             figures.append(f"{values['fid']:.4g} at drop fraction {drop:g}")
             first = first or recorder

@@ -1,0 +1,1 @@
+"""Alignment: losses that shape the hidden states of a network beside the diffusion loss."""
