@@ -56,6 +56,10 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        """:meth:`features`, without gradients."""
+        return self.features(images)
+
+    def features(self, images: Tensor) -> Tensor:
         """Features (B, F, grid, grid) of images (B, 1 or 3, height, width) with values in [0, 1].
 
         Images are resized (bicubic, antialiased) to the size at which the encoder has ``grid`` patches along a side.
