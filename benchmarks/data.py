@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
+from dcdit.data.arrays import write_shards
 from dcdit.data.autoencoder import load_autoencoder
 from dcdit.data.manifest import MOMENTS
 from dcdit.data.order import EpochOrder, Position, Readers
-from dcdit.data.shards import write_shards
 from dcdit.data.storage import Location
 from dcdit.data.stream import LatentStream
 from dcdit.extraction.extraction import Extraction

@@ -153,6 +153,7 @@ def main() -> None:
                 if equal_compute:
                     length = ["match_compute.baseline=dcdit_digits", f"match_compute.steps={options.steps}"]
                 trials[run] = trial
+                length.append(f"multi_budget.full_budget_steps={options.steps // 5}")
                 overrides[run] = [*own, data, *length, f"seed={seed}", "trainer.val_check_interval=100000"]
     real = real_digits(out / "digits12", 12)
     measured: dict[Trial, Measured] = {}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from typing_extensions import override
 
 from dcdit.checks import Count, build_named, checked
-from dcdit.data.shards import write_shards
+from dcdit.data.arrays import write_shards
 from dcdit.errors import UserError
 
 
@@ -105,6 +105,7 @@ class Synthetic:
     Attributes:
         channels, grid: latent shape (channels, grid, grid).
         samples: number of samples in the only split, ``train``.
+        pixels: side of images of noise that are written beside them, for training with alignment; None writes none.
     """
 
     channels: Count = 4
@@ -112,16 +113,23 @@ class Synthetic:
     num_classes: Count = 1000
     samples: Count = 64
     samples_per_shard: Count = 16
+    pixels: Count | None = None
 
     def write(self, directory: Path) -> None:
         """Write the ``train`` split as float16 shards."""
         rng = np.random.default_rng(0)
+        images = None
+        if self.pixels is not None:
+            images = np.random.default_rng(1).integers(
+                256, size=(self.samples, self.pixels, self.pixels, 3), dtype=np.uint8
+            )
         write_shards(
             directory / "train",
             rng.standard_normal((self.samples, self.channels, self.grid, self.grid)).astype(np.float16),
             rng.integers(self.num_classes, size=self.samples),
             classes=tuple(str(number) for number in range(self.num_classes)),
             samples_per_shard=self.samples_per_shard,
+            pixels=images,
         )
 
 

@@ -12,18 +12,16 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import cast
 
 import numpy as np
 import webdataset as wds
 from numpy.typing import NDArray
 
-from dcdit.data.latents import IDENTITY, LatentScale, LatentShift
-from dcdit.data.manifest import SAMPLE, Dtype, Manifest, Representation, Shard
-from dcdit.data.statistics import StoredArray, Sums, Tally
+from dcdit.data.manifest import Manifest, Shard
+from dcdit.data.statistics import StoredArray, Tally
 from dcdit.runtime.files import file_digest, open_regular, replacing
 
 _LARGEST_NOTE = BLOCKSIZE  # the JSON of a sample fills one block of the tar file
@@ -213,53 +211,3 @@ def read_samples(
                     faults.append(f"{shard.name}, sample {index}: {error}")
                 else:
                     yield label, hflip, row.view(layout.dtype).reshape(layout.stored_shape)
-
-
-def write_shards(
-    directory: Path,
-    latents: StoredArray,
-    labels: NDArray[np.integer],
-    *,
-    classes: tuple[str, ...],
-    samples_per_shard: int,
-    autoencoder: str = IDENTITY,
-    scale: LatentScale = 1.0,
-    shift: LatentShift = 0.0,
-    representation: Representation = SAMPLE,
-) -> Manifest:
-    """Write arrays that fit in memory as shards with a manifest.
-
-    Args:
-        directory: is made if need be.
-        latents: (N, C, H, W), or (N, 2C, H, W) for moments; float16 or float32.
-        labels: (N,) integers below ``len(classes)``.
-        classes: their names.
-        samples_per_shard: the last shard may hold fewer.
-        autoencoder, scale, shift, representation: see :class:`Manifest`; by default the latents are images themselves.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    stored, height, width = (int(size) for size in latents.shape[1:])
-    layout = Layout((stored, height, width), str(latents.dtype), hflip=False)
-    shape = (stored if representation == SAMPLE else stored // 2, height, width)
-    samples = (Sample(f"{row:08d}", int(label), latents[row]) for row, label in enumerate(labels))
-    shards, sums = [], []
-    for number in range(-(-len(latents) // samples_per_shard)):
-        tally = Tally(shape, representation)
-        shard = write_shard(directory / f"shard-{number:06d}.tar", islice(samples, samples_per_shard), layout, tally)
-        assert shard is not None
-        shards.append(shard)
-        sums.append(tally.sums)
-    manifest = Manifest(
-        latent_shape=shape,
-        dtype=cast("Dtype", layout.dtype),
-        representation=representation,
-        hflip=False,
-        autoencoder=autoencoder,
-        scale=scale,
-        shift=shift,
-        classes=classes,
-        shards=tuple(shards),
-        statistics=Sums.total(sums).statistics(shape[0]),
-    )
-    manifest.write(directory)
-    return manifest

@@ -37,11 +37,17 @@ def cpu_precision() -> str:
     return "bf16-mixed" if native else "32-true"
 
 
+def encoder_weights(pretrained: str, *, _root_: DictConfig) -> str:
+    """The weights of an encoder, ``pretrained`` or, for images of noise (``debug=tiny``), random ones."""
+    return "random" if OmegaConf.select(_root_, "data.source.name") == "synthetic" else pretrained
+
+
 def register_resolvers() -> None:
     """Register the resolvers that our configuration files use, such as ``${cpu_precision:}``."""
     # A variable that is set to nothing is one that is not set: "/" is no folder of runs.
     OmegaConf.register_new_resolver("environment", lambda name, default: os.environ.get(name) or default, replace=True)
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
+    OmegaConf.register_new_resolver("encoder_weights", encoder_weights, replace=True)
     OmegaConf.register_new_resolver("relpath", os.path.relpath, replace=True)
     OmegaConf.register_new_resolver("unquoted", lambda text: re.sub("['\"]", "", text), replace=True)
 

@@ -18,7 +18,7 @@ from dcdit import DCDiT, DiT
 from dcdit.checkpoints.load import load_model
 from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.checks import shown
-from dcdit.data.shards import write_shards
+from dcdit.data.arrays import write_shards
 from dcdit.network.interface import Network
 
 HEADS = "assume.heads=4"

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.numbered import damage, write_numbers
 
-from dcdit.data.companions import CompanionReader, encode_features, encode_pixels, write_with_companion
+from dcdit.data.arrays import write_shards
+from dcdit.data.companions import (
+    CompanionReader,
+    encode_features,
+    encode_pixels,
+    verify_companions,
+    write_with_companion,
+)
 from dcdit.data.manifest import Companion, EncoderIdentity, Manifest
 from dcdit.data.order import Position, Readers
 from dcdit.data.shards import CorruptSampleError, Layout, Sample
@@ -160,3 +167,15 @@ def test_manifests_without_companions_are_as_before(tmp_path):
     (tmp_path / "plain").mkdir()
     write_numbers(tmp_path / "plain", [2])
     assert "companion" not in read_json(tmp_path / "plain" / "manifest.json", dict, "")
+
+
+def test_arrays_are_written_with_their_images(tmp_path):
+    images, numbers = np.stack([gradient(row) for row in range(5)]), np.arange(5)
+    latents = np.broadcast_to((1 + numbers)[:, None, None, None], (5, 1, 2, 2)).astype(np.float32)
+    write_shards(tmp_path, latents, numbers, classes=tuple("abcde"), samples_per_shard=2, pixels=images)
+    location = Location(str(tmp_path))
+    assert verify_companions(location, location.manifest(), location.manifest().companion) == []
+    (batch,) = batches(location)[:1]
+    for latent, companion in zip(batch.stored, batch.companion, strict=True):
+        expected = images[int(latent.flatten()[0]) - 1].transpose(2, 0, 1)
+        assert np.abs(companion.numpy().astype(int) - expected).max() < 30  # a JPEG

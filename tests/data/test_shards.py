@@ -7,10 +7,11 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcdit.data.arrays import write_shards
 from dcdit.data.builtin import Digits, Mnist, Synthetic
 from dcdit.data.latents import LatentSpec
 from dcdit.data.manifest import Manifest
-from dcdit.data.shards import CorruptSampleError, Layout, Sample, write_shard, write_shards
+from dcdit.data.shards import CorruptSampleError, Layout, Sample, write_shard
 from dcdit.data.statistics import Tally
 from dcdit.data.storage import Location
 from dcdit.errors import UserError

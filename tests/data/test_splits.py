@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.damage import nothing_outside, sign
 
+from dcdit.data.arrays import write_shards
 from dcdit.data.datamodule import LatentDataModule
 from dcdit.data.latents import LatentSpec
-from dcdit.data.shards import write_shards
 from dcdit.data.splits import check_reference, labels_within
 from dcdit.errors import UserError
 

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from support.features import Corners, archive_arrays
 
+from dcdit.data.arrays import write_shards
 from dcdit.data.builtin import Digits
-from dcdit.data.shards import write_shards
 from dcdit.errors import UserError
 from dcdit.evaluation.features import OwnFeatures
 from dcdit.evaluation.images import open_images

@@ -16,9 +16,9 @@ from support.damage import damaged, damages, nothing_outside, sign
 from support.numbered import flat, stream, write_numbers
 
 from dcdit import inspect_latents
+from dcdit.data.arrays import write_shards
 from dcdit.data.manifest import Manifest
 from dcdit.data.order import Readers
-from dcdit.data.shards import write_shards
 from dcdit.data.storage import Location
 from dcdit.errors import TrainingError, UserError
 

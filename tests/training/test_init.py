@@ -101,7 +101,7 @@ def test_what_differs_is_refused_until_it_is_asked_for(trained_run, tiny, tmp_pa
 def test_other_classes_keep_the_null_class(trained_run, tiny, tmp_path, digits):
     import numpy as np
 
-    from dcdit.data.shards import write_shards
+    from dcdit.data.arrays import write_shards
 
     images = np.random.default_rng(0).uniform(-1, 1, (16, 1, 8, 8)).astype(np.float32)
     names = ("odd", "even", "none")
