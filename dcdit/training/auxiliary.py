@@ -112,6 +112,14 @@ class AuxiliaryLoss(ABC):
         """Move to a device what is no parameter of the trained module."""
 
 
+def mean_over_tokens(values: Tensor, packing: Packing) -> Tensor:
+    """The mean of ``values`` (T, ...) of tokens, a scalar; padding counts for nothing."""
+    if packing.valid is None:
+        return values.mean()
+    per_token = values.flatten(1).mean(dim=1) if values.dim() > 1 else values
+    return (per_token * packing.valid).sum() / packing.valid.sum()
+
+
 def covering(index: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """The patch that covers each position of a grid.
 

@@ -5,7 +5,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from dcdit.network import DiT, Routing
-from dcdit.training.auxiliary import AuxiliaryLoss, HiddenStates, Noisy, blocks_of, covering, record_hidden_states
+from dcdit.training.auxiliary import (
+    AuxiliaryLoss,
+    HiddenStates,
+    Noisy,
+    blocks_of,
+    covering,
+    mean_over_tokens,
+    record_hidden_states,
+)
 
 
 class Distillation(AuxiliaryLoss):
@@ -52,5 +60,6 @@ class Distillation(AuxiliaryLoss):
         with torch.autocast(noisy.x.device.type, enabled=False):
             for number, theirs in teacher.tokens.items():
                 ours, target = hidden.tokens[number].float(), theirs.float().index_select(0, tokens)
-                total = total + (ours - target).square().mean() / theirs.float().square().mean()
+                error = mean_over_tokens((ours - target).square(), hidden.packing)
+                total = total + error / theirs.float().square().mean()
         return total / len(teacher.tokens)

@@ -224,13 +224,16 @@ class DCDiTModule(pl.LightningModule):
         """Clip by global norm; where the norm is not finite, have the optimiser skip the step, without a host sync."""
         parameters: Sequence[Tensor] = [p for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # Under 16-mixed, gradients are larger by this factor, which fused optimisers divide by only in their step.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
         if gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val * scale, norm)
         bad = (~norm.isfinite()).float()
         # Optimisers take this flag, as if of a gradient scaler, and leave weights and moments alone where it is 1.
         optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad])
-        self.log("train/gradient_norm", norm)
+        self.log("train/gradient_norm", norm / scale)
         self.log("train/skipped_steps", self.skipped[0])
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

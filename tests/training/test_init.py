@@ -13,7 +13,7 @@ from dcdit.checks import shown
 from dcdit.data.builtin import Digits
 from dcdit.errors import UserError
 from dcdit.network import DCDiT
-from dcdit.network.packing import make_packing
+from dcdit.network.packing import make_packing, make_static_packing
 from dcdit.training.auxiliary import HiddenStates, Noisy, covering, record_hidden_states
 from dcdit.training.callbacks import EMA
 from dcdit.training.distillation import Distillation
@@ -303,6 +303,14 @@ def test_the_loss_is_zero_at_the_teachers_own_states_and_one_at_none(teacher):
     own = HiddenStates({number: each[tokens] for number, each in wanted.tokens.items()}, packing)
     match = Distillation(network, 10, 2.0, True)
     assert match.loss(own, noisy, None).item() == 0
+    padded = make_static_packing(torch.rand(3, 64) > 0.5, 150)
+    half = {
+        number: 0.5 * each[covering(padded.index, network.grid, network.patch)]
+        for number, each in wanted.tokens.items()
+    }
+    for each in half.values():
+        each[~padded.valid] = 1e6
+    assert match.loss(HiddenStates(half, padded), noisy, None).item() < 1  # padding counts for nothing
     everything = make_packing(torch.ones(3, 64, dtype=torch.bool))
     nothing = HiddenStates(dict.fromkeys(range(2), torch.zeros(len(everything.index), 32)), everything)
     assert match.loss(nothing, noisy, None).item() == pytest.approx(1, rel=1e-5)

@@ -1,7 +1,9 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from support.configs import TINY, config_of, module_of, perturb
 
 from dcdit.data.stream import Batch
@@ -15,6 +17,7 @@ class Trainer:
     world_size = 1
     accumulate_grad_batches = 1
     log_every_n_steps = 1
+    precision_plugin = Precision()
 
 
 @pytest.fixture
@@ -77,6 +80,26 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(module):
     step(module, optimizer, batch())
     assert module.skipped.tolist() == [1, 0]
     assert not torch.equal(module.network.embed.weight, before[0]["embed.weight"])
+
+
+def test_a_gradient_scaler_changes_neither_clipping_nor_the_step(module, monkeypatch):
+    optimizer = module.configure_optimizers()["optimizer"]
+    step(module, optimizer, batch())
+    start = copy.deepcopy((module.network.state_dict(), optimizer.state_dict()))
+    step(module, optimizer, batch())
+    weights, norm = copy.deepcopy(module.network.state_dict()), float(module.logged["train/gradient_norm"])
+    assert norm > 1  # so that clipping to 1 matters
+
+    module.network.load_state_dict(start[0])
+    optimizer.load_state_dict(start[1])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    monkeypatch.setattr(module.trainer, "precision_plugin", SimpleNamespace(scaler=scaler))
+    optimizer.zero_grad()
+    scaler.scale(module.training_step(batch(), 0)).backward()
+    module.configure_gradient_clipping(optimizer, 1.0)
+    scaler.step(optimizer)
+    assert float(module.logged["train/gradient_norm"]) == pytest.approx(norm, rel=1e-5)
+    torch.testing.assert_close(module.network.state_dict(), weights, rtol=1e-5, atol=1e-6)
 
 
 def test_too_many_in_a_row_stop_training(tiny, monkeypatch):

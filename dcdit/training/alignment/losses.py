@@ -13,7 +13,7 @@ from dcdit.network import Routing
 from dcdit.network.dechunk import dechunk
 from dcdit.network.packing import Packing
 from dcdit.training.alignment.features import Features
-from dcdit.training.auxiliary import AuxiliaryLoss, HiddenStates, Noisy, covering
+from dcdit.training.auxiliary import AuxiliaryLoss, HiddenStates, Noisy, covering, mean_over_tokens
 
 
 class Alignment(nn.Module, AuxiliaryLoss):
@@ -103,10 +103,7 @@ class TokenAlignment(EncoderAlignment):
         projected = self.projector(tokens).float()  # (T, F)
         patches = covering(packing.index, self.token_grid, self.token_grid[0] // features.shape[2])
         target = features.flatten(2).transpose(1, 2).flatten(0, 1).index_select(0, patches).float()
-        cosines = F.cosine_similarity(projected, target, dim=1)
-        if packing.valid is None:
-            return -cosines.mean()
-        return -(cosines * packing.valid).sum() / packing.valid.sum()  # without padding
+        return -mean_over_tokens(F.cosine_similarity(projected, target, dim=1), packing)
 
 
 class GridAlignment(EncoderAlignment):

@@ -48,6 +48,8 @@ class EMA(WeightAveraging):
         if self._average_model is not None:
             # The update asks this counter whether it is zero: on the host that costs no synchronisation.
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+            # The copy computes no loss: with the list, a teacher would stay in memory after its distillation.
+            self._average_model.module.auxiliary = []  # type: ignore[assignment]  # no tensor, no module
 
     def average_tensors(self) -> list[Tensor]:
         """The tensors of the averaged weights."""
