@@ -11,21 +11,19 @@ from torch import Tensor
 from dcdit.checkpoints.load import Model, Weights, build_model, describe_weights, read_weights
 from dcdit.checkpoints.resolve import CheckpointSource, resolve_checkpoint
 from dcdit.data.decoder import LatentDecoder, load_decoder
-from dcdit.data.latents import LatentSpec, format_numbers
 from dcdit.diffusion.guidance import Capacity, Guidance
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import GuidanceSettings
 from dcdit.errors import UserError, naming
-from dcdit.network import Network
 from dcdit.network.execution import hold_products_in, is_compiled, set_execution
 from dcdit.runtime.devices import check_compiler, pick_device
-from dcdit.runtime.files import content_digest
 from dcdit.runtime.memory import configure_memory
 from dcdit.runtime.processes import print_once
 from dcdit.sampling.budget import Calibration, calibrate, remembered
 from dcdit.sampling.capacity import KeptShares, measure_kept, room_of
 from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import OnStep, SampleBatch, branch_networks, generate
+from dcdit.sampling.guiding import guidance_of, load_guiding
 from dcdit.sampling.settings import SamplingConfig
 
 
@@ -189,7 +187,8 @@ def _load(weights: Weights, config: SamplingConfig, source: CheckpointSource, de
     guiding = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
         source = resolve_checkpoint(guidance.weak_checkpoint, config.paths.runs, "guidance.weak_checkpoint")
-        guiding = _guiding_model(source, config, model)
+        guiding = load_guiding(source, config, model)
+        configure_execution(guiding, config)
     return Loaded(model, load_decoder(model.latents, device, config.autoencoder, config.rounding), guiding)
 
 
@@ -277,55 +276,3 @@ def with_budget_met(sampling: Sampling, calibration: Calibration) -> Sampling:
     at_drop = sampling.guided(replace(sampling.guidance.settings, drop_fraction=calibration.drop_fraction))
     sampler = Sampler(replace(sampling.sampler.settings, cache=calibration.cache))
     return replace(at_drop, sampler=sampler, calibration=calibration)
-
-
-def _guiding_model(source: CheckpointSource, config: SamplingConfig, model: Model) -> Model:
-    """Return the model at ``source``, on the device of ``model``; raise UserError unless it can guide that."""
-    weights = read_weights(source)
-    guiding = build_model(weights, config.weights, model.device)
-    print_once(f"Guiding branch, {source.name}: {describe_weights(weights, guiding.network, config.weights)}")
-    for what, its, ours in (
-        ("latents of shape", guiding.latents.shape, model.latents.shape),
-        ("latents of scale and shift", *(_scale_and_shift(side.latents) for side in (guiding, model))),
-        ("a number of classes of", guiding.network.num_classes, model.network.num_classes),
-        ("a process of", guiding.process.settings.name, model.process.settings.name),
-        ("a prediction of", *(side.process.facts()["prediction"] for side in (guiding, model))),
-    ):
-        if its != ours:
-            raise UserError(
-                f"{source.argument} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind"
-            )
-    configure_execution(guiding, config)
-    return guiding
-
-
-def _scale_and_shift(latents: LatentSpec) -> str:
-    """Describe scale and shift; with a digest where they are many numbers, so that equal ones read the same."""
-    both = (latents.scale, latents.shift)
-    digest = f" {content_digest({'numbers': both})[:8]}" if any(isinstance(numbers, tuple) for numbers in both) else ""
-    return ", ".join(map(format_numbers, both)) + digest
-
-
-def check_guidance(network: Network, guidance: GuidanceSettings, guiding: Model | None = None) -> None:
-    """Raise :class:`UserError` where ``network``, or that of the guiding branch, cannot do what ``guidance`` needs."""
-    second = guiding.network if guiding else network
-    if guidance.scale != 1 and not guidance.guiding_keeps_class and second.label_dropout == 0:
-        raise UserError(
-            f"guidance.scale={guidance.scale}: this network was trained without a null class, model.label_dropout=0,"
-            " so the guiding branch cannot leave the class out; take scale 1, a guiding branch that knows the class"
-            " (guidance.weak=budget), or train with 0.1"
-        )
-    branches = [(network, guidance.main_drop_fractions)]
-    if guidance.scale != 1:
-        own = guidance.uncond_drop_fraction
-        branches.append((second, guidance.main_drop_fractions if own is None else [own]))
-    for branch, drops in branches:
-        if not branch.routes and any(drops):
-            remedy = "take 0" if branch is network else "take guidance.uncond_drop_fraction=0"
-            raise UserError(f"drop fraction {max(drops):g}: {branch.title} drops no tokens, {remedy}")
-
-
-def guidance_of(model: Model, settings: GuidanceSettings, guiding: Model | None) -> Guidance:
-    """Return guidance of ``model`` by itself, or by ``guiding``; raise :class:`UserError` if they cannot do that."""
-    check_guidance(model.network, settings, guiding)
-    return Guidance(model.network, model.network.null_class, settings, guiding.network if guiding else None)

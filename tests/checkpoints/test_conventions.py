@@ -18,7 +18,7 @@ from dcdit.diffusion.settings import Euler, GuidanceSettings
 from dcdit.errors import UserError
 from dcdit.network.embeddings import PURE_NOISE, TimestepEmbedding
 from dcdit.sampling.generate import generate
-from dcdit.sampling.setup import guidance_of
+from dcdit.sampling.guiding import guidance_of
 
 HEADS = AssumeSettings(heads=4)
 LABELS = torch.tensor([1, 5, 0])

@@ -22,7 +22,7 @@ from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.diffusion.settings import DDPM, GuidanceSettings
 from dcdit.errors import UserError
 from dcdit.network import build_network
-from dcdit.sampling.setup import check_guidance
+from dcdit.sampling.guiding import check_guidance
 from dcdit.settings.compose import model_config
 
 HEADS = AssumeSettings(heads=4)

@@ -17,8 +17,9 @@ from dcdit.errors import NotFiniteError, UserError
 from dcdit.network import DCDiT, DiT
 from dcdit.sampling.budget import Calibration, calibrate, remembered
 from dcdit.sampling.generate import SampleBatch, generate
+from dcdit.sampling.guiding import check_guidance
 from dcdit.sampling.settings import SamplingConfig
-from dcdit.sampling.setup import Sampling, check_guidance
+from dcdit.sampling.setup import Sampling
 
 LATENTS = LatentSpec((1, 8, 8), IDENTITY, 1.0, 0.0, tuple("abcde"))
 SAMPLER = Sampler(DDPM(6, clip=True))

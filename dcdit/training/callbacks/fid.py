@@ -31,7 +31,7 @@ from dcdit.runtime.processes import say
 from dcdit.sampling.capacity import room_of
 from dcdit.sampling.figures import Recorder, save_boundaries, save_grid
 from dcdit.sampling.generate import generate
-from dcdit.sampling.setup import check_guidance
+from dcdit.sampling.guiding import check_guidance
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,63 @@
+"""The weaker, guiding branch of guidance: the model it comes from, and what the networks can do."""
+
+from dcdit.checkpoints.load import Model, build_model, describe_weights, read_weights
+from dcdit.checkpoints.resolve import CheckpointSource
+from dcdit.data.latents import LatentSpec, format_numbers
+from dcdit.diffusion.guidance import Guidance
+from dcdit.diffusion.settings import GuidanceSettings
+from dcdit.errors import UserError
+from dcdit.network import Network
+from dcdit.runtime.files import content_digest
+from dcdit.runtime.processes import print_once
+from dcdit.sampling.settings import SamplingConfig
+
+
+def load_guiding(source: CheckpointSource, config: SamplingConfig, model: Model) -> Model:
+    """Return the model at ``source``, on the device of ``model``; raise UserError unless it can guide that."""
+    weights = read_weights(source)
+    guiding = build_model(weights, config.weights, model.device)
+    print_once(f"Guiding branch, {source.name}: {describe_weights(weights, guiding.network, config.weights)}")
+    for what, its, ours in (
+        ("latents of shape", guiding.latents.shape, model.latents.shape),
+        ("latents of scale and shift", *(_scale_and_shift(side.latents) for side in (guiding, model))),
+        ("a number of classes of", guiding.network.num_classes, model.network.num_classes),
+        ("a process of", guiding.process.settings.name, model.process.settings.name),
+        ("a prediction of", *(side.process.facts()["prediction"] for side in (guiding, model))),
+    ):
+        if its != ours:
+            raise UserError(
+                f"{source.argument} has {what} {its}, the checkpoint {ours}: guidance needs two of one kind"
+            )
+    return guiding
+
+
+def _scale_and_shift(latents: LatentSpec) -> str:
+    """Describe scale and shift; with a digest where they are many numbers, so that equal ones read the same."""
+    both = (latents.scale, latents.shift)
+    digest = f" {content_digest({'numbers': both})[:8]}" if any(isinstance(numbers, tuple) for numbers in both) else ""
+    return ", ".join(map(format_numbers, both)) + digest
+
+
+def check_guidance(network: Network, guidance: GuidanceSettings, guiding: Model | None = None) -> None:
+    """Raise :class:`UserError` where ``network``, or that of the guiding branch, cannot do what ``guidance`` needs."""
+    second = guiding.network if guiding else network
+    if guidance.scale != 1 and not guidance.guiding_keeps_class and second.label_dropout == 0:
+        raise UserError(
+            f"guidance.scale={guidance.scale}: this network was trained without a null class, model.label_dropout=0,"
+            " so the guiding branch cannot leave the class out; take scale 1, a guiding branch that knows the class"
+            " (guidance.weak=budget), or train with 0.1"
+        )
+    branches = [(network, guidance.main_drop_fractions)]
+    if guidance.scale != 1:
+        own = guidance.uncond_drop_fraction
+        branches.append((second, guidance.main_drop_fractions if own is None else [own]))
+    for branch, drops in branches:
+        if not branch.routes and any(drops):
+            remedy = "take 0" if branch is network else "take guidance.uncond_drop_fraction=0"
+            raise UserError(f"drop fraction {max(drops):g}: {branch.title} drops no tokens, {remedy}")
+
+
+def guidance_of(model: Model, settings: GuidanceSettings, guiding: Model | None) -> Guidance:
+    """Return guidance of ``model`` by itself, or by ``guiding``; raise :class:`UserError` if they cannot do that."""
+    check_guidance(model.network, settings, guiding)
+    return Guidance(model.network, model.network.null_class, settings, guiding.network if guiding else None)
