@@ -117,3 +117,14 @@ def test_pins_are_those_of_the_other_python():
         pins(text, ("a", "c"))
     found = pins((ROOT / "constraints.txt").read_text(), WANTED)
     assert all(re.fullmatch(r"[\w.-]+==[\w.+!-]+", each) for each in found)
+
+
+def test_without_a_gpu_nothing_is_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "about_machine", lambda *_: {"GPU": "none"})
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    assert run.measure([stage("one", "print('ran')")], 60, rehearsal=False) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "torch sees no GPU here" in said.err
+    assert not (tmp_path / "out").exists()

@@ -112,11 +112,6 @@ class Page:
         states = {each.name: {"state": each.state, "seconds": round(each.seconds, 1)} for each in self.entries}
         replace_file(self.path.with_suffix(".json"), json.dumps(states, indent=1) + "\n")
 
-    def remove(self) -> None:
-        """Take the page away, as if nothing had been measured."""
-        for path in (self.path, self.path.with_suffix(".json")):
-            path.unlink(missing_ok=True)
-
 
 def closed(text: str) -> str:
     """``text`` with its last fence closed, as that of a command that still runs, or was ended."""

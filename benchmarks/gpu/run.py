@@ -160,26 +160,24 @@ def main() -> int:
 def measure(stages: list[Stage], budget: float, rehearsal: bool) -> int:
     """Run ``stages`` within ``budget`` seconds; returns the exit status."""
     begin = time.monotonic()
-    out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    out.mkdir(parents=True, exist_ok=True)
     scratch = Path(os.environ.get("SCRATCH") or tempfile.mkdtemp(prefix="dcdit_gpu_")).resolve()
     scratch.mkdir(parents=True, exist_ok=True)
     place, site = Place(rehearsal, scratch), scratch / "site"
+    install(ROOT, site)
+    environment = environment_of(place, site)
+    about = about_machine(ROOT, environment)
+    if not rehearsal and about.get("GPU", "none") == "none":
+        print("torch sees no GPU here: --rehearse runs the commands on a CPU", file=sys.stderr)
+        return 1
+    out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    out.mkdir(parents=True, exist_ok=True)
     title, kind = ("A rehearsal on a CPU", "rehearsal") if rehearsal else ("Measurements on a GPU", "gpu")
-    page = Page(free_name(out, f"{time.strftime('%Y-%m-%d')}_{kind}"), title)
+    page = Page(free_name(out, f"{time.strftime('%Y-%m-%d')}_{kind}"), title, about)
     page.entries = [Entry(stage.name, stage.about, scratch / f"{stage.name}.md") for stage in stages]
     for entry in page.entries:
         entry.body.unlink(missing_ok=True)
     page.write()
     print(f"{page.path}, within {budget:g} s", flush=True)
-    install(ROOT, site)
-    environment = environment_of(place, site)
-    page.about = about_machine(ROOT, environment)
-    page.write()
-    if not rehearsal and page.about.get("GPU", "none") == "none":
-        page.remove()
-        print("torch sees no GPU here: --rehearse runs the commands on a CPU", file=sys.stderr)
-        return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the command that runs is ended, the page is written
     watch = Watch(scratch / "watch.csv")
     try:
