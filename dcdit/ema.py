@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dcdit.checkpoints.settings import AS_PUBLISHED, Length, Paths
-from dcdit.checks import NotEmpty, config
+from dcdit.checks import FLOAT_NAMES, NotEmpty, config
 from dcdit.settings.command import command
 
 
@@ -20,7 +20,7 @@ class EMAConfig:
     checkpoint: str
     length: Annotated[list[Length], NotEmpty("name at least one, such as 0.05")] | Length
     out: str | None
-    dtype: Literal["fp32", "bf16", "fp16"]
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], FLOAT_NAMES]
     paths: Paths
 
     @property

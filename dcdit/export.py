@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dcdit.checkpoints.settings import AssumeSettings, Paths, WeightsKind
-from dcdit.checks import Matches, config
+from dcdit.checks import FLOAT_NAMES, Matches, config
 from dcdit.errors import UserError
 from dcdit.settings.command import command
 
@@ -23,7 +23,7 @@ class ExportConfig:
     weights: WeightsKind
     out: str
     format: Literal["dcdit", "reference"]
-    dtype: Literal["fp32", "bf16", "fp16"]
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], FLOAT_NAMES]
     license: str | None
     note: str | None
     push: Annotated[str, Matches(r"[\w.-]+/[\w.-]+", "a repository, such as me/dcdit-b")] | None

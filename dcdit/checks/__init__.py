@@ -18,6 +18,7 @@ from dcdit.checks.checking import (
     to_plain,
 )
 from dcdit.checks.constraints import (
+    FLOAT_NAMES,
     HUB_ID,
     Bounds,
     Capacity,
@@ -31,6 +32,7 @@ from dcdit.checks.constraints import (
     Images,
     LabelDropout,
     Matches,
+    Meant,
     MlpRatio,
     Name,
     Natural,

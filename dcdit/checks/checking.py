@@ -21,6 +21,7 @@ from typing import (
     overload,
 )
 
+from dcdit.checks.constraints import Meant
 from dcdit.checks.messages import shown
 from dcdit.errors import UserError
 
@@ -49,7 +50,7 @@ def conform(name: str, value: Any, hint: Any) -> Any:
         name: name of the value, for messages.
         value: a plain value, or an object where the annotation is a class; a mapping of its fields becomes a dataclass.
         hint: an annotation: plain types, unions, lists, tuples, mappings, ``Literal``, ``Annotated`` with
-            :class:`Bounds`, :class:`NotEmpty`, :class:`OneOf`, :class:`Matches`, :class:`Named` or
+            :class:`Bounds`, :class:`NotEmpty`, :class:`OneOf`, :class:`Matches`, :class:`Meant`, :class:`Named` or
             :class:`WithOthers`, classes.
 
     Raises:
@@ -62,9 +63,15 @@ def conform(name: str, value: Any, hint: Any) -> Any:
         makers = [each for each in arguments[1:] if isinstance(each, Named | WithOthers)]
         if makers and not is_dataclass(value):
             return makers[0].make(name, value)
-        value = conform(name, value, arguments[0])
+        spellings = [each.table for each in arguments[1:] if isinstance(each, Meant) and str(value) in each.table]
+        try:
+            value = conform(name, value, arguments[0])
+        except UserError as error:
+            if spellings:
+                raise UserError(f"{error}: did you mean {spellings[0][str(value)]}?") from None
+            raise
         for constraint in arguments[1:]:
-            if constraint in makers:
+            if constraint in makers or isinstance(constraint, Meant):
                 continue
             if value is not None:
                 constraint.check(name, value)
@@ -99,14 +106,32 @@ def _one_of(name: str, value: object, hints: Sequence[Any]) -> Any:
     others = [hint for hint in hints if hint is not NoneType]
     if isinstance(value, str) and {int, str} <= set(others) and not is_plain_whole(value):
         return value  # 1_000 and 007 are names
-    others.sort(key=lambda hint: _depth(hint) == _depth_of(value))  # the last one tries, and its message counts
+    # the last one tries, and its message counts
+    others.sort(key=lambda hint: (not _is_literal(hint), _depth(hint) == _depth_of(value)))
     for number, hint in enumerate(others, 1):
         try:
             return conform(name, value, hint)
-        except UserError:
+        except UserError as error:
             if number == len(others):
-                raise
+                raise UserError(f"{error}{_also_allowed(value, hints, hint)}") from None
     raise AssertionError("a union has members")
+
+
+def _also_allowed(value: object, hints: Sequence[Any], tried: Any) -> str:
+    """Name the words that a union takes beside ``tried``, of which the message is about ``value``."""
+    if isinstance(value, list | tuple | Mapping):
+        return ""  # the message is about a part of it
+    literals = [hint for hint in hints if _is_literal(hint) and hint is not tried]
+    words = [str(word) for hint in literals for word in get_args(hint)]
+    words += ["null"] * (NoneType in hints)
+    if not words:
+        return ""
+    return f" (allowed too: {', '.join(words)})"
+
+
+def _is_literal(hint: Any) -> bool:
+    origin: Any = get_origin(hint)
+    return origin is Literal
 
 
 def is_plain_whole(text: str) -> bool:
@@ -156,8 +181,10 @@ def _refuse_list(name: str, value: object) -> None:
 
 def _number(name: str, value: Any) -> float:
     _refuse_list(name, value)
+    if isinstance(value, bool):
+        raise UserError(f"{name}={shown(value)} is not a number")
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        number = float(value)
     except (TypeError, ValueError):
         raise UserError(f"{name}={shown(value)} is not a number") from None
     except OverflowError:

@@ -103,6 +103,26 @@ class Matches:
             raise UserError(f"{name}={shown(value)} is not {self.hint}")
 
 
+@dataclass(frozen=True, eq=False)
+class Meant:
+    """An annotation: what others call the choices, for messages.
+
+    Attributes:
+        table: the choice that is probably meant, by the text of a value that is refused.
+    """
+
+    table: Mapping[str, str]
+
+
+FLOAT_NAMES = Meant(
+    {
+        **dict.fromkeys(("32-true", "32", "float32"), "fp32"),
+        **dict.fromkeys(("bf16-mixed", "bf16-true", "bfloat16"), "bf16"),
+    }
+)
+"""What Lightning and torch call the precisions of all commands but ``train``."""
+
+
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 """``<owner>/<repository>`` of the Hugging Face hub, as a regular expression."""
 
@@ -155,7 +175,7 @@ DropFraction = Annotated[
 
 Capacity = Annotated[
     float,
-    Bounds(0, 1, open_low=True, hint="it is the share of all positions that there is room for, such as 0.4; or auto"),
+    Bounds(0, 1, open_low=True, hint="it is the share of all positions that there is room for, such as 0.4"),
 ]
 
 

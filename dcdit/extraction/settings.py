@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Annotated, Literal
 
-from dcdit.checks import Bounds, Grid, Matches, Natural, Seed, Workers, config
+from dcdit.checks import FLOAT_NAMES, Bounds, Grid, Matches, Natural, Seed, Workers, config
 from dcdit.data.latents import Normalise
 from dcdit.data.manifest import MAX_SIDE, CompanionKind
 
@@ -17,7 +17,7 @@ class ExtractionSettings:
     normalise: Normalise
     hflip: bool
     dtype: Literal["float16", "float32"]
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], FLOAT_NAMES]
     batch_size: Annotated[int, Bounds(1, 4096)]
     samples_per_shard: Annotated[int, Bounds(1, 1_000_000)]
     seed: Seed

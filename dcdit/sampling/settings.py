@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from dcdit.checkpoints.settings import AssumeSettings, Paths, WeightsKind
-from dcdit.checks import Capacity, Images, Named, Seed, annotations, call_checked, config
+from dcdit.checks import FLOAT_NAMES, Capacity, Images, Named, Seed, annotations, call_checked, config
 from dcdit.data.latents import Rounding
 from dcdit.diffusion.settings import SAMPLERS, BudgetSettings, GuidanceSettings, SamplerOptions
 from dcdit.errors import UserError
@@ -22,7 +22,7 @@ class SamplingKeys:
     seed: Seed
     batch_size: Images
     device: str
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Annotated[Literal["auto", "fp32", "bf16"], FLOAT_NAMES]
     autoencoder: str | None
     rounding: Rounding
     compile: Literal["auto"] | bool

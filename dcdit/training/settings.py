@@ -12,6 +12,7 @@ from dcdit.checks import (
     Count,
     DropFraction,
     Matches,
+    Meant,
     Named,
     Natural,
     NonNegative,
@@ -160,6 +161,13 @@ INITS: dict[str, type[InitSettings]] = {kind.name: kind for kind in (FromScratch
 Precision = Literal["bf16-mixed", "16-mixed", "32-true", "bf16", 16, 32]
 """The precisions of Lightning in which weights and optimiser stay float32, as sampling and resuming expect."""
 
+_OTHER_NAMES = {
+    "fp32": "32-true",
+    "float32": "32-true",
+    "fp16": "16-mixed",
+    "float16": "16-mixed",
+    "bfloat16": "bf16-mixed",
+}
 _Devices = Annotated[int, Bounds(-1, 10**7)]
 Endless = Annotated[int, Bounds(-1, 10**12, hint="-1 stands for all")]
 
@@ -172,7 +180,7 @@ class TrainerSettings:
     devices: _Devices | list[_Devices] | str
     num_nodes: Count
     strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"]
-    precision: Precision
+    precision: Annotated[Precision, Meant(_OTHER_NAMES)]
     max_steps: Count
     gradient_clip_val: NonNegative | None
     accumulate_grad_batches: Count
