@@ -148,3 +148,5 @@ def quiet_libraries() -> None:
     for noise in noises:
         warnings.filterwarnings("ignore", message=noise)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # The compiler looks for CUDA, finds its toolkit without a GPU, and warns.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

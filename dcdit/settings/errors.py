@@ -20,6 +20,8 @@ from dcdit.runtime import terminal
 from dcdit.runtime.files import describe_dangling_link
 
 USER_ERROR_STATUS = 2
+MOST_SUGGESTED = 3
+"""Keys that are suggested for one that there is not."""
 
 
 def exit_with_message(run: Callable[[], Any]) -> None:
@@ -95,10 +97,16 @@ def _explain_override(error: ConfigCompositionException | MissingConfigException
         options = ", ".join(error.options or [])
         return f"{message}" + (f"\navailable: {options}" if options else "")
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
-        given = [word for word in overrides if word.split("=")[0].lstrip("+~") == cause.full_key]
+        given = next(
+            (word for word in overrides if _key_of(word).startswith(f"{cause.full_key}.")), str(cause.full_key)
+        )
+        given = next((word for word in overrides if _key_of(word) == cause.full_key), given)
         known = [str(key) for key in cause.parent_node]
         remedy = suggestion(str(cause.key), known) if known else f"to add it say +{cause.full_key}=..."
-        return f"{given[0] if given else cause.full_key}: there is no such key, {remedy}"
+        same = _keys_ending_in(_key_of(given).rpartition(".")[2], cause.parent_node._get_root())
+        if 0 < len(same) <= MOST_SUGGESTED:
+            remedy = f"did you mean {' or '.join(same)}?"
+        return f"{given}: there is no such key, {remedy}"
     if ambiguous := re.fullmatch(r"Ambiguous value for argument '(.*)'", message):
         key, _, value = ambiguous[1].replace("'", "").partition("=")
         return (
@@ -106,3 +114,20 @@ def _explain_override(error: ConfigCompositionException | MissingConfigException
             f" needs quotes, \"{key}='{value}'\"; a list needs brackets, {key}=[{value}]"
         )
     return f"{message}\n{cause or ''}"
+
+
+def _key_of(word: str) -> str:
+    """The key of an override."""
+    return word.split("=")[0].lstrip("+~")
+
+
+def _keys_ending_in(last: str, node: Any, path: str = "") -> list[str]:
+    """The keys of a composed configuration whose last part is ``last``; none of Hydra's own."""
+    found = []
+    for key in node if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing() else ():
+        name = str(key)
+        where = f"{path}.{name}" if path else name
+        found += [where] if name == last else []
+        if where != "hydra":
+            found += _keys_ending_in(last, node._get_node(key), where)
+    return found

@@ -52,7 +52,10 @@ def show_help(name: str, documentation: str) -> None:
         lines += [""] * (after_section or bool(key.children))
         lines += [f"  {key.line}", *(f"    {line}" for line in key.children.values())]
         after_section = bool(key.children)
-    lines += ["", f"All keys with their values: python -m dcdit.{name} --cfg job. Hydra's own options: --hydra-help"]
+    lines += [
+        "",
+        f"All keys, with values: python -m dcdit.{name} --cfg job --resolve. Hydra's options: --hydra-help",
+    ]
     print("\n".join(lines))
 
 

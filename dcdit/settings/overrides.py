@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -31,6 +32,9 @@ numbers too. In their values Hydra would find numbers: 2026_11_26, 1e5, true."""
 _NUMBER_KEYS = frozenset({"sampler.cache", "ratio.group"})
 """Keys of numbers, by their last two parts, that share the last part with a key of text."""
 
+_OPTIONS_WITH_VALUE = frozenset({"--cfg", "-c", "--package", "-p", "--info", "-i"})
+"""Options of Hydra whose value is the next word."""
+
 _BEFORE = {OverrideLexer.COMMA, OverrideLexer.BRACKET_OPEN, OverrideLexer.POPEN}
 _AFTER = {OverrideLexer.COMMA, OverrideLexer.BRACKET_CLOSE, OverrideLexer.BRACE_CLOSE, OverrideLexer.PCLOSE}
 _CONVERTED = {OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL}
@@ -43,10 +47,15 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: if ``runs`` is given as well.
     """
-    paths = [word for word in arguments if not word.startswith("-") and ("=" not in word or Path(word).exists())]
+    of_options = {after for word, after in pairwise(enumerate(arguments)) if word[1] in _OPTIONS_WITH_VALUE}
+    paths = [
+        word
+        for place, word in enumerate(arguments)
+        if (place, word) not in of_options and not word.startswith("-") and ("=" not in word or Path(word).exists())
+    ]
     if paths and any(word.startswith("runs=") for word in arguments):
         raise UserError(f"{paths[0]}: paths and runs=... are two ways to say the same, take one")
-    others = [word for word in arguments if word not in paths]
+    others = [word for place, word in enumerate(arguments) if (place, word) in of_options or word not in paths]
     return [*others, f"runs=[{','.join(json.dumps(path) for path in paths)}]"] if paths else others
 
 

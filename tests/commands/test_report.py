@@ -307,6 +307,7 @@ def test_runs_that_have_nothing_to_show_are_named(runs, tmp_path, capsys):
 def test_mistakes(tmp_path):
     assert with_paths(["a b", "out=x", "c"]) == ["out=x", 'runs=["a b","c"]']
     assert with_paths(["--help"]) == ["--help"]
+    assert with_paths(["--cfg", "job", "job"]) == ["--cfg", "job", 'runs=["job"]']
     with pytest.raises(UserError, match="two ways to say the same"):
         with_paths(["a", "runs=[b]"])
     with pytest.raises(UserError, match=r"no results there, python -m dcdit\.evaluate writes them"):

@@ -201,6 +201,7 @@ def test_sampling_from_a_run(trained_run, tmp_path):
         (["checkpoint=nowhere.ckpt"], "nowhere.ckpt does not exist"),
         (["device=cuda:99"], "device='cuda:99'"),
         (["+per_clas=2"], "did you mean per_class"),
+        (["execution.capacity=0.4"], r"execution\.capacity=0\.4: there is no such key, did you mean capacity\?"),
     ):
         with pytest.raises(UserError, match=message):
             sample("wrong", *overrides)

@@ -154,6 +154,9 @@ def test_the_config_of_a_job_is_readable(tmp_path, capsys):
     assert result.status == 0
     for line in ("compression: 4.0", "  width: 768", "  max_steps: 408071", "  - 0.6"):
         assert line in result.out
+    resolved = typed(capsys, tmp_path, "train", "trainer=cpu", "--cfg", "job", "--resolve").out
+    assert f"precision: {cpu_precision()}" in resolved
+    assert "${" not in resolved
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,12 @@ def test_the_config_of_a_job_is_readable(tmp_path, capsys):
         ("compression=four", ["compression", "four"]),
         ("multi_budget.fractions=[0.0,1.5]", ["1.5", "[0, 1)"]),
         ("trainer.precision=fp12", ["trainer.precision", "fp12"]),
+        ("trainer.precision=fp32", ["did you mean 32-true?"]),
+        ("precision=bf16", ["precision=bf16: there is no such key, did you mean trainer.precision?"]),
+        ("capacity=auto", ["did you mean execution.capacity?"]),
+        ("trainer.compile=true", ["did you mean execution.compile?"]),
+        ("ema.decay=0.9", ["ema.decay=0.9: there is no such key, did you mean callbacks.ema.decay?"]),
+        ("execution.nonsense=1", ["known keys: activation_checkpointing"]),
         ("callbacks.ema.decay=2", ["decay=2", "[0, 1)"]),
     ],
 )
