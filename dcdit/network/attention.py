@@ -23,10 +23,17 @@ _SHORT = 48
 """Longest sample that the SDPA form pads."""
 
 
+def runs_in_float32(device: str, dtype: torch.dtype) -> bool:
+    """Whether attention on a kind of device runs in float32 where its queries have this type.
+
+    Without AMX the fused CPU kernel is slower in bfloat16 than in float32, its backward pass several times.
+    """
+    return dtype == torch.float32 or (device == "cpu" and not (dtype == torch.bfloat16 and has_amx()))
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    if q.device.type == "cpu" and q.dtype != torch.float32 and not (q.dtype == torch.bfloat16 and has_amx()):
-        # Without AMX the fused CPU kernel is slower in bfloat16 than in float32, its backward several times; autocast
-        # would undo the conversion.
+    if q.dtype != torch.float32 and runs_in_float32(q.device.type, q.dtype):
+        # autocast would undo the conversion
         with torch.autocast("cpu", enabled=False):
             return _sdpa(q.float(), k.float(), v.float(), packing).to(q.dtype)
     if not packing.lengths:

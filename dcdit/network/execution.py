@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from dcdit.network.attention import runs_in_float32
 from dcdit.network.blocks import DiTBlock
 from dcdit.network.interface import Network
 from dcdit.runtime.devices import has_amx, has_compiler
@@ -23,6 +24,20 @@ def set_execution(network: nn.Module, compiled: bool = False, checkpointed: bool
     for block in network.modules():
         if isinstance(block, DiTBlock):
             block.compiled, block.checkpointed = compiled, checkpointed
+
+
+def describe_execution(network: nn.Module, device: str, precision: object) -> str:
+    """Say how a network runs, such as ``cpu bf16 (attention in float32), compiled blocks``.
+
+    Args:
+        network: after :func:`set_execution`.
+        device: kind of device.
+        precision: as the user knows it, such as ``bf16-mixed`` or ``fp32``.
+    """
+    blocks = [block for block in network.modules() if isinstance(block, DiTBlock)]
+    apart = bool(blocks) and "bf16" in str(precision) and runs_in_float32(device, torch.bfloat16)
+    compiled = ", compiled blocks (a minute at the first steps)" if any(block.compiled for block in blocks) else ""
+    return f"{device} {precision}" + (" (attention in float32)" if apart else "") + compiled
 
 
 _LARGE = 30_000_000

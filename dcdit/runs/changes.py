@@ -39,6 +39,7 @@ KINDS: dict[str, Kind] = {
     "optimizer.name": Kind.NEVER,  # another optimiser has another state
     "trainer": Kind.EFFECT,
     "execution": Kind.EFFECT,
+    "execution.capacity": Kind.REMARK,  # which drops tokens
     "processes": Kind.EFFECT,  # which trainer.devices and trainer.num_nodes came to
     "nonfinite_limit": Kind.EFFECT,
     "data.num_workers": Kind.EFFECT,

@@ -15,7 +15,7 @@ from dcdit.diffusion.guidance import Capacity, Guidance
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import GuidanceSettings
 from dcdit.errors import UserError, naming
-from dcdit.network.execution import hold_products_in, is_compiled, set_execution
+from dcdit.network.execution import describe_execution, hold_products_in, is_compiled, set_execution
 from dcdit.runtime.devices import check_compiler, pick_device
 from dcdit.runtime.memory import configure_memory
 from dcdit.runtime.processes import print_once
@@ -182,8 +182,11 @@ def _load(weights: Weights, config: SamplingConfig, source: CheckpointSource, de
     if config.compile is True:
         check_compiler("compile", device.type)
     model = build_model(weights, config.weights, device)
-    print_once(f"{source.name}: {describe_weights(weights, model.network, config.weights)}")
     configure_execution(model, config)
+    how = describe_execution(model.network, model.device.type, precision_on(model.device, config))
+    print_once(f"{source.name}: {describe_weights(weights, model.network, config.weights)}, {how}")
+    if config.capacity == "auto" and not model.network.routes:
+        print_once(f"capacity=auto changes nothing: {model.network.title} drops no tokens")
     guiding = None
     if guidance.weak_checkpoint is not None and guidance.scale != 1:
         source = resolve_checkpoint(guidance.weak_checkpoint, config.paths.runs, "guidance.weak_checkpoint")

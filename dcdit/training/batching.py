@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from dcdit.checks import to_plain
+from dcdit.checks import shown, to_plain
 from dcdit.data.order import micro_batch
 from dcdit.errors import UserError
 from dcdit.runs.changes import values_to_record
@@ -49,7 +49,34 @@ def accumulation(config: TrainConfig, world: int) -> int:
     if most is None or most == "auto":  # of which dcdit.training.fitting makes a number before anything is built
         return steps
     own = batch // world
-    return next(steps for steps in range(-(-own // most), own + 1) if own % steps == 0)
+    found = next(steps for steps in range(-(-own // most), own + 1) if own % steps == 0)
+    if own // found < min(most, own) / 2:
+        larger = min(size for size in range(most, own + 1) if own % size == 0)
+        part = f"data.batch_size={batch}" + (f" over {world} processes" if world > 1 else "")
+        raise UserError(
+            f"execution.max_micro_batch={most}: the nearest sizes of micro-batches that divide {part} are"
+            f" {own // found} and {larger}. Take one of these, or a data.batch_size with more divisors"
+        )
+    return found
+
+
+def describe_split(config: TrainConfig, routes: bool) -> str:
+    """Say how the batch is split into micro-batches, and what that changes; empty if it is not.
+
+    Args:
+        routes: whether the network has a router.
+    """
+    world = world_size(config)
+    steps, group = accumulation(config, world), config.ratio.group
+    size = config.batch_size // (world * steps)
+    uneven = routes and world * steps > 1 and (group is None or size % group)
+    if steps == 1 and not uneven:
+        return ""
+    return (
+        (f"Micro-batches of {size} samples, {steps} a step" if steps > 1 else f"Parts of {size} samples")
+        + (f", on each of {world} processes" if world > 1 else "")
+        + (f"; so split, ratio.group={shown(group)} makes other groups for the ratio loss" if uneven else "")
+    )
 
 
 def with_accelerator(config: TrainConfig) -> TrainConfig:
@@ -83,7 +110,7 @@ def check_precision(config: TrainConfig) -> None:
 
 
 def check_devices(config: TrainConfig) -> None:
-    """Raise :class:`UserError` if what is asked for is not there: devices, processes, a compiler."""
+    """Raise :class:`UserError` if what is asked for cannot be had: devices, processes, their parts, a compiler."""
     trainer, started = config.trainer, processes()[1]
     if started not in (1, world_size(config)):
         raise UserError(
@@ -100,6 +127,7 @@ def check_devices(config: TrainConfig) -> None:
             "trainer.accelerator=mps: this machine has no usable Apple GPU; train on the CPU with trainer=cpu"
         )
     check_precision(config)
+    accumulation(config, world_size(config))
     if config.execution.compile is True:
         check_compiler("execution.compile", "cuda" if trainer.on_gpu else trainer.accelerator)
 

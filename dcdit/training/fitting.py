@@ -40,6 +40,8 @@ def with_micro_batch(config: TrainConfig, before: RunState | None) -> TrainConfi
         memory = LARGEST_SHARE * torch.cuda.get_device_properties(0).total_memory
         number = largest_micro_batch(lambda size: trial_peak(config, size, torch.device("cuda")) <= memory, config)
         say(f"execution.max_micro_batch={number} is the largest that fits")
+    else:
+        say(f"execution.max_micro_batch=auto splits no batch on {config.trainer.accelerator}: it finds what fits a GPU")
     return replace(config, execution=replace(config.execution, max_micro_batch=number))
 
 

@@ -17,7 +17,7 @@ from dcdit.checks import call_checked, to_plain
 from dcdit.data.datamodule import LatentDataModule
 from dcdit.errors import UserError
 from dcdit.network import build_network
-from dcdit.network.execution import is_compiled, set_execution
+from dcdit.network.execution import describe_execution, is_compiled, set_execution
 from dcdit.runs.changes import Change, changes, describe_changes
 from dcdit.runs.lock import sole_writer
 from dcdit.runs.resume import LAST, find_checkpoints, is_finished, leave_queue, state_at_start, write_state
@@ -26,7 +26,7 @@ from dcdit.runtime.files import write_json, write_text
 from dcdit.runtime.memory import configure_memory
 from dcdit.runtime.processes import rank, say
 from dcdit.settings.compose import with_run_id
-from dcdit.training.batching import check_devices, recorded_settings, with_accelerator
+from dcdit.training.batching import check_devices, describe_split, recorded_settings, with_accelerator
 from dcdit.training.build import build_trainer, check_network, match_compute
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
 from dcdit.training.fitting import with_micro_batch
@@ -200,7 +200,8 @@ def write_start(training: Training, changed: tuple[Change, ...]) -> None:
         if not rank():
             names = {key: list(getattr(start, key)) for key in ("loaded", "new", "left", "frozen")}
             write_json(run_dir / "init.json", {**start.record, **names})
-    say(describe_training(training))
+    for line in describe_training(training):
+        say(line)
     describe_optimizer(training)
     if changed:
         say(describe_changes(changed))
@@ -244,17 +245,22 @@ def write_outcome(training: Training, inside_job: bool) -> Outcome:
     return outcome
 
 
-def describe_training(training: Training) -> str:
-    """Describe what is trained, on how many processes, and from which step on."""
+def describe_training(training: Training) -> list[str]:
+    """Describe what is trained and how, on how many processes, and from which step on, in one to three lines."""
     config, network, processes = training.config, training.module.network, training.trainer.world_size
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return (
+    how = describe_execution(network, config.trainer.accelerator, config.trainer.precision)
+    whole = (
         f"Training {network.title} with {parameters / 1e6:.1f}M parameters for {config.trainer.max_steps} steps"
-        f" of {config.batch_size} samples, {config.trainer.accelerator} {config.trainer.precision}"
+        f" of {config.batch_size} samples, {how}"
         + (f" on {processes} processes" if processes > 1 else "")
         + f", in {os.path.relpath(config.run_dir)}"
         + (f", on from step {training.step}" if training.step else "")
     )
+    useless = config.execution.capacity == "auto" and not network.routes
+    lines = [whole, describe_split(config, network.routes)]
+    lines += [f"execution.capacity=auto changes nothing: {network.title} drops no tokens"] if useless else []
+    return [line for line in lines if line]
 
 
 def describe_optimizer(training: Training) -> None:

@@ -1,14 +1,19 @@
 """What goes to SLURM, what is refused before, and several processes without it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.configs import TINY, compose_config, config_of
 from support.processes import Command, end, ranks, run
 from support.runs import assert_same_end, load, wait_for
@@ -18,7 +23,7 @@ from dcdit.runs.progress import progress_of
 from dcdit.runs.state import RunState, State
 from dcdit.runtime.processes import lost_process
 from dcdit.settings.compose import configuration_of
-from dcdit.training.batching import accumulation, world_size
+from dcdit.training.batching import accumulation, describe_split, world_size
 from dcdit.training.build import build_trainer
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
 from dcdit.training.settings import TrainConfig
@@ -112,6 +117,51 @@ def test_the_batch_stays_what_it_is(batch, world, most, steps):
     plan = config_of("experiment=digits", f"data.batch_size={batch}", given)
     assert accumulation(plan, world) == steps
     assert batch % (world * steps) == 0
+
+
+@cache
+def digits_config():
+    return config_of("experiment=digits")
+
+
+@settings(deadline=None)
+@given(batch=st.integers(1, 400), most=st.integers(1, 400))
+def test_micro_batches_are_near_what_was_asked_for_or_refused_with_sizes_that_work(batch, most):
+    execution = replace(digits_config().execution, max_micro_batch=most)
+    plan = replace(digits_config(), execution=execution, data={"batch_size": batch})
+    divisors = [size for size in range(1, batch + 1) if batch % size == 0]
+    largest = max(size for size in divisors if size <= most)
+    if 2 * largest >= min(most, batch):
+        assert accumulation(plan, 1) == batch // largest
+        return
+    with pytest.raises(UserError, match="nearest sizes of micro-batches that divide") as caught:
+        accumulation(plan, 1)
+    for size in (largest, min(size for size in divisors if size > most)):
+        assert re.search(rf" {size}\b", str(caught.value))
+        better = replace(plan, execution=replace(execution, max_micro_batch=size))
+        assert accumulation(better, 1) == batch // size
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ((), ""),
+        (("execution.max_micro_batch=24",), "Micro-batches of 16 samples, 4 a step"),
+        (("trainer.devices=2",), ""),
+        (("trainer.devices=2", "execution.max_micro_batch=16"), "Micro-batches of 16 samples, 2 a step, on each of 2"),
+        (("execution.max_micro_batch=8",), "8 a step; so split, ratio.group=16 makes other groups"),
+        (("execution.max_micro_batch=16", "ratio.group=null"), "4 a step; so split, ratio.group=null makes other"),
+        (("trainer.devices=2", "data.batch_size=60"), "Parts of 30 samples, on each of 2 processes; so split, ratio"),
+        (("data.batch_size=60",), ""),
+    ],
+)
+def test_a_split_is_told_with_what_it_changes(overrides, words):
+    config = config_of("experiment=digits", *overrides)
+    told = describe_split(config, routes=True)
+    assert words in told
+    assert bool(told) == bool(words)
+    assert ("other groups" in told) == ("other" in words or "so split" in words)
+    assert "group" not in describe_split(config, routes=False)
 
 
 def test_impossible_splits_are_refused():

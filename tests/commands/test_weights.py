@@ -50,7 +50,7 @@ def test_weights_of_the_reference_in_every_command(reference, tiny_vae, tmp_path
 
     with hub_of({"amd/small": reference}, tmp_path / "cache"):
         said = run("sample", *about, *QUICK, "classes=[0,3]", "per_class=2").words
-        assert "reference DC-DiT checkpoint, DC-DiT with 0.8M parameters, step 700, EMA weights" in said
+        assert "reference DC-DiT checkpoint, DC-DiT with 0.8M parameters, step 700, EMA weights, cpu fp32" in said
         assert {path.name for path in (home / "samples").iterdir()} == {"samples.png", "boundaries.png", "latents.npz"}
         run("generate", *about, *QUICK, "out=images", "count=4", "budget.fraction=0.9")
         with np.load(tmp_path / "images" / "samples.npz") as images:

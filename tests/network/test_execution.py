@@ -9,7 +9,7 @@ from support.configs import MODERN, perturb
 
 from dcdit.network import DCDiT, DiT
 from dcdit.network.attention import packed_attention
-from dcdit.network.execution import hold_products_in, is_compiled, set_execution
+from dcdit.network.execution import describe_execution, hold_products_in, is_compiled, set_execution
 from dcdit.network.packing import make_packing
 
 SIZE = {"grid": 8, "channels": 4, "width": 64, "depth": 3, "heads": 2, "num_classes": 5}
@@ -155,3 +155,16 @@ def test_a_network_that_does_not_say_what_is_float32_keeps_its_weights():
     network.float32_parts, network.linear = None, torch.nn.Linear(2, 2)
     hold_products_in(network, torch.bfloat16)
     assert network.linear.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_how_a_network_runs_is_told(monkeypatch, amx):
+    monkeypatch.setattr("dcdit.network.attention.has_amx", lambda: amx)
+    for network in networks():
+        set_execution(network)
+        assert describe_execution(network, "cpu", "32-true") == "cpu 32-true"
+        apart = "" if amx else " (attention in float32)"
+        assert describe_execution(network, "cpu", "bf16-mixed") == f"cpu bf16-mixed{apart}"
+        assert describe_execution(network, "cuda", "bf16") == "cuda bf16"
+        set_execution(network, compiled=True)
+        assert describe_execution(network, "cuda", "bf16").startswith("cuda bf16, compiled blocks")

@@ -64,8 +64,10 @@ def test_it_is_found_once_and_a_run_that_goes_on_takes_the_same(gpu, tiny):
         with_micro_batch(on_gpu("trainer.devices=2"), None)
 
 
-def test_on_a_cpu_the_batch_is_not_split(tiny):
+def test_on_a_cpu_the_batch_is_not_split_and_that_is_told(tiny, caplog):
     run = tiny("auto", "trainer.max_steps=2", AUTO)
+    assert "execution.max_micro_batch=auto splits no batch on cpu" in caplog.text
+    assert "steps of 8 samples, cpu 32-true, in " in caplog.text
     assert RunState.read(run).settings["execution.max_micro_batch"] is None
     assert_same_end(run, tiny("whole", "trainer.max_steps=2"))
 

@@ -368,6 +368,7 @@ def test_attempts_are_counted_when_the_state_was_lost(tmp_path, monkeypatch):
 
 def test_keys_of_each_kind():
     keys = {"optimizer.lr": Kind.EFFECT, "model.width": Kind.NEVER, "compression": Kind.REMARK, "run_name": Kind.UNSEEN}
+    keys |= {"execution.capacity": Kind.REMARK, "execution.compile": Kind.EFFECT}
     assert {key: kind_of(key) for key in keys} == keys
 
 

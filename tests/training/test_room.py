@@ -48,8 +48,9 @@ def test_auto_has_room_for_half_as_much_again_as_the_ratio_loss_asks_for():
     assert config_of().capacity is None
 
 
-def test_a_plain_dit_has_no_capacity(tiny):
+def test_a_plain_dit_has_no_capacity(tiny, caplog):
     tiny("plain", *PLAIN_DIT, "trainer.max_steps=1", "execution.capacity=auto")
+    assert "execution.capacity=auto changes nothing: DiT" in caplog.text
     with pytest.raises(UserError, match=r"execution\.capacity=0\.4: DiT.* drops no tokens"):
         tiny("refused", *PLAIN_DIT, "trainer.max_steps=1", "execution.capacity=0.4")
 

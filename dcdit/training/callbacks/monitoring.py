@@ -129,7 +129,8 @@ class ProgressBar(RichProgressBar):
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return "training"
+        parts = self.trainer.accumulate_grad_batches
+        return "training" if parts == 1 else f"training, micro-batches ({parts} a step)"
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """The metrics at the last refresh; Lightning would read its own from the device at every step."""
