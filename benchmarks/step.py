@@ -132,6 +132,17 @@ def instrumented(network: DCDiT, clock: Clock) -> Iterator[None]:
                 setattr(owner, attribute, function)
 
 
+def keep_share(network: DCDiT, inputs: tuple[Tensor, Tensor, Tensor], share: float) -> tuple[int, ...]:
+    """Set the router so that it keeps ``share`` of ``inputs`` (x, t, y); returns the tokens kept of each sample."""
+    assert isinstance(network.router, PredictabilityRouter)
+    bias = network.router.scorer[-1].bias
+    assert isinstance(bias, Tensor)
+    with torch.no_grad():
+        prob = network(*inputs).routing.prob
+        bias.sub_(prob[prob < 1].logit().quantile(1 - share))  # those always kept have probability 1
+        return tuple(network(*inputs).routing.mask.sum(1).tolist())
+
+
 class Bench:
     """The networks, their input, and what is measured on them."""
 
@@ -162,14 +173,8 @@ class Bench:
 
     def keep(self, share: float) -> tuple[int, ...]:
         """Set the router so that it keeps ``share`` of the input; returns the tokens kept of each sample."""
-        assert isinstance(self.network.router, PredictabilityRouter)
-        bias = self.network.router.scorer[-1].bias
-        assert isinstance(bias, Tensor)
-        with torch.no_grad(), self.precision():
-            prob = self.network(self.x, self.t, self.y).routing.prob
-            bias.sub_(prob[prob < 1].logit().quantile(1 - share))  # those always kept have probability 1
-            routing = self.network(self.x, self.t, self.y).routing
-        return tuple(routing.mask.sum(1).tolist())
+        with self.precision():
+            return keep_share(self.network, (self.x, self.t, self.y), share)
 
     def precision(self) -> torch.autocast:
         """Autocast to bf16 where asked for."""
