@@ -214,6 +214,11 @@ def describe_guesses(model: Mapping[str, Any], assume: AssumeSettings) -> list[s
             " taken, as published. Weights of SiT and REPA have the same names and shapes, and would give noise:"
             " assume.diffusion=flow_sit or flow_repa says that it is one of them"
         )
+    if assume.autoencoder not in (None, AUTOENCODER, IDENTITY) and assume.scale is None:
+        guesses.append(
+            f"Nothing says the scale of the latents of {assume.autoencoder}: {LATENT_SCALE} is taken, that of"
+            f" {AUTOENCODER}. assume.scale says another; the autoencoder's config.json mostly has it as scaling_factor"
+        )
     classes, has_null_class = model["num_classes"], model.get("label_dropout") != 0
     if assume.num_classes is None and not (classes == _PUBLISHED_CLASSES and has_null_class):
         rows = classes + has_null_class

@@ -301,3 +301,16 @@ def test_the_process_that_no_shape_tells_can_be_said(tmp_path, caplog, variance)
     assert load_model(tmp_path / "out").process.settings.name == "flow"
     with pytest.raises(UserError, match="diffusion='sit' is not one of ddpm, flow, flow_sit, flow_repa"):
         AssumeSettings(diffusion="sit")
+
+
+def test_a_scale_of_latents_that_nobody_said_is_told(tmp_path, caplog):
+    path = tiny_dit_file(tmp_path / "x.pt")
+    for told, said in (
+        (False, AssumeSettings(heads=2)),
+        (False, AssumeSettings(heads=2, autoencoder="identity")),
+        (False, AssumeSettings(heads=2, autoencoder="other/vae", scale=0.36)),
+        (True, AssumeSettings(heads=2, autoencoder="other/vae")),
+    ):
+        caplog.clear()
+        load_model(path, assume=said)
+        assert ("the scale of the latents of other/vae: 0.18215 is taken" in caplog.text) == told
