@@ -14,6 +14,7 @@ from support.runs import STATE, assert_same_end, differences, load, logged, star
 
 from dcdit.errors import UserError
 from dcdit.runs.resume import checkpoints_in
+from dcdit.sample import sample as sample_command
 
 
 @pytest.fixture(scope="module", params=["32-true", "bf16-mixed"])
@@ -201,11 +202,12 @@ def test_sampling_from_a_run(trained_run, tmp_path):
         (["checkpoint=nowhere.ckpt"], "nowhere.ckpt does not exist"),
         (["device=cuda:99"], "device='cuda:99'"),
         (["+per_clas=2"], "did you mean per_class"),
-        (["execution.capacity=0.4"], r"execution\.capacity=0\.4: there is no such key, did you mean capacity\?"),
     ):
         with pytest.raises(UserError, match=message):
             sample("wrong", *overrides)
     assert not (tmp_path / "wrong").exists()
+    with pytest.raises(UserError, match=r"execution\.capacity=0\.4: there is no such key, did you mean capacity\?"):
+        sample_command.compose("execution.capacity=0.4")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, monkeypatch):

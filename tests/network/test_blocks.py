@@ -199,7 +199,7 @@ def test_tokens_are_float32_and_know_their_place_by_rotation_alone(name, positio
     block.register_forward_pre_hook(lambda _, given: arguments.extend(given))
     with record_hidden_states(net) as states, torch.autocast("cpu", torch.bfloat16):
         output = net(*inputs())
-    assert {tokens.dtype for tokens in states.tokens} == {torch.float32}
+    assert {tokens.dtype for tokens in states.tokens.values()} == {torch.float32}
     mask = torch.ones(3, positions, dtype=torch.bool) if output.routing is None else output.routing.mask
     assert mask.float().mean() > 0.1
     number = torch.zeros(3, positions, 1, 16)
