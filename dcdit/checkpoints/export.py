@@ -122,6 +122,12 @@ def write_reference(out: Path, weights: Weights, kind: WeightsKind) -> None:
         UserError: if the network has parts that are not known there, or the file cannot be written.
     """
     check_new_file(out)
+    prediction = weights.process.spec.get("prediction", "velocity")
+    if prediction != "velocity":
+        raise UserError(
+            f"format=reference: this network was trained with diffusion.prediction={prediction}, which such files do"
+            " not say: format=dcdit exports it"
+        )
     network = _build(weights, kind)
     state = reference_state(network)
     values = {"model": state, "ema": state, "opt": {}, "config": network.spec}

@@ -240,3 +240,11 @@ def test_as_many_class_names_as_classes(tmp_path, classes):
     sign(tmp_path / "x" / "config.json", latents={**config["latents"], "classes": list(classes)})
     with pytest.raises(UserError, match=rf"checkpoint=.*names {len(classes)} classes, its network has 2"):
         read_weights(resolve_checkpoint(str(tmp_path / "x"), "runs"))
+
+
+def test_a_prediction_that_reference_files_do_not_say_is_refused(tmp_path):
+    predicts_image = replace(weights("dit"), training={"diffusion": {"name": "flow", "prediction": "x"}})
+    with pytest.raises(UserError, match=r"diffusion\.prediction=x, which such files do not say: format=dcdit"):
+        export.write_reference(tmp_path / "x.pt", predicts_image, "ema")
+    assert not list(tmp_path.iterdir())
+    export.write_reference(tmp_path / "v.pt", replace(weights("dit"), training={"diffusion": {"name": "flow"}}), "ema")

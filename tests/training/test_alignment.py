@@ -357,6 +357,7 @@ def test_what_a_run_began_with_stays(tiny, weights, tmp_path):
     [
         (("alignment=repa", *ENCODER, "alignment.block=2"), r"alignment.block=2: the network has 1 blocks"),
         (("alignment=repa", *ENCODER, "alignment.grid=3"), r"alignment.grid=3: .* 8 x 8 tokens .* one of 1, 2, 4, 8"),
+        (("alignment=irepa", *ENCODER, "alignment.grid=1"), r"alignment.grid=1: .* of one patch nothing is left"),
         (("alignment=irepa", *ENCODER, *PLAIN_DIT, "alignment.grid=8"), r"alignment.grid=8: .* 4 x 4 tokens"),
         (("alignment=repa", *ENCODER, "alignment.features=stored"), r"needs features .*holds none: extract them"),
         (("alignment=repa", "alignment.grid=4", "alignment.encoder=vitt"), "alignment.encoder='vitt' is no model"),

@@ -98,10 +98,10 @@ class EncoderSettings(BlockSettings):
         return self.features
 
     def block_of(self, depth: int) -> int:
-        """The number of the block: 8 for the scales L and XL, 4 for smaller ones, as REPA has them."""
+        """The number of the block: 8 for the scales L and XL and 4 for S and B, as REPA has them; a third of others."""
         if self.block != "auto":
             return self.block
-        return 8 if depth >= 24 else min(4, depth)
+        return 8 if depth >= 24 else max(1, depth // 3)
 
     def check_network(self, network: "Network") -> None:
         """Raise :class:`UserError` unless ``network`` has the block, and each of its tokens lies in one patch."""
@@ -130,6 +130,13 @@ class IREPA(EncoderSettings):
 
     name: ClassVar[str] = "irepa"
     implementation: ClassVar[str] = "dcdit.training.alignment.build:build_irepa"
+
+    def __post_init__(self) -> None:
+        if self.grid == 1:
+            raise UserError(
+                "alignment.grid=1: iREPA normalises features over the patches of an image, and of one patch nothing is"
+                " left: take more patches, or alignment=repa"
+            )
 
 
 @config
