@@ -3,8 +3,10 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -18,6 +20,8 @@ from dcdit.checks import suggestion
 from dcdit.errors import TrainingError, UserError
 from dcdit.runtime import terminal
 from dcdit.runtime.files import describe_dangling_link
+from dcdit.settings.help import choices
+from dcdit.settings.published import CONFIG_DIR
 
 USER_ERROR_STATUS = 2
 MOST_SUGGESTED = 3
@@ -106,6 +110,9 @@ def _explain_override(error: ConfigCompositionException | MissingConfigException
         same = _keys_ending_in(_key_of(given).rpartition(".")[2], cause.parent_node._get_root())
         if 0 < len(same) <= MOST_SUGGESTED:
             remedy = f"did you mean {' or '.join(same)}?"
+        elif owners := _choices_with(str(cause.full_key)):
+            named = ", ".join(owners[:MOST_SUGGESTED])
+            remedy = f"it belongs to {named}" + (", and others" if len(owners) > MOST_SUGGESTED else "")
         return f"{given}: there is no such key, {remedy}"
     if ambiguous := re.fullmatch(r"Ambiguous value for argument '(.*)'", message):
         key, _, value = ambiguous[1].replace("'", "").partition("=")
@@ -119,6 +126,21 @@ def _explain_override(error: ConfigCompositionException | MissingConfigException
 def _key_of(word: str) -> str:
     """The key of an override."""
     return word.split("=")[0].lstrip("+~")
+
+
+def _choices_with(full_key: str) -> list[str]:
+    """The choices of a configuration group that have a key, such as ``diffusion=flow``."""
+    group, _, key = full_key.rpartition(".")
+    files = {choice: Path(CONFIG_DIR, group, f"{choice}.yaml") for choice in choices(group)} if group else {}
+    return [f"{group}={choice}" for choice, file in files.items() if key in _keys_in(file)]
+
+
+def _keys_in(file: Path) -> set[str]:
+    """The keys of a choice of a group, and of the files that it builds on."""
+    values = yaml.safe_load(file.read_text()) or {}
+    bases = [entry.split("@")[0] for entry in values.get("defaults", []) if isinstance(entry, str)]
+    inherited = [_keys_in(file.parent / f"{base}.yaml") for base in bases if not base.startswith(("_self_", "/"))]
+    return set(values).union(*inherited)
 
 
 def _keys_ending_in(last: str, node: Any, path: str = "") -> list[str]:

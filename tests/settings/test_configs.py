@@ -171,6 +171,8 @@ def test_the_config_of_a_job_is_readable(tmp_path, capsys):
         ("trainer.precision=fp32", ["did you mean 32-true?"]),
         ("precision=bf16", ["precision=bf16: there is no such key, did you mean trainer.precision?"]),
         ("capacity=auto", ["did you mean execution.capacity?"]),
+        ("optimizer.momentum=0.9", ["optimizer.momentum=0.9: there is no such key, it belongs to optimizer=muon"]),
+        ("alignment.encoder=x", ["it belongs to alignment=irepa, alignment=repa"]),
         ("trainer.compile=true", ["did you mean execution.compile?"]),
         ("ema.decay=0.9", ["ema.decay=0.9: there is no such key, did you mean callbacks.ema.decay?"]),
         ("execution.nonsense=1", ["known keys: activation_checkpointing"]),
