@@ -246,7 +246,7 @@ def write_outcome(training: Training, inside_job: bool) -> Outcome:
 
 
 def describe_training(training: Training) -> list[str]:
-    """Describe what is trained and how, on how many processes, and from which step on, in one to three lines."""
+    """Describe what is trained and how, on how many processes, and from which step on, line by line."""
     config, network, processes = training.config, training.module.network, training.trainer.world_size
     parameters = sum(parameter.numel() for parameter in network.parameters())
     how = describe_execution(network, config.trainer.accelerator, config.trainer.precision)
@@ -258,7 +258,8 @@ def describe_training(training: Training) -> list[str]:
         + (f", on from step {training.step}" if training.step else "")
     )
     useless = config.execution.capacity == "auto" and not network.routes
-    lines = [whole, describe_split(config, network.routes)]
+    alignment = training.module.alignment
+    lines = [whole, describe_split(config, network.routes), alignment.description if alignment else ""]
     lines += [f"execution.capacity=auto changes nothing: {network.title} drops no tokens"] if useless else []
     return [line for line in lines if line]
 

@@ -340,9 +340,10 @@ def test_an_exported_network_has_no_projector(tiny, tmp_path):
     assert set(state) == set(build_network(config_of(*TINY).model).state_dict())
 
 
-def test_what_a_run_began_with_stays(tiny, weights, tmp_path):
+def test_what_a_run_began_with_is_told_and_stays(tiny, weights, tmp_path, caplog):
     words = ("alignment=repa", *ENCODER, "alignment.width=32", f"alignment.weights={weights}")
     tiny("run", *words, "trainer.max_steps=1")
+    assert "alignment=repa: a loss on the tokens after block 1, with features of test_vit (weights " in caplog.text
     with pytest.raises(UserError, match=r"alignment: the run was trained with weights='.*', now it is"):
         tiny("run", *words, "alignment.weights=random", "trainer.max_steps=2", "ckpt_path=last")
     with pytest.raises(UserError, match=r"alignment.name='none': the run was trained with 'repa'"):

@@ -39,6 +39,11 @@ class Alignment(nn.Module, AuxiliaryLoss):
         """What checkpoints say of it; equal in a run that goes on."""
         return {"name": self.name, "block": self.block}
 
+    @property
+    def description(self) -> str:
+        """What is aligned with what, for people."""
+        return f"alignment={self.name}: a loss on the tokens after block {self.block}"
+
     def __deepcopy__(self, memo: object) -> "Alignment":
         return self  # an average of weights copies the trained module: what is never sampled with needs no average
 
@@ -86,6 +91,14 @@ class EncoderAlignment(Alignment):
         """What checkpoints say of it, and of its encoder."""
         identity = self.features.identity
         return {**super().record, "encoder": identity.name, "weights": identity.weights}
+
+    @property
+    @override
+    def description(self) -> str:
+        identity = self.features.identity
+        return (
+            f"{super().description}, with features of {identity.name} (weights {identity.weights}, {identity.origin})"
+        )
 
     @override
     def move(self, device: torch.device) -> None:
