@@ -5,10 +5,7 @@ Every failure is a :class:`dcdit.errors.UserError` that names the value and the 
 
 from dcdit.checks.checking import (
     MISSING,
-    Named,
-    WithOthers,
     annotations,
-    build_named,
     call_checked,
     checked,
     config,
@@ -17,6 +14,7 @@ from dcdit.checks.checking import (
     suggestion,
     to_plain,
 )
+from dcdit.checks.choices import Named, NamedSettings, WithOthers, build_named
 from dcdit.checks.constraints import (
     FLOAT_NAMES,
     HUB_ID,

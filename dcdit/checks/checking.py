@@ -32,6 +32,14 @@ T = TypeVar("T")
 Class = TypeVar("Class", bound=type)
 
 
+class Section:
+    """An annotation of a section of a configuration that makes its object by rules of its own."""
+
+    def make(self, name: str, value: Any) -> Any:
+        """The object that the section at ``name`` describes; UserError naming key, value and remedy."""
+        raise NotImplementedError
+
+
 @overload
 def conform(name: str, value: object, hint: type[T]) -> T: ...
 
@@ -50,8 +58,8 @@ def conform(name: str, value: Any, hint: Any) -> Any:
         name: name of the value, for messages.
         value: a plain value, or an object where the annotation is a class; a mapping of its fields becomes a dataclass.
         hint: an annotation: plain types, unions, lists, tuples, mappings, ``Literal``, ``Annotated`` with
-            :class:`Bounds`, :class:`NotEmpty`, :class:`OneOf`, :class:`Matches`, :class:`Meant`, :class:`Named` or
-            :class:`WithOthers`, classes.
+            :class:`Bounds`, :class:`NotEmpty`, :class:`OneOf`, :class:`Matches`, :class:`Meant`, a
+            :class:`Section`, classes.
 
     Raises:
         UserError: naming the value and the remedy.
@@ -60,7 +68,7 @@ def conform(name: str, value: Any, hint: Any) -> Any:
     if hint is Any:
         return value
     if origin is Annotated:
-        makers = [each for each in arguments[1:] if isinstance(each, Named | WithOthers)]
+        makers = [each for each in arguments[1:] if isinstance(each, Section)]
         if makers and not is_dataclass(value):
             return makers[0].make(name, value)
         spellings = [each.table for each in arguments[1:] if isinstance(each, Meant) and str(value) in each.table]
@@ -324,61 +332,6 @@ def call_checked(
         return made
     except UserError as error:
         raise UserError(f"{dotted}{error}") from None  # constructors begin their messages with the argument's name
-
-
-def build_named(table: Mapping[str, Callable[..., T]], values: object, prefix: str) -> T:
-    """Call the entry of ``table`` that ``values`` names with the other values, checked as :func:`call_checked` does.
-
-    Args:
-        table: classes or functions by name; nothing else is ever built from a configuration or a checkpoint.
-        values: ``name`` and the arguments, as plain values.
-        prefix: the section's key in the configuration, for messages.
-
-    Raises:
-        UserError: if the name is not in the table, or an argument is unknown, of the wrong type or out of range.
-    """
-    if not isinstance(values, Mapping):
-        raise UserError(f"{prefix}={shown(values)}: {prefix} is a section, set its keys, such as {prefix}.name=...")
-    arguments = dict(values)
-    name = arguments.pop("name", None)
-    if not isinstance(name, str) or name not in table:
-        raise UserError(f"{prefix}.name={shown(name)} is not one of {', '.join(table)}")
-    return call_checked(table[name], arguments, prefix)
-
-
-@dataclass(frozen=True)
-class Named:
-    """A section that chooses by its key ``name``; see :func:`build_named`.
-
-    Attributes:
-        table: the classes that may be chosen, by name.
-    """
-
-    table: Mapping[str, Callable[..., Any]]
-
-    def make(self, name: str, value: Any) -> Any:
-        """The object that the section at ``name`` describes; UserError naming key, value and remedy."""
-        return build_named(self.table, value, name)
-
-
-@dataclass(frozen=True)
-class WithOthers:
-    """A section with keys that its class does not name; they become its field ``others``, unchecked.
-
-    Attributes:
-        kind: the class.
-    """
-
-    kind: Callable[..., Any]
-
-    def make(self, name: str, value: Any) -> Any:
-        """The object that the section at ``name`` describes; UserError naming key, value and remedy."""
-        if not isinstance(value, Mapping):
-            return call_checked(self.kind, value, name)
-        known = annotations(self.kind).keys() - {"others"}
-        others = {str(key): element for key, element in value.items() if key not in known}
-        own = {key: element for key, element in value.items() if key in known}
-        return call_checked(self.kind, {**own, "others": others}, name)
 
 
 def to_plain(value: Any) -> Any:

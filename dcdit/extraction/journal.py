@@ -35,7 +35,7 @@ class Encoded:
 
     @property
     def shards(self) -> list[Shard]:
-        """The files of the task."""
+        """The files that the task has written: latents, and companions if there are any."""
         return [shard for shard in (self.shard, self.companion) if shard is not None]
 
 

@@ -34,7 +34,7 @@ class KeptShares:
 
     @property
     def digest(self) -> str:
-        """A short digest of them."""
+        """A short digest that tells these shares from others."""
         return content_digest(asdict(self))[:8]
 
     def room(self, timesteps: Sequence[float]) -> Capacity:

@@ -124,7 +124,7 @@ def _explain_override(error: ConfigCompositionException | MissingConfigException
 
 
 def _key_of(word: str) -> str:
-    """The key of an override."""
+    """The key that an override sets, without its value."""
     return word.split("=")[0].lstrip("+~")
 
 

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from dcdit.checks import Bounds, Natural, NonNegative, Positive, config
-from dcdit.diffusion.settings import NamedSettings
+from dcdit.checks import Bounds, NamedSettings, Natural, NonNegative, Positive, config
 from dcdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,10 +22,9 @@ class OptimizerSettings(NamedSettings):
 
     Attributes:
         name: its name in :data:`OPTIMIZERS`.
-        implementation: module and function that :meth:`build` calls.
+        implementation: what :meth:`build` calls.
     """
 
-    implementation: ClassVar[str]
     lr: Positive
     weight_decay: NonNegative
     betas: tuple[Decay, Decay]
@@ -37,7 +35,7 @@ class OptimizerSettings(NamedSettings):
 
     def build(self, parts: "Mapping[str, nn.Module]") -> "Optimizer":
         """One optimiser of all parameters of ``parts``, in their order, with a group of parameters for each part."""
-        optimizer: Optimizer = resolve_name(self.implementation)(self, parts)
+        optimizer: Optimizer = self.call_implementation(parts)
         return optimizer
 
     def matrices(self, network: "nn.Module") -> "dict[nn.Parameter, int]":

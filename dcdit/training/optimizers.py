@@ -85,7 +85,7 @@ class MuonWithAdamW(torch.optim.AdamW):
         scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         gradient = gradient if scale is None else gradient / scale
-        before = [tensor.clone() for tensor in changed]
+        before = [] if found_inf is None else [tensor.clone() for tensor in changed]
         # torch.optim.Muon takes whole parameters, so each matrix becomes one, in the memory that it has.
         matrices, momenta, gradients = (
             tensor.split(len(weight) // self.matrices[weight]) for tensor in (*changed, gradient)

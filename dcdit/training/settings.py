@@ -1,7 +1,6 @@
 """What a user may say about training. No torch here, so that mistakes show at once."""
 
 import re
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from dcdit.checkpoints.settings import AssumeSettings, Paths, WeightsKind
@@ -14,6 +13,7 @@ from dcdit.checks import (
     Matches,
     Meant,
     Named,
+    NamedSettings,
     Natural,
     NonNegative,
     Seed,
@@ -22,7 +22,7 @@ from dcdit.checks import (
     conform,
     shown,
 )
-from dcdit.diffusion.settings import PROCESSES, NamedSettings, ProcessSettings
+from dcdit.diffusion.settings import PROCESSES, ProcessSettings
 from dcdit.errors import UserError
 from dcdit.runs.changes import leaves
 from dcdit.runs.state import RunId
@@ -90,10 +90,8 @@ class InitSettings(NamedSettings):
 
     Attributes:
         name: its name in :data:`INITS`.
-        implementation: module and function that :meth:`start` calls.
+        implementation: what :meth:`start` calls.
     """
-
-    implementation: ClassVar[str]
 
     def start(self, model: "Model", runs: str) -> "Start":
         """Put the weights that training starts from into a network, and freeze what is not trained.
@@ -106,7 +104,7 @@ class InitSettings(NamedSettings):
         Raises:
             UserError: naming tensor and both shapes, or key and both values, where something does not fit.
         """
-        start: Start = resolve_name(self.implementation)(self, model, runs)
+        start: Start = self.call_implementation(model, runs)
         return start
 
     def check_model(self, name: object) -> None:

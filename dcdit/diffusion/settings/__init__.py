@@ -11,7 +11,6 @@ from dcdit.diffusion.settings.processes import (
     TRAIN_STEPS,
     WEIGHTINGS,
     FlowMatching,
-    NamedSettings,
     NoiseDiffusion,
     ProcessSettings,
     TimeShift,

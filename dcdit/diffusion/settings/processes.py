@@ -1,13 +1,12 @@
 """The settings of diffusion processes, and the table of them."""
 
 import math
-from dataclasses import asdict, dataclass, replace
-from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from typing_extensions import Self, override
 
-from dcdit.checks import Bounds, NonNegative, Number, OneOf, Positive, checked
+from dcdit.checks import Bounds, NamedSettings, NonNegative, Number, OneOf, Positive, checked
 
 if TYPE_CHECKING:
     from dcdit.diffusion.process import Process
@@ -32,34 +31,17 @@ _UNSHIFTED_ELEMENTS = 4096
 """Elements of a latent, 32 x 32 x 4, that need no shift of times (RAE, arXiv 2510.11690)."""
 
 
-@dataclass(frozen=True)
-class NamedSettings:
-    """Settings that stand in a table.
-
-    Attributes:
-        name: their name in the table.
-    """
-
-    name: ClassVar[str]
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """The name and all settings as plain values, as a configuration states them."""
-        return {"name": self.name, **asdict(self)}
-
-
 class ProcessSettings(NamedSettings):
     """The settings of a diffusion process.
 
     Attributes:
         name: its name in :data:`PROCESSES`.
-        implementation: module and class of the :class:`dcdit.diffusion.process.Process` that is built of them.
+        implementation: a :class:`dcdit.diffusion.process.Process`.
         noisy_sampler, deterministic_sampler: names of the samplers that ``sampler=auto`` takes for it.
         weighting: of the squared error over times, see :data:`WEIGHTINGS`.
         snr_gamma: argument of the weighting.
     """
 
-    implementation: ClassVar[str]
     noisy_sampler: ClassVar[str]
     deterministic_sampler: ClassVar[str]
     weighting: Weighting
@@ -67,7 +49,7 @@ class ProcessSettings(NamedSettings):
 
     def build(self) -> "Process":
         """The process with these settings."""
-        process: Process = resolve_name(self.implementation)(self)
+        process: Process = self.call_implementation()
         return process
 
     def for_latents(self, elements: int) -> Self:

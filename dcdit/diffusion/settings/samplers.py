@@ -2,16 +2,14 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from typing_extensions import override
 
-from dcdit.checks import Bounds, call_checked, checked
+from dcdit.checks import Bounds, NamedSettings, call_checked, checked
 from dcdit.diffusion.settings.processes import (
     TRAIN_STEPS,
     FlowMatching,
-    NamedSettings,
     ProcessSettings,
     TimeShift,
 )
@@ -61,14 +59,12 @@ class SamplerSettings(SamplerOptions):
     """The settings of one sampler.
 
     Attributes:
-        implementation: module and class of the :class:`dcdit.diffusion.samplers.Stepper` that is built of them.
+        implementation: a :class:`dcdit.diffusion.samplers.Stepper`.
     """
-
-    implementation: ClassVar[str]
 
     def stepper(self) -> "Stepper":
         """A new object that makes the steps of one trajectory."""
-        stepper: Stepper = resolve_name(self.implementation)(self)
+        stepper: Stepper = self.call_implementation()
         return stepper
 
     def for_process(self, process: ProcessSettings) -> "SamplerSettings":

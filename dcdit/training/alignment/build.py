@@ -15,7 +15,7 @@ from dcdit.training.auxiliary import blocks_of
 
 
 def build_nothing(settings: NoAlignment, network: Network, manifest: Manifest | None) -> None:
-    """No loss."""
+    """Build no loss, for training without alignment."""
 
 
 def build_repa(settings: REPA, network: Network, manifest: Manifest | None) -> TokenAlignment:

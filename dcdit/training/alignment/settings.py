@@ -1,10 +1,8 @@
 """What a user may say about alignment. No torch here, so that mistakes show at once."""
 
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from dcdit.checks import Bounds, Grid, NonNegative, Positive, Size, config
-from dcdit.diffusion.settings import NamedSettings
+from dcdit.checks import Bounds, Grid, NamedSettings, NonNegative, Positive, Size, config
 from dcdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,10 +21,8 @@ class AlignmentSettings(NamedSettings):
 
     Attributes:
         name: its name in :data:`ALIGNMENTS`.
-        implementation: module and function that :meth:`build` calls.
+        implementation: what :meth:`build` calls.
     """
-
-    implementation: ClassVar[str]
 
     @property
     def feature_source(self) -> FeatureSource | None:
@@ -46,13 +42,13 @@ class AlignmentSettings(NamedSettings):
         Raises:
             UserError: if the shards do not fit it, or the encoder cannot be had.
         """
-        alignment: Alignment | None = resolve_name(self.implementation)(self, network, manifest)
+        alignment: Alignment | None = self.call_implementation(network, manifest)
         return alignment
 
 
 @config
 class NoAlignment(AlignmentSettings):
-    """No alignment."""
+    """Hidden states that are not aligned with anything."""
 
     name: ClassVar[str] = "none"
     implementation: ClassVar[str] = "dcdit.training.alignment.build:build_nothing"
@@ -94,7 +90,7 @@ class EncoderSettings(BlockSettings):
 
     @property
     def feature_source(self) -> FeatureSource:
-        """What ``features`` says."""
+        """Where the features come from, as the key ``features`` says."""
         return self.features
 
     def block_of(self, depth: int) -> int:
