@@ -105,7 +105,8 @@ def load_encoder(model: str, weights: str, grid: int, keys: EncoderKeys) -> Enco
         side = grid * int(network.feature_info[-1]["reduction"])
         state = None
         if origin == "file":
-            state = _without_classifier(network, read_model_weights(weights, keys.weights))
+            names = network.state_dict().keys()
+            state = _without_classifier(network, read_model_weights(weights, keys.weights, names))
             if shapes_of(state) == shapes_of(network.state_dict()):
                 load_state_strict(network, state)
                 state = None

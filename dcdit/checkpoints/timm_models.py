@@ -1,12 +1,15 @@
 """Image models of timm, whose weights come from the hub or from a local file."""
 
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dcdit.checkpoints.nesting import find_states
 from dcdit.checkpoints.read import read_checkpoint
+from dcdit.checks import conform
 from dcdit.errors import UserError
 from dcdit.runtime.hub import cause_of, check_hub_answers
 from dcdit.runtime.tensors import read_tensors
@@ -37,25 +40,30 @@ def create_timm_model(name: str, key: str, remedy: str, pretrained: bool, **opti
         raise UserError(f"{key}={name!r}: its weights cannot be downloaded ({cause_of(error)}): {remedy}") from error
 
 
-def read_model_weights(path: str, key: str) -> dict[str, Any]:
+def read_model_weights(path: str, key: str, names: Collection[str] = ()) -> dict[str, Any]:
     """Read parameters by name from a local ``.safetensors`` or torch file; nothing in it is run.
 
     Args:
         path: the file.
         key: that it was given as, for messages.
+        names: of the model's parameters, where they are known. Weights that a program stores below other keys or behind
+            a prefix are then found too, see :mod:`dcdit.checkpoints.nesting`.
 
     Raises:
         UserError: if it is missing, unsafe, or holds no parameters.
     """
     if not Path(path).is_file():
-        raise UserError(f"{key}={path}: there is no such file")
-    if Path(path).suffix == ".safetensors":
-        try:
-            return dict(read_tensors(Path(path)))
-        except UserError as error:
-            raise UserError(f"{key}={path}: {error}") from error
-    state = read_checkpoint(path, legacy=True)
-    state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{key}={path} holds more than parameters: save the network's state_dict")
-    return state
+        raise UserError(f"{key}={path}: there is no such file; give one that holds the weights of the model")
+    try:
+        if Path(path).suffix == ".safetensors":
+            values: dict[str, Any] = dict(read_tensors(Path(path)))
+        else:
+            values = read_checkpoint(path, legacy=True)
+    except UserError as error:
+        raise UserError(f"{key}={path}: {error}") from error
+    try:
+        if names and values.keys().isdisjoint(names):
+            return dict(next(iter(find_states(values).values())))
+        return conform("state_dict", values.get("state_dict", values), dict[str, Tensor])
+    except UserError as error:
+        raise UserError(f"{key}={path} holds more than parameters: save the network's state_dict") from error

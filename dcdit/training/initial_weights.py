@@ -1,10 +1,12 @@
 """The weights that training starts from: fresh ones, or those of a checkpoint."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dcdit.checkpoints.load import Model, Weights, describe_weights, read_weights
 from dcdit.checkpoints.resolve import resolve_checkpoint
+from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.checks import shown
 from dcdit.diffusion.process import Process
 from dcdit.errors import UserError
@@ -90,8 +92,7 @@ def start_from_weights(settings: FromWeights, model: Model, runs: str) -> Start:
     freeze(model.network, settings.freeze)
     if model.step:
         return Start()
-    checkpoint = resolve_checkpoint(settings.checkpoint, runs, "init.checkpoint")
-    key, weights = checkpoint.argument, read_weights(checkpoint, settings.assume)
+    key, weights = read_named(settings.checkpoint, "init.checkpoint", runs, settings.assume)
     check_latents(key, weights, model.latents, settings.adapt)
     sizes = check_architecture(key, weights, model.network, settings.adapt)
     network = build_network(weights.model)
@@ -99,6 +100,22 @@ def start_from_weights(settings: FromWeights, model: Model, runs: str) -> Start:
     load_state_strict(network, state)
     transfer = match_parameters(key, model.network, state, settings.adapt, sizes)
     return take_over(InitialWeights(key, weights, network, transfer), settings, model)
+
+
+def read_named(name: str, key: str, runs: str, assume: AssumeSettings) -> tuple[str, Weights]:
+    """Read the weights that ``key`` names.
+
+    Returns:
+        The key with its value, for messages, and the weights.
+
+    Raises:
+        UserError: if they cannot be read; with the keys of ``init.assume`` as training has them.
+    """
+    checkpoint = resolve_checkpoint(name, runs, key)
+    try:
+        return checkpoint.argument, read_weights(checkpoint, assume)
+    except UserError as error:
+        raise type(error)(re.sub(r"(?<![\w.])assume\.", "init.assume.", str(error))) from error
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from dcdit.checkpoints.load import Model, read_weights
-from dcdit.checkpoints.resolve import resolve_checkpoint
+from dcdit.checkpoints.load import Model
 from dcdit.checks import shown
 from dcdit.errors import UserError
 from dcdit.network import DiT, Network, build_network
 from dcdit.runtime.tensors import load_state_strict
 from dcdit.training.distillation import Distillation
-from dcdit.training.initial_weights import InitialWeights, Start, freeze, take_over
+from dcdit.training.initial_weights import InitialWeights, Start, freeze, read_named, take_over
 from dcdit.training.settings import FromTeacher
 from dcdit.training.transfer import BLOCKS, check_latents, match_parameters
 
@@ -21,8 +20,7 @@ def start_from_teacher(settings: FromTeacher, model: Model, runs: str) -> Start:
     freeze(model.network, settings.freeze)
     if (model.step or 0) >= max(1, settings.distil_steps):
         return Start()
-    checkpoint = resolve_checkpoint(settings.teacher, runs, "init.teacher")
-    key, weights = checkpoint.argument, read_weights(checkpoint, settings.assume)
+    key, weights = read_named(settings.teacher, "init.teacher", runs, settings.assume)
     if weights.model["name"] != "dit":
         raise UserError(
             f"{key} holds no plain DiT, which upcycling starts from ({weights.source}): to train one further there is"

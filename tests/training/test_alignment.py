@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.configs import PLAIN_DIT, TINY, compose_config, config_of, train
 from support.runs import assert_same_end, differences, load
 from torch import nn
@@ -244,6 +244,20 @@ def test_weights_of_the_very_size_are_loaded(tmp_path):
     torch.testing.assert_close(dict(encoder.network.state_dict()), dict(network.state_dict()))
     with pytest.raises(UserError, match=r"alignment.weights=.*own.safetensors do not fit test_vit: .*pos_embed"):
         load_encoder("test_vit", str(tmp_path / "own.safetensors"), 5, KEYS)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model."])
+@pytest.mark.parametrize("below", [(), ("state_dict",), ("ema",), ("model", "state_dict")])
+def test_an_encoder_as_other_programs_store_it(weights, tmp_path, prefix, below):
+    state = load_file(weights)
+    values = {f"{prefix}{name}": tensor.half() for name, tensor in state.items()}
+    for key in reversed(below):
+        values = {key: values}
+    torch.save(values, tmp_path / "x.pt")
+    encoder = load_encoder("test_vit", str(tmp_path / "x.pt"), 4, KEYS)
+    torch.testing.assert_close(
+        encoder.network.blocks[0].mlp.fc1.weight, state["blocks.0.mlp.fc1.weight"].half().float()
+    )
 
 
 def test_encoders_that_cannot_be_had(tmp_path, monkeypatch):

@@ -228,6 +228,7 @@ def test_a_teacher_that_does_not_fit_is_refused_with_both_values(teacher, traine
     state["y_embedder.embedding_table.weight"] = state["y_embedder.embedding_table.weight"][:-1]
     torch.save(state, tiny.folder / "no_null_class.pt")
     said = {"heads": 2, "num_classes": 10, "autoencoder": "identity", "scale": latents.scale, "shift": latents.shift}
+    refuses(r"no shape tells the heads: give init\.assume\.heads", place=tiny.folder / "no_null_class.pt")
     refuses(
         r"model.label_dropout=0.1: .* was trained without a null class",
         *(f"init.assume.{key}={value}" for key, value in said.items()),
