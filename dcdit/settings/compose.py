@@ -42,11 +42,21 @@ def encoder_weights(pretrained: str, *, _root_: DictConfig) -> str:
     return "random" if OmegaConf.select(_root_, "data.source.name") == "synthetic" else pretrained
 
 
+def encoder_grid(*, _root_: DictConfig) -> int:
+    """Patches of an encoder along a side: half of the latent grid's, or the next number that divides the token grid."""
+    grid, patch = (OmegaConf.select(_root_, f"model.{key}", default=1) for key in ("grid", "patch"))
+    if not isinstance(grid, int) or not isinstance(patch, int) or patch < 1:
+        return 1  # the network itself will say what is wrong with them
+    tokens = grid // patch
+    return next((number for number in range(min(grid // 2, tokens), 0, -1) if tokens % number == 0), 1)
+
+
 def register_resolvers() -> None:
     """Register the resolvers that our configuration files use, such as ``${cpu_precision:}``."""
     # A variable that is set to nothing is one that is not set: "/" is no folder of runs.
     OmegaConf.register_new_resolver("environment", lambda name, default: os.environ.get(name) or default, replace=True)
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
+    OmegaConf.register_new_resolver("encoder_grid", encoder_grid, replace=True)
     OmegaConf.register_new_resolver("encoder_weights", encoder_weights, replace=True)
     OmegaConf.register_new_resolver("relpath", os.path.relpath, replace=True)
     OmegaConf.register_new_resolver("unquoted", lambda text: re.sub("['\"]", "", text), replace=True)

@@ -3,6 +3,8 @@
 import inspect
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from support.configs import compose_config
 
@@ -26,6 +28,7 @@ from dcdit.evaluation.settings import EvaluateConfig
 from dcdit.extraction.settings import ExtractConfig, ExtractionSettings
 from dcdit.network import DCDiT, DiT
 from dcdit.sampling.settings import SamplingConfig
+from dcdit.settings.compose import encoder_grid
 from dcdit.training import settings
 from dcdit.training.alignment import settings as alignment
 from dcdit.training.callbacks import EMA, Checkpoint, PowerEMA, ProgressBar
@@ -112,3 +115,33 @@ def test_the_two_resolutions_differ_in_one_file():
     assert (small.model.grid, small.model.smoothing_sigma) == (32, 1.0)
     assert (large.model.grid, large.model.smoothing_sigma) == (64, 2.0)
     assert compose_config("resolution=512px", "model=dit_b_2").model.grid == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "grid"),
+    [
+        (("experiment=xl_n4",), 16),
+        (("experiment=xl_n4", "resolution=512px"), 32),
+        (("experiment=xl_n4_512",), 32),
+        (("experiment=dit_xl_2",), 16),
+        (("experiment=dit_b_4",), 8),  # of 8 x 8 tokens
+        (("experiment=digits",), 6),
+        (("experiment=digits", "model.grid=8"), 4),
+        (("experiment=digits", "alignment.grid=3"), 3),
+    ],
+)
+def test_the_encoder_has_half_the_grid_of_the_latents(words, grid):
+    assert compose_config("alignment=repa", *words).alignment.grid == grid
+
+
+@given(st.integers(1, 130), st.integers(1, 8))
+def test_patches_of_the_encoder_cover_whole_tokens(patches, patch):
+    grid = patches * patch
+    found = encoder_grid(_root_=OmegaConf.create({"model": {"grid": grid, "patch": patch}}))
+    fitting = {number for number in range(1, patches + 1) if patches % number == 0 and 2 * number <= grid}
+    assert found == max(fitting, default=1)
+
+
+@pytest.mark.parametrize("model", [None, {}, {"grid": "many"}, {"grid": 0}, {"grid": -4}, {"grid": 8, "patch": 0}])
+def test_the_grid_of_the_encoder_leaves_mistakes_of_the_model_to_the_model(model):
+    assert encoder_grid(_root_=OmegaConf.create({"model": model})) == 1
