@@ -234,6 +234,27 @@ def test_an_encoder_sees_patches_of_the_image(weights):
     torch.testing.assert_close(features.flatten(2).transpose(1, 2), tokens[:, network.num_prefix_tokens :])
 
 
+@pytest.mark.parametrize("model", ["test_resnet", "test_convnext"])
+def test_an_encoder_of_convolutions_gives_its_last_feature_map(model, tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model(model, num_classes=10).eval()
+    save_file(network.state_dict(), tmp_path / "x.safetensors")
+    encoder = load_encoder(model, str(tmp_path / "x.safetensors"), 4, KEYS)
+    images = torch.rand(2, 3, encoder.side, encoder.side)
+    features = encoder(images)
+    assert features.shape == (2, encoder.channels, 4, 4)
+    normalised = (images - encoder._mean) / encoder._std
+    plain = network.forward_intermediates(normalised, intermediates_only=True)[-1]
+    torch.testing.assert_close(features, plain)
+    other = images.clone()
+    other[:, :, -encoder.side // 4 :, : encoder.side // 4] = 0  # the lower left patch
+    change = (encoder(other) - features).square().mean((0, 1))
+    assert change.argmax().item() == 12
+    assert encoder_cost(model, 4, KEYS)[1] == encoder.channels
+
+
 def test_weights_of_the_very_size_are_loaded(tmp_path):
     import timm
 
