@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from train_digit_features import augmented
 
-from dcdit.checkpoints.encoder import Encoder, EncoderKeys, load_encoder
+from dcdit.checkpoints.encoder import DIGITS_ENCODER, Encoder, EncoderKeys, load_encoder
 from dcdit.data.autoencoder import to_uint8
 from dcdit.data.builtin import Digits
 
-MODEL = "test_vit"
 PEAK = 3e-3
 """Learning rate after a fifth of the steps."""
 
@@ -69,7 +68,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # more would wait for one another: the network is small
     begin = time.perf_counter()
-    encoder = load_encoder(MODEL, "random", options.grid, KEYS)
+    encoder = load_encoder(DIGITS_ENCODER, "random", options.grid, KEYS)
     with torch.no_grad():  # as large as the patches: with timm's small ones it learns far more slowly where a stroke is
         encoder.network.pos_embed.normal_(std=0.5)
     share = train(encoder, options.side, options.steps)
@@ -77,7 +76,7 @@ def main() -> None:
     save_file(encoder.network.state_dict(), options.out)
     print(f"{share:.1%} of the unseen digits read, after {time.perf_counter() - begin:.0f} s")
     print(
-        f"python -m dcdit.train experiment=digits alignment=repa alignment.encoder={MODEL}"
+        f"python -m dcdit.train experiment=digits alignment=repa alignment.encoder={DIGITS_ENCODER}"
         f" alignment.weights={options.out} alignment.grid={options.grid}"
     )
 

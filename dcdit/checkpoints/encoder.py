@@ -1,5 +1,6 @@
 """Pretrained encoders of images, whose patch features training aligns hidden states with."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,9 @@ from dcdit.runtime.tensors import load_state_strict, shapes_of
 
 AUTO, RANDOM = "auto", "random"
 """Weights that timm publishes, and weights that were never trained."""
+
+DIGITS_ENCODER = "test_vit"
+"""timm's name of the model that ``scripts/train_digits_encoder.py`` trains."""
 
 
 class EncoderKeys(NamedTuple):
@@ -105,8 +109,8 @@ def load_encoder(model: str, weights: str, grid: int, keys: EncoderKeys) -> Enco
         side = grid * int(network.feature_info[-1]["reduction"])
         state = None
         if origin == "file":
-            names = network.state_dict().keys()
-            state = _without_classifier(network, read_model_weights(weights, keys.weights, names))
+            values = read_model_weights(weights, keys.weights, network.state_dict().keys(), _remedy_of(model, weights))
+            state = _without_classifier(network, values)
             if shapes_of(state) == shapes_of(network.state_dict()):
                 load_state_strict(network, state)
                 state = None
@@ -131,6 +135,14 @@ def load_encoder(model: str, weights: str, grid: int, keys: EncoderKeys) -> Enco
             " take a vision transformer, such as vit_base_patch14_dinov2.lvd142m"
         )
     return encoder
+
+
+def _remedy_of(model: str, weights: str) -> str:
+    """What to do where there is no file of weights."""
+    if model == DIGITS_ENCODER:
+        script = shlex.join(["python", "scripts/train_digits_encoder.py", weights])
+        return f"`{script}` trains one for digits in a minute"
+    return "give one that holds the weights of the model"
 
 
 def _resize(network: Any, side: int) -> None:

@@ -40,7 +40,9 @@ def create_timm_model(name: str, key: str, remedy: str, pretrained: bool, **opti
         raise UserError(f"{key}={name!r}: its weights cannot be downloaded ({cause_of(error)}): {remedy}") from error
 
 
-def read_model_weights(path: str, key: str, names: Collection[str] = ()) -> dict[str, Any]:
+def read_model_weights(
+    path: str, key: str, names: Collection[str] = (), remedy: str = "give one that holds the weights of the model"
+) -> dict[str, Any]:
     """Read parameters by name from a local ``.safetensors`` or torch file; nothing in it is run.
 
     Args:
@@ -48,12 +50,13 @@ def read_model_weights(path: str, key: str, names: Collection[str] = ()) -> dict
         key: that it was given as, for messages.
         names: of the model's parameters, where they are known. Weights that a program stores below other keys or behind
             a prefix are then found too, see :mod:`dcdit.checkpoints.nesting`.
+        remedy: what to do where there is no such file, for messages.
 
     Raises:
         UserError: if it is missing, unsafe, or holds no parameters.
     """
     if not Path(path).is_file():
-        raise UserError(f"{key}={path}: there is no such file; give one that holds the weights of the model")
+        raise UserError(f"{key}={path}: there is no such file; {remedy}")
     try:
         if Path(path).suffix == ".safetensors":
             values: dict[str, Any] = dict(read_tensors(Path(path)))

@@ -293,6 +293,13 @@ def test_encoders_that_cannot_be_had(tmp_path, monkeypatch):
         str(tmp_path / "gone.safetensors"),
         4,
     )
+    refuses(
+        rf"`python scripts/train_digits_encoder.py {tmp_path}/gone.safetensors` trains one",
+        "test_vit",
+        str(tmp_path / "gone.safetensors"),
+        4,
+    )
+    refuses("there is no such file; give one that holds", "test_resnet", str(tmp_path / "gone.safetensors"), 4)
     torch.save({"state_dict": print}, tmp_path / "x.pt")
     refuses("holds more than parameters", "test_vit", str(tmp_path / "x.pt"), 4)
 
