@@ -28,6 +28,9 @@ _MAX_NAMED = 5
 _TRAINING_ONLY = ("projectors.",)
 """Beginnings of the names of parameters that only a training loss uses: the heads that REPA aligns features with."""
 
+_MODERN = re.compile(r"blocks\.\d+\.(mlp\.w12|attn\.[qk]_norm)\.weight")
+"""Names of parameters that the blocks of LightningDiT (arXiv 2501.01423) have beside those of a DiT."""
+
 _PUBLISHED_CLASSES = 1000
 """Number of ImageNet's classes, whose names and order are known."""
 
@@ -237,6 +240,11 @@ def infer_network(state: Mapping[str, Tensor], assume: AssumeSettings) -> Foreig
         UserError: if no network that is known here has such parameters.
     """
     state = {name: tensor for name, tensor in state.items() if not name.startswith(_TRAINING_ONLY)}
+    if any(map(_MODERN.fullmatch, state)):
+        raise UserError(
+            "these are weights of LightningDiT, or of a network with such blocks (gated MLPs w12, or normalised queries"
+            " and keys), which dcdit does not read: model=dit_xl_2_modern has such blocks, to be trained from scratch"
+        )
     table = state.pop("pos_embed", None)
     names, weights = _rename(state, NAME_MAPS)
     if names is DIFFUSERS:

@@ -83,3 +83,14 @@ def test_keys_below_keys_end_in_a_message(tmp_path, weights):
     with pytest.raises(UserError, match=r"state.*epoch"):
         loaded(tmp_path / "x.pt", {"epoch": 3, "optimizer": {}})
     assert set(CONTAINERS) < set(KEYS["raw"])
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.0.mlp.w12.weight", "blocks.3.attn.q_norm.weight", "blocks.27.attn.k_norm.weight"]
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "ema_model."])
+def test_blocks_of_lightningdit_are_told_as_such(tmp_path, weights, name, prefix):
+    values = under(prefix, {**weights, name: torch.zeros(2)})
+    for stored in (values, {"ema": values}, {"model": values, "opt": {}}):
+        with pytest.raises(UserError, match=r"weights of LightningDiT.* which dcdit does not read"):
+            loaded(tmp_path / "x.pt", stored)
