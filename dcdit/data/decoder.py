@@ -90,23 +90,23 @@ def load_decoder(
     Raises:
         UserError: if the autoencoder cannot be loaded, or its weights are not those that made the latents.
     """
-    autoencoder = load_autoencoder(instead or latents.autoencoder, device)
+    autoencoder, channels = load_autoencoder(instead or latents.autoencoder, device), latents.shape[0]
     expected = latents.fingerprint
-    if expected is not None and autoencoder.fingerprint != expected:
-        if not instead:
-            raise UserError(
-                f"autoencoder={autoencoder.name!r} has weights {autoencoder.fingerprint}, the latents were made with"
-                f" {expected}: give the autoencoder they were made with, or this one deliberately, with autoencoder=..."
-            )
+    if expected is not None and autoencoder.fingerprint != expected and not instead:
+        raise UserError(
+            f"autoencoder={autoencoder.name!r} has weights {autoencoder.fingerprint}, the latents were made with"
+            f" {expected}: give the autoencoder they were made with, or this one deliberately, with autoencoder=..."
+        )
+    if autoencoder.name == IDENTITY and (latents.autoencoder != IDENTITY or channels not in (1, 3)):
+        origin = f"{channels} channels" if latents.autoencoder == IDENTITY else latents.autoencoder
+        say(
+            f"autoencoder=identity: latents of {origin} are no pictures. They are shown without decoding, at"
+            " most three channels as colours, and figures of them are not those of images"
+        )
+    elif expected is not None and autoencoder.fingerprint != expected:
         say(
             f"Decoding with autoencoder={autoencoder.name!r}, weights {autoencoder.fingerprint}; the latents were made"
             f" with {latents.autoencoder!r}, weights {expected}. Figures are those of another autoencoder"
-        )
-    channels = latents.shape[0]
-    if autoencoder.name == IDENTITY and channels not in (1, 3):
-        say(
-            f"autoencoder=identity: latents of {channels} channels are no pictures, the first of them are shown as"
-            " colours. Figures of them are not those of images"
         )
     if autoencoder.name != IDENTITY and autoencoder.channels != channels:
         raise UserError(f"autoencoder={autoencoder.name!r} has {autoencoder.channels} channels, the latents {channels}")

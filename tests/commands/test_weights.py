@@ -96,7 +96,7 @@ def test_weights_of_the_reference_in_every_command(reference, tiny_vae, tmp_path
 def test_without_an_autoencoder_latents_of_four_channels_are_shown(reference, tmp_path, capsys):
     about = (f"checkpoint={reference}/S-256", HEADS, *QUICK, "autoencoder=identity")
     said = ended(typed(capsys, tmp_path, "sample", *about, "classes=[0]", "per_class=1", "out=pictures"))
-    assert "latents of 4 channels are no pictures" in said.words
+    assert "latents of stabilityai/sd-vae-ft-ema are no pictures" in said.words
     assert "diffusion=ddpm is taken" in said.words
     assert (tmp_path / "pictures" / "samples.png").exists()
     ended(typed(capsys, tmp_path, "generate", *about, "out=images", "count=2"))

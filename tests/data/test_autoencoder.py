@@ -29,6 +29,20 @@ def test_identity_undoes_scale_and_shift():
     assert torch.equal(decode((images - 0.3) * 0.5), to_uint8(images))
 
 
+@pytest.mark.parametrize("fingerprint", [None, "0" * 16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_latents_of_an_autoencoder_are_told_where_they_are_shown_undecoded(caplog, channels, fingerprint):
+    latents = LatentSpec((channels, 4, 4), "some/vae", 0.5, 0.0, ("a",), fingerprint)
+    decode = load_decoder(latents, CPU, "identity")
+    assert decode(torch.zeros(1, channels, 4, 4)).shape == (1, min(channels, 3), 4, 4)
+    assert caplog.text.count("autoencoder=identity: latents of some/vae are no pictures") == 1
+    assert "Decoding" not in caplog.text
+    caplog.clear()
+    load_decoder(replace(latents, autoencoder="identity", fingerprint=None), CPU, "identity")
+    assert ("latents of 4 channels are no pictures" in caplog.text) == (channels == 4)
+    assert bool(caplog.text) == (channels == 4)
+
+
 def test_identity_encodes_pixels_as_they_are():
     images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
     identity = load_autoencoder("identity", CPU)
