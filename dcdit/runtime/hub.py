@@ -2,7 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 from dcdit.checks import reason_of, shown
@@ -16,6 +18,9 @@ _PATH_KEYS = {"path", "rfilename"}
 TIMEOUT = 60
 """Seconds that the hub may be silent."""
 
+_ATTEMPTS = 3
+"""To connect to the hub, with pauses of 1 and 2 seconds between them; one where that failed before."""
+
 
 def check_hub_answers() -> None:
     """Have every answer to huggingface_hub in this process checked before it is used.
@@ -23,23 +28,48 @@ def check_hub_answers() -> None:
     huggingface_hub makes names of folders and files of what a server sends: the ETag and the commit in the head of an
     answer, digests and paths in a list of files. A server could thereby have it write anywhere. From the call on, such
     an answer raises :class:`UserError` within huggingface_hub, whoever calls it: diffusers and timm too. The check
-    stands in the exchange itself, so that a server cannot answer differently after it.
+    stands in the exchange itself, so that a server cannot answer differently after it. A hub that cannot be reached is
+    given up soon, as if HF_HUB_OFFLINE were set: huggingface_hub would try for half a minute for each file.
     """
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
 
-    factory = _http._GLOBAL_CLIENT_FACTORY
+    factory, unreachable = _http._GLOBAL_CLIENT_FACTORY, set[str]()
     if getattr(factory, "checks_answers", False):
         return
 
     def checked_client() -> Any:
-        client = factory()
+        client: Any = factory()
         for event, hook in (("request", _bound_silence), ("response", _bound_duration), ("response", _check_answer)):
             client.event_hooks = {**client.event_hooks, event: [*client.event_hooks.get(event, []), hook]}
+        client.send = _giving_up(client, unreachable)
         return client
 
     checked_client.checks_answers = True  # type: ignore[attr-defined]
     set_client_factory(checked_client)
+
+
+def _giving_up(client: Any, unreachable: set[str]) -> Callable[..., Any]:
+    """The method ``send`` of a client (of httpx), which gives a hub up that cannot be reached, and notes its name."""
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    send, library = client.send, import_module(HTTPError.__module__.partition(".")[0])  # httpx, or httpx2
+
+    def send_or_give_up(request: Any, **options: Any) -> Any:
+        host, attempt = request.url.host, 0
+        while True:
+            attempt += 1
+            try:
+                return send(request, **options)
+            except (library.ConnectError, library.ConnectTimeout) as error:
+                waited = isinstance(error, library.ConnectTimeout)
+                if attempt == _ATTEMPTS or waited or host in unreachable:
+                    unreachable.add(host)
+                    # huggingface_hub does not try again after this error, and takes what its cache holds.
+                    raise OfflineModeIsEnabled(f"{host} cannot be reached: {error}") from error
+                time.sleep(attempt)
+
+    return send_or_give_up
 
 
 def _bound_silence(request: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from support.foreign import write_reference
 from support.hub import Hub, hub_of
 
@@ -136,3 +137,41 @@ def test_a_hub_that_sends_a_file_byte_by_byte_is_left(hub, monkeypatch, fetcher)
     with pytest.raises(UserError, match=r"the hub is too slow, \d+ bytes in 0 s: try again later"):
         FETCHERS[fetcher]()
     assert 1 < len(sent) < 100
+
+
+@pytest.fixture
+def pauses(hub, monkeypatch) -> list[float]:
+    """A hub at whose address nothing listens, and the pauses between attempts to reach it."""
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    hub.server.shutdown()
+    hub.server.server_close()
+    return pauses
+
+
+@pytest.mark.parametrize("fetcher", FETCHERS)
+def test_a_hub_that_cannot_be_reached_is_given_up_soon(pauses, fetcher):
+    with pytest.raises((UserError, OSError), match=r"reached|downloaded|had from the hub|connection"):
+        FETCHERS[fetcher]()
+    assert sum(pauses) <= 3
+
+
+def test_without_a_network_the_cache_serves(hub, monkeypatch):
+    path = resolve_checkpoint("hf://a/b/S-256", "runs").path
+    asked = len(hub.asked)
+    hub.server.shutdown()
+    hub.server.server_close()
+    assert resolve_checkpoint("hf://a/b/S-256", "runs").path == path
+    assert len(hub.asked) == asked
+
+
+def test_a_hub_that_comes_back_is_asked_again(hub, monkeypatch):
+    from huggingface_hub.utils import get_session
+
+    from dcdit.runtime.hub import check_hub_answers
+
+    check_hub_answers()
+    session = get_session()
+    with pytest.raises(OfflineModeIsEnabled):
+        session.get("http://127.0.0.1:9/")
+    assert session.get(f"{hub.address}/a/b/resolve/main/config.json").status_code == 200
