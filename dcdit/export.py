@@ -50,8 +50,7 @@ def export(config: ExportConfig) -> Path:
     (check_new_file if config.format == "reference" else check_replaceable)(out)
     weights = read_weights(source, config.assume)
     if config.format == "reference":
-        write_reference(out, weights, config.weights)
-        print(f"{out}: for the reference implementation")
+        print(write_reference(out, weights, config.weights))
         return out
     figures = figures_of_checkpoint(source.home, weights.step, config.weights)
     card = Card(config.license, config.note, command_of(source.home), figures, config.push)

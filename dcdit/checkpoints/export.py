@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 import dcdit
+from dcdit.checkpoints.assumptions import describe_reading
 from dcdit.checkpoints.foreign import reference_state
 from dcdit.checkpoints.load import Weights, describe_kind, describe_weights, network_title
 from dcdit.checkpoints.settings import WeightsKind
@@ -115,8 +116,10 @@ def check_new_file(out: Path) -> None:
     make_writable_folder(out.parent, f"out={out}")
 
 
-def write_reference(out: Path, weights: Weights, kind: WeightsKind) -> None:
+def write_reference(out: Path, weights: Weights, kind: WeightsKind) -> str:
     """Write a checkpoint in the form of the reference implementation: ``model``, ``ema``, ``opt`` and ``config``.
+
+    Returns a line that names the file, and how dcdit reads it.
 
     Raises:
         UserError: if the network has parts that are not known there, or the file cannot be written.
@@ -133,6 +136,8 @@ def write_reference(out: Path, weights: Weights, kind: WeightsKind) -> None:
     values = {"model": state, "ema": state, "opt": {}, "config": network.spec}
     with replacing(out) as file:
         torch.save(values, file)
+    reading = describe_reading(out, network.spec, weights.process.spec, weights.latents)
+    return f"{out}: for the reference implementation{reading}"
 
 
 def push(folder: Path, repository: str, private: bool) -> str:

@@ -108,7 +108,7 @@ def _describe(
     table, embed, fc1 = (weights[name] for name in ranks)
     width, channels = table.shape[1], embed.shape[1]
     heads = _number_of_heads(width, assume.heads, known.get("heads"))
-    num_classes = _number_of_classes(len(table), assume.num_classes, known.get("num_classes"))
+    num_classes = number_of_classes(len(table), assume.num_classes, known.get("num_classes"))
     spec: dict[str, Any] = {
         "name": names.network,
         "grid": grid,
@@ -128,7 +128,7 @@ def _describe(
     if names.network == "dcdit":
         sigma = assume.smoothing_sigma
         spec["encoder_width"] = embed.shape[0]
-        spec["smoothing_sigma"] = (2.0 if grid == 64 else 1.0) if sigma is None else sigma or None
+        spec["smoothing_sigma"] = published_sigma(grid) if sigma is None else sigma or None
     else:
         spec["patch"] = embed.shape[2]
     bias = weights.get("output.linear.bias")
@@ -177,14 +177,23 @@ def _number_of_heads(width: int, assumed: int | None, known: int | None) -> int:
     """Number of attention heads that user, file or publication say, for no shape tells it; UserError if none does."""
     if assumed and known and assumed != known:
         raise UserError(f"assume.heads={assumed}: its configuration says {known}, leave assume.heads out")
-    published = {scale["width"]: scale["heads"] for scale in published_scales().values()}
-    heads: int | None = assumed or known or published.get(width)
+    heads: int | None = assumed or known or published_heads(width)
     if heads is None:
         raise UserError(f"width {width} is no published scale, and no shape tells the heads: give assume.heads=...")
     return heads
 
 
-def _number_of_classes(rows: int, assumed: int | None, known: int | None) -> int:
+def published_heads(width: int) -> int | None:
+    """Attention heads of the published scale of a width; None if there is none."""
+    return {scale["width"]: scale["heads"] for scale in published_scales().values()}.get(width)
+
+
+def published_sigma(grid: int) -> float:
+    """Width of the smoothing of the published networks on a grid of this side, in grid positions."""
+    return 2.0 if grid == 64 else 1.0
+
+
+def number_of_classes(rows: int, assumed: int | None = None, known: int | None = None) -> int:
     """Number of classes of a label table, of what user and file say; UserError if it does not fit the ``rows``."""
     number = known if assumed is None else assumed
     if number is None:
