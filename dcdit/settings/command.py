@@ -21,7 +21,7 @@ from dcdit.runtime import terminal
 from dcdit.settings.compose import compose_values, configuration_of, register_resolvers
 from dcdit.settings.errors import exit_with_message, explain
 from dcdit.settings.help import show_help
-from dcdit.settings.overrides import quoted, with_paths
+from dcdit.settings.overrides import options_last, quoted, with_paths
 from dcdit.settings.published import CONFIG_DIR
 
 C = TypeVar("C")
@@ -108,7 +108,7 @@ class Command(Generic[C, R]):
             sys.argv[1:] = with_paths(sys.argv[1:])
         for word in (*sys.argv[1:], *(os.environ.get(name, "") for name in ("DCDIT_DATA", "DCDIT_RUNS"))):
             check_credentials(word)  # before Hydra writes down what was given
-        sys.argv[1:] = quoted(sys.argv[1:], self.config)
+        sys.argv[1:] = options_last(quoted(sys.argv[1:], self.config))
         self.errors.clear()
         hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=self.name)(self.task)()
         if self.errors:

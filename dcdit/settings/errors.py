@@ -60,6 +60,8 @@ def explain(error: BaseException, overrides: Sequence[str] | None = None) -> str
         return f"{full_key[1]}: {error.__cause__}" if full_key else str(error.__cause__)
     if isinstance(error, UserError | TrainingError | HydraException | OmegaConfBaseException):
         return str(error)
+    if isinstance(error, ValueError) and re.match(r"(Only one of|The) --", str(error)):
+        return str(error)  # of Hydra, about its options
     origin = type(error).__module__
     if origin.startswith("lightning.") and type(error).__name__ == "MisconfigurationException":
         return str(error)

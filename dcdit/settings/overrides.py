@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -32,7 +31,10 @@ numbers too. In their values Hydra would find numbers: 2026_11_26, 1e5, true."""
 _NUMBER_KEYS = frozenset({"sampler.cache", "ratio.group"})
 """Keys of numbers, by their last two parts, that share the last part with a key of text."""
 
-_OPTIONS_WITH_VALUE = frozenset({"--cfg", "-c", "--package", "-p", "--info", "-i"})
+_OPTIONS_WITH_VALUE = frozenset(
+    {"--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp", "--config-name", "-cn"}
+    | {"--config-dir", "-cd", "--experimental-rerun"}
+)
 """Options of Hydra whose value is the next word."""
 
 _BEFORE = {OverrideLexer.COMMA, OverrideLexer.BRACKET_OPEN, OverrideLexer.POPEN}
@@ -41,21 +43,34 @@ _CONVERTED = {OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL}
 _OF_NUMBERS = re.compile(r"\b(range|interval|int|float|bool)\s*\(")
 
 
+def options_last(arguments: Sequence[str]) -> list[str]:
+    """Command-line words for Hydra, whose options may not stand between overrides: each in its order, options last."""
+    of_options = _values_of_options(arguments)
+    options = [place for place, word in enumerate(arguments) if word.startswith("-") or place in of_options]
+    overrides = [word for place, word in enumerate(arguments) if place not in options]
+    return [*overrides, *(arguments[place] for place in options)]
+
+
+def _values_of_options(arguments: Sequence[str]) -> set[int]:
+    """The places of words that are the values of the option before them."""
+    return {place + 1 for place, word in enumerate(arguments) if word in _OPTIONS_WITH_VALUE}
+
+
 def with_paths(arguments: Sequence[str]) -> list[str]:
     """Command-line words for Hydra: paths that stand alone become ``runs=[...]``.
 
     Raises:
         UserError: if ``runs`` is given as well.
     """
-    of_options = {after for word, after in pairwise(enumerate(arguments)) if word[1] in _OPTIONS_WITH_VALUE}
+    of_options = _values_of_options(arguments)
     paths = [
         word
         for place, word in enumerate(arguments)
-        if (place, word) not in of_options and not word.startswith("-") and ("=" not in word or Path(word).exists())
+        if place not in of_options and not word.startswith("-") and ("=" not in word or Path(word).exists())
     ]
     if paths and any(word.startswith("runs=") for word in arguments):
         raise UserError(f"{paths[0]}: paths and runs=... are two ways to say the same, take one")
-    others = [word for place, word in enumerate(arguments) if (place, word) in of_options or word not in paths]
+    others = [word for place, word in enumerate(arguments) if place in of_options or word not in paths]
     return [*others, f"runs=[{','.join(json.dumps(path) for path in paths)}]"] if paths else others
 
 

@@ -23,7 +23,7 @@ from dcdit.checks import annotations, conform
 from dcdit.errors import UserError
 from dcdit.settings.compose import configuration_of
 from dcdit.settings.help import group_names
-from dcdit.settings.overrides import TEXT_KEYS, is_text, quoted
+from dcdit.settings.overrides import TEXT_KEYS, is_text, options_last, quoted
 from dcdit.training.batching import check_devices, with_accelerator
 from dcdit.training.build import build_trainer
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
@@ -181,3 +181,36 @@ def test_keys_of_wandb_need_no_plus(monkeypatch):
     for word in ("logger.wandb.offline=5", "logger.wandb.tags=5", "logger.wandb.group=[a]", "logger.csv.save_dir=null"):
         with pytest.raises(UserError, match=word.partition("=")[0]):
             config_of(*TINY, "logger=wandb", word)
+
+
+OPTIONS = [["-m"], ["--multirun"], ["--resolve"], ["--cfg", "job"], ["-c", "job"], ["--config-dir", "x"], ["-cn", "y"]]
+
+
+@given(st.lists(st.sampled_from(["a=1", "+b=2", "~c", "d/e=f", "g='-m'"]), max_size=4), st.data())
+def test_options_may_stand_anywhere_among_overrides(overrides, data):
+    from hydra._internal.utils import get_args_parser
+
+    words = [[word] for word in overrides]
+    for option in data.draw(st.lists(st.sampled_from(OPTIONS), max_size=3, unique_by=lambda option: option[0])):
+        words.insert(data.draw(st.integers(0, len(words))), option)
+    found = get_args_parser().parse_args(options_last([word for part in words for word in part]))
+    assert found.overrides == overrides
+    options = [part for part in words if part in OPTIONS]
+    assert found.multirun == any(part[0] in ("-m", "--multirun") for part in options)
+    for key, names in (("cfg", ("--cfg", "-c")), ("config_dir", ("--config-dir",)), ("config_name", ("-cn",))):
+        assert getattr(found, key) == next((part[1] for part in options[::-1] if part[0] in names), None)
+
+
+def test_a_command_takes_its_options_between_keys(capsys, tmp_path):
+    result = typed(capsys, tmp_path, "train", "experiment=digits", "--cfg", "job", "seed=1", "--resolve", "run_name=x")
+    assert (result.status, result.err) == (0, "")
+    last = typed(capsys, tmp_path, "train", "experiment=digits", "seed=1", "run_name=x", "--cfg", "job", "--resolve")
+    assert last.out == result.out
+
+
+@pytest.mark.parametrize("words", [["-m", "--cfg", "job"], ["--resolve"]])
+def test_options_that_do_not_go_together_are_told(capsys, tmp_path, words):
+    result = typed(capsys, tmp_path, "train", "experiment=digits", *words, "seed=1")
+    assert result.status == 2
+    assert words[0] in result.words
+    assert "can " in result.words
