@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -20,7 +19,7 @@ from dcdit.checks import suggestion
 from dcdit.errors import TrainingError, UserError
 from dcdit.runtime import terminal
 from dcdit.runtime.files import describe_dangling_link
-from dcdit.settings.help import choices
+from dcdit.settings.help import choices, keys_in
 from dcdit.settings.published import CONFIG_DIR
 
 USER_ERROR_STATUS = 2
@@ -134,15 +133,7 @@ def _choices_with(full_key: str) -> list[str]:
     """The choices of a configuration group that have a key, such as ``diffusion=flow``."""
     group, _, key = full_key.rpartition(".")
     files = {choice: Path(CONFIG_DIR, group, f"{choice}.yaml") for choice in choices(group)} if group else {}
-    return [f"{group}={choice}" for choice, file in files.items() if key in _keys_in(file)]
-
-
-def _keys_in(file: Path) -> set[str]:
-    """The keys of a choice of a group, and of the files that it builds on."""
-    values = yaml.safe_load(file.read_text()) or {}
-    bases = [entry.split("@")[0] for entry in values.get("defaults", []) if isinstance(entry, str)]
-    inherited = [_keys_in(file.parent / f"{base}.yaml") for base in bases if not base.startswith(("_self_", "/"))]
-    return set(values).union(*inherited)
+    return [f"{group}={choice}" for choice, file in files.items() if key in keys_in(file)]
 
 
 def _keys_ending_in(last: str, node: Any, path: str = "") -> list[str]:

@@ -3,6 +3,7 @@
 The configuration files are the one place that describes each key, in a comment behind its value.
 """
 
+import textwrap
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,12 @@ _INCLUDED = ("sampling", "assume")
 """Groups whose one file is part of a command's keys, not a choice."""
 
 _HIDDEN = ("hydra", "paths", "local", *_INCLUDED)
+
+_LISTED = ("sampler", "model", "diffusion", "multi_budget", "optimizer", "init", "alignment")
+"""Groups whose keys the help names, because users look for them; a comment in their files describes each."""
+
+_WIDTH = 120
+"""Columns of the help's lists of keys."""
 
 
 class Key(NamedTuple):
@@ -43,9 +50,9 @@ def show_help(name: str, documentation: str) -> None:
     lines = [documentation.strip(), "", "Groups (choose with group=choice):"]
     for group, choice in groups_of(file).items():
         lines.append(f"  {group:14} {' '.join(choices(group))}" + (f"   (now: {choice})" if choice else ""))
-        if group == "sampler":  # few keys, which users look for
-            keys = keys_of(Path(CONFIG_DIR, group, "auto.yaml"))
-            lines.append(f"  {'':17} {', '.join(f'{group}.{key}' for key in keys if key != 'name')}")
+        if group in _LISTED:
+            keys = ", ".join(f"{group}.{key}" for key in keys_of_choices(group))
+            lines += textwrap.wrap(keys, _WIDTH, initial_indent=" " * 20, subsequent_indent=" " * 20)
     lines += ["", "Keys (set with key=value; below a group, with group.key=value):", ""]
     after_section = False
     for key in keys_of(file).values():
@@ -54,6 +61,7 @@ def show_help(name: str, documentation: str) -> None:
         after_section = bool(key.children)
     lines += [
         "",
+        "The files in configs/<group> describe the keys of a group.",
         f"All keys, with values: python -m dcdit.{name} --cfg job --resolve. Hydra's options: --hydra-help",
     ]
     print("\n".join(lines))
@@ -81,6 +89,21 @@ def choices(group: str) -> list[str]:
     """The names that a user may choose in a group, sorted."""
     names = {path.stem for path in Path(CONFIG_DIR, group).glob("*.yaml")}
     return sorted(names - set(_BASES.get(group, ())))
+
+
+def keys_of_choices(group: str) -> list[str]:
+    """The keys that the choices of a group have, without its name, in the order of their files."""
+    files = [Path(CONFIG_DIR, group, f"{choice}.yaml") for choice in choices(group)]
+    return list(dict.fromkeys(key for file in files for key in keys_in(file) if key != "name"))
+
+
+def keys_in(file: Path) -> list[str]:
+    """The keys that a choice of a group gives it, after those of the files that it builds on."""
+    values = yaml.safe_load(file.read_text()) or {}
+    bases = [entry.split("@")[0] for entry in values.pop("defaults", []) if isinstance(entry, str)]
+    own = [file.parent / f"{base}.yaml" for base in bases if not base.startswith(("_self_", "/"))]
+    inherited = [key for base in own for key in keys_in(base)]
+    return list(dict.fromkeys([*inherited, *values.get(file.parent.name, values)]))
 
 
 def keys_of(file: Path) -> dict[str, Key]:

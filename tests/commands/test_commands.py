@@ -10,6 +10,7 @@ from support.commands import typed
 from dcdit import __version__
 from dcdit.__main__ import COMMANDS
 from dcdit.__main__ import main as dcdit
+from dcdit.settings.compose import compose_values
 from dcdit.settings.help import choices
 
 
@@ -65,6 +66,24 @@ def test_help_shows_the_groups_of_the_command_and_its_keys(tmp_path, capsys, com
     named = re.findall(r"^  (\w+):", keys, flags=re.MULTILINE)
     assert len(named) == len(set(named))
     assert ("sampler.cache" in result.out) == ("sampler" in groups)
+
+
+@pytest.mark.parametrize(
+    ("command", "group"),
+    [
+        ("train", "model"),
+        ("train", "diffusion"),
+        ("train", "alignment"),
+        ("train", "optimizer"),
+        ("train", "multi_budget"),
+        ("sample", "sampler"),
+    ],
+)
+def test_help_names_the_keys_of_every_choice_of_a_group(tmp_path, capsys, command, group):
+    shown = re.findall(rf"\b{group}\.(\w+)\b", typed(capsys, tmp_path, command, "--help").out.split("Keys (")[0])
+    there = {key for choice in choices(group) for key in compose_values(command, [f"{group}={choice}"])[group]}
+    assert set(shown) == there - {"name"}
+    assert len(shown) == len(set(shown))
 
 
 def test_help_names_the_choice_that_a_command_makes_instead_of_the_shared_one(tmp_path, capsys):
