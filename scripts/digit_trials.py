@@ -85,7 +85,9 @@ def training_tflops(model: Model, batch: int, teacher: DiT, matched_steps: int) 
         costs = [count(network, [tokens * (1 - drop)] if network.routes else []).total for drop in drops]
         return sum(costs) / len(costs)
 
-    sampled = mean_flops(budgets.get("fractions") or [0.0])
+    sampled, path_drop = mean_flops(budgets.get("fractions") or [0.0]), budgets.get("path_drop", 0.0)
+    if path_drop:
+        sampled = (1 - path_drop) * sampled + path_drop * mean_flops([1.0])
     passes = 3 * (full_steps * mean_flops([0.0]) + (steps - full_steps) * sampled)
     return (passes + count(teacher).total * matched_steps) * batch / 1e12
 

@@ -42,6 +42,7 @@ from dcdit.checks.constraints import (
     Seed,
     Shown,
     Size,
+    TailDrop,
     TimeFraction,
     Workers,
 )

@@ -169,8 +169,15 @@ Number = Annotated[float, Bounds(-1e38, 1e38)]
 
 DropFraction = Annotated[
     float,
+    Bounds(0, 1, hint="it is the share of kept tokens to drop: 0 keeps all of them, 0.9 a tenth, 1 none at all"),
+]
+
+
+TailDrop = Annotated[
+    float,
     Bounds(0, 1, open_high=True, hint="it is the share of kept tokens to drop, 0 keeps all of them, 0.9 a tenth"),
 ]
+"""A drop fraction at which every sample keeps a token."""
 
 
 Capacity = Annotated[

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dcdit.errors import UserError
@@ -46,13 +47,13 @@ class Cost:
 
     Attributes:
         fixed, linear, square: its coefficients.
-        reused: how much of ``fixed`` is spared where no token runs.
+        skipped: how much of ``fixed`` is spared where no token runs.
     """
 
     fixed: float = 0.0
     linear: float = 0.0
     square: float = 0.0
-    reused: float = 0.0
+    skipped: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
@@ -65,12 +66,11 @@ class Cost:
     def of(self, lengths: Tensor) -> Tensor:
         """FLOPs for each of ``lengths``, any shape, in float64."""
         tokens = lengths.double()
-        return self.fixed - self.reused * (tokens == 0) + self.linear * tokens + self.square * tokens**2
+        return self.fixed - self.skipped * (tokens == 0) + self.linear * tokens + self.square * tokens**2
 
     def mean(self, lengths: Sequence[float]) -> float:
-        """Mean FLOPs over samples of ``lengths`` tokens; none stands for one sample of no tokens."""
-        count = max(1, len(lengths))
-        return self.fixed + (self.linear * sum(lengths) + self.square * sum(length**2 for length in lengths)) / count
+        """Mean FLOPs over samples of ``lengths`` tokens; none is for networks that do not route."""
+        return self.of(torch.tensor(lengths or [0.0], dtype=torch.float64)).mean().item()
 
 
 def cost_of(component: Component) -> Cost:
@@ -89,7 +89,7 @@ def cost_of(component: Component) -> Cost:
                 width, heads = block.attention.qkv.in_features, block.attention.heads
                 square += heads * (4 * width / heads + 3)
     if component.runs is None:
-        return Cost(once, each, square, once * component.reused)
+        return Cost(once, each, square, once * component.skipped)
     return Cost(once + each * component.runs + square * component.runs**2)
 
 

@@ -42,6 +42,7 @@ def steps_matching(
     compression: float,
     fractions: Sequence[float],
     full_budget_steps: int,
+    path_drop: float = 0.0,
     beside: Cost = Cost(),  # noqa: B008  (immutable)
 ) -> int:
     """:func:`matched_steps` for networks: one that routes is taken to keep 1 / ``compression`` of the positions.
@@ -54,6 +55,7 @@ def steps_matching(
         compression: target compression N.
         fractions: drop fractions that training samples; empty trains at the full budget.
         full_budget_steps: steps at the full budget before the first is sampled.
+        path_drop: share of the samples of later steps that leave the backbone out.
         beside: what training adds to a forward pass of ``network``, but not of ``baseline``.
     """
 
@@ -61,6 +63,7 @@ def steps_matching(
         lengths = [candidate.positions / compression * (1 - drop)] if candidate.routes else []
         return count(candidate, lengths).published + beside.mean(lengths)
 
-    budgets = [flops(network, drop, beside) for drop in fractions]
-    full = flops(network, 0.0, beside)
+    full, without = flops(network, 0.0, beside), flops(network, 1.0, beside)
+    sampled = fractions or ([0.0] if path_drop else [])
+    budgets = [(1 - path_drop) * flops(network, drop, beside) + path_drop * without for drop in sampled]
     return matched_steps(baseline_steps, flops(baseline, 0.0, Cost()), full_budget_steps, full, budgets)

@@ -36,7 +36,9 @@ def describe_guiding_branch(guidance: GuidanceSettings, with_drop: bool = True) 
     if guidance.weak_checkpoint is not None:
         text += f" of {guidance.weak_checkpoint.rpartition(' ')[0]}"
     drop = guidance.uncond_drop_fraction if with_drop else None
-    return text if drop is None else f"{text} at ρ {drop:g}"
+    if drop is None:
+        return text
+    return f"{text}, no backbone" if drop == 1 else f"{text} at ρ {drop:g}"
 
 
 def describe_clipping(sampler: SamplerOptions) -> str:

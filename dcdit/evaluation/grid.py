@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any
 
 from dcdit.checks import shown, to_plain
+from dcdit.diffusion.settings import PATH_DROP
 from dcdit.errors import UserError
 from dcdit.evaluation.settings import EvaluateConfig, EvaluateSettings
 from dcdit.sampling.settings import SamplingConfig
@@ -57,11 +58,13 @@ def grid_of(settings: EvaluateConfig) -> EvaluationGrid:
     left_out: list[str] = []
     for combination in product(*lists.values()):
         chosen: dict[str, Any] = dict(zip(lists, combination, strict=True))
+        if chosen["guidance.weak"] in PATH_DROP:  # whatever the others drop
+            chosen["guidance.uncond_drop_fraction"] = 1.0
         unguided = SamplingConfig.of(_with(values, {**chosen, "guidance.scale": 1.0}))
         guidance = unguided.guidance
         if chosen["guidance.scale"] != 1 and guidance.guiding_equals_main:
             left_out.append(
-                f"guidance.weak=budget, drop fraction {guidance.drop_fraction:g}, of the guiding branch"
+                f"guidance.weak={guidance.weak}, drop fraction {guidance.drop_fraction:g}, of the guiding branch"
                 f" {guidance.uncond_drop_fraction or 0:g}: the guiding branch would be no weaker, and guide nowhere"
             )
             continue

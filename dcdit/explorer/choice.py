@@ -31,6 +31,7 @@ class Choice:
         drop_last: of ``schedule`` the one at the image.
         by: what meets the budgets ``fraction`` and ``tflops``: drops, reuse of features, or both.
         guiding_drop: drop fraction of the guiding branch; None for that of the main one.
+        weak: how the guiding branch leaves the backbone out; None if it does not.
         cache: threshold of feature caching; 0 for none.
     """
 
@@ -46,6 +47,7 @@ class Choice:
     tflops: Positive = 1.0
     by: Literal["drop", "cache", "both"] = "both"
     guiding_drop: DropFraction | None = None
+    weak: Literal["path", "path_class"] | None = None
     cache: NonNegative = 0.0
 
     @property
@@ -65,6 +67,8 @@ class Choice:
             budget = {self.meet: getattr(self, self.meet), "by": self.by}
         if self.scale != 1 and self.guiding_drop is not None:
             guidance["uncond_drop_fraction"] = self.guiding_drop
+        if self.scale != 1 and self.weak is not None:
+            guidance["weak"] = self.weak
         return {"sampler": {"steps": self.steps, "cache": self.cache}, "guidance": guidance, "budget": budget}
 
     def config(self, base: Mapping[str, Any]) -> SamplingConfig:

@@ -1,11 +1,12 @@
 """The controls of one side of the explorer's page: they are drawn, and what a browser sends of them is read."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import gradio as gr
 
 from dcdit.checks import Bounds, conform, visible
+from dcdit.diffusion.settings import PATH_DROP
 from dcdit.errors import UserError
 from dcdit.explorer import view
 from dcdit.explorer.choice import Choice, Meet
@@ -26,6 +27,9 @@ _USED = {
     "tflops": ["tflops", "by"],
 }
 """The controls that count, by what sets the budget."""
+Guiding = Literal["same", "drop", "path", "path_class"]
+_GUIDING: list[tuple[str, Guiding]] = [("no class, same ρ", "same"), ("no class, a ρ of its own (Lite-CFG)", "drop")]
+_PATH_DROP: list[tuple[str, Guiding]] = [("no class, no backbone", "path"), ("no backbone", "path_class")]
 _LABELS = {
     "drop": "drop fraction ρ",
     "schedule": "ρ that follows the timesteps",
@@ -51,7 +55,7 @@ class Controls(NamedTuple):
     fraction: Any
     tflops: Any
     by: Any
-    own_guiding_drop: Any
+    guiding: Any
     guiding_drop: Any
     cache: Any
     sampler: Any
@@ -72,10 +76,10 @@ def request_of(name: str, checkpoints: int, label: Any, seed: Any, values: Seque
     """
     controls = Controls(*values)
     conform(f"{name}: what sets the budget", controls.meet, Meet)
-    conform(f"{name}: own ρ of the guiding branch", controls.own_guiding_drop, bool)
+    guiding = conform(f"{name}: guiding branch", controls.guiding, Guiding)
     checkpoint = conform(f"{name}: checkpoint", controls.checkpoint, Annotated[int, Bounds(0, checkpoints - 1)])
     used = _USED[controls.meet]
-    needed = ["scale", "steps", "cache", *used, *(["guiding_drop"] if controls.own_guiding_drop else [])]
+    needed = ["scale", "steps", "cache", *used, *(["guiding_drop"] if guiding == "drop" else [])]
     empty = [text for text, value in (("class", label), ("seed", seed)) if value is None]
     empty += [f"{name}: {_LABELS[control]}" for control in needed if getattr(controls, control) is None]
     if empty:
@@ -87,7 +91,8 @@ def request_of(name: str, checkpoints: int, label: Any, seed: Any, values: Seque
         steps=_whole(controls.steps),
         scale=controls.scale,
         meet=controls.meet,
-        guiding_drop=controls.guiding_drop if controls.own_guiding_drop and controls.scale != 1 else None,
+        guiding_drop=controls.guiding_drop if guiding == "drop" and controls.scale != 1 else None,
+        weak=guiding if guiding in PATH_DROP and controls.scale != 1 else None,
         cache=controls.cache,
         **{control: getattr(controls, control) for control in used},
     )
@@ -119,8 +124,8 @@ def draw_controls(name: str, session: Session, drop: float) -> Controls:
         tflops = gr.Number(usual, label=label, visible=False, elem_id=f"tflops_{name}")
         by = gr.Radio(_BY, value="both", label=_LABELS["by"], visible=False)
         scale = _slider(1, 10, config.guidance.scale, 0.25, "guidance scale, 1 for none")
-        label = "with guidance: the branch without class has a ρ of its own (Lite-CFG)"
-        own_guiding_drop = gr.Checkbox(False, label=label)
+        offered = _GUIDING + (_PATH_DROP if session.drops_path else [])
+        guiding = gr.Radio(offered, value="same", label="guiding branch, with guidance", elem_id=f"guiding_{name}")
         guiding_drop = _slider(0, 0.95, 0.9, 0.05, "its ρ", visible=False)
         cache = _slider(0, 2, config.sampler.cache, 0.05, "feature caching: threshold, 0 for none")
         samplers = sorted({name for index in range(len(session.sources)) for name in session.samplers(index)})
@@ -135,9 +140,9 @@ def draw_controls(name: str, session: Session, drop: float) -> Controls:
         return [gr.update(visible="drop" in used, label=label), *(gr.update(visible=each in used) for each in others)]
 
     meet.input(update_controls, meet, [drop_slider, drop_last, fraction, tflops, by], **SILENT)
-    own_guiding_drop.input(lambda own: gr.update(visible=own is True), own_guiding_drop, guiding_drop, **SILENT)
+    guiding.input(lambda chosen: gr.update(visible=chosen == "drop"), guiding, guiding_drop, **SILENT)
     budget = (drop_slider, drop_last, fraction, tflops, by)
-    return Controls(checkpoint, meet, *budget, own_guiding_drop, guiding_drop, cache, sampler, steps, scale)
+    return Controls(checkpoint, meet, *budget, guiding, guiding_drop, cache, sampler, steps, scale)
 
 
 def _slider(low: float, high: float, value: float, step: float, label: str, **options: Any) -> Any:

@@ -165,6 +165,11 @@ class Session:
         """Whether the network of a checkpoint drops tokens, and so has budgets."""
         return self.loaded[side].model.network.routes
 
+    @property
+    def drops_path(self) -> bool:
+        """Whether a checkpoint was trained to leave its backbone out."""
+        return any((loaded.model.training.get("multi_budget") or {}).get("path_drop") for loaded in self.loaded)
+
     def command(self, side: int, choice: Choice, out: str) -> str:
         """The words for a terminal that make the same image in the folder ``out``."""
         name = self.sources[side].name

@@ -6,6 +6,7 @@ from the modulated input of the first block, so that it does not depend on its b
 they are left out of the packed sequence, and the one read of its lengths says which they are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +47,14 @@ class FeatureCache:
         self._before: Tensor | None = None
         self._added_up = torch.zeros(())
 
-    def reuse(self, modulated: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    def reuse(self, modulated: Tensor, last: bool, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Decide which samples reuse at this step, and keep its input for the next one.
 
         Args:
             modulated: (B, L, D), the modulated input of this step.
             last: whether this is the last step.
+            without: (B,) bool, samples that leave the backbone out, which then gives 0, and do not reuse; the next step
+                that does not leave it out computes it. None for no sample.
 
         Returns:
             Which samples reuse, (B,) bool, none at the first step and at the last; and the relative change of the input
@@ -65,6 +68,9 @@ class FeatureCache:
             change = difference / self._before.abs().mean(dim=(1, 2))
         self._before = modulated
         reused, self._added_up = reuse(self._added_up, change, self.threshold, last)
+        if without is not None:
+            reused, self._added_up = reused & ~without, self._added_up.masked_fill(without, float("inf"))
+            self.spread = self.spread.masked_fill(without[:, None, None], 0.0)
         return reused, change
 
 
@@ -80,37 +86,28 @@ class CachedStep:
     branches: tuple[FeatureCache, ...]
     last: bool
 
-    def reuse(self, modulated: Tensor) -> tuple[Tensor, Tensor]:
-        """Which samples reuse, (B,) bool, and the relative change of their modulated input (B, L, D), (B,)."""
-        parts = modulated.float().chunk(len(self.branches))
-        reused, change = zip(
-            *(branch.reuse(part, self.last) for branch, part in zip(self.branches, parts, strict=True)), strict=True
-        )
-        return torch.cat(reused), torch.cat(change)
+    def reuse(self, modulated: Tensor, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Which samples reuse, (B,) bool, and the relative change of their modulated input (B, L, D), (B,).
 
-    def complete(self, fresh: Tensor, computed: Tensor | None) -> Tensor:
-        """What the backbone gave, now or before, (B, L, D), which is kept.
-
-        Args:
-            fresh: (n, L, D) of the samples that were computed.
-            computed: (n,) int64, which these are; None for all.
+        ``without`` (B,) bool are those that leave the backbone out, see :meth:`FeatureCache.reuse`.
         """
-        return self._keep(fresh if computed is None else self._before().index_copy(0, computed, fresh))
+        count = len(self.branches)
+        parts = modulated.float().chunk(count)
+        left_out: Sequence[Tensor | None] = [None] * count if without is None else without.chunk(count)
+        decided = [
+            branch.reuse(part, self.last, apart)
+            for branch, part, apart in zip(self.branches, parts, left_out, strict=True)
+        ]
+        return torch.cat([reused for reused, _ in decided]), torch.cat([change for _, change in decided])
 
-    def complete_all(self, spread: Tensor, reused: Tensor) -> Tensor:
-        """The same of the backbone's output for all samples, (B, L, D), which is ignored for the ``reused`` ones, (B,).
-
-        Nothing is read from the device.
-        """
-        return self._keep(torch.where(reused[:, None, None], self._before(), spread))
-
-    def _before(self) -> Tensor:
+    def before(self) -> Tensor:
+        """What the backbone gave last, (B, L, D): 0 for samples that leave it out."""
         return torch.cat([branch.spread for branch in self.branches])
 
-    def _keep(self, spread: Tensor) -> Tensor:
+    def keep(self, spread: Tensor) -> None:
+        """Keep what the backbone gave, now or before, (B, L, D)."""
         for branch, part in zip(self.branches, spread.chunk(len(self.branches)), strict=True):
             branch.spread = part
-        return spread
 
 
 class TrajectoryCache:

@@ -1,6 +1,7 @@
 """DC-DiT: a diffusion transformer over a learned selection of grid positions (arXiv 2603.06351)."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -96,6 +97,7 @@ class DCDiT(Network):
 
     routes: ClassVar[bool] = True
     caches: ClassVar[bool] = True
+    drops_path: ClassVar[bool] = True
     float32_parts: ClassVar[tuple[str, ...] | None] = ("router", "residual")
     title = "DC-DiT"
     pos_embed: Tensor | None
@@ -167,11 +169,16 @@ class DCDiT(Network):
         adapted = self.condition_norm(c)
         features = self.encoder(self.embed(x), adapted)  # (B, H, W, D)
         routing, change = self.route(features, drop_fraction), None
+        # what samples that keep no token get, where there may be any
+        others: Tensor | float | None = 0.0 if isinstance(drop_fraction, Tensor) or drop_fraction == 1 else None
         if cache is not None:
             first: DiTBlock = self.backbone.blocks[0]  # type: ignore[assignment]
-            reused, change = cache.reuse(first.modulated(features.flatten(1, 2), c))
-            routing = routing.without(reused)
-        spread, routing = self.run_backbone(features, c, routing, cache, capacity)  # (B, L, D)
+            without = None if others is None else ~routing.mask.any(dim=1)
+            reused, change = cache.reuse(first.modulated(features.flatten(1, 2), c), without)
+            routing, others = routing.without(reused), cache.before()
+        spread, routing = self.run_backbone(features, c, routing, capacity, others)  # (B, L, D)
+        if cache is not None:
+            cache.keep(spread)
         combined = self.combine(spread, features, routing)  # (B, H, W, D)
         decoded = self.decoder(combined.permute(0, 3, 1, 2), adapted)  # (B, H, W, E)
         prediction = self.output(decoded.flatten(1, 2), c)  # (B, L, 2C)
@@ -190,21 +197,34 @@ class DCDiT(Network):
             return route(prob, drop_fraction)
 
     def run_backbone(
-        self, features: Tensor, c: Tensor, routing: Routing, cache: CachedStep | None, capacity: float | None
+        self, features: Tensor, c: Tensor, routing: Routing, capacity: float | None, others: Tensor | float | None
     ) -> tuple[Tensor, Routing]:
-        """Run the backbone on the kept positions of ``features`` (B, H, W, D); samples that keep none reuse.
+        """Run the backbone on the kept positions of ``features`` (B, H, W, D).
+
+        Args:
+            features, c, routing, capacity: as in :meth:`forward`.
+            others: what samples that keep no position get, (B, L, D) or one number; None where all keep some.
 
         Returns:
             Its output on all positions, (B, L, D), and the decision with what ``capacity`` dropped.
         """
-        if capacity is not None:
+        if capacity is None:
+            packing = make_packing(routing.mask)
+        else:
             size = static_size(capacity, *routing.mask.shape)
             routing = routing.within(size)
-            spread = self.spread(features, c, routing, make_static_packing(routing.mask, size))
-            return spread if cache is None else cache.complete_all(spread, ~routing.mask.any(dim=1)), routing
-        if cache is not None:
-            return self.spread_or_reuse(features, c, routing, cache), routing
-        return self.spread(features, c, routing, make_packing(routing.mask)), routing
+            packing = make_static_packing(routing.mask, size)
+        if others is None or (packing.valid is None and all(packing.lengths)):
+            return self.spread(features, c, routing, packing), routing
+        if packing.valid is None and not self.training:
+            return self.spread_some(features, c, routing, packing, others), routing
+        # Losses on hidden states expect the packing of the whole batch, and who cannot read lengths has no other.
+        empty, running = ~routing.mask.any(dim=1)[:, None, None], routing
+        if packing.valid is None and not any(packing.lengths):  # all processes of a training need all gradients
+            first = torch.zeros(1, dtype=torch.int64, device=features.device)
+            running = replace(routing, mask=routing.mask.index_fill(1, first, True))
+            packing = make_packing(running.mask)
+        return torch.where(empty, others, self.spread(features, c, running, packing)), routing
 
     def spread(self, features: Tensor, c: Tensor, routing: Routing, packing: Packing) -> Tensor:
         """What the backbone makes of the kept positions of ``features`` (B, H, W, D), spread over all: (B, L, D)."""
@@ -216,19 +236,20 @@ class DCDiT(Network):
         with torch.autocast(features.device.type, enabled=False):
             return dechunk(tokens, routing, packing, self.grid, self.smoothing_sigma)
 
-    def spread_or_reuse(self, features: Tensor, c: Tensor, routing: Routing, cache: CachedStep) -> Tensor:
-        """The same, of the samples that keep no position from ``cache``."""
-        packing = make_packing(routing.mask)
+    def spread_some(
+        self, features: Tensor, c: Tensor, routing: Routing, packing: Packing, others: Tensor | float
+    ) -> Tensor:
+        """The same of the samples that keep positions alone; the rest get their row of ``others``."""
         rows = [row for row, length in enumerate(packing.lengths) if length]
-        if len(rows) == len(features):
-            return cache.complete(self.spread(features, c, routing, packing), None)
         computed = torch.tensor(rows, dtype=torch.int64, device=features.device)
         fresh = features.new_empty(0, *features.shape[1:]).flatten(1, 2).float()
         if rows:
             remaining = routing.of(computed)
             packing = make_packing(remaining.mask, [packing.lengths[row] for row in rows])
             fresh = self.spread(features[computed], c[computed], remaining, packing)
-        return cache.complete(fresh, computed)
+        if isinstance(others, float):
+            others = fresh.new_full((len(features), *fresh.shape[1:]), others)
+        return others.index_copy(0, computed, fresh)
 
     def combine(self, spread: Tensor, features: Tensor, routing: Routing) -> Tensor:
         """Add ``spread`` (B, L, D) to the encoder's residual, in float32: (B, H, W, D)."""
@@ -246,8 +267,8 @@ class DCDiT(Network):
             Component("encoder", [self.encoder], self.positions),
             Component("residual projection", [self.residual], self.positions, counted_by_paper=False),
             Component("router", [self.router], self.positions),
-            Component("backbone", [self.backbone], None, reused=True),
-            Component("de-chunk", runs=None, pairs=pairs, reused=True),
+            Component("backbone", [self.backbone], None, skipped=True),
+            Component("de-chunk", runs=None, pairs=pairs, skipped=True),
             Component("decoder", [self.decoder], self.positions),
             Component("output", [self.output], self.positions),
         ]

@@ -138,15 +138,15 @@ def plug_back(tokens: Tensor, packing: Packing, mask: Tensor) -> Tensor:
     """Give every position the token of its nearest kept position.
 
     Args:
-        tokens: (T, D).
+        tokens: (T, D), at least one.
         packing: where they lie.
         mask: (B, H, W) bool, the kept positions.
 
     Returns:
-        (B, L, D).
+        (B, L, D); of a sample that keeps no position, values without meaning.
     """
     packed_index = mask.flatten().cumsum(0) - 1  # flat grid position -> index in the packed sequence
-    if packing.valid is not None:  # a sample that keeps nothing is given whatever token: it reuses what it had
+    if packing.valid is not None or 0 in packing.lengths:  # who keeps nothing is given whatever token, for no use
         mask, packed_index = mask | ~mask.any(dim=(1, 2), keepdim=True), packed_index.clamp(min=0)
     positions = nearest_kept(mask)
     batch_offset = torch.arange(len(mask), device=mask.device)[:, None] * packing.bound

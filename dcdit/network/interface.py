@@ -41,7 +41,7 @@ class Component:
         runs: so often; None for once for every token that is kept.
         pairs: multiply-adds for every pair of these, beside those of attention.
         counted_by_paper: whether the published figures hold it.
-        reused: whether it is left out for a sample that reuses what it gave before, and so keeps no token.
+        skipped: whether it is left out for a sample that keeps no token.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Component:
     runs: int | None = 1
     pairs: float = 0.0
     counted_by_paper: bool = True
-    reused: bool = False
+    skipped: bool = False
 
 
 class Network(
@@ -74,6 +74,7 @@ class Network(
     Attributes:
         routes: whether a router chooses tokens, so that a drop fraction means something and cost varies.
         caches: whether samples can reuse what the backbone gave before.
+        drops_path: whether samples can leave the backbone out, at a drop fraction of 1 (path drop, arXiv 2510.21986).
         float32_parts: names of the modules that compute in float32 under autocast too; None where nobody says it.
         grid: (H, W).
         channels, num_classes, label_dropout: as given.
@@ -82,6 +83,7 @@ class Network(
 
     routes: ClassVar[bool] = False
     caches: ClassVar[bool] = False
+    drops_path: ClassVar[bool] = False
     float32_parts: ClassVar[tuple[str, ...] | None] = None
     variance: bool = True
 
@@ -108,8 +110,8 @@ class Network(
             x: (B, C, H, W) noisy latents.
             t: (B,) timesteps, whole or not, from 0, the image, to 999 or 1000, pure noise.
             y: (B,) class labels in 0..num_classes.
-            drop_fraction: share of kept tokens to drop, in [0, 1), one number or one per sample (B,); 0 for a network
-                that does not route.
+            drop_fraction: share of kept tokens to drop, in [0, 1], one number or one per sample (B,); 0 for a network
+                that does not route. At 1 a sample leaves the backbone out, of a network that :attr:`drops_path`.
             cache: what the samples may reuse, for a network that :attr:`caches`; None computes all of them.
             capacity: share of all positions of the batch that the packed sequence has room for, for a network that
                 routes. The sequence always has that length, see :func:`dcdit.network.packing.static_size`, so that

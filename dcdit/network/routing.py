@@ -21,8 +21,8 @@ class Routing:
     Attributes:
         prob: (B, L) float32, probability that a position is a boundary; the first and the last are 1.
         natural_mask: (B, L) bool, ``prob > 0.5``: what the router keeps by itself.
-        mask: (B, L) bool, what is kept after the tail drop; a subset of ``natural_mask``. Of a sample that reuses what
-            the backbone gave before, see :mod:`dcdit.network.caching`, nothing.
+        mask: (B, L) bool, what is kept after the tail drop; a subset of ``natural_mask``. Nothing of a sample that
+            leaves the backbone out, or that reuses what it gave before, see :mod:`dcdit.network.caching`.
         beyond: (B,) tokens of each sample that :meth:`within` dropped; None where there is no capacity.
     """
 
@@ -78,27 +78,30 @@ def tail_drop(prob: Tensor, natural_mask: Tensor, drop_fraction: float | Tensor)
     """Drop the least certain share of each sample's kept tokens (paper, tail drop).
 
     Of the n kept tokens of a sample the floor(rho * n) of lowest probability go, the product taken in float32; at
-    least one stays, ties keep the lower raster index. Masks nest: a larger fraction keeps a subset of a smaller one.
+    least one stays, ties keep the lower raster index. A fraction of 1 is apart (path drop, arXiv 2510.21986): no token
+    stays. Masks nest: a larger fraction keeps a subset of a smaller one.
 
     Args:
         prob: (B, L) boundary probabilities.
         natural_mask: (B, L) bool, at least one position per sample.
-        drop_fraction: rho in [0, 1), one number or a (B,) tensor.
+        drop_fraction: rho in [0, 1], one number or a (B,) tensor.
 
     Returns:
         (B, L) bool.
 
     Raises:
-        UserError: if a fraction given as a number lies outside [0, 1).
+        UserError: if a fraction given as a number lies outside [0, 1].
     """
     if not isinstance(drop_fraction, Tensor):
         number = float(conform("drop_fraction", drop_fraction, DropFraction))
         if number == 0:
             return natural_mask
+        if number == 1:
+            return torch.zeros_like(natural_mask)
         drop_fraction = torch.full((len(prob),), number, dtype=torch.float32, device=prob.device)
     kept = natural_mask.sum(dim=1)
     dropped = (kept.float() * drop_fraction.float()).floor().long()
-    remaining = (kept - dropped).clamp(min=1)
+    remaining = (kept - dropped).clamp(min=1) * (drop_fraction < 1)
     order = prob.masked_fill(~natural_mask, -1.0).sort(dim=1, descending=True, stable=True).indices
     top = torch.arange(prob.shape[1], device=prob.device) < remaining[:, None]
     return torch.zeros_like(natural_mask).scatter(1, order, top)

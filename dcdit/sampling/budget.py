@@ -127,7 +127,7 @@ class _Meter:
         added_up = [torch.zeros(()), torch.zeros(())]
         for branches in self.steps:
             for number, (branch, cost, fraction) in enumerate(zip(branches, self.costs, fractions, strict=False)):
-                kept = (branch.natural - (branch.natural * fraction).floor()).clamp(min=1)
+                kept = (branch.natural - (branch.natural * fraction).floor()).clamp(min=int(fraction < 1))
                 if branch.changes is not None:
                     if branch.changes.isinf().all():  # the first step of a batch
                         added_up[number] = torch.zeros(())
@@ -160,8 +160,8 @@ def calibrate(
 
     Args:
         model, sampler, batch_size, precision: as images will be sampled.
-        guidance: the same; an ``uncond_drop_fraction`` stays as it is, and so do the drop fraction or the sampler's
-            threshold where the budget is met by the other alone.
+        guidance: the same; a drop fraction of the guiding branch alone stays as it is, and so do the drop fraction or
+            the sampler's threshold where the budget is met by the other alone.
         budget: what to meet, and by what.
 
     Raises:
@@ -169,7 +169,7 @@ def calibrate(
     """
     if not model.network.routes:
         raise UserError(f"budget: {model.network.title} has one fixed cost, leave the budget out")
-    fixed = guidance.settings.uncond_drop_fraction
+    fixed = guidance.settings.guiding_drop_fraction
     caching = all(network.caches for network in branch_networks(model, guidance)) and not sampler.settings.cache
     by = budget.by or ("both" if caching else "drop")
     meter = _Meter(model, guidance, sampler, batch_size, precision, by != "drop" or sampler.settings.cache > 0)

@@ -6,7 +6,6 @@ from dcdit.data.latents import LatentSpec, format_numbers
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.settings import GuidanceSettings
 from dcdit.errors import UserError
-from dcdit.network import Network
 from dcdit.runtime.files import content_digest
 from dcdit.runtime.processes import print_once
 from dcdit.sampling.settings import SamplingConfig
@@ -38,26 +37,43 @@ def _scale_and_shift(latents: LatentSpec) -> str:
     return ", ".join(map(format_numbers, both)) + digest
 
 
-def check_guidance(network: Network, guidance: GuidanceSettings, guiding: Model | None = None) -> None:
-    """Raise :class:`UserError` where ``network``, or that of the guiding branch, cannot do what ``guidance`` needs."""
-    second = guiding.network if guiding else network
-    if guidance.scale != 1 and not guidance.guiding_keeps_class and second.label_dropout == 0:
+def check_guidance(model: Model, guidance: GuidanceSettings, guiding: Model | None = None) -> None:
+    """Raise :class:`UserError` where ``model``, or that of the guiding branch, cannot do what ``guidance`` needs."""
+    second = guiding or model
+    if guidance.scale != 1 and not guidance.guiding_keeps_class and second.network.label_dropout == 0:
         raise UserError(
             f"guidance.scale={guidance.scale}: this network was trained without a null class, model.label_dropout=0,"
             " so the guiding branch cannot leave the class out; take scale 1, a guiding branch that knows the class"
             " (guidance.weak=budget), or train with 0.1"
         )
-    branches = [(network, guidance.main_drop_fractions)]
+    own = guidance.guiding_drop_fraction
+    branches = [(model, guidance.main_drop_fractions, True)]
     if guidance.scale != 1:
-        own = guidance.uncond_drop_fraction
-        branches.append((second, guidance.main_drop_fractions if own is None else [own]))
-    for branch, drops in branches:
-        if not branch.routes and any(drops):
-            remedy = "take 0" if branch is network else "take guidance.uncond_drop_fraction=0"
-            raise UserError(f"drop fraction {max(drops):g}: {branch.title} drops no tokens, {remedy}")
+        branches.append((second, guidance.main_drop_fractions if own is None else [own], guidance.guiding_keeps_class))
+    for branch, drops, knows_class in branches:
+        if not branch.network.routes and any(drops):
+            remedy = "take 0" if branch is model else "take guidance.uncond_drop_fraction=0"
+            raise UserError(f"drop fraction {max(drops):g}: {branch.network.title} drops no tokens, {remedy}")
+        if 1 in drops:
+            check_path_drop(branch, knows_class)
+
+
+def check_path_drop(model: Model, knows_class: bool) -> None:
+    """Raise :class:`UserError` unless ``model`` was trained to leave its backbone out, and, if asked, with a class."""
+    budgets = model.training.get("multi_budget") or {}
+    if not budgets.get("path_drop"):
+        raise UserError(
+            "drop fraction 1 leaves the backbone out, for which this network was not trained: take a smaller one, such"
+            " as 0.9, guidance.weak=uncond or budget, or train with multi_budget.path_drop=0.1"
+        )
+    if knows_class and budgets.get("path_drop_class") == "drop":
+        raise UserError(
+            "drop fraction 1: without backbone this network was trained without class alone,"
+            " multi_budget.path_drop_class=drop: take guidance.weak=path, or train with keep"
+        )
 
 
 def guidance_of(model: Model, settings: GuidanceSettings, guiding: Model | None) -> Guidance:
     """Return guidance of ``model`` by itself, or by ``guiding``; raise :class:`UserError` if they cannot do that."""
-    check_guidance(model.network, settings, guiding)
+    check_guidance(model, settings, guiding)
     return Guidance(model.network, model.network.null_class, settings, guiding.network if guiding else None)

@@ -63,8 +63,10 @@ class Sampling:
             parts.append("ρ by timestep")
         if guidance.scale != 1:
             parts.append(f"guidance {guidance.scale:g}")
-            if guidance.uncond_drop_fraction is not None:
-                parts.append(f"guiding branch ρ {guidance.uncond_drop_fraction:g}")
+            if guidance.guiding_drop_fraction == 1:
+                parts.append("guiding branch without backbone")
+            elif guidance.guiding_drop_fraction is not None:
+                parts.append(f"guiding branch ρ {guidance.guiding_drop_fraction:g}")
         return ", ".join(parts)
 
     def generate(self, labels: Tensor, indices: Sequence[int], on_step: OnStep | None = None) -> Iterator[SampleBatch]:

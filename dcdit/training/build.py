@@ -50,7 +50,15 @@ def match_compute(config: TrainConfig) -> TrainConfig:
     with without_memory():
         networks = build_network(spec), build_network(other)
     budgets, beside = config.multi_budget, cost_of_alignment(config.alignment, networks[0])
-    equal = steps_matching(*networks, steps, config.compression, budgets.fractions, budgets.full_budget_steps, beside)
+    equal = steps_matching(
+        *networks,
+        steps,
+        config.compression,
+        budgets.fractions,
+        budgets.full_budget_steps,
+        path_drop=budgets.path_drop,
+        beside=beside,
+    )
     say(f"{equal} steps cost as much as {steps} of {baseline}")
     return replace(config, trainer=replace(config.trainer, max_steps=equal))
 

@@ -1,6 +1,7 @@
 """The LightningModule: network, diffusion loss, ratio loss and the sampled drop fraction."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -23,7 +24,13 @@ from dcdit.training.batching import recorded_settings
 from dcdit.training.callbacks.monitoring import logging_interval
 from dcdit.training.distillation import Distillation
 from dcdit.training.metrics import BatchMetrics, over_ranks, routing_metrics, step_metrics
-from dcdit.training.objective import balanced_timesteps, drop_fraction_at, ratio_loss, target_compression
+from dcdit.training.objective import (
+    balanced_timesteps,
+    drop_fraction_at,
+    drop_path,
+    ratio_loss,
+    target_compression,
+)
 from dcdit.training.resume import check_same_step, restore_lightning_state, strip_lightning_state
 from dcdit.training.settings import TrainConfig
 
@@ -44,6 +51,11 @@ def check_fit(network: Network, process: Process, config: TrainConfig) -> None:
         raise UserError(
             f"multi_budget.fractions={config.multi_budget.fractions}: {network.title} drops no tokens, set"
             " multi_budget=none"
+        )
+    if config.multi_budget.path_drop and not network.drops_path:
+        raise UserError(
+            f"multi_budget.path_drop={config.multi_budget.path_drop:g}: {network.title} cannot leave its backbone out,"
+            " set 0"
         )
     network.check_capacity("execution.capacity", config.execution.capacity)
     for part in config.optimizer.lr_scale or ():
@@ -124,10 +136,10 @@ class DCDiTModule(pl.LightningModule):
             seed = self._stream(step, _ALL_RANKS, micro)
             t = balanced_timesteps(self._draw_times, seed, world, self.global_rank, len(batch[0])).to(self.device)
         self._end_auxiliary(step)
-        noisy = self._diffuse(batch, t)
+        noisy, drops = self._drop_path(self._diffuse(batch, t), drop, step)
         wanted = {number for auxiliary in self.auxiliary for number in auxiliary.states}
         with record_hidden_states(self.network, wanted) as hidden:
-            output = self.network(noisy.x, noisy.t, noisy.labels, drop, **self.room)
+            output = self.network(noisy.x, noisy.t, noisy.labels, drops, **self.room)
         diffusion = self._loss(noisy, output)
         loss, metrics = diffusion.total.mean(), step_metrics(diffusion, drop)
         if output.routing is not None:
@@ -190,6 +202,16 @@ class DCDiTModule(pl.LightningModule):
         if self.training:
             labels = self.network.drop_labels(labels)
         return Noisy(self.process.add_noise(latents, noise, t), t, labels, latents, noise, companion)
+
+    def _drop_path(self, noisy: Noisy, drop: float, step: int) -> tuple[Noisy, float | Tensor]:
+        """The batch, and the drop fraction of all its samples, or of each where some leave the backbone out."""
+        budgets = self.multi_budget
+        if not budgets.path_drop or step < budgets.full_budget_steps:
+            return noisy, drop
+        drops = drop_path(drop, budgets.path_drop, len(noisy.x), self.device)
+        if budgets.path_drop_class == "drop":
+            noisy = replace(noisy, labels=noisy.labels.masked_fill(drops == 1, self.network.null_class))
+        return noisy, drops
 
     def _loss(self, noisy: Noisy, output: Output) -> DiffusionLoss:
         with torch.autocast(self.device.type, enabled=False):

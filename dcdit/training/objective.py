@@ -64,6 +64,17 @@ def target_compression(step: int, compression: float, start: float | None, steps
     return start + (compression - start) * step / steps
 
 
+def drop_path(drop_fraction: float, probability: float, batch: int, device: torch.device) -> Tensor:
+    """Drop fractions of samples, (B,): each leaves the backbone out, at 1, with this probability (arXiv 2510.21986).
+
+    Args:
+        drop_fraction: of the others.
+        probability, batch, device: of path drop; B; of the result.
+    """
+    dropped = torch.rand(batch, device=device) < probability
+    return torch.full((batch,), drop_fraction, device=device).masked_fill(dropped, 1.0)
+
+
 def drop_fraction_at(step: int, seed: int, fractions: Sequence[float], full_budget_steps: int) -> float:
     """Drop fraction of optimiser step ``step``: 0 at first, then one of ``fractions``, each equally likely.
 

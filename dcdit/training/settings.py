@@ -9,7 +9,6 @@ from dcdit.checks import (
     Capacity,
     Compression,
     Count,
-    DropFraction,
     Matches,
     Meant,
     Named,
@@ -17,6 +16,7 @@ from dcdit.checks import (
     Natural,
     NonNegative,
     Seed,
+    TailDrop,
     WithOthers,
     config,
     conform,
@@ -54,10 +54,12 @@ class RatioSettings:
 
 @config
 class MultiBudgetSettings:
-    """Multi-budget training, the drop fractions that steps sample from: the keys of ``configs/multi_budget``."""
+    """The budgets that training samples, step by step and sample by sample: the keys of ``configs/multi_budget``."""
 
-    fractions: list[DropFraction]
+    fractions: list[TailDrop]
     full_budget_steps: Natural
+    path_drop: Annotated[float, Bounds(0, 1, open_high=True, hint="it is a probability, such as 0.1")]
+    path_drop_class: Literal["keep", "drop"]
 
 
 @config

@@ -1,14 +1,19 @@
 """The settings of guidance and of the budget of an image."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from dcdit.checks import Bounds, DropFraction, NotEmpty, Number, Positive, checked, conform
 from dcdit.diffusion.settings.processes import TRAIN_STEPS
 from dcdit.errors import UserError
 
-if TYPE_CHECKING:
-    pass
+Weak = Literal["uncond", "budget", "path", "path_class"]
+"""What makes the guiding branch weaker: ``uncond``, it knows no class; ``budget``, it knows the class and drops more
+tokens; ``path``, it knows no class and leaves the backbone out (path-drop guidance, arXiv 2510.21986); ``path_class``,
+it leaves the backbone out and knows the class."""
+
+PATH_DROP = ("path", "path_class")
+"""Where the guiding branch leaves the backbone out."""
 
 DropSchedule = Annotated[list[list[Number]], NotEmpty("give a point, or null for a constant drop_fraction")]
 
@@ -28,9 +33,9 @@ class GuidanceSettings:
         scale: guidance scale; 1 runs the main branch alone.
         channels: guided noise channels, at most all; None takes 3 of 4, as all published figures, and else all.
         drop_fraction: tail drop of the main branch.
-        uncond_drop_fraction: tail drop of the guiding branch (Lite-CFG); None takes the same.
-        weak: ``uncond``, the guiding branch knows no class; ``budget``, it knows the class and drops more tokens. None
-            takes ``uncond``, and with ``weak_checkpoint`` the same class.
+        uncond_drop_fraction: tail drop of the guiding branch (Lite-CFG); None takes the same, or 1 where ``weak`` says
+            that it leaves the backbone out.
+        weak: see :data:`Weak`. None takes ``uncond``, and with ``weak_checkpoint`` the same class.
         weak_checkpoint: the checkpoint of the guiding branch, see ``resolve_checkpoint``; None for the
             network itself.
         interval: lowest and highest timestep that is guided (arXiv 2404.07724); elsewhere the main branch runs
@@ -46,7 +51,7 @@ class GuidanceSettings:
     channels: Annotated[int, Bounds(1, 10**7, hint="take 3 as published, or as many as there are")] | None = None
     drop_fraction: DropFraction = 0.0
     uncond_drop_fraction: DropFraction | None = None
-    weak: Literal["uncond", "budget"] | None = None
+    weak: Weak | None = None
     weak_checkpoint: str | None = None
     interval: list[Timestep] | None = None
     drop_schedule: DropSchedule | None = None
@@ -59,6 +64,16 @@ class GuidanceSettings:
                 raise UserError(f"drop_schedule={self.drop_schedule}: {point} is no pair of timestep and drop fraction")
             conform("drop_schedule", point[0], Timestep)
             conform("drop_schedule", point[1], DropFraction)
+        if self.leaves_path_out and self.uncond_drop_fraction not in (None, 1):
+            raise UserError(
+                f"uncond_drop_fraction={self.uncond_drop_fraction:g}: with weak={self.weak} the guiding branch leaves"
+                " the backbone out and keeps no token; leave one of the two out"
+            )
+        if self.scale != 1 and self.weak == "path_class" and self.guiding_equals_main:
+            raise UserError(
+                f"weak={self.weak}: the main branch leaves the backbone out too, so that guidance would lead nowhere:"
+                " take a drop_fraction below 1, or weak=path"
+            )
         if self.scale != 1 and self.weak == "budget" and self.guiding_equals_main:
             raise UserError(
                 f"weak=budget: the guiding branch would drop {self.uncond_drop_fraction or 0:g} of the tokens, no"
@@ -70,6 +85,8 @@ class GuidanceSettings:
         """Equivalent settings in one form: no guiding branch where none runs, and its drop fraction where one does."""
         if self.scale == 1:
             return replace(self, uncond_drop_fraction=None, weak=None, weak_checkpoint=None)
+        if self.leaves_path_out:
+            return replace(self, weak="budget" if self.guiding_keeps_class else "uncond", uncond_drop_fraction=1.0)
         if self.uncond_drop_fraction is None and self.drop_schedule is None:
             return replace(self, uncond_drop_fraction=self.drop_fraction)
         return self
@@ -77,13 +94,23 @@ class GuidanceSettings:
     @property
     def guiding_keeps_class(self) -> bool:
         """Whether the guiding branch knows the class."""
-        return self.weak == "budget" or (self.weak is None and self.weak_checkpoint is not None)
+        return self.weak in ("budget", "path_class") or (self.weak is None and self.weak_checkpoint is not None)
+
+    @property
+    def leaves_path_out(self) -> bool:
+        """Whether ``weak`` says that the guiding branch leaves the backbone out."""
+        return self.weak in PATH_DROP
+
+    @property
+    def guiding_drop_fraction(self) -> float | None:
+        """Tail drop of the guiding branch; None for that of the main one."""
+        return 1.0 if self.leaves_path_out else self.uncond_drop_fraction
 
     @property
     def guiding_equals_main(self) -> bool:
         """Whether nothing makes the guiding branch weaker than the main one."""
-        least = min(self.main_drop_fractions)
-        same_budget = self.uncond_drop_fraction is None or self.uncond_drop_fraction <= least
+        least, own = min(self.main_drop_fractions), self.guiding_drop_fraction
+        same_budget = own is None or own <= least
         return self.guiding_keeps_class and self.weak_checkpoint is None and same_budget
 
     def guided_channels(self, channels: int) -> int:
@@ -103,7 +130,7 @@ class GuidanceSettings:
 
             points = sorted(self.drop_schedule)
             drop = float(np.interp(timestep, [point[0] for point in points], [point[1] for point in points]))
-        return drop, drop if self.uncond_drop_fraction is None else self.uncond_drop_fraction
+        return drop, drop if self.guiding_drop_fraction is None else self.guiding_drop_fraction
 
     @property
     def main_drop_fractions(self) -> list[float]:

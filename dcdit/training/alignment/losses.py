@@ -1,6 +1,5 @@
 """The alignment losses: REPA (arXiv 2410.06940), iREPA (arXiv 2512.10794), dispersive (arXiv 2506.09027)."""
 
-import math
 from abc import abstractmethod
 from dataclasses import replace
 
@@ -147,8 +146,9 @@ class GridAlignment(EncoderAlignment):
         with torch.autocast(tokens.device.type, enabled=False):
             spread = self._spread(tokens.float(), packing, routing)  # (B, D, H, W)
             pooled = F.avg_pool2d(spread, self.token_grid[0] // target.shape[2])
-        projected = self.projector(pooled).float()
-        return -F.cosine_similarity(projected, target, dim=1).mean()
+        similarity = F.cosine_similarity(self.projector(pooled).float(), target, dim=1).flatten(1)  # (B, h * w)
+        present = has_tokens(packing)
+        return -(similarity * present[:, None]).sum() / (present.sum() * similarity.shape[1])
 
     def _spread(self, tokens: Tensor, packing: Packing, routing: Routing | None) -> Tensor:
         if routing is None:  # every position has its token
@@ -190,17 +190,24 @@ class DispersiveLoss(Alignment):
             pooled = mean_tokens(tokens.float(), packing) / tokens.shape[1] ** 0.5  # (B, D)
             # Of differences, not of products: these would lose the digits of near pairs.
             distances = torch.cdist(pooled, pooled, compute_mode="donot_use_mm_for_euclid_dist").square()
-        return torch.logsumexp(-distances.flatten() / self.temperature, dim=0) - 2 * math.log(len(pooled))
+        present = has_tokens(packing)
+        distances = distances.masked_fill(~(present & present[:, None]), torch.inf)
+        return torch.logsumexp(-distances.flatten() / self.temperature, dim=0) - 2 * present.sum().log()
 
 
 def mean_tokens(tokens: Tensor, packing: Packing) -> Tensor:
-    """The mean of the tokens (T, D) of each sample, (B, D); padding counts for nothing."""
+    """The mean of the tokens (T, D) of each sample, (B, D), 0 of none; padding counts for nothing."""
     samples = torch.arange(packing.batch, device=tokens.device)
     own = packing.sample == samples[:, None]  # (B, T)
     if packing.valid is not None:
         own = own & packing.valid
     # A product: on a GPU, sums by index add up in another order, to other bits, in every run.
-    return own.to(tokens.dtype) @ tokens / packing.cu_seqlens.diff()[: packing.batch, None]
+    return own.to(tokens.dtype) @ tokens / packing.cu_seqlens.diff()[: packing.batch, None].clamp(min=1)
+
+
+def has_tokens(packing: Packing) -> Tensor:
+    """Which samples have tokens, (B,) bool: losses leave out those that leave the backbone out."""
+    return packing.cu_seqlens.diff()[: packing.batch] > 0
 
 
 def mlp(width: int, hidden: int, channels: int) -> nn.Module:

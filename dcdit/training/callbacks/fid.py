@@ -99,7 +99,7 @@ class FID(Callback):
         sampler = Sampler(self.sampler.for_process(model.process.settings))
         model.network.check_capacity("callbacks.fid.capacity", self.capacity)
         for drop in self.drop_fractions:
-            check_guidance(model.network, self._guidance(drop))
+            check_guidance(model, self._guidance(drop))
         device = pl_module.device
         decode = load_decoder(model.latents, device, self.autoencoder)
         self.features.to(device)
@@ -168,7 +168,7 @@ class FID(Callback):
 
     def _model(self, pl_module: Any, trainer: pl.Trainer) -> Model:
         latents = LatentSpec.from_plain(pl_module.hparams["latents"], "latents")
-        return Model(pl_module.network, latents, trainer.global_step, pl_module.process)
+        return Model(pl_module.network, latents, trainer.global_step, pl_module.process, pl_module.hparams)
 
     def _guidance(self, drop: float) -> GuidanceSettings:
         return replace(self.guidance, drop_fraction=drop)
