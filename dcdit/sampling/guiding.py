@@ -44,16 +44,17 @@ def check_guidance(model: Model, guidance: GuidanceSettings, guiding: Model | No
         raise UserError(
             f"guidance.scale={guidance.scale}: this network was trained without a null class, model.label_dropout=0,"
             " so the guiding branch cannot leave the class out; take scale 1, a guiding branch that knows the class"
-            " (guidance.weak=budget), or train with 0.1"
+            " (guidance.weak=budget or path_class), or train with 0.1"
         )
     own = guidance.guiding_drop_fraction
-    branches = [(model, guidance.main_drop_fractions, True)]
+    branches = [(model, guidance.main_drop_fractions, True, "0")]
     if guidance.scale != 1:
-        branches.append((second, guidance.main_drop_fractions if own is None else [own], guidance.guiding_keeps_class))
-    for branch, drops, knows_class in branches:
+        remedy = "guidance.weak=uncond" if guidance.leaves_path_out else "guidance.uncond_drop_fraction=0"
+        drops, remedy = (guidance.main_drop_fractions, "0") if own is None else ([own], remedy)
+        branches.append((second, drops, guidance.guiding_keeps_class, remedy))
+    for branch, drops, knows_class, remedy in branches:
         if not branch.network.routes and any(drops):
-            remedy = "take 0" if branch is model else "take guidance.uncond_drop_fraction=0"
-            raise UserError(f"drop fraction {max(drops):g}: {branch.network.title} drops no tokens, {remedy}")
+            raise UserError(f"drop fraction {max(drops):g}: {branch.network.title} drops no tokens, take {remedy}")
         if 1 in drops:
             check_path_drop(branch, knows_class)
 

@@ -55,7 +55,7 @@ def test_the_product_is_a_float32_one():
     assert tail_drop(prob, mask, torch.tensor([0.9])).sum() == 2
 
 
-@pytest.mark.parametrize("drop", [-0.1, 1.0, 1.5, float("nan")])
+@pytest.mark.parametrize("drop", [-0.1, 1.1, 1.5, float("nan")])
 def test_fraction_out_of_range(drop):
     with pytest.raises(UserError, match="drop_fraction"):
         decide(torch.rand(1, 4), drop)
