@@ -216,7 +216,7 @@ class TestGuidance:
             ({"weak": "smaller"}, "weak='smaller' is not one of uncond, budget"),
             ({"interval": [700, 100]}, r"interval=\[700, 100\] is no pair"),
             ({"drop_schedule": []}, "asks for nothing"),
-            ({"drop_schedule": [[0, 1.0]]}, r"drop_schedule=1 is outside"),
+            ({"drop_schedule": [[0, 1.1]]}, r"drop_schedule=1.1 is outside"),
             ({"drop_schedule": [[0]]}, "is no pair of timestep"),
         ):
             with pytest.raises(UserError, match=message):

@@ -202,9 +202,10 @@ def test_guidance_needs_a_null_class():
     net = DCDiT(
         grid=8, channels=1, num_classes=5, width=32, depth=1, heads=2, encoder_width=16, groups=4, label_dropout=0
     )
-    check_guidance(net, GuidanceSettings())
+    model = Model(net, LATENTS, 0)
+    check_guidance(model, GuidanceSettings())
     with pytest.raises(UserError, match=r"guidance.scale=2.0: .* model.label_dropout=0"):
-        check_guidance(net, GuidanceSettings(scale=2.0))
+        check_guidance(model, GuidanceSettings(scale=2.0))
 
 
 @pytest.mark.parametrize(

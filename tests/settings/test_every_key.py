@@ -82,6 +82,7 @@ MAY_BE_ZERO = {
     ),
     *(
         "multi_budget.full_budget_steps",
+        "multi_budget.path_drop",
         "model.label_dropout",
         "model.freq_shift",
         "trainer.gradient_clip_val",
