@@ -1,7 +1,7 @@
 """Guidance: a denoiser that wraps the denoisers of a main branch and of a weaker, guiding branch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -91,6 +91,26 @@ class GuidedOutput:
     changes: tuple[Tensor, ...] = ()
 
 
+class GuidingReuse:
+    """Predictions of the guiding branch in one trajectory, each of which serves several evaluations of the network.
+
+    Args:
+        every: how many.
+
+    Attributes:
+        prediction: the last one, (B, C or 2C, H, W); empty before the first.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every, self.prediction = every, torch.empty(0)
+        self._evaluations = 0
+
+    def next(self) -> Tensor | None:
+        """Count an evaluation; return what it reuses, None where the guiding branch has to run."""
+        self._evaluations += 1
+        return self.prediction if (self._evaluations - 1) % self.every else None
+
+
 @dataclass(frozen=True)
 class Guidance:
     """A denoiser that is guided away from a weaker one, each with its own budget (Lite-CFG).
@@ -102,6 +122,7 @@ class Guidance:
         guiding: the network of the guiding branch; None for the same.
         cache: what the samples of one trajectory reuse; None where all is computed.
         capacity: the room of the packed sequences; None packs exactly.
+        reuse: what reuses predictions of the guiding branch in one trajectory; None where it always runs.
     """
 
     denoiser: Denoiser
@@ -110,6 +131,12 @@ class Guidance:
     guiding: Denoiser | None = None
     cache: StepCache | None = None
     capacity: Capacity | None = None
+    reuse: "GuidingReuse | None" = None
+
+    def for_trajectory(self, cache: StepCache | None) -> "Guidance":
+        """Return the same for one trajectory of a batch, which begins with nothing to reuse but a new ``cache``."""
+        every = self.settings.every
+        return replace(self, cache=cache, reuse=GuidingReuse(every) if every > 1 else None)
 
     def _cached(self, timestep: float, *branches: int) -> tuple[Any, ...]:
         """The cache argument of a network for a batch of these branches; empty where all is computed."""
@@ -132,9 +159,14 @@ class Guidance:
         """
         drop, guiding_drop = self.settings.drop_at(timestep)
         t = torch.full(y.shape, timestep, device=y.device)  # whole numbers or not, as the process has it
-        if not self.settings.is_guided(timestep):
+        channels, guided = self.settings.guided_channels(x.shape[1]), self.settings.is_guided(timestep)
+        reused = self.reuse.next() if guided and self.reuse is not None else None
+        if not guided or reused is not None:
             output = self.denoiser(x, t, y, drop, *self._cached(timestep, 0), **self._room(timestep, 0))
-            return GuidedOutput(output.prediction, (output.routing,), self._changes(output))
+            prediction = output.prediction
+            if reused is not None:
+                prediction = guide(prediction, reused, self.settings.scale, channels)
+            return GuidedOutput(prediction, (output.routing,), self._changes(output))
         guiding_y = y if self.settings.guiding_keeps_class else torch.full_like(y, self.null_class)
         if self.guiding is not None:
             outputs = (
@@ -156,5 +188,6 @@ class Guidance:
             parts = slice(len(y)), slice(len(y), None)
             routings = tuple(None if output.routing is None else output.routing.of(part) for part in parts)
             changes = tuple(part for change in self._changes(output) for part in change.chunk(2))
-        channels = self.settings.guided_channels(x.shape[1])
+        if self.reuse is not None:
+            self.reuse.prediction = guiding
         return GuidedOutput(guide(main, guiding, self.settings.scale, channels), routings, changes)

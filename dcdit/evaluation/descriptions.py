@@ -36,9 +36,9 @@ def describe_guiding_branch(guidance: GuidanceSettings, with_drop: bool = True) 
     if guidance.weak_checkpoint is not None:
         text += f" of {guidance.weak_checkpoint.rpartition(' ')[0]}"
     drop = guidance.uncond_drop_fraction if with_drop else None
-    if drop is None:
-        return text
-    return f"{text}, no backbone" if drop == 1 else f"{text} at ρ {drop:g}"
+    if drop is not None:
+        text += ", no backbone" if drop == 1 else f" at ρ {drop:g}"
+    return text if guidance.every == 1 else f"{text}, at 1 of {guidance.every} evaluations"
 
 
 def describe_clipping(sampler: SamplerOptions) -> str:

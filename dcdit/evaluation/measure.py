@@ -128,7 +128,9 @@ def _name_of(sampling: Sampling) -> str:
     step = "" if sampling.model.step is None else f"step{sampling.model.step}_"
     cache = f"_cache{sampler.cache:g}" if sampler.cache else ""
     weak = "" if guidance.uncond_drop_fraction is None else f"_weak{guidance.uncond_drop_fraction:g}"
-    return f"{step}{sampler.name}{sampler.steps}_cfg{guidance.scale:g}_drop{guidance.drop_fraction:g}{cache}{weak}"
+    every = "" if guidance.every == 1 else f"_every{guidance.every}"
+    budget = f"drop{guidance.drop_fraction:g}{cache}{weak}{every}"
+    return f"{step}{sampler.name}{sampler.steps}_cfg{guidance.scale:g}_{budget}"
 
 
 class Measurement:

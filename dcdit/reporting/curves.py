@@ -160,7 +160,7 @@ def by_budget(results: Sequence[Result]) -> list[list[Result]]:
     return groups
 
 
-_NO_GUIDING_BRANCH = {"weak": None, "weak_checkpoint": None, "uncond_drop_fraction": None}
+_NO_GUIDING_BRANCH = {"weak": None, "weak_checkpoint": None, "uncond_drop_fraction": None, "every": 1}
 
 
 def _together(results: Iterable[Result], key: Callable[[Result], dict[str, Any]]) -> list[list[Result]]:

@@ -45,10 +45,7 @@ class KeptShares:
         shares: dict[float, list[float | None]] = {}
         for timestep, step in zip(timesteps, self.steps, strict=True):
             room = [None if share is None else min(1.0, MARGIN * share) for share in step]
-            before = shares.get(timestep, room)
-            shares[timestep] = [
-                None if new is None else max(new, old or 0.0) for new, old in zip(room, before, strict=True)
-            ]
+            shares[timestep] = list(map(_most, zip(room, shares.get(timestep, room), strict=True)))
         return shares.__getitem__
 
 

@@ -102,10 +102,9 @@ def generate(
         first_bad = torch.full_like(classes, _NEVER)  # step after which a sample was not finite; read once, at the end
         x = torch.empty(0)
         threshold = sampler.settings.cache
-        if threshold:
-            guidance = replace(guidance, cache=TrajectoryCache(threshold, sampler.timesteps[-1]))
+        cache = TrajectoryCache(threshold, sampler.timesteps[-1]) if threshold else None
         with autocast(precision, model.device):
-            for step in sampler.trajectory(guidance, model.latents.shape, classes, streams):
+            for step in sampler.trajectory(guidance.for_trajectory(cache), model.latents.shape, classes, streams):
                 x = step.next
                 first_bad = torch.where(x.flatten(1).isfinite().all(dim=1), first_bad, first_bad.clamp(max=step.index))
                 masks = [None if routing is None else routing.mask for routing in step.output.routings]

@@ -67,6 +67,8 @@ class Sampling:
                 parts.append("guiding branch without backbone")
             elif guidance.guiding_drop_fraction is not None:
                 parts.append(f"guiding branch ρ {guidance.guiding_drop_fraction:g}")
+            if guidance.every > 1:
+                parts.append(f"guiding branch at 1 of {guidance.every} evaluations")
         return ", ".join(parts)
 
     def generate(self, labels: Tensor, indices: Sequence[int], on_step: OnStep | None = None) -> Iterator[SampleBatch]:

@@ -15,6 +15,8 @@ it leaves the backbone out and knows the class."""
 PATH_DROP = ("path", "path_class")
 """Where the guiding branch leaves the backbone out."""
 
+Every = Annotated[int, Bounds(1, TRAIN_STEPS, hint="1 runs the guiding branch at every evaluation, 2 at every other")]
+
 DropSchedule = Annotated[list[list[Number]], NotEmpty("give a point, or null for a constant drop_fraction")]
 
 
@@ -40,6 +42,8 @@ class GuidanceSettings:
             network itself.
         interval: lowest and highest timestep that is guided (arXiv 2404.07724); elsewhere the main branch runs
             alone. None guides all.
+        every: the guiding branch runs at ``every``-th evaluation of the network that is guided, from the first on;
+            in between its last prediction is reused.
         drop_schedule: pairs of timestep and drop fraction, linear in between, constant beyond; in place of
             ``drop_fraction``.
 
@@ -54,6 +58,7 @@ class GuidanceSettings:
     weak: Weak | None = None
     weak_checkpoint: str | None = None
     interval: list[Timestep] | None = None
+    every: Every = 1
     drop_schedule: DropSchedule | None = None
 
     def __post_init__(self) -> None:
@@ -84,7 +89,7 @@ class GuidanceSettings:
     def canonical(self) -> "GuidanceSettings":
         """Equivalent settings in one form: no guiding branch where none runs, and its drop fraction where one does."""
         if self.scale == 1:
-            return replace(self, uncond_drop_fraction=None, weak=None, weak_checkpoint=None)
+            return replace(self, uncond_drop_fraction=None, weak=None, weak_checkpoint=None, every=1)
         if self.leaves_path_out:
             return replace(self, weak="budget" if self.guiding_keeps_class else "uncond", uncond_drop_fraction=1.0)
         if self.uncond_drop_fraction is None and self.drop_schedule is None:
