@@ -2,8 +2,8 @@
 
     python scripts/compare_networks.py mnist trainer=gpu     # or digits
 
-For each of three seeds: a DiT/2, a DC-DiT for as many steps as cost the same, and a DC-DiT that begins with the DiT's
-blocks, for half of that. Prints, as soon as a run is measured and as means at the end, in Markdown: training compute
+For each of three seeds: a DiT/2; a DC-DiT for as many steps as cost the same, without and with path drop; and a DC-DiT
+that begins with the DiT's blocks, for half of that. Prints, as soon as a run is measured and as means at the end, in Markdown: training compute
 (with the forward passes of the teacher), samples read as the requested class, FID, and FLOPs per image at several drop
 fractions. Further arguments are overrides of all runs; a trainer among them brings its precision along. If it is
 interrupted, the same command goes on. Made for a GPU; ``--steps 100`` tries it on a laptop.
@@ -33,7 +33,7 @@ from dcdit.settings.compose import register_resolvers
 from dcdit.settings.published import CONFIG_DIR
 
 DROPS = (0.0, 0.3, 0.6)
-DIT, SCRATCH, UPCYCLED = VARIANTS = ("DiT/2", "DC-DiT", "DC-DiT, upcycled")
+DIT, SCRATCH, PATH_DROP, UPCYCLED = VARIANTS = ("DiT/2", "DC-DiT", "DC-DiT, path drop", "DC-DiT, upcycled")
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ def overrides_of(variant: str, steps: int, teacher: Path) -> list[str]:
         plain = ["model=dit_digits_2_deep", "multi_budget=none", "multi_budget.full_budget_steps=0"]
         return [*plain, f"trainer.max_steps={steps}"]
     matched = ["model=dcdit_digits_deep", "match_compute.baseline=dit_digits_2_deep"]
-    if variant == SCRATCH:
-        return [*matched, f"match_compute.steps={steps}", f"multi_budget.full_budget_steps={steps // 8}"]
+    if variant in (SCRATCH, PATH_DROP):
+        path_drop = [] if variant == SCRATCH else ["multi_budget.path_drop=0.1"]
+        return [*matched, f"match_compute.steps={steps}", f"multi_budget.full_budget_steps={steps // 8}", *path_drop]
     distilled = distil_steps(steps)
     upcycle = ["init=upcycle", f"init.teacher={teacher}", f"init.distil_steps={distilled}"]
     return [*matched, f"match_compute.steps={steps // 2}", *upcycle, f"multi_budget.full_budget_steps={distilled}"]
@@ -149,7 +150,7 @@ def main() -> None:
     real, judge, device = real_digits(out / "data", setup.side), Judge(setup.source), pick_device("auto")
     rows: list[dict[str, Any]] = []
     print(HEAD, flush=True)
-    for variants in ((DIT,), (SCRATCH, UPCYCLED)):  # the plain DiTs are the teachers
+    for variants in ((DIT,), (SCRATCH, PATH_DROP, UPCYCLED)):  # the plain DiTs are the teachers
         overrides = {
             run: (*shared, *overrides_of(variant, options.steps, runs[DIT, seed]), f"seed={seed}", *options.overrides)
             for (variant, seed), run in runs.items()
