@@ -131,7 +131,7 @@ class Guidance:
     guiding: Denoiser | None = None
     cache: StepCache | None = None
     capacity: Capacity | None = None
-    reuse: "GuidingReuse | None" = None
+    reuse: GuidingReuse | None = None
 
     def for_trajectory(self, cache: StepCache | None) -> "Guidance":
         """Return the same for one trajectory of a batch, which begins with nothing to reuse but a new ``cache``."""
