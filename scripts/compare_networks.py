@@ -3,10 +3,10 @@
     python scripts/compare_networks.py mnist trainer=gpu     # or digits
 
 For each of three seeds: a DiT/2; a DC-DiT for as many steps as cost the same, without and with path drop; and a DC-DiT
-that begins with the DiT's blocks, for half of that. Prints, as soon as a run is measured and as means at the end, in Markdown: training compute
-(with the forward passes of the teacher), samples read as the requested class, FID, and FLOPs per image at several drop
-fractions. Further arguments are overrides of all runs; a trainer among them brings its precision along. If it is
-interrupted, the same command goes on. Made for a GPU; ``--steps 100`` tries it on a laptop.
+that begins with the DiT's blocks, for half of that. Prints, as soon as a run is measured and as means at the end, in
+Markdown: training compute (with the forward passes of the teacher), samples read as the requested class, FID, and FLOPs
+per image at several drop fractions. Further arguments are overrides of all runs; a trainer among them brings its
+precision along. If it is interrupted, the same command goes on. Made for a GPU; ``--steps 100`` tries it on a laptop.
 """
 
 import argparse
@@ -16,10 +16,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from digit_trials import ROOT, Judge, Trained, load_or_measure, real_digits, trained, training_tflops, write_digits
+from digit_trials import (
+    ROOT,
+    Judge,
+    Trained,
+    load_or_measure,
+    real_digits,
+    spread,
+    trained,
+    training_tflops,
+    write_digits,
+)
 from hydra import compose, initialize_config_dir
 
 from dcdit.checkpoints.load import load_model
@@ -46,6 +56,45 @@ class Setup:
 
 
 SETUPS = {"digits": Setup(Digits(grid=12), 12, 64), "mnist": Setup(Mnist(), 28, 32)}
+STEPS = 2000
+"""Of DiT/2, unless others are asked for."""
+
+
+class Planned(NamedTuple):
+    """A run to train: its directory and its overrides."""
+
+    run: Path
+    overrides: list[str]
+
+
+Plan = dict[tuple[str, int], Planned]
+"""The run of each variant and seed."""
+
+
+def run_of(out: Path, variant: str, seed: int) -> Path:
+    """The directory of a run in ``out``."""
+    return out / f"{variant}_{seed}".translate(_NAME)
+
+
+def plan(data: str, out: Path, steps: int, seeds: int, own: Sequence[str]) -> Plan:
+    """Write the images of a setup to ``out``/data, and plan the runs that this script trains on them.
+
+    Args:
+        data: a key of ``SETUPS``.
+        out: holds images and runs.
+        steps: of DiT/2.
+        seeds: how many.
+        own: overrides of all runs.
+    """
+    setup = SETUPS[data]
+    shared = [f"experiment={data}", write_digits(out / "data", setup.source), f"data.batch_size={setup.batch}"]
+    shared += [f"model.grid={setup.side}", "trainer.val_check_interval=100000", *precision_of(own)]
+
+    def planned(variant: str, seed: int) -> Planned:
+        special = overrides_of(variant, steps, run_of(out, DIT, seed))
+        return Planned(run_of(out, variant, seed), [*shared, *special, f"seed={seed}", *own])
+
+    return {(variant, seed): planned(variant, seed) for variant in VARIANTS for seed in range(seeds)}
 
 
 def overrides_of(variant: str, steps: int, teacher: Path) -> list[str]:
@@ -97,10 +146,6 @@ def cost(run: Path, teacher: Path, batch: int, matched: int) -> float:
     return training_tflops(load_model(run), batch, network, matched)
 
 
-def _range(values: Sequence[float], form: str) -> str:
-    return f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
 HEAD = """| network | training TFLOPs | ρ | read as asked for | FID | GFLOPs per image |
 |---|---|---|---|---|---|"""
 
@@ -122,8 +167,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             if chosen:
                 columns = {key: [row[key] for row in chosen] for key in ("tflops", "read", "fid", "gflops")}
                 lines.append(
-                    f"| {variant} | {columns['tflops'][0]:.3g} | {drop:g} | {_range(columns['read'], '.1%')}"
-                    f" | {_range(columns['fid'], '.2f')} | {sum(columns['gflops']) / len(chosen):.3f} |"
+                    f"| {variant} | {columns['tflops'][0]:.3g} | {drop:g} | {spread(columns['read'], '.1%')}"
+                    f" | {spread(columns['fid'], '.2f')} | {sum(columns['gflops']) / len(chosen):.3f} |"
                 )
     return "\n".join(lines)
 
@@ -133,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=SETUPS)
     parser.add_argument("overrides", nargs="*", help="of all runs, such as trainer=gpu")
-    parser.add_argument("--steps", type=int, default=2000, help="of DiT/2")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of DiT/2")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--images", type=int, default=500, help="that are sampled of each run")
     parser.add_argument("--out", type=Path, help="runs/networks_<data> if left out")
@@ -141,25 +186,17 @@ def main() -> None:
     options = parser.parse_intermixed_args()  # overrides may stand before and after options
     parallel = options.parallel or min(os.cpu_count() or 1, options.seeds)
     setup, out = SETUPS[options.data], (options.out or ROOT / "runs" / f"networks_{options.data}").resolve()
-    data = write_digits(out / "data", setup.source)
-    shared = [f"experiment={options.data}", data, f"data.batch_size={setup.batch}", f"model.grid={setup.side}"]
-    keys = [(variant, seed) for variant in VARIANTS for seed in range(options.seeds)]
-    runs = {key: out / "{}_{}".format(*key).translate(_NAME) for key in keys}
-    key_of = {run: key for key, run in runs.items()}
-    shared += ["trainer.val_check_interval=100000", *precision_of(options.overrides)]
+    runs = plan(options.data, out, options.steps, options.seeds, options.overrides)
+    key_of = {planned.run: key for key, planned in runs.items()}
     real, judge, device = real_digits(out / "data", setup.side), Judge(setup.source), pick_device("auto")
     rows: list[dict[str, Any]] = []
     print(HEAD, flush=True)
     for variants in ((DIT,), (SCRATCH, PATH_DROP, UPCYCLED)):  # the plain DiTs are the teachers
-        overrides = {
-            run: (*shared, *overrides_of(variant, options.steps, runs[DIT, seed]), f"seed={seed}", *options.overrides)
-            for (variant, seed), run in runs.items()
-            if variant in variants
-        }
-        for run in trained(overrides, parallel):
+        chosen = dict(planned for (variant, _), planned in runs.items() if variant in variants)
+        for run in trained(chosen, parallel):
             variant, seed = key_of[run]
             matched = distil_steps(options.steps) if variant == UPCYCLED else 0
-            about = {"variant": variant, "seed": seed, "tflops": cost(run, runs[DIT, seed], setup.batch, matched)}
+            about = {"variant": variant, "seed": seed, "tflops": cost(run, runs[DIT, seed].run, setup.batch, matched)}
             measured = load_or_measure(
                 run / "measured.json", partial(measure, run, real, judge, device, options.images)
             )

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
-from digit_trials import ROOT, Trained, load_or_measure, real_digits, trained, write_digits
+from digit_trials import ROOT, Trained, load_or_measure, real_digits, spread, trained, write_digits
 
 from dcdit.checkpoints.load import load_model
 from dcdit.data.builtin import Digits
@@ -92,10 +92,6 @@ def measure(run: Path, real: Statistics, images: int) -> list[dict[str, float]]:
 
 def table(measured: dict[Trial, Measured]) -> str:
     """A table in Markdown: means over the seeds, with the least and the greatest value in brackets."""
-
-    def spread(values: Sequence[float], form: str) -> str:
-        return f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
     lines = ["| recipe | steps | FID | read as asked for | positions kept |", "|---|---|---|---|---|"]
     for title, rows in by_title(measured).items():
         kept = sum(row.kept for row in rows) / len(rows)

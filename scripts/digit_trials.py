@@ -68,6 +68,11 @@ def load_or_measure(path: Path, measure: Callable[[], list[dict[str, float]]]) -
     return figures
 
 
+def spread(values: Sequence[float], form: str) -> str:
+    """The mean of values, with the least and the greatest in brackets, each formatted by ``form``."""
+    return f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
 def write_digits(directory: Path, source: HandwrittenDigits) -> str:
     """Write digits as shards, unless they are there; returns the override that names them."""
     if not (directory / "train").exists():
