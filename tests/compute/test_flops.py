@@ -112,7 +112,7 @@ def test_the_table_as_users_print_it(capsys):
     assert "59.33" in capsys.readouterr().out
     for override, message in (
         ("compression=1", "compression=1 must be greater than 1"),
-        ("drop_fractions=[1.0]", r"drop_fractions=1 is outside"),
+        ("drop_fractions=[1.1]", r"drop_fractions=1.1 is outside"),
         ("steps=0", r"steps=0 is outside \[1, 1000\]"),
         ("drop_fractions=[]", "asks for nothing"),
     ):
