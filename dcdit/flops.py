@@ -41,6 +41,7 @@ def flops(config: FlopsConfig) -> None:
     from dcdit.network import build_network
     from dcdit.runtime.devices import without_memory
     from dcdit.runtime.display import Console
+    from dcdit.runtime.tensors import load_state_strict
 
     spec, name = config.model, config.checkpoint
     if source is not None:
@@ -50,6 +51,9 @@ def flops(config: FlopsConfig) -> None:
         spec = dict(weights.model)
     with without_memory():
         network = build_network(spec)
+    if source is not None and network.gates is not None:  # whose weights say what runs
+        network = build_network(spec)
+        load_state_strict(network, weights.ema or weights.of_kind("raw"))
     if source is not None:
         print(f"{source.name}: {describe_weights(weights, network, 'ema')}")
     drops = {

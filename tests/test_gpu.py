@@ -99,6 +99,25 @@ def test_the_host_reads_the_lengths_alone_and_of_a_fixed_length_nothing(network,
     assert [len(each) for each in found] == [reads, 0], found
 
 
+def test_gates_leave_out_what_they_multiply_by_zero_and_are_read_once():
+    torch.manual_seed(0)
+    net = build_network({**SIZES, "gates": True})
+    perturb(net)
+    torch.nn.init.constant_(net.gates.router.bias, 0.0)
+    net, (x, t, y) = net.eval().to("cuda"), inputs()
+    values = x, t[:1].expand(len(x)), y
+    with torch.autocast(**BF16):
+        multiplied = net(*values)
+        with torch.no_grad():
+            left_out = net(*values)
+            for _ in range(2):  # the first time, libraries start
+                found = reads_of(lambda: net(*values, capacity=0.9))
+    assert (multiplied.gating.counts, len(left_out.gating.counts)) == (None, 2)
+    difference = left_out.prediction - multiplied.prediction
+    assert difference.float().norm() <= 3e-2 * multiplied.prediction.float().norm()
+    assert len(found) == 1, found
+
+
 def test_a_fixed_length_equals_the_exact_one(network):
     net, values = network.to("cuda"), inputs()
     found = []

@@ -28,6 +28,7 @@ REPA, IREPA = ("alignment=repa", "alignment.width=32", *ENCODER), ("alignment=ir
 SIZES = {"grid": 8, "channels": 1, "num_classes": 5, "width": 32, "depth": 2, "heads": 2}
 NETWORKS = {"dcdit": {"name": "dcdit", "groups": 4, **SIZES}, "dit": {"name": "dit", **SIZES}}
 NETWORKS |= {f"{name}, modern": {**spec, **MODERN} for name, spec in NETWORKS.items()}
+NETWORKS |= {f"{name}, gates": {**NETWORKS[name], "gates": True} for name in ("dcdit", "dit")}
 
 
 @pytest.fixture
@@ -107,7 +108,9 @@ class TestTheStandIn:
             assert pretend.reads.total() == 2
 
 
-@pytest.mark.parametrize(("name", "reads"), [("dcdit", 1), ("dit", 0), ("dcdit, modern", 1), ("dit, modern", 0)])
+@pytest.mark.parametrize(
+    ("name", "reads"), [(name, int(spec["name"] == "dcdit")) for name, spec in NETWORKS.items()], ids=list(NETWORKS)
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_forward_pass_reads_the_lengths_and_a_backward_pass_nothing(pretend, name, reads, precision):
     net, batch = network_there(name), inputs()
@@ -120,6 +123,20 @@ def test_a_forward_pass_reads_the_lengths_and_a_backward_pass_nothing(pretend, n
     assert pretend.reads.total() == reads, pretend.reads
     assert not pretend.copies
     assert all(parameter.grad is None or parameter.grad.is_cuda for parameter in net.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("share", "reads"), [(None, 2), (0.9, 1)], ids=["exact", "capacity"])
+def test_gates_are_read_once_a_forward_pass(pretend, share, reads):
+    net, (x, t, y) = network_there("dcdit, gates"), inputs()
+    torch.nn.init.constant_(net.gates.router.bias, -1.0)
+    for times, left_out in ((t[:1].expand(4), True), (t, False)):
+        pretend.reads.clear()
+        pretend.copies.clear()
+        output = net(x, times, y, 0.3, capacity=share)
+        assert (output.gating.counts is not None) == left_out
+        assert pretend.reads.total() == reads, pretend.reads
+        assert not pretend.copies
 
 
 SAMPLERS = {

@@ -358,7 +358,8 @@ def reference_state(network: Network) -> dict[str, Tensor]:
     """
     spec = network.spec
     names = next(names for names in NAME_MAPS if names.network == spec["name"])
-    known = {"groups": 32, "freq_shift": 0, "norm": "layer", "mlp": "gelu", "position": "table", "qk_norm": False}
+    known = {"groups": 32, "freq_shift": 0, "norm": "layer", "mlp": "gelu", "position": "table"}
+    known |= {"qk_norm": False, "gates": False}
     for key, value in known.items():
         if spec.get(key, value) != value:
             raise UserError(

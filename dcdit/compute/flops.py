@@ -8,6 +8,7 @@ projection is counted, which the reference implementation's counter leaves out: 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dcdit.errors import UserError
 from dcdit.network import Component, Network
 from dcdit.network.blocks import ConvBlock, DiTBlock
+from dcdit.network.gates import Gating
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,13 @@ class Cost:
         return Cost(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
     @classmethod
-    def of_network(cls, network: Network) -> "Cost":
-        """The cost of ``network``; constant if it does not route."""
-        return sum((cost_of(component) for component in network.components()), cls())
+    def of_network(cls, network: Network, gating: Gating | None = None) -> "Cost":
+        """The cost of ``network``, constant if it does not route.
+
+        Of a network with gates that of what ``gating`` lets run; in the mean over all timesteps if that is None.
+        """
+        running = running_shares(network, gating)
+        return sum((cost_of(component, running) for component in network.components()), cls())
 
     def of(self, lengths: Tensor) -> Tensor:
         """FLOPs for each of ``lengths``, any shape, in float64."""
@@ -73,8 +79,35 @@ class Cost:
         return self.of(torch.tensor(lengths or [0.0], dtype=torch.float64)).mean().item()
 
 
-def cost_of(component: Component) -> Cost:
-    """Count the FLOPs of a component as the paper does: 2 for each multiply-add."""
+Shares = Mapping[nn.Module, tuple[float, float]]
+"""Of transformer blocks, the shares of the heads and of the groups of MLP channels that run; all of those left out."""
+
+
+def running_shares(network: Network, gating: Gating | None = None) -> Shares:
+    """What ``gating`` lets run; if that is None, what the gates of ``network`` do in the mean over all timesteps.
+
+    Nothing is known of a network on the meta device: there all of it runs.
+    """
+    gating = network.gating_over_time() if gating is None else gating
+    if gating is None:
+        return {}
+    heads, groups = gating.shares
+    return dict(zip(_blocks(network.modules()), zip(heads, groups, strict=True), strict=True))
+
+
+def _blocks(modules: Iterable[nn.Module]) -> list[DiTBlock]:
+    return [block for block in modules if isinstance(block, DiTBlock)]
+
+
+def _widths(block: DiTBlock) -> tuple[float, float, float]:
+    """FLOPs of a block that its gates may spare: of the heads for each token and pair, of the MLP for each token."""
+    attention = block.attention
+    width, heads = attention.out.out_features, attention.heads
+    return _weights(attention.modules()), heads * (4 * width / heads + 3), _weights(block.mlp.modules())
+
+
+def cost_of(component: Component, running: Shares = MappingProxyType({})) -> Cost:
+    """Count the FLOPs of a component as the paper does: 2 for each multiply-add; of its blocks what is ``running``."""
     each, once, square = 0.0, 0.0, 2 * component.pairs
     for module in component.modules:
         inner = list(module.modules())
@@ -84,13 +117,42 @@ def cost_of(component: Component) -> Cost:
         conditions += [block.modulation for block in inner if hasattr(block, "modulation")]
         apart = sum(_weights(condition.modules()) for condition in conditions)
         each, once = each - apart, once + apart
-        for block in inner:
-            if isinstance(block, DiTBlock):
-                width, heads = block.attention.qkv.in_features, block.attention.heads
-                square += heads * (4 * width / heads + 3)
+        for block in _blocks(inner):
+            (heads, groups), (of_heads, of_pairs, of_groups) = running.get(block, (1.0, 1.0)), _widths(block)
+            each -= (1 - heads) * of_heads + (1 - groups) * of_groups
+            square += heads * of_pairs
     if component.runs is None:
         return Cost(once, each, square, once * component.skipped)
     return Cost(once + each * component.runs + square * component.runs**2)
+
+
+def gated_share(network: Network, gating: Gating, lengths: Tensor) -> Tensor:
+    """The share of the FLOPs of heads and MLPs that ran, a scalar with the gradient of the gates.
+
+    Args:
+        network: whose blocks are of one size.
+        gating: of B samples.
+        lengths: (B,) tokens of each sample.
+    """
+    of_heads, of_pairs, of_groups = _widths(_blocks(network.modules())[0])
+    tokens = lengths.float()
+    heads, groups = of_heads * tokens + of_pairs * tokens**2, of_groups * tokens  # (B,), of one block
+    ran = heads * gating.heads.mean(dim=(1, 2)) + groups * gating.groups.mean(dim=(1, 2))
+    return ran.sum() / (heads + groups).sum().clamp(min=1)
+
+
+def least_and_most(network: Network, lengths: Sequence[float] = ()) -> tuple[float, float] | None:
+    """FLOPs of a forward pass at the cheapest and at the dearest timestep; None where all cost the same.
+
+    Args:
+        network, lengths: as of :func:`count`.
+    """
+    gating = network.gating_over_time()
+    if gating is None:
+        return None
+    each = [gating.of(torch.tensor([number])) for number in range(len(gating.heads))]
+    costs = [Cost.of_network(network, one).mean(lengths) for one in each]
+    return min(costs), max(costs)
 
 
 def _weights(modules: Iterable[nn.Module]) -> float:
@@ -100,7 +162,7 @@ def _weights(modules: Iterable[nn.Module]) -> float:
 
 
 def count(network: Network, lengths: Sequence[float] = ()) -> Flops:
-    """FLOPs of one forward pass, for one sample.
+    """FLOPs of one forward pass, for one sample; with gates in the mean over all timesteps.
 
     Args:
         network: on the meta device if need be.
@@ -111,8 +173,8 @@ def count(network: Network, lengths: Sequence[float] = ()) -> Flops:
     """
     if network.routes and not len(lengths):
         raise UserError(f"lengths=[]: what {network.title} costs depends on the tokens that it keeps")
-    components = network.components()
+    components, running = network.components(), running_shares(network)
     return Flops(
-        {component.name: cost_of(component).mean(lengths) for component in components},
+        {component.name: cost_of(component, running).mean(lengths) for component in components},
         frozenset(component.name for component in components if not component.counted_by_paper),
     )

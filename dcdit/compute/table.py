@@ -1,17 +1,19 @@
 """The FLOPs of a network as a table for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from dcdit.compute.flops import Flops, count
+from dcdit.compute.flops import count, least_and_most
 from dcdit.network import Network
 
+Lengths = Sequence[float]
 
-def flops_by_budget(
+
+def lengths_by_budget(
     network: Network, compression: float, drops: Mapping[str, tuple[float, float]]
-) -> dict[str, tuple[Flops, Flops]]:
-    """FLOPs of the conditional and the unconditional branch at every budget, by its name.
+) -> dict[str, tuple[Lengths, Lengths]]:
+    """Tokens of the conditional and of the unconditional branch at every budget, by its name.
 
     Args:
         network: on the meta device if need be.
@@ -19,13 +21,9 @@ def flops_by_budget(
         drops: by name of a budget the tail drops of both branches; a network that does not route has one budget.
     """
     if not network.routes:
-        flops = count(network)
-        return {"full": (flops, flops)}
+        return {"full": ((), ())}
     kept = network.positions / compression
-    return {
-        name: (count(network, [kept * (1 - drop)]), count(network, [kept * (1 - other)]))
-        for name, (drop, other) in drops.items()
-    }
+    return {name: ([kept * (1 - drop)], [kept * (1 - other)]) for name, (drop, other) in drops.items()}
 
 
 def _short(value: float) -> str:
@@ -48,18 +46,27 @@ def flops_table(
     """GFLOPs by component and budget, and TFLOPs per image.
 
     Args:
-        network, compression, drops: as of :func:`flops_by_budget`.
+        network, compression, drops: as of :func:`lengths_by_budget`. With gates, its weights say what runs; all of it
+            does on the meta device.
         name: of the network, for the title.
         steps: sampling steps of an image.
         guided: count the unconditional branch too.
     """
-    budgets = flops_by_budget(network, compression, drops)
+    lengths = lengths_by_budget(network, compression, drops)
+    budgets = {name: tuple(count(network, branch) for branch in branches) for name, branches in lengths.items()}
     shown = Table("GFLOPs per forward pass and sample", *budgets, title=name, title_justify="left")
     full = next(iter(budgets.values()))[0]
     for component in full.components:
         shown.add_row(component, *(_short(main.components[component] / 1e9) for main, _ in budgets.values()))
     shown.add_section()
-    shown.add_row("total", *(_short(main.total / 1e9) for main, _ in budgets.values()))
+    bounds = [bound for main, _ in lengths.values() if (bound := least_and_most(network, main)) is not None]
+    label = "total, mean over timesteps" if bounds else "total"
+    shown.add_row(label, *(_short(main.total / 1e9) for main, _ in budgets.values()))
+    if bounds:
+        ranges = (f"{_short(least / 1e9)} to {_short(most / 1e9)}" for least, most in bounds)
+        shown.add_row("at the cheapest and the dearest timestep", *ranges)
+    elif network.gates is not None:
+        shown.caption = "All gates are counted as on: what they leave out is known of a checkpoint only"
     if full.unpublished:
         label = f"without {', '.join(sorted(full.unpublished))}, as published"
         shown.add_row(label, *(_short(main.published / 1e9) for main, _ in budgets.values()))

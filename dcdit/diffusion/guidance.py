@@ -27,7 +27,7 @@ class RoutingLike(Protocol):
 
 class Prediction(Protocol):
     """What a denoiser returns: noise, velocity or image, perhaps variance, (B, C or 2C, H, W); the routing if any;
-    with a cache, the change of its input, (B,)."""
+    with a cache, the change of its input, (B,); with gates, what they let run."""
 
     @property
     def prediction(self) -> Tensor: ...  # noqa: D102
@@ -35,6 +35,8 @@ class Prediction(Protocol):
     def routing(self) -> RoutingLike | None: ...  # noqa: D102
     @property
     def change(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def gating(self) -> Any: ...  # noqa: D102
 
 
 class StepCache(Protocol):
@@ -84,11 +86,13 @@ class GuidedOutput:
         prediction: (B, C or 2C, H, W).
         routings: of the main branch and, if it ran, of the guiding one; None of a network without router.
         changes: with feature caching, how much the input of each branch changed since its step before, (B,) each.
+        gatings: of the same branches as ``routings``, such as :class:`dcdit.network.gates.Gating`; None without gates.
     """
 
     prediction: Tensor
     routings: tuple[RoutingLike | None, ...]
     changes: tuple[Tensor, ...] = ()
+    gatings: tuple[Any, ...] = (None, None)
 
 
 class GuidingReuse:
@@ -166,7 +170,7 @@ class Guidance:
             prediction = output.prediction
             if reused is not None:
                 prediction = guide(prediction, reused, self.settings.scale, channels)
-            return GuidedOutput(prediction, (output.routing,), self._changes(output))
+            return GuidedOutput(prediction, (output.routing,), self._changes(output), (output.gating,))
         guiding_y = y if self.settings.guiding_keeps_class else torch.full_like(y, self.null_class)
         if self.guiding is not None:
             outputs = (
@@ -176,6 +180,7 @@ class Guidance:
             main, guiding = (output.prediction for output in outputs)
             routings = tuple(output.routing for output in outputs)
             changes = tuple(change for output in outputs for change in self._changes(output))
+            gatings = tuple(output.gating for output in outputs)
         else:
             fractions: float | Tensor = drop
             if guiding_drop != drop:
@@ -188,6 +193,7 @@ class Guidance:
             parts = slice(len(y)), slice(len(y), None)
             routings = tuple(None if output.routing is None else output.routing.of(part) for part in parts)
             changes = tuple(part for change in self._changes(output) for part in change.chunk(2))
+            gatings = (output.gating, output.gating)
         if self.reuse is not None:
             self.reuse.prediction = guiding
-        return GuidedOutput(guide(main, guiding, self.settings.scale, channels), routings, changes)
+        return GuidedOutput(guide(main, guiding, self.settings.scale, channels), routings, changes, gatings)

@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dcdit.errors import UserError
 from dcdit.network.attention import head_width, packed_attention
+from dcdit.network.gates import BlockGates
 from dcdit.network.initialisers import InitScheme, xavier_init, zero_init
-from dcdit.network.layers import MLPS, NORMS, PUBLISHED, BlockStyle
+from dcdit.network.layers import MLPS, NORMS, PUBLISHED, BlockStyle, gated
 from dcdit.network.packing import Packing
 from dcdit.network.rotary import rotate
 
@@ -81,12 +82,11 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, backend: str, qk_norm: bool) -> None:
         super().__init__()
-        channels = head_width(width, heads)
-        self.heads = heads
+        self.heads, self.channels = heads, head_width(width, heads)
         self.backend = backend
         self.qkv = xavier_init(nn.Linear(width, 3 * width))
         self.out = xavier_init(nn.Linear(width, width))
-        self.norms = nn.ModuleList(nn.RMSNorm(channels, eps=1e-5) for _ in range(2 * qk_norm))
+        self.norms = nn.ModuleList(nn.RMSNorm(self.channels, eps=1e-5) for _ in range(2 * qk_norm))
 
     def project(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (T, heads, d) each, of ``x`` (T, D).
@@ -96,7 +96,7 @@ class Attention(nn.Module):
             rotation: (T, d/2, 2) of :class:`dcdit.network.rotary.Rotary`, which turns queries and keys after their
                 norm; None turns nothing.
         """
-        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
+        q, k, v = self.qkv(x).unflatten(1, (3, -1, self.channels)).unbind(1)  # of the heads that run
         if self.norms:  # in float32, as the norms' weights are
             q, k = (norm(each.float()) for norm, each in zip(self.norms, (q, k), strict=True))
         if rotation is not None:
@@ -138,22 +138,34 @@ class DiTBlock(nn.Module):
         self.mlp = MLPS[style.mlp](width, mlp_ratio)
         self.modulation = {"paper": zero_init, "released": xavier_init}[init](nn.Linear(width, 6 * width))
 
-    def forward(self, tokens: Tensor, c: Tensor, packing: Packing, rotation: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        c: Tensor,
+        packing: Packing,
+        rotation: Tensor | None = None,
+        gates: BlockGates | None = None,
+    ) -> Tensor:
         """Map ``tokens`` (T, D), conditioned per sample on ``c`` (B, D), to (T, D).
 
-        ``rotation`` (T, d/2, 2) turns queries and keys, see :class:`dcdit.network.rotary.Rotary`.
+        Args:
+            tokens, c, packing: as above.
+            rotation: (T, d/2, 2), turns queries and keys, see :class:`dcdit.network.rotary.Rotary`.
+            gates: multiply the results of heads and the hidden channels of the MLP.
         """
+        arguments = (tokens, c, packing, rotation, gates)
         if self.checkpointed and torch.is_grad_enabled():
-            arguments = (tokens, c, packing, rotation)
             return checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(tokens, c, packing, rotation)
+        return self._forward(*arguments)
 
     def modulated(self, grid: Tensor, c: Tensor) -> Tensor:
         """What the attention would be given of ``grid`` (B, L, D), conditioned on ``c`` (B, D): (B, L, D)."""
         shift, scale = self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)[:2]
         return modulate(self.norm(grid), shift, scale)
 
-    def _forward(self, tokens: Tensor, c: Tensor, packing: Packing, rotation: Tensor | None) -> Tensor:
+    def _forward(
+        self, tokens: Tensor, c: Tensor, packing: Packing, rotation: Tensor | None, gates: BlockGates | None
+    ) -> Tensor:
         before, after = type(self)._before, type(self)._after
         if self.compiled:
             for each in (tokens, packing.sample, *([] if rotation is None else [rotation])):
@@ -161,10 +173,14 @@ class DiTBlock(nn.Module):
             before, after = fused(before), fused(after)
         per_sample = self.modulation(F.silu(c))  # (B, 6 D): the Linear runs once per sample
         q, k, v = before(self, tokens, per_sample, packing.sample, rotation)
-        attended = packed_attention(q, k, v, packing, self.attention.backend).flatten(1)
+        attended = packed_attention(q, k, v, packing, self.attention.backend)  # (T, heads, d)
+        if gates is not None:
+            attended = gated(attended, gates.heads.index_select(0, packing.sample))
+        attended = attended.flatten(1)
         if self.compiled:
             torch._dynamo.mark_dynamic(attended, 0)
-        return after(self, tokens, attended, per_sample, packing.sample)
+        groups = () if gates is None else (gates.groups.index_select(0, packing.sample),)
+        return after(self, tokens, attended, per_sample, packing.sample, *groups)
 
     def _before(
         self, tokens: Tensor, per_sample: Tensor, sample: Tensor, rotation: Tensor | None = None
@@ -175,13 +191,16 @@ class DiTBlock(nn.Module):
         shift, scale = to_tokens(sample, shift, 1 + scale)
         return self.attention.project(self.norm(tokens) * scale + shift, rotation)
 
-    def _after(self, tokens: Tensor, attended: Tensor, per_sample: Tensor, sample: Tensor) -> Tensor:
-        """What follows the attention: its projection, its gate, and the MLP."""
+    def _after(
+        self, tokens: Tensor, attended: Tensor, per_sample: Tensor, sample: Tensor, groups: Tensor | None = None
+    ) -> Tensor:
+        """What follows the attention: its projection, its gate, and the MLP, times its gates ``groups`` (T, groups)."""
         width = tokens.shape[1]
         gate1, shift, scale, gate2 = per_sample[:, 2 * width :].chunk(4, dim=1)
         gate1, shift, scale, gate2 = to_tokens(sample, gate1, shift, 1 + scale, gate2)
         tokens = tokens + gate1 * self.attention.out(attended)
-        return tokens + gate2 * self.mlp(self.norm(tokens) * scale + shift)
+        modulated = self.norm(tokens) * scale + shift
+        return tokens + gate2 * (self.mlp(modulated) if groups is None else self.mlp(modulated, groups))
 
 
 @cache

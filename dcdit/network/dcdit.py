@@ -13,6 +13,7 @@ from dcdit.network.blocks import ConvBlock, DiTBlock, OutputLayer
 from dcdit.network.caching import CachedStep
 from dcdit.network.dechunk import dechunk, straight_through
 from dcdit.network.embeddings import Conditioning, FreqShift, TimeInput, position_table
+from dcdit.network.gates import Gating, gates_of, run_block
 from dcdit.network.initialisers import InitScheme, xavier_init, zero_init
 from dcdit.network.interface import Component, Network, Output
 from dcdit.network.layers import BlockStyle, MLPName, NormName
@@ -47,10 +48,17 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(width, eps=1e-5)
 
-    def forward(self, tokens: Tensor, c: Tensor, packing: Packing, rotation: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        c: Tensor,
+        packing: Packing,
+        rotation: Tensor | None = None,
+        gating: Gating | None = None,
+    ) -> Tensor:
         """Map ``tokens`` (T, D), conditioned per sample on ``c`` (B, D), to (T, D); see :class:`DiTBlock`."""
-        for block in self.blocks:
-            tokens = block(tokens, c, packing, rotation)
+        for number, block in enumerate(self.blocks):
+            tokens = run_block(block, gating, number, tokens, c, packing, rotation)
         return self.norm(tokens)
 
 
@@ -84,6 +92,7 @@ class DCDiT(Network):
         mlp: of the blocks: ``gelu`` as published, or ``swiglu``.
         position: how the blocks know positions: ``table`` as published, or ``rope``.
         qk_norm: normalise queries and keys of each head (arXiv 2302.05442); not as published.
+        gates: let the timestep decide which heads and groups of MLP channels run, see :mod:`dcdit.network.gates`.
         attention: ``auto``, ``sdpa``, ``varlen`` or ``flash_attn``.
 
     Attributes:
@@ -127,6 +136,7 @@ class DCDiT(Network):
         mlp: MLPName = "gelu",
         position: PositionName = "table",
         qk_norm: bool = False,
+        gates: bool = False,
         attention: Backend = "auto",
     ) -> None:
         super().__init__(grid, channels, num_classes, label_dropout)
@@ -153,6 +163,7 @@ class DCDiT(Network):
         )
         self.output = OutputLayer(inner, width, (1 + variance) * channels, norm)
         self.condition_norm = nn.LayerNorm(width) if condition_norm else nn.Identity()
+        self.gates = gates_of(blocks) if gates else None  # last: the random numbers before are those without gates
 
     def forward(
         self,
@@ -176,13 +187,14 @@ class DCDiT(Network):
             without = None if others is None else ~routing.mask.any(dim=1)
             reused, change = cache.reuse(first.modulated(features.flatten(1, 2), c), without)
             routing, others = routing.without(reused), cache.before()
-        spread, routing = self.run_backbone(features, c, routing, capacity, others)  # (B, L, D)
+        gating = self.gating(t)
+        spread, routing = self.run_backbone(features, c, gating, routing, capacity, others)  # (B, L, D)
         if cache is not None:
             cache.keep(spread)
         combined = self.combine(spread, features, routing)  # (B, H, W, D)
         decoded = self.decoder(combined.permute(0, 3, 1, 2), adapted)  # (B, H, W, E)
         prediction = self.output(decoded.flatten(1, 2), c)  # (B, L, 2C)
-        return Output(prediction.transpose(1, 2).unflatten(2, self.grid), routing, change)
+        return Output(prediction.transpose(1, 2).unflatten(2, self.grid), routing, change, gating)
 
     def route(self, features: Tensor, drop_fraction: float | Tensor) -> Routing:
         """Decide in float32 which positions of ``features`` (B, H, W, D) to keep."""
@@ -197,12 +209,18 @@ class DCDiT(Network):
             return route(prob, drop_fraction)
 
     def run_backbone(
-        self, features: Tensor, c: Tensor, routing: Routing, capacity: float | None, others: Tensor | float | None
+        self,
+        features: Tensor,
+        c: Tensor,
+        gating: Gating | None,
+        routing: Routing,
+        capacity: float | None,
+        others: Tensor | float | None,
     ) -> tuple[Tensor, Routing]:
         """Run the backbone on the kept positions of ``features`` (B, H, W, D).
 
         Args:
-            features, c, routing, capacity: as in :meth:`forward`.
+            features, c, gating, routing, capacity: as in :meth:`forward`.
             others: what samples that keep no position get, (B, L, D) or one number; None where all keep some.
 
         Returns:
@@ -215,29 +233,35 @@ class DCDiT(Network):
             routing = routing.within(size)
             packing = make_static_packing(routing.mask, size)
         if others is None or (packing.valid is None and all(packing.lengths)):
-            return self.spread(features, c, routing, packing), routing
+            return self.spread(features, c, gating, routing, packing), routing
         if packing.valid is None and not self.training:
-            return self.spread_some(features, c, routing, packing, others), routing
+            return self.spread_some(features, c, gating, routing, packing, others), routing
         # Losses on hidden states expect the packing of the whole batch, and who cannot read lengths has no other.
         empty, running = ~routing.mask.any(dim=1)[:, None, None], routing
         if packing.valid is None and not any(packing.lengths):  # all processes of a training need all gradients
             first = torch.zeros(1, dtype=torch.int64, device=features.device)
             running = replace(routing, mask=routing.mask.index_fill(1, first, True))
             packing = make_packing(running.mask)
-        return torch.where(empty, others, self.spread(features, c, running, packing)), routing
+        return torch.where(empty, others, self.spread(features, c, gating, running, packing)), routing
 
-    def spread(self, features: Tensor, c: Tensor, routing: Routing, packing: Packing) -> Tensor:
+    def spread(self, features: Tensor, c: Tensor, gating: Gating | None, routing: Routing, packing: Packing) -> Tensor:
         """What the backbone makes of the kept positions of ``features`` (B, H, W, D), spread over all: (B, L, D)."""
         kept = pack(features.flatten(1, 2), packing)
         if self.pos_embed is not None:
             kept = kept + self.pos_embed.index_select(0, packing.positions)
         rotation = None if self.rotary is None else self.rotary(packing)
-        tokens = self.backbone(kept, c, packing, rotation)  # (T, D)
+        tokens = self.backbone(kept, c, packing, rotation, gating)  # (T, D)
         with torch.autocast(features.device.type, enabled=False):
             return dechunk(tokens, routing, packing, self.grid, self.smoothing_sigma)
 
     def spread_some(
-        self, features: Tensor, c: Tensor, routing: Routing, packing: Packing, others: Tensor | float
+        self,
+        features: Tensor,
+        c: Tensor,
+        gating: Gating | None,
+        routing: Routing,
+        packing: Packing,
+        others: Tensor | float,
     ) -> Tensor:
         """The same of the samples that keep positions alone; the rest get their row of ``others``."""
         rows = [row for row, length in enumerate(packing.lengths) if length]
@@ -246,7 +270,8 @@ class DCDiT(Network):
         if rows:
             remaining = routing.of(computed)
             packing = make_packing(remaining.mask, [packing.lengths[row] for row in rows])
-            fresh = self.spread(features[computed], c[computed], remaining, packing)
+            gating = gating and gating.of(computed)
+            fresh = self.spread(features[computed], c[computed], gating, remaining, packing)
         if isinstance(others, float):
             others = fresh.new_full((len(features), *fresh.shape[1:]), others)
         return others.index_copy(0, computed, fresh)
@@ -267,6 +292,7 @@ class DCDiT(Network):
             Component("encoder", [self.encoder], self.positions),
             Component("residual projection", [self.residual], self.positions, counted_by_paper=False),
             Component("router", [self.router], self.positions),
+            *([] if self.gates is None else [Component("gates", [self.gates])]),
             Component("backbone", [self.backbone], None, skipped=True),
             Component("de-chunk", runs=None, pairs=pairs, skipped=True),
             Component("decoder", [self.decoder], self.positions),

@@ -10,6 +10,7 @@ from dcdit.network.attention import Backend, check_installed
 from dcdit.network.blocks import DiTBlock, OutputLayer
 from dcdit.network.caching import CachedStep
 from dcdit.network.embeddings import Conditioning, FreqShift, TimeInput, position_table
+from dcdit.network.gates import gates_of, run_block
 from dcdit.network.initialisers import xavier_init
 from dcdit.network.interface import Component, Network, Output
 from dcdit.network.layers import BlockStyle, MLPName, NormName
@@ -27,7 +28,7 @@ class DiT(Network):
         num_classes: real classes; label ``num_classes`` is the null class.
         patch: patch side; must divide ``grid``.
         width, depth, heads, mlp_ratio, label_dropout, freq_shift, time_input, variance, norm, mlp, position, qk_norm,
-            attention: as in :class:`dcdit.network.DCDiT`.
+            gates, attention: as in :class:`dcdit.network.DCDiT`.
 
     Raises:
         UserError: if the sizes do not fit each other or a name is unknown.
@@ -54,6 +55,7 @@ class DiT(Network):
         mlp: MLPName = "gelu",
         position: PositionName = "table",
         qk_norm: bool = False,
+        gates: bool = False,
         attention: Backend = "auto",
     ) -> None:
         super().__init__(grid, channels, num_classes, label_dropout)
@@ -70,8 +72,10 @@ class DiT(Network):
         self.register_buffer("pos_embed", table, persistent=False)
         self.rotary = Rotary(side, width, heads) if position == "rope" else None
         style = BlockStyle(norm, mlp, qk_norm)
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, "paper", attention, style) for _ in range(depth))
+        blocks = [DiTBlock(width, heads, mlp_ratio, "paper", attention, style) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.output = OutputLayer(width, width, patch * patch * (1 + variance) * channels, norm)
+        self.gates = gates_of(blocks) if gates else None
 
     def forward(
         self,
@@ -91,10 +95,11 @@ class DiT(Network):
         # float32 between blocks, also where no table is added
         tokens = (patches.float() if self.pos_embed is None else patches + self.pos_embed).flatten(0, 1)
         rotation = None if self.rotary is None else self.rotary(packing)
-        for block in self.blocks:
-            tokens = block(tokens, c, packing, rotation)
+        gating = self.gating(t)
+        for number, block in enumerate(self.blocks):
+            tokens = run_block(block, gating, number, tokens, c, packing, rotation)
         out = self.output(tokens.unflatten(0, (len(x), -1)), c)  # (B, L / patch^2, patch^2 * 2C)
-        return Output(self.unpatchify(out), None)
+        return Output(self.unpatchify(out), None, gating=gating)
 
     def unpatchify(self, out: Tensor) -> Tensor:
         """(B, h * w, patch * patch * 2C) to (B, 2C, h * patch, w * patch)."""
@@ -118,6 +123,7 @@ class DiT(Network):
         return [
             Component("embedding", [self.embed], tokens),
             Component("conditioning", [self.condition]),
+            *([] if self.gates is None else [Component("gates", [self.gates])]),
             Component("backbone", [self.blocks], tokens),
             Component("output", [self.output], tokens),
         ]

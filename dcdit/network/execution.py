@@ -44,22 +44,22 @@ _LARGE = 30_000_000
 """Parameters from which on a network gains more by compiling than that takes: those of S at the least."""
 
 
-def is_compiled(network: nn.Module, device: str, half: bool, choice: Literal["auto"] | bool) -> bool:
+def is_compiled(network: Network, device: str, half: bool, choice: Literal["auto"] | bool) -> bool:
     """Whether the blocks of a network are to be compiled.
 
     ``auto`` compiles large networks on a CPU with matrix units for bfloat16 and a compiler: compiled blocks run 1.4
-    times as fast on a Xeon with AMX, 1.04 times on an EPYC without.
+    times as fast on a Xeon with AMX, 1.04 times on an EPYC without. It leaves networks with width gates uncompiled.
 
     Args:
         network: that will run.
         device: kind of device, such as ``cpu``.
         half: whether products run in bfloat16.
-        choice: what the user asks for.
+        choice: what the user asks for, see :meth:`Network.check_compiled`.
     """
     if choice != "auto":
         return choice
     large = sum(parameter.numel() for parameter in network.parameters()) >= _LARGE
-    return large and half and device == "cpu" and has_amx() and has_compiler(device)
+    return network.gates is None and large and half and device == "cpu" and has_amx() and has_compiler(device)
 
 
 def hold_products_in(network: Network, dtype: torch.dtype) -> None:
@@ -69,12 +69,14 @@ def hold_products_in(network: Network, dtype: torch.dtype) -> None:
     memory. Without autocast the network cannot run any more.
 
     Args:
-        network: changed in place. Its :attr:`Network.float32_parts` stay as they are; where they are not known, all do.
+        network: changed in place. Its :attr:`Network.float32_parts` and its gates stay as they are; where the parts are
+            not known, all do.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
     """
     if network.float32_parts is None:
         return
     float32 = {module for name in network.float32_parts for module in getattr(network, name).modules()}
+    float32 |= set(() if network.gates is None else network.gates.modules())
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and module not in float32:
             module.to(dtype)

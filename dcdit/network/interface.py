@@ -4,13 +4,14 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dcdit.errors import UserError
 from dcdit.network.caching import CachedStep
+from dcdit.network.gates import Gates, Gating
 from dcdit.network.pretrained import Pretrained
 from dcdit.network.routing import Routing
 
@@ -24,11 +25,13 @@ class Output:
             C the variance value in [-1, 1] of learned range variance. (B, C, H, W) of a network without variance.
         routing: the router's decision; None for a network without one.
         change: with a cache, the relative change of each sample's features since the step before, (B,).
+        gating: which heads and groups of MLP channels ran; None for a network without gates.
     """
 
     prediction: Tensor
     routing: Routing | None
     change: Tensor | None = None
+    gating: Gating | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Network(
         grid: (H, W).
         channels, num_classes, label_dropout: as given.
         variance: whether C channels of variance stand beside the C that are predicted of the latents.
+        gates: of the widths of its transformer blocks; None where all of them run.
     """
 
     routes: ClassVar[bool] = False
@@ -86,6 +90,7 @@ class Network(
     drops_path: ClassVar[bool] = False
     float32_parts: ClassVar[tuple[str, ...] | None] = None
     variance: bool = True
+    gates: Gates | None
 
     def __init__(self, grid: int, channels: int, num_classes: int, label_dropout: float) -> None:
         super().__init__()
@@ -93,6 +98,7 @@ class Network(
         self.channels = channels
         self.num_classes = num_classes
         self.label_dropout = label_dropout
+        self.gates = None
 
     @abstractmethod
     def forward(
@@ -121,6 +127,22 @@ class Network(
         Raises:
             UserError: if the shapes do not fit the network or the drop fraction cannot be had.
         """
+
+    def gating(self, t: Tensor) -> Gating | None:
+        """Which heads and groups of MLP channels run at timesteps ``t`` (B,); None for a network without gates."""
+        return None if self.gates is None else self.gates(t, self._time_embedding)
+
+    def gating_over_time(self) -> Gating | None:
+        """The same at 101 timesteps from 0 to the largest; None too where the weights are not known (meta device)."""
+        if self.gates is None or self.gates.router.weight.is_meta:
+            return None
+        return self.gates.over_time(self._time_embedding)
+
+    @property
+    def _time_embedding(self) -> nn.Module:
+        condition: Any = getattr(self, "condition", None)
+        embedding: nn.Module = condition.time
+        return embedding
 
     def drop_labels(self, y: Tensor) -> Tensor:
         """Labels (B,) for a training step: each is replaced by the null class with probability ``label_dropout``."""
@@ -159,6 +181,11 @@ class Network(
                 f"{given}: {type(self).__name__}.forward takes no capacity: add the argument, see"
                 f" dcdit.network.interface.Network.forward, or set {key}=null"
             )
+
+    def check_compiled(self, key: str, choice: str | bool) -> None:
+        """Raise :class:`UserError` if this network's blocks cannot be compiled though ``key`` asks for it."""
+        if choice is True and self.gates is not None:
+            raise UserError(f"{key}=true: width gates change the shapes of the blocks, take {key}=auto, or false")
 
     @property
     @abstractmethod

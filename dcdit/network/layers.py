@@ -21,6 +21,16 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
+def gated(x: Tensor, gates: Tensor) -> Tensor:
+    """``x`` (..., n, d) times ``gates`` (..., n)."""
+    return x * gates[..., None].type_as(x)
+
+
+def gated_channels(hidden: Tensor, groups: Tensor) -> Tensor:
+    """The ``hidden`` channels (..., n * d) in n groups, times ``groups`` (..., n)."""
+    return gated(hidden.unflatten(-1, (groups.shape[-1], -1)), groups).flatten(-2)
+
+
 class MLP(nn.Module):
     """Linear, tanh-approximated GELU, Linear.
 
@@ -37,9 +47,10 @@ class MLP(nn.Module):
         xavier_init(self.fc1)
         xavier_init(self.fc2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` (..., D) to (..., D)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def forward(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
+        """Map ``x`` (..., D) to (..., D); ``groups`` (..., n), if given, multiply n groups of hidden channels."""
+        hidden = F.gelu(self.fc1(x), approximate="tanh")
+        return self.fc2(hidden if groups is None else gated_channels(hidden, groups))
 
 
 class SwiGLU(nn.Module):
@@ -60,17 +71,20 @@ class SwiGLU(nn.Module):
         hidden = 8 * max(1, round(width * ratio / 12))
         self.fc1, self.fc2 = xavier_init(nn.Linear(width, 2 * hidden)), xavier_init(nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` (..., D) to (..., D)."""
+    def forward(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
+        """Map ``x`` (..., D) to (..., D); ``groups`` (..., n), if given, multiply n groups of hidden channels."""
         gate, value = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(F.silu(gate) * value)
+        hidden = F.silu(gate) * value
+        return self.fc2(hidden if groups is None else gated_channels(hidden, groups))
 
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {"layer": layer_norm, "rms": rms_norm}
 """What ``model.norm`` may say: from (..., D) to (..., D), without parameters, which the modulation gives."""
 
 MLPS: dict[str, Callable[[int, float], nn.Module]] = {"gelu": MLP, "swiglu": SwiGLU}
-"""What ``model.mlp`` may say: from the width D and ``mlp_ratio`` to a module that maps (..., D) to (..., D)."""
+"""What ``model.mlp`` may say: from the width D and ``mlp_ratio`` to a module that maps (..., D) to (..., D).
+
+With ``model.gates=true`` it has the Linears ``fc1`` and ``fc2``, and takes gates of the channels between them."""
 
 NormName = Annotated[str, OneOf(NORMS)]
 MLPName = Annotated[str, OneOf(MLPS)]

@@ -29,6 +29,7 @@ KINDS: dict[str, Kind] = {
     "compression": Kind.REMARK,
     "ratio": Kind.REMARK,
     "multi_budget": Kind.REMARK,
+    "gates": Kind.REMARK,
     "balance_timesteps": Kind.REMARK,
     "alignment.weight": Kind.REMARK,
     "trainer.precision": Kind.REMARK,
@@ -68,7 +69,7 @@ KINDS: dict[str, Kind] = {
 }
 """By the key, or the section that holds it; the longest that fits decides."""
 
-EXPERIMENT = ("compression", "ratio", "multi_budget", "optimizer")
+EXPERIMENT = ("compression", "ratio", "multi_budget", "gates", "optimizer")
 """What may change when it is asked for, but not by ``ckpt_path=auto``: a sweep's directories are named by what varies
 in it, and the next sweep may vary something else."""
 

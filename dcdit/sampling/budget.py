@@ -22,7 +22,7 @@ from dcdit.network.caching import reuse
 from dcdit.runtime.files import read_json, write_json
 from dcdit.runtime.processes import print_once
 from dcdit.sampling.cost import SamplingCost
-from dcdit.sampling.generate import branch_networks, generate
+from dcdit.sampling.generate import BranchCost, branch_networks, generate
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -79,7 +79,7 @@ class _Meter:
         self.model, self.guidance, self.sampler = model, guidance, sampler
         self.batch_size, self.precision = batch_size, precision
         networks = branch_networks(model, guidance)
-        self.costs = [Cost.of_network(network) for network in networks]
+        self.costs = [BranchCost(network) for network in networks]
         self.cached = cached
         if cached and not all(network.caches for network in networks):
             raise UserError("budget.by: one of the networks computes every step, take budget.by=drop")
@@ -97,7 +97,8 @@ class _Meter:
                 # a network without router has one cost, whatever the count of tokens
                 natural = torch.zeros(len(numbers)) if routing is None else routing.natural_mask.sum(dim=1)
                 changes = step.output.changes[branch] if step.output.changes else None
-                branches.append(_BranchStep(natural, changes, step.timestep == last))
+                cost = self.costs[branch].at(step.output.gatings[branch])
+                branches.append(_BranchStep(natural, changes, step.timestep == last, cost))
             self.steps.append(branches)
 
         settings = replace(self.guidance.settings, drop_fraction=drop)
@@ -126,14 +127,14 @@ class _Meter:
         total = 0.0
         added_up = [torch.zeros(()), torch.zeros(())]
         for branches in self.steps:
-            for number, (branch, cost, fraction) in enumerate(zip(branches, self.costs, fractions, strict=False)):
+            for number, (branch, fraction) in enumerate(zip(branches, fractions, strict=False)):
                 kept = (branch.natural - (branch.natural * fraction).floor()).clamp(min=int(fraction < 1))
                 if branch.changes is not None:
                     if branch.changes.isinf().all():  # the first step of a batch
                         added_up[number] = torch.zeros(())
                     reused, added_up[number] = reuse(added_up[number], branch.changes, threshold, branch.last)
                     kept = kept * ~reused
-                total += cost.of(kept).sum().item()
+                total += branch.cost.of(kept).sum().item()
         return total / _IMAGES / 1e12
 
 
@@ -144,9 +145,10 @@ class _BranchStep:
     natural: Tensor
     changes: Tensor | None
     last: bool
+    cost: Cost
 
     def on_host(self) -> "_BranchStep":
-        return _BranchStep(self.natural.cpu(), None if self.changes is None else self.changes.cpu(), self.last)
+        return replace(self, natural=self.natural.cpu(), changes=None if self.changes is None else self.changes.cpu())
 
 
 _COMPUTE_ALL = 1e-30

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from dcdit.diffusion.samplers import Sampler, Step, sample_generator
 from dcdit.errors import UserError
 from dcdit.network import Network
 from dcdit.network.caching import TrajectoryCache
+from dcdit.network.gates import Gating
 from dcdit.runtime.devices import autocast
 from dcdit.sampling.settings import Labels
 
@@ -92,13 +94,14 @@ def generate(
         UserError: naming sample and step, if a latent is not finite; if the sampler is one for another process.
     """
     sampler = replace(sampler, process=model.process)
-    costs = [Cost.of_network(network) for network in branch_networks(model, guidance)]
+    costs = [BranchCost(network) for network in branch_networks(model, guidance)]
     for start in range(0, len(indices), batch_size):
         numbers = [int(number) for number in indices[start : start + batch_size]]
         streams = [sample_generator(seed, number) for number in numbers]
         classes = labels[numbers].to(model.device)
         kept: list[tuple[Tensor | None, ...]] = []
         beyond: list[list[Tensor]] = []
+        spent: list[list[Cost]] = []
         first_bad = torch.full_like(classes, _NEVER)  # step after which a sample was not finite; read once, at the end
         x = torch.empty(0)
         threshold = sampler.settings.cache
@@ -110,22 +113,44 @@ def generate(
                 masks = [None if routing is None else routing.mask for routing in step.output.routings]
                 kept.append(tuple(None if mask is None else mask.sum(dim=1) for mask in masks))
                 dropped = [None if routing is None else routing.beyond for routing in step.output.routings]
+                spent.append([cost.at(gating) for cost, gating in zip(costs, step.output.gatings, strict=False)])
                 beyond.append([tokens.sum() for tokens in dropped if tokens is not None])
                 if on_step:
                     on_step(numbers, step)
         _check_finite(numbers, first_bad.tolist(), sampler, f"guidance.scale={guidance.settings.scale:g}, {precision}")
         lengths = [tuple(None if branch is None else branch.cpu() for branch in branches) for branches in kept]
-        flops = _step_flops(costs, lengths, len(numbers))
+        flops = _step_flops(spent, lengths, len(numbers))
         yield SampleBatch(numbers, x.float().cpu(), lengths, flops, _sums(beyond))
 
 
-def _step_flops(costs: Sequence[Cost], lengths: Sequence[tuple[Tensor | None, ...]], samples: int) -> Tensor:
-    """Return the FLOPs of each sample at each step, both branches, (steps, n) float64."""
+class BranchCost:
+    """The cost of a network, step by step where gates make it vary."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self._known: dict[Any, Cost] = {}
+
+    def at(self, gating: Gating | None) -> Cost:
+        """Return the cost of a step at which ``gating`` said what runs."""
+        counts = None if gating is None else gating.counts
+        assert (gating is None) == (counts is None)  # all samples of a step have one timestep
+        if counts not in self._known:
+            self._known[counts] = Cost.of_network(self.network, gating)
+        return self._known[counts]
+
+
+def _step_flops(costs: Sequence[Sequence[Cost]], lengths: Sequence[tuple[Tensor | None, ...]], samples: int) -> Tensor:
+    """Return the FLOPs of each sample at each step, both branches, (steps, n) float64.
+
+    Args:
+        costs: of the branches that ran at each step.
+        lengths, samples: see :class:`SampleBatch`.
+    """
     none = torch.zeros(samples)  # of a network without router, whose cost is what it is
     flops = []
-    for branches in lengths:
+    for branches, ran in zip(lengths, costs, strict=True):
         kept = [none if branch is None else branch for branch in branches]
-        flops.append(torch.stack([cost.of(tokens) for cost, tokens in zip(costs, kept, strict=False)]).sum(dim=0))
+        flops.append(torch.stack([cost.of(tokens) for cost, tokens in zip(ran, kept, strict=True)]).sum(dim=0))
     return torch.stack(flops)
 
 

@@ -208,6 +208,7 @@ def precision_on(device: torch.device, config: SamplingConfig) -> str:
 
 def configure_execution(model: Model, config: SamplingConfig) -> None:
     """Set how a model runs, and hold its weights in the precision of its products."""
+    model.network.check_compiled("compile", config.compile)
     half = precision_on(model.device, config) == "bf16"
     set_execution(model.network, compiled=is_compiled(model.network, model.device.type, half, config.compile))
     if half:

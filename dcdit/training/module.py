@@ -1,5 +1,6 @@
 """The LightningModule: network, diffusion loss, ratio loss and the sampled drop fraction."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -11,7 +12,8 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from dcdit.checks import to_plain
+from dcdit.checks import shown, to_plain
+from dcdit.compute.flops import gated_share
 from dcdit.data.latents import LatentSpec
 from dcdit.data.stream import Batch
 from dcdit.diffusion.loss import DiffusionLoss
@@ -57,7 +59,14 @@ def check_fit(network: Network, process: Process, config: TrainConfig) -> None:
             f"multi_budget.path_drop={config.multi_budget.path_drop:g}: {network.title} cannot leave its backbone out,"
             " set 0"
         )
+    share = config.gates.share
+    if (network.gates is None) != (share is None):
+        has, remedy = ("width", "give a target such as 0.7, or set model.gates=false")
+        if share is not None:
+            has, remedy = "no width", "set model.gates=true, or gates.share=null"
+        raise UserError(f"gates.share={shown(share)}: {network.title} has {has} gates, {remedy}")
     network.check_capacity("execution.capacity", config.execution.capacity)
+    network.check_compiled("execution.compile", config.execution.compile)
     for part in config.optimizer.lr_scale or ():
         if part not in network.parts():
             known = ", ".join(network.parts())
@@ -98,10 +107,11 @@ class DCDiTModule(pl.LightningModule):
         check_fit(network, process, config)
         self.network, self.process = network, process
         self.compression, self.ratio, self.multi_budget = config.compression, config.ratio, config.multi_budget
+        self.gates = config.gates
         self.optimizer, self.max_steps, self.seed = config.optimizer, config.trainer.max_steps, config.seed
         self.nonfinite_limit, self.balance_timesteps = config.nonfinite_limit, config.balance_timesteps
         self.room = {"capacity": config.capacity} if network.routes and config.capacity is not None else {}
-        names = ("model", "diffusion", "compression", "ratio", "multi_budget", "optimizer", "seed")
+        names = ("model", "diffusion", "compression", "ratio", "multi_budget", "gates", "optimizer", "seed")
         saved = {name: to_plain(getattr(config, name)) for name in (*names, "nonfinite_limit", "balance_timesteps")}
         if alignment is not None:
             saved["alignment"] = alignment.record
@@ -148,6 +158,12 @@ class DCDiTModule(pl.LightningModule):
             ratio = ratio_loss(output.routing.prob, output.routing.natural_mask, target, self.ratio.group)
             loss = loss + self.ratio.weight * ratio
             metrics |= {"train/ratio_loss": ratio, **routing_metrics(output.routing, world)}
+        if output.gating is not None and self.gates.share is not None:
+            lengths = noisy.t.new_full(noisy.t.shape, math.prod(self.network.token_grid))
+            tokens = lengths if output.routing is None else output.routing.mask.sum(dim=1)
+            share = gated_share(self.network, output.gating, tokens)
+            loss = loss + self.gates.weight * (share - self.gates.share) ** 2
+            metrics["train/gates_share"] = share
         for auxiliary in self.auxiliary:
             metrics[auxiliary.metric] = auxiliary.loss(hidden, noisy, output.routing)
             loss = loss + auxiliary.weight_at(step) * metrics[auxiliary.metric]

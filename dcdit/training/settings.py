@@ -63,6 +63,14 @@ class MultiBudgetSettings:
 
 
 @config
+class GatesSettings:
+    """The loss that pulls the share of the FLOPs of the blocks that width gates let run to a target."""
+
+    share: Annotated[float, Bounds(0, 1, open_low=True, hint="0.7 asks for 70% of the FLOPs of the blocks")] | None
+    weight: NonNegative
+
+
+@config
 class MatchComputeSettings:
     """Training as long as a baseline costs."""
 
@@ -257,6 +265,7 @@ class TrainConfig:
     diffusion: Annotated[ProcessSettings, Named(PROCESSES)]
     ratio: RatioSettings
     multi_budget: MultiBudgetSettings
+    gates: GatesSettings
     optimizer: Annotated[OptimizerSettings, Named(OPTIMIZERS)]
     match_compute: MatchComputeSettings
     execution: ExecutionSettings

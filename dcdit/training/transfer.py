@@ -29,6 +29,9 @@ _EQUAL_UNLESS_ADAPTED = {"router": "router", "smoothing_sigma": "grid"} | dict.f
 )
 """What no shape tells of a network, or names better, and must be equal unless the named thing is adapted."""
 
+_SIZES = ("width", "depth", "encoder_width", "mlp_ratio", "condition_norm", "gates")
+"""What shapes depend on."""
+
 
 @dataclass(frozen=True)
 class Transfer:
@@ -96,8 +99,8 @@ def check_architecture(key: str, weights: Weights, network: Network, adapt: Sequ
                 f"model.{name}={shown(own.get(name))}: {key} was trained with {shown(theirs.get(name))}, set"
                 f" model.{name}={shown(theirs.get(name))}{remedy}"
             )
-    sizes = [name for name in ("width", "depth", "encoder_width", "mlp_ratio", "condition_norm") if name in own]
-    return ", ".join(f"model.{name} is {shown(theirs[name])} there" for name in sizes if own[name] != theirs[name])
+    differing = [name for name in _SIZES if name in own and own[name] != theirs[name]]
+    return ", ".join(f"model.{name} is {shown(theirs[name])} there" for name in differing)
 
 
 def match_parameters(
@@ -130,7 +133,7 @@ def match_parameters(
             transfer.new.append(f"{name} but for the null class")
         elif mine is not None and theirs is not None and mine.shape == theirs.shape:
             transfer.loaded[name] = theirs
-        elif cause in adapt or (partly and theirs is None):
+        elif cause in adapt or (theirs is None and (partly or name.startswith("gates."))):  # gates begin with all on
             if mine is not None:
                 transfer.new.append(name)
             if theirs is not None:

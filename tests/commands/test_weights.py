@@ -201,7 +201,7 @@ def test_a_file_for_the_reference_implementation_and_back(reference, trained_run
     odd.save_pretrained(tmp_path / "odd")
     refused = typed(capsys, tmp_path, "export", "checkpoint=odd", "out=odd.pt", "format=reference")
     assert (refused.status, "no counterpart of condition_norm.weight" in refused.words) == (2, True)
-    for key, value in MODERN.items():
+    for key, value in {**MODERN, "gates": True}.items():
         odd = DCDiT(8, 1, 3, width=64, depth=1, heads=2, encoder_width=64, **{key: value})
         odd.save_pretrained(tmp_path / key)
         assert DCDiT.from_pretrained(tmp_path / key).spec == odd.spec

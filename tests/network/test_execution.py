@@ -20,7 +20,8 @@ DROP = {True: (0.3,), False: ()}
 
 def networks():
     torch.manual_seed(0)
-    for network in (DCDiT(**SIZE, groups=8), DiT(**SIZE), DCDiT(**SIZE, groups=8, **MODERN), DiT(**SIZE, **MODERN)):
+    kinds = (DCDiT(**SIZE, groups=8), DiT(**SIZE), DCDiT(**SIZE, groups=8, **MODERN), DiT(**SIZE, **MODERN))
+    for network in (*kinds, DiT(**SIZE, gates=True)):
         perturb(network)
         if isinstance(network, DCDiT):
             with torch.no_grad():
@@ -144,7 +145,7 @@ def test_auto_compiles_large_networks_where_it_was_measured_to_pay(monkeypatch, 
     monkeypatch.setattr("dcdit.network.execution.has_compiler", lambda device: True)
     small = next(networks())
     with torch.device("meta"):
-        large = torch.nn.Linear(6000, 6000)
+        large = DiT(**{**SIZE, "width": 1024})
     assert is_compiled(large, "cpu", half, choice) == expected
     assert is_compiled(small, "cpu", half, choice) == (choice is True)
     assert is_compiled(large, "cuda", half, choice) == (choice is True)

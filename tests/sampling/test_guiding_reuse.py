@@ -35,7 +35,8 @@ def test_predictions_of_the_guiding_branch_serve_the_next_evaluations(every, int
         """Predicts 100 t, and the class in the second digit; notes who asked when."""
         guiding = y == 5
         calls.append((int(t[0]), bool(guiding.any())))
-        return SimpleNamespace(prediction=(100 * t + y)[:, None, None, None].expand_as(x), routing=None, change=None)
+        prediction = (100 * t + y)[:, None, None, None].expand_as(x)
+        return SimpleNamespace(prediction=prediction, routing=None, change=None, gating=None)
 
     guiding = network if two_networks else None
     values = GuidanceSettings(scale=3.0, every=every, interval=interval)

@@ -53,7 +53,7 @@ EXTREMES = (None, 10**400, "", {}, [[None]], "x" * 100_000, "a\0b")
 """Tried in turn, two on each key; what they may be depends on the key."""
 
 NULL_BUT_NUMBER = {
-    *("ratio.curriculum_start", "execution.max_micro_batch", "data.scale", "model.encoder_width"),
+    *("ratio.curriculum_start", "gates.share", "execution.max_micro_batch", "data.scale", "model.encoder_width"),
     *("guidance.uncond_drop_fraction", "budget.tflops", "budget.fraction", "reference_count", "threads"),
     *("uncond_drop_fraction", "num_workers", "cluster.mem_gb", "encoder_grid", "max_images", "max_hours"),
 }
@@ -78,6 +78,7 @@ MAY_BE_ZERO = {
         "optimizer.lr_warmup_steps",
         "optimizer.momentum",
         "ratio.weight",
+        "gates.weight",
         "ratio.curriculum_steps",
     ),
     *(

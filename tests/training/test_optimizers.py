@@ -33,7 +33,9 @@ def random_gradients(parameters, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("words", "frozen"), [((), ()), (PLAIN_DIT, ()), ((), ("condition", "router"))], ids=["dcdit", "dit", "frozen"]
+    ("words", "frozen"),
+    [((), ()), (PLAIN_DIT, ()), ((), ("condition", "router")), (("model.gates=true", "gates.share=0.5"), ())],
+    ids=["dcdit", "dit", "frozen", "gates"],
 )
 def test_every_trained_parameter_has_one_optimiser(words, frozen):
     network, optimizer = optimizer_of(*words)
