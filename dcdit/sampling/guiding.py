@@ -46,31 +46,39 @@ def check_guidance(model: Model, guidance: GuidanceSettings, guiding: Model | No
             " so the guiding branch cannot leave the class out; take scale 1, a guiding branch that knows the class"
             " (guidance.weak=budget or path_class), or train with 0.1"
         )
-    own = guidance.guiding_drop_fraction
-    branches = [(model, guidance.main_drop_fractions, True, "0")]
+    main_key = "drop_fraction=1" if guidance.drop_schedule is None else "drop_schedule"
+    branches = [(model, guidance.main_drop_fractions, True, "0", main_key)]
     if guidance.scale != 1:
-        remedy = "guidance.weak=uncond" if guidance.leaves_path_out else "guidance.uncond_drop_fraction=0"
-        drops, remedy = (guidance.main_drop_fractions, "0") if own is None else ([own], remedy)
-        branches.append((second, drops, guidance.guiding_keeps_class, remedy))
-    for branch, drops, knows_class, remedy in branches:
+        own, knows_class = guidance.guiding_drop_fraction, guidance.guiding_keeps_class
+        if own is None:
+            branches.append((second, guidance.main_drop_fractions, knows_class, "0", main_key))
+        elif guidance.leaves_path_out:
+            branches.append((second, [own], knows_class, "guidance.weak=uncond", f"weak={guidance.weak}"))
+        else:
+            remedy = "guidance.uncond_drop_fraction=0"
+            branches.append((second, [own], knows_class, remedy, "uncond_drop_fraction=1"))
+    for branch, drops, knows_class, remedy, key in branches:
         if not branch.network.routes and any(drops):
             raise UserError(f"drop fraction {max(drops):g}: {branch.network.title} drops no tokens, take {remedy}")
         if 1 in drops:
-            check_path_drop(branch, knows_class)
+            check_path_drop(branch, knows_class, f"guidance.{key}")
 
 
-def check_path_drop(model: Model, knows_class: bool) -> None:
-    """Raise :class:`UserError` unless ``model`` was trained to leave its backbone out, and, if asked, with a class."""
+def check_path_drop(model: Model, knows_class: bool, key: str) -> None:
+    """Raise :class:`UserError` unless ``model`` was trained to leave its backbone out, as ``key`` asks.
+
+    With ``knows_class`` it has to know the class without backbone.
+    """
     budgets = model.training.get("multi_budget") or {}
     if not budgets.get("path_drop"):
         raise UserError(
-            "drop fraction 1 leaves the backbone out, for which this network was not trained: take a smaller one, such"
-            " as 0.9, guidance.weak=uncond or budget, or train with multi_budget.path_drop=0.1"
+            f"{key}: at a drop fraction of 1 the backbone is left out, for which this network was not trained. Take a"
+            " smaller one, such as 0.9, guidance.weak=uncond or budget, or train with multi_budget.path_drop=0.1"
         )
     if knows_class and budgets.get("path_drop_class") == "drop":
         raise UserError(
-            "drop fraction 1: without backbone this network was trained without class alone,"
-            " multi_budget.path_drop_class=drop: take guidance.weak=path, or train with keep"
+            f"{key}: without backbone this network was trained without class alone, multi_budget.path_drop_class=drop."
+            " Take guidance.weak=path, or train with keep"
         )
 
 

@@ -15,10 +15,11 @@ from support.foreign import MINI, diffusers_dit, mini_state, small_dit, write_re
 from dcdit import DCDiT
 from dcdit.checkpoints.export import Card, write_exported
 from dcdit.checkpoints.foreign import imagenet_classes, reference_state
-from dcdit.checkpoints.load import load_model, read_weights
+from dcdit.checkpoints.load import Model, load_model, read_weights
 from dcdit.checkpoints.names import NAME_MAPS
 from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.checkpoints.settings import AssumeSettings
+from dcdit.data.latents import IDENTITY, LatentSpec
 from dcdit.diffusion.settings import DDPM, GuidanceSettings
 from dcdit.errors import UserError
 from dcdit.network import build_network
@@ -267,12 +268,13 @@ def test_classes_of_a_label_table(tmp_path, caplog, rows, said, classes, has_nul
     assert (network.label_dropout > 0) == has_null_class
     assert (f"label table of {rows} rows is taken for {classes} classes" in caplog.text) == remark
     assert len(network.condition.label.table.weight) == classes + 1
+    model = Model(network, LatentSpec((4, *network.grid), IDENTITY, 1.0, 0.0, ("a",)), None)
     if has_null_class:
-        check_guidance(network, GuidanceSettings(scale=2.0))
+        check_guidance(model, GuidanceSettings(scale=2.0))
     else:
         with pytest.raises(UserError, match=r"guidance.scale=2.* without a null class"):
-            check_guidance(network, GuidanceSettings(scale=2.0))
-    check_guidance(network, GuidanceSettings(scale=1.0))
+            check_guidance(model, GuidanceSettings(scale=2.0))
+    check_guidance(model, GuidanceSettings(scale=1.0))
     again = tmp_path / "again.pt"
     torch.save(reference_state(network), again)  # a null class that means nothing is not handed on
     assert len(torch.load(again)["y_embedder.embedding_table.weight"]) == rows

@@ -137,7 +137,7 @@ def test_other_images_are_not_mixed_in(run, tmp_path):
 def test_mistakes(run):
     for override, message in (
         ("count=0", "count=0 is not a positive number"),
-        ("guidance.drop_fraction=1", r"guidance.drop_fraction=1 is outside"),
+        ("guidance.drop_fraction=1.1", r"guidance.drop_fraction=1.1 is outside"),
         ("budget.fraction=2", r"budget.fraction=2 is outside"),
         ("budget.fraction=0.01", r"budget.fraction=0.01 cannot be met"),
         ("budget.by=cache", r"budget.by=cache meets no budget: give budget.fraction or budget.tflops"),

@@ -87,8 +87,8 @@ def test_what_cannot_be_is_told(session):
         ({"sampler": "best"}, "is not one of"),
         ({"scale": 50.0}, r"scale=50 is outside \[0, 20\]"),
         ({"drop": 1.1}, r"drop=1.1 is outside"),
-        ({"drop": 1.0}, "drop fraction 1 leaves the backbone out, for which this network was not trained"),
-        ({"weak": "path"}, "for which this network was not trained"),
+        ({"drop": 1.0}, "guidance.drop_fraction=1: .* for which this network was not trained"),
+        ({"weak": "path"}, "guidance.weak=path: .* for which this network was not trained"),
         ({"meet": "tflops", "tflops": 3.0}, "budget.tflops=3 cannot be met"),
         ({"seed": -1}, "seed=-1 is"),
     ):

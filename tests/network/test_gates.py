@@ -233,6 +233,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
 def test_a_whole_network_of_fixed_length_is_one_graph():
     net = network()
     set_gates(net, [True, False] * (net.gates.router.out_features // 2))
+    torch._dynamo.reset()  # after other drop fractions in this process, it takes them for symbols
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     expected, found = (each(*inputs(), capacity=0.9).prediction for each in (net, compiled))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
