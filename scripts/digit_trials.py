@@ -55,9 +55,13 @@ def trained(runs: Mapping[Path, Sequence[str]], parallel: int) -> Iterator[Path]
     """Train runs with their overrides, ``parallel`` of them at a time; gives each as soon as it is trained."""
     with ThreadPoolExecutor(parallel) as workers:
         jobs = {workers.submit(train, run, *overrides): run for run, overrides in runs.items()}
-        for job in as_completed(jobs):
-            job.result()
-            yield jobs[job]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                yield jobs[job]
+        finally:  # after a mistake, those that run are waited for, and the others do not begin
+            for job in jobs:
+                job.cancel()
 
 
 def load_or_measure(path: Path, measure: Callable[[], list[dict[str, float]]]) -> list[dict[str, float]]:
