@@ -70,7 +70,8 @@ def recipes(encoder: Path) -> dict[str, list[str]]:
         "logit-normal times": ["experiment=digits", "diffusion.time=logit_normal"],
         "velocity cosine loss": ["experiment=digits", "diffusion.velocity_cosine=1"],
         "x-prediction": ["experiment=digits", "diffusion.prediction=x"],
-        "REPA": ["experiment=digits", "alignment=repa", *taught],
+        # A projector as wide as that of B would cost four times the network.
+        "REPA": ["experiment=digits", "alignment=repa", "alignment.width=256", *taught],
         "iREPA": ["experiment=digits", "alignment=irepa", *taught],
         "dispersive loss": ["experiment=digits", "alignment=dispersive"],
         ALL: ["experiment=digits_modern", *taught],
