@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dcdit.errors import UserError
 from dcdit.network import Component, Network
-from dcdit.network.blocks import ConvBlock, DiTBlock
+from dcdit.network.blocks import ConvBlock, DiTBlock, blocks_of
 from dcdit.network.gates import Gating
 
 
@@ -92,11 +92,7 @@ def running_shares(network: Network, gating: Gating | None = None) -> Shares:
     if gating is None:
         return {}
     heads, groups = gating.shares
-    return dict(zip(_blocks(network.modules()), zip(heads, groups, strict=True), strict=True))
-
-
-def _blocks(modules: Iterable[nn.Module]) -> list[DiTBlock]:
-    return [block for block in modules if isinstance(block, DiTBlock)]
+    return dict(zip(blocks_of(network), zip(heads, groups, strict=True), strict=True))
 
 
 def _widths(block: DiTBlock) -> tuple[float, float, float]:
@@ -117,7 +113,7 @@ def cost_of(component: Component, running: Shares = MappingProxyType({})) -> Cos
         conditions += [block.modulation for block in inner if hasattr(block, "modulation")]
         apart = sum(_weights(condition.modules()) for condition in conditions)
         each, once = each - apart, once + apart
-        for block in _blocks(inner):
+        for block in blocks_of(module):
             (heads, groups), (of_heads, of_pairs, of_groups) = running.get(block, (1.0, 1.0)), _widths(block)
             each -= (1 - heads) * of_heads + (1 - groups) * of_groups
             square += heads * of_pairs
@@ -134,7 +130,7 @@ def gated_share(network: Network, gating: Gating, lengths: Tensor) -> Tensor:
         gating: of B samples.
         lengths: (B,) tokens of each sample.
     """
-    of_heads, of_pairs, of_groups = _widths(_blocks(network.modules())[0])
+    of_heads, of_pairs, of_groups = _widths(blocks_of(network)[0])
     tokens = lengths.float()
     heads, groups = of_heads * tokens + of_pairs * tokens**2, of_groups * tokens  # (B,), of one block
     ran = heads * gating.heads.mean(dim=(1, 2)) + groups * gating.groups.mean(dim=(1, 2))

@@ -203,6 +203,11 @@ class DiTBlock(nn.Module):
         return tokens + gate2 * (self.mlp(modulated) if groups is None else self.mlp(modulated, groups))
 
 
+def blocks_of(module: nn.Module) -> list[DiTBlock]:
+    """The transformer blocks inside a module, such as a network, in the order of its forward pass."""
+    return [block for block in module.modules() if isinstance(block, DiTBlock)]
+
+
 @cache
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` compiled, its element-wise operations in as few passes over memory as possible."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dcdit.network.attention import runs_in_float32
-from dcdit.network.blocks import DiTBlock
+from dcdit.network.blocks import blocks_of
 from dcdit.network.interface import Network
 from dcdit.runtime.devices import has_amx, has_compiler
 
@@ -18,12 +18,11 @@ def set_execution(network: nn.Module, compiled: bool = False, checkpointed: bool
     """Say how the transformer blocks of ``network`` run; what they compute stays the same.
 
     Args:
-        network: with :class:`DiTBlock` inside.
+        network: with :class:`dcdit.network.blocks.DiTBlock` inside.
         compiled, checkpointed: see there.
     """
-    for block in network.modules():
-        if isinstance(block, DiTBlock):
-            block.compiled, block.checkpointed = compiled, checkpointed
+    for block in blocks_of(network):
+        block.compiled, block.checkpointed = compiled, checkpointed
 
 
 def describe_execution(network: nn.Module, device: str, precision: object) -> str:
@@ -34,7 +33,7 @@ def describe_execution(network: nn.Module, device: str, precision: object) -> st
         device: kind of device.
         precision: as the user knows it, such as ``bf16-mixed`` or ``fp32``.
     """
-    blocks = [block for block in network.modules() if isinstance(block, DiTBlock)]
+    blocks = blocks_of(network)
     apart = bool(blocks) and "bf16" in str(precision) and runs_in_float32(device, torch.bfloat16)
     compiled = ", compiled blocks (a minute at the first steps)" if any(block.compiled for block in blocks) else ""
     return f"{device} {precision}" + (" (attention in float32)" if apart else "") + compiled

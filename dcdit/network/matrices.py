@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from dcdit.network.blocks import DiTBlock
+from dcdit.network.blocks import blocks_of
 
 
 def block_matrices(network: nn.Module) -> dict[nn.Parameter, int]:
@@ -13,8 +13,7 @@ def block_matrices(network: nn.Module) -> dict[nn.Parameter, int]:
     Linear's name. All others hold one matrix.
     """
     found: dict[nn.Parameter, int] = {}
-    blocks = [block for block in network.modules() if isinstance(block, DiTBlock)]
-    for module in [module for block in blocks for module in block.modules()]:
+    for module in [module for block in blocks_of(network) for module in block.modules()]:
         stacked: dict[str, int] = getattr(module, "stacked", {})
         for name, child in module.named_children():
             weight = child.weight if isinstance(child, nn.Linear) else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dcdit.network import Routing
-from dcdit.network.blocks import DiTBlock
+from dcdit.network.blocks import blocks_of
 from dcdit.network.packing import Packing
 
 
@@ -45,11 +45,6 @@ class HiddenStates:
 
     tokens: dict[int, Tensor] = field(default_factory=dict)
     packing: Packing | None = None
-
-
-def blocks_of(network: nn.Module) -> list[DiTBlock]:
-    """The transformer blocks of a network, in the order of its forward pass."""
-    return [block for block in network.modules() if isinstance(block, DiTBlock)]
 
 
 @contextmanager

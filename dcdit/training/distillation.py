@@ -5,11 +5,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from dcdit.network import DiT, Routing
+from dcdit.network.blocks import blocks_of
 from dcdit.training.auxiliary import (
     AuxiliaryLoss,
     HiddenStates,
     Noisy,
-    blocks_of,
     covering,
     mean_over_tokens,
     record_hidden_states,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.configs import PLAIN_DIT, TINY, compose_config, config_of, module_of, train
-from support.runs import assert_same_end
+from support.runs import assert_same_end, load
 
 from dcdit.data.stream import Batch
 from dcdit.errors import UserError
@@ -76,7 +76,10 @@ def test_a_run_resumes_bit_for_bit(words, tiny):
 
 def test_micro_batches_of_one_sample_train(tiny):
     """With one sample nothing at all may be left for the backbone."""
-    tiny("run", "multi_budget=none", "multi_budget.path_drop=0.9", "execution.max_micro_batch=1", "trainer.max_steps=2")
+    words = ("multi_budget=none", "multi_budget.path_drop=0.9", "execution.max_micro_batch=1")
+    stored = load(tiny("run", *words, "trainer.max_steps=2"))
+    assert stored["global_step"] == 2
+    assert all(tensor.isfinite().all() for tensor in stored["state_dict"].values())
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class GuidanceSettings:
             network itself.
         interval: lowest and highest timestep that is guided (arXiv 2404.07724); elsewhere the main branch runs
             alone. None guides all.
-        every: the guiding branch runs at ``every``-th evaluation of the network that is guided, from the first on;
+        every: k: of the guided evaluations of the network, the guiding branch runs at the first and then at each k-th;
             in between its last prediction is reused.
         drop_schedule: pairs of timestep and drop fraction, linear in between, constant beyond; in place of
             ``drop_fraction``.

@@ -8,10 +8,10 @@ from dcdit.checkpoints.encoder import encoder_cost
 from dcdit.compute.flops import Cost
 from dcdit.data.manifest import Manifest
 from dcdit.network import Network
+from dcdit.network.blocks import blocks_of
 from dcdit.training.alignment.features import KEYS, features_of
 from dcdit.training.alignment.losses import DispersiveLoss, GridAlignment, TokenAlignment, mlp
 from dcdit.training.alignment.settings import IREPA, REPA, AlignmentSettings, BlockSettings, Dispersive, NoAlignment
-from dcdit.training.auxiliary import blocks_of
 
 
 def build_nothing(settings: NoAlignment, network: Network, manifest: Manifest | None) -> None:

@@ -67,7 +67,7 @@ class BlockSettings(AlignmentSettings):
 
     def check_network(self, network: "Network") -> None:
         """Raise :class:`UserError` unless ``network`` has the block."""
-        from dcdit.training.auxiliary import blocks_of
+        from dcdit.network.blocks import blocks_of
 
         depth = len(blocks_of(network))
         if not depth:
