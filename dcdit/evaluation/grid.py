@@ -72,7 +72,8 @@ def grid_of(settings: EvaluateConfig) -> EvaluationGrid:
         config = replace(config, guidance=config.guidance.canonical)
         points.setdefault(repr(config), config)
     if not points:
-        raise UserError(f"{left_out[0]}: give guidance.uncond_drop_fraction, such as 0.9")
+        remedy = "take drop fractions below 1" if weaks[0] in PATH_DROP else "give guidance.uncond_drop_fraction=0.9"
+        raise UserError(f"{left_out[0]}: {remedy}")
     if settings.search and len({config.guidance.scale for config in points.values()}) < 2:
         raise UserError(
             f"search=true looks between two scales at least, and guidance.scale={scales[0]:g} is one: give"
