@@ -1,13 +1,14 @@
-"""Measure what each saving of sampling is worth: dropped tokens, reused features, fewer steps, cheaper guidance.
+"""Measure what each saving of sampling is worth: dropped tokens, reused features, fewer steps, cheaper guidance, gates.
 
     python scripts/compare_savings.py digits    # or mnist
 
 ``digits`` trains ``experiment=digits`` (12 x 12 pixels) as published, with path drop, and with path drop that takes the
 class too, for each of three seeds. ``mnist`` takes the DC-DiTs of ``compare_networks.py mnist``, and trains those that
-are not there. The script samples each run at several guidance scales, the network with path drop with each kind of
-guiding branch. At the scale that is best for ordinary guidance, it samples that network with each saving and with
-several at once, and times them in turns. It prints two tables in Markdown and draws FID over the cost of an image.
-Further arguments are overrides of all runs, such as trainer=gpu. If it is interrupted, the same command goes on.
+are not there. Both train width gates from the networks with path drop, for half as many steps. The script samples each
+run at several guidance scales, the network with path drop with each kind of guiding branch. At the scale that is best
+for ordinary guidance, it samples that network with each saving and with several at once, and times them in turns. It
+prints two tables in Markdown and draws FID over the cost of an image. Further arguments are overrides of all runs, such
+as trainer=gpu. If it is interrupted, the same command goes on.
 ``--steps 60 --seeds 1 --images 40`` tries it in minutes.
 """
 
@@ -33,7 +34,8 @@ from dcdit.runtime.devices import pick_device
 from dcdit.sampling.cost import SamplingCost
 
 Way = dict[str, Any]
-"""How to sample: what differs from ordinary guidance, as arguments of ``Heun`` and ``GuidanceSettings``."""
+"""How to sample: what differs from ordinary guidance, as arguments of ``Heun`` and ``GuidanceSettings``. With ``gates``
+it is the network with gates that samples."""
 Columns = dict[str, list[float]]
 """FID, the share read as asked for, and costs; of each seed."""
 
@@ -47,7 +49,10 @@ COMBINED: list[Way] = [
     {"every": 4, "cache": 0.2, "steps": 10},
     {"weak": "path", "every": 2},
     {"every": 4, "cache": 0.2, "drop_fraction": 0.2, "steps": 10},
+    {"gates": True, "weak": "path"},
+    {"gates": True, "every": 4, "cache": 0.2, "steps": 10},
 ]
+GATED: Way = {"gates": True}
 
 
 def name_of(way: Way) -> str:
@@ -63,7 +68,7 @@ RANGES: dict[str, Sequence[float]] = {
 }
 LINES: dict[str, list[Way]] = {
     **{key: [{key: value} for value in values] for key, values in RANGES.items()},
-    **{name_of(way): [way] for way in WEAKER + COMBINED},
+    **{name_of(way): [way] for way in [*WEAKER, GATED, *COMBINED]},
 }
 """The savings, line by line of the picture."""
 
@@ -74,6 +79,8 @@ DIGITS = {
     CLASS_DROPPED: ["multi_budget.path_drop=0.1", "multi_budget.path_drop_class=drop"],
 }
 """The variants of digits and their overrides."""
+GATES, SHARE = "path drop, gates", 0.6
+"""The variant with gates, and the share of heads and MLPs that its loss aims at."""
 
 
 def plan_digits(out: Path, steps: int, seeds: int, own: Sequence[str]) -> Plan:
@@ -87,11 +94,24 @@ def plan_digits(out: Path, steps: int, seeds: int, own: Sequence[str]) -> Plan:
     }
 
 
+def add_gates(planned: Plan, variant: str, steps: int) -> Plan:
+    """Plan beside each run of a variant one that goes on from it for ``steps``, with gates on its heads and MLPs."""
+    begun = {seed: run for (name, seed), run in planned.items() if name == variant}
+    gates = ["model.gates=true", f"gates.share={SHARE}", f"trainer.max_steps={steps}", "match_compute.baseline=null"]
+    gates += ["multi_budget.full_budget_steps=0", "optimizer.lr=1e-3", "init=weights"]
+    return {
+        (GATES, seed): Planned(
+            run.run.with_name(f"gates_{run.run.name}"), [*run.overrides, *gates, f"init.checkpoint={run.run}"]
+        )
+        for seed, run in begun.items()
+    }
+
+
 class Comparison(NamedTuple):
     """What is compared on one data set, and the defaults of steps and images.
 
     ``plan`` makes the plan from the directory, steps, seeds and overrides. ``variants`` has the guiding branches that
-    are measured of each variant; a variant is trained after those before it. ``saved`` is the variant with savings.
+    are measured of each variant. ``saved`` is the variant with savings; gates are trained from it.
     """
 
     plan: Callable[[Path, int, int, Sequence[str]], Plan]
@@ -114,8 +134,10 @@ COMPARISONS = {
 class Measured:
     """The figures of a run. What its savings.json lacks is measured when it is asked for, and written there."""
 
-    def __init__(self, run: Path, real: Statistics, judge: Judge, images: int) -> None:
-        self._network, self._real, self._judge, self._images = Trained(run, pick_device("auto")), real, judge, images
+    def __init__(self, run: Path, gated: Path | None, real: Statistics, judge: Judge, images: int) -> None:
+        self._network = Trained(run, pick_device("auto"))
+        self._gated = Trained(gated, pick_device("auto")) if gated else None
+        self._real, self._judge, self._images = real, judge, images
         self._path = run / "savings.json"
         self._all = json.loads(self._path.read_text()) if self._path.is_file() else {}
         self._known: dict[str, dict[str, float]] = self._all.setdefault(
@@ -124,8 +146,10 @@ class Measured:
 
     def _sample(self, way: Way, scale: float, images: int) -> Figures:
         how = {"steps": 15, "cache": 0.0, **way}
+        network = self._gated if how.pop("gates", False) else self._network
+        assert network is not None
         sampler = Sampler(Heun(steps=how.pop("steps"), cache=how.pop("cache"), clip=True))
-        return self._network.figures(self._real, sampler, GuidanceSettings(scale=scale, **how), images)
+        return network.figures(self._real, sampler, GuidanceSettings(scale=scale, **how), images)
 
     def _keep(self, key: str, figures: dict[str, float]) -> None:
         self._known[key] = figures
@@ -241,15 +265,18 @@ def main() -> None:
     out = (options.out or ROOT / "runs" / comparison.folder).resolve()
     steps, images = options.steps or comparison.steps, options.images or comparison.images
     planned = comparison.plan(out, steps, options.seeds, options.overrides)
-    for name in comparison.variants:
+    planned |= add_gates(planned, comparison.saved, steps // 2)
+    for name in (*comparison.variants, GATES):  # the network with gates goes on from that without
         chosen = dict(each for (variant, _), each in planned.items() if variant == name)
         train_all(chosen, options.parallel or min(os.cpu_count() or 1, options.seeds))
     torch.set_num_threads(1)
     real, judge = real_digits(out / "data", setup.side), Judge(setup.source)
-    runs = {
-        variant: [Measured(planned[variant, seed].run, real, judge, images) for seed in range(options.seeds)]
-        for variant in comparison.variants
-    }
+
+    def measured(variant: str, seed: int) -> Measured:
+        gated = planned[GATES, seed].run if variant == comparison.saved else None
+        return Measured(planned[variant, seed].run, gated, real, judge, images)
+
+    runs = {name: [measured(name, seed) for seed in range(options.seeds)] for name in comparison.variants}
     guidance, saved = guidance_table(comparison.variants, runs), runs[comparison.saved]
     best = min(SCALES[1:], key=lambda scale: mean(columns(saved, ORDINARY, scale)["fid"]))
     savings = measure_savings(saved, best)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from sklearn.svm import SVC
 from torch import Tensor
 
@@ -147,13 +148,13 @@ class Trained:
     Args:
         run: its directory.
         device: where it samples.
-        precision: ``fp32`` or ``bf16``; None takes float32 on a CPU, and bf16 on a GPU, where in float32 attention
-            would be a call for each sample.
+        precision: ``fp32`` or ``bf16``; None takes that of the training.
     """
 
     def __init__(self, run: Path, device: torch.device = CPU, precision: str | None = None) -> None:
         self.model: Model = load_model(run, device=device)
-        self.precision = precision or ("bf16" if device.type == "cuda" else "fp32")
+        trained_in = OmegaConf.load(run / "config.yaml").trainer.precision
+        self.precision = precision or ("bf16" if str(trained_in).startswith("bf16") else "fp32")
         self._decode = load_decoder(self.model.latents, CPU)
         self._features = DigitsClassifier()
 
