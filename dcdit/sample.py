@@ -6,8 +6,8 @@ Writes the samples as one picture, their way from noise with the router's bounda
 from pathlib import Path
 from typing import Annotated, Literal
 
-from dcdit.checks import Bounds, Columns, Natural, NotEmpty, config
-from dcdit.sampling.settings import SamplingConfig
+from dcdit.checks import Bounds, Columns, config
+from dcdit.sampling.settings import Classes, SamplingConfig
 from dcdit.settings.command import command
 
 
@@ -16,7 +16,7 @@ class SampleConfig(SamplingConfig):
     """The configuration of ``dcdit.sample``; ``configs/sample.yaml`` describes each key."""
 
     out: str | None
-    classes: Annotated[list[Natural | str], NotEmpty("name at least one class")] | None
+    classes: Classes | None
     per_class: Annotated[int, Bounds(1, 10**4, hint="for more images take dcdit.generate")]
     frames: Columns
     animation: Literal["gif", "webp"] | None

@@ -21,7 +21,7 @@ from typing import (
     overload,
 )
 
-from dcdit.checks.constraints import Meant
+from dcdit.checks.constraints import Meant, OneOf
 from dcdit.checks.messages import shown
 from dcdit.errors import UserError
 
@@ -254,9 +254,24 @@ def checked(cls: Class) -> Class:
                 bound.arguments[name] = conform(name, value, hints[name])
         constructor(*bound.args, **bound.kwargs)
 
+    shown_parameters = [
+        parameter.replace(annotation=_readable(parameter.annotation)) for parameter in signature.parameters.values()
+    ]
+    check_then_construct.__signature__ = signature.replace(parameters=shown_parameters)  # type: ignore[attr-defined]
     cls.__init__ = check_then_construct  # type: ignore[misc]
     cls.__init__._checks = True  # type: ignore[misc]
     return cls
+
+
+def _readable(hint: Any) -> Any:
+    """Return an annotation as ``help`` should show it: types and choices, without ranges and hints."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        tables = [each.table for each in arguments[1:] if isinstance(each, OneOf)]
+        return Literal[tuple(tables[0])] if tables else _readable(arguments[0])
+    if origin in (Union, UnionType):
+        return Union[tuple(map(_readable, arguments))]  # noqa: UP007 - of a number of members that varies
+    return origin[tuple(map(_readable, arguments))] if origin in (list, tuple) and arguments else hint
 
 
 def _construct(target: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:

@@ -4,7 +4,18 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from dcdit.checkpoints.settings import AssumeSettings, Paths, WeightsKind
-from dcdit.checks import FLOAT_NAMES, Capacity, Images, Named, Seed, annotations, call_checked, config
+from dcdit.checks import (
+    FLOAT_NAMES,
+    Capacity,
+    Images,
+    Named,
+    Natural,
+    NotEmpty,
+    Seed,
+    annotations,
+    call_checked,
+    config,
+)
 from dcdit.data.latents import Rounding
 from dcdit.diffusion.settings import SAMPLERS, BudgetSettings, GuidanceSettings, SamplerOptions
 from dcdit.errors import UserError
@@ -12,6 +23,10 @@ from dcdit.errors import UserError
 Labels = Literal["random", "balanced"]
 """``random``: each image's class is drawn from the seed and its number, as for published figures. ``balanced``: the
 classes take turns; FIDs come out about 0.1 lower (ImageNet)."""
+
+
+Classes = Annotated[list[Natural | str], NotEmpty("name at least one class")]
+"""Labels or names of classes."""
 
 
 @config

@@ -182,7 +182,6 @@ def load(config: SamplingConfig, source: CheckpointSource) -> Loaded:
 
 
 def _load(weights: Weights, config: SamplingConfig, source: CheckpointSource, device: torch.device) -> Loaded:
-    guidance = config.guidance
     if config.compile is True:
         check_compiler("compile", device.type)
     model = build_model(weights, config.weights, device)
@@ -191,12 +190,18 @@ def _load(weights: Weights, config: SamplingConfig, source: CheckpointSource, de
     print_once(f"{source.name}: {describe_weights(weights, model.network, config.weights)}, {how}")
     if config.capacity == "auto" and not model.network.routes:
         print_once(f"capacity=auto changes nothing: {model.network.title} drops no tokens")
-    guiding = None
-    if guidance.weak_checkpoint is not None and guidance.scale != 1:
-        source = resolve_checkpoint(guidance.weak_checkpoint, config.paths.runs, "guidance.weak_checkpoint")
-        guiding = load_guiding(source, config, model)
+    loaded = Loaded(model, load_decoder(model.latents, device, config.autoencoder, config.rounding), None)
+    return with_guiding_model(loaded, config)
+
+
+def with_guiding_model(loaded: Loaded, config: SamplingConfig) -> Loaded:
+    """Return ``loaded`` with the guiding model that ``config`` names, which is loaded; without one if it names none."""
+    guiding, checkpoint = None, config.guidance.weak_checkpoint
+    if checkpoint is not None and config.guidance.scale != 1:
+        source = resolve_checkpoint(checkpoint, config.paths.runs, "guidance.weak_checkpoint")
+        guiding = load_guiding(source, config, loaded.model)
         configure_execution(guiding, config)
-    return Loaded(model, load_decoder(model.latents, device, config.autoencoder, config.rounding), guiding)
+    return replace(loaded, guiding=guiding)
 
 
 def precision_on(device: torch.device, config: SamplingConfig) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -126,10 +127,22 @@ def with_run_id(value: Any, run_id: str) -> Any:
 def compose_values(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The composed ``configs/<name>.yaml``; raises Hydra's errors, with the choices, if an override is wrong."""
     register_resolvers()
-    if GlobalHydra.instance().is_initialized():  # inside a command
+    running = GlobalHydra.instance()
+    if running.is_initialized() and _reads_our_files(running):  # inside a command
         return compose(name, overrides=list(overrides))
-    with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
-        return compose(name, overrides=list(overrides))
+    state = Singleton.get_state()  # of a program that uses Hydra for its own configuration
+    try:
+        running.clear()
+        with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+            return compose(name, overrides=list(overrides))
+    finally:
+        Singleton.set_state(state)
+
+
+def _reads_our_files(running: GlobalHydra) -> bool:
+    """Whether Hydra was started by a command of dcdit, not by a program that uses it for its own configuration."""
+    folders = (element.path for element in running.config_loader().get_search_path().get_path())
+    return any(path is not None and path.removeprefix("file://") == CONFIG_DIR for path in folders)
 
 
 def model_config(name: str) -> dict[str, Any]:
