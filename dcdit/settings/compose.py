@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dcdit.checks import WithOthers, annotations, call_checked
 from dcdit.errors import UserError
+from dcdit.runtime.files import read_json
+from dcdit.settings.errors import refused_by_resolver
 from dcdit.settings.published import CONFIG_DIR
 
 C = TypeVar("C")
@@ -52,6 +54,29 @@ def encoder_grid(*, _root_: DictConfig) -> int:
     return next((number for number in range(min(grid // 2, tokens), 0, -1) if tokens % number == 0), 1)
 
 
+def shards_say(what: str, *, _root_: DictConfig) -> int:
+    """``grid``, ``channels`` or ``classes`` of the training latents, from the manifest in the folder ``data.directory``.
+
+    Raises:
+        UserError: if there is no such folder, or its manifest does not say it.
+    """
+    directory = OmegaConf.select(_root_, "data.directory", throw_on_missing=False)
+    if directory is None:
+        raise UserError("data.directory is not set: give data.directory=..., the folder that dcdit.extract wrote")
+    path, remedy = Path(directory) / "train" / "manifest.json", "write the shards again with dcdit.extract"
+    if "://" in directory or not path.is_file():
+        raise UserError(
+            f"data.directory={directory} has no {path.name} in its folder train: write the shards with dcdit.extract,"
+            " or give model.grid, model.channels and model.num_classes yourself"
+        )
+    manifest = read_json(path, dict[str, Any], remedy)
+    try:
+        channels, grid, _ = manifest["latent_shape"]
+        return int({"grid": grid, "channels": channels, "classes": len(manifest["classes"])}[what])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is no manifest of latent shards: {remedy}") from None
+
+
 def register_resolvers() -> None:
     """Register the resolvers that our configuration files use, such as ``${cpu_precision:}``."""
     # A variable that is set to nothing is one that is not set: "/" is no folder of runs.
@@ -59,6 +84,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
     OmegaConf.register_new_resolver("encoder_grid", encoder_grid, replace=True)
     OmegaConf.register_new_resolver("encoder_weights", encoder_weights, replace=True)
+    OmegaConf.register_new_resolver("shards_say", shards_say, replace=True)
     OmegaConf.register_new_resolver("relpath", os.path.relpath, replace=True)
     OmegaConf.register_new_resolver("unquoted", lambda text: re.sub("['\"]", "", text), replace=True)
 
@@ -111,7 +137,7 @@ def plain(config: DictConfig, sections: Sequence[str] = ()) -> dict[str, Any]:
             config.run_id = RUN_ID
         values: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+        raise UserError(refused_by_resolver(error) or f"{error.full_key}: {str(error).splitlines()[0]}") from None
     return {str(key): value for key, value in values.items()} | ({"run_id": None} if unnamed else {})
 
 

@@ -58,7 +58,7 @@ def explain(error: BaseException, overrides: Sequence[str] | None = None) -> str
         full_key = re.search(r"^full_key: (\S+)", str(error), flags=re.MULTILINE)
         return f"{full_key[1]}: {error.__cause__}" if full_key else str(error.__cause__)
     if isinstance(error, UserError | TrainingError | HydraException | OmegaConfBaseException):
-        return str(error)
+        return refused_by_resolver(error) or str(error)
     if isinstance(error, ValueError) and re.match(r"(Only one of|The) --", str(error)):
         return str(error)  # of Hydra, about its options
     origin = type(error).__module__
@@ -71,6 +71,12 @@ def explain(error: BaseException, overrides: Sequence[str] | None = None) -> str
         where = error.filename if isinstance(error.filename, str) else _origin(error)
         return describe_dangling_link(error) or f"{where}: {error.strerror or error}"
     return None
+
+
+def refused_by_resolver(error: BaseException) -> str | None:
+    """The message of a :class:`UserError` of a resolver, which OmegaConf puts into an error of its own."""
+    mark, line = f"{UserError.__name__} raised while resolving interpolation: ", str(error).partition("\n")[0]
+    return line.partition(mark)[2] or None
 
 
 def _origin(error: BaseException) -> str:
