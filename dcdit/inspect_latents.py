@@ -68,15 +68,17 @@ def inspect_latents(config: InspectConfig) -> None:
 
 
 def training_command(config: InspectConfig, manifest: "Manifest") -> str:
-    """A command that trains on the latents as they are: they are not of the default's shape or classes."""
+    """A command that trains on the latents as they are; only of a local folder does training read their shape itself."""
     channels, grid, _ = manifest.latent_shape
-    overrides = {"data.directory": config.directory, "model.grid": grid, "model.channels": channels}
-    overrides["model.num_classes"] = len(manifest.classes)
+    overrides: dict[str, object] = {"data.directory": config.directory}
+    if "://" in config.directory:
+        overrides |= {"model.grid": grid, "model.channels": channels, "model.num_classes": len(manifest.classes)}
     if config.cache:
         overrides["data.cache"] = config.cache
     if config.allow_pipe:
         overrides["data.allow_pipe"] = "true"
-    return " ".join(["python -m dcdit.train experiment=b_n4", *(_format_override(*item) for item in overrides.items())])
+    words = ["python -m dcdit.train experiment=images", *(_format_override(*item) for item in overrides.items())]
+    return " ".join(words) + "   (a larger network on a GPU: model=dcdit_b trainer=gpu)"
 
 
 def _format_override(key: str, value: object) -> str:

@@ -174,7 +174,7 @@ def test_the_command_that_an_inspection_prints_trains(tmp_path, capsys):
     place = latents(tmp_path / "my data, (1)", normal(32))
     printed = typed(capsys, tmp_path, "inspect_latents", f"directory={place}", "images=0").out
     command = next(line for line in printed.splitlines() if line.startswith("To train on them: "))
-    program, *words = shlex.split(command.removeprefix("To train on them: python -m "))
+    program, *words = shlex.split(command.removeprefix("To train on them: python -m ").partition("   (")[0])
     small = [
         "trainer=cpu",
         "model.width=32",

@@ -38,7 +38,8 @@ NAMED = {"digits", "s_n4", "b_n4", "l_n4", "xl_n4", "b_n16", "b_n4_512", "xl_n4_
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_and_builds(experiment):
-    config = compose_config(f"experiment={experiment}")
+    shape = ("model.grid=32", "model.channels=3", "model.num_classes=6") if experiment == "images" else ()
+    config = compose_config(f"experiment={experiment}", *shape)
     with torch.device("meta"):
         module = module_of(configuration_of(TrainConfig, config))
     assert next(module.network.parameters()).device.type == "meta"
