@@ -68,7 +68,7 @@ def inspect_latents(config: InspectConfig) -> None:
 
 
 def training_command(config: InspectConfig, manifest: "Manifest") -> str:
-    """A command that trains on the latents as they are; only of a local folder does training read their shape itself."""
+    """A command that trains on the latents as they are; training reads the shape of those in a local folder itself."""
     channels, grid, _ = manifest.latent_shape
     overrides: dict[str, object] = {"data.directory": config.directory}
     if "://" in config.directory:

@@ -97,7 +97,8 @@ def test_python(followed, folder, monkeypatch):
 
 
 def test_the_network_fits_the_shards(followed, folder, capsys):
-    result = typed(capsys, folder, "train", "experiment=images", "data.directory=data/mine", "--cfg", "job", "--resolve")
+    words = ("experiment=images", "data.directory=data/mine", "--cfg", "job", "--resolve")
+    result = typed(capsys, folder, "train", *words)
     assert re.search(r"grid: 8\n  channels: 3\n  num_classes: 2\n", result.out)
 
 
@@ -108,7 +109,7 @@ def test_the_network_fits_the_shards(followed, folder, capsys):
         ("nowhere", None, "data.directory=nowhere has no manifest.json in its folder train"),
         ("https://example.org/data", None, "or give model.grid, model.channels and model.num_classes yourself"),
         ("strange", "[1]", "strange/train/manifest.json"),
-        ("strange", '{"latent_shape": 3}', "is no manifest of latent shards: write the shards again with dcdit.extract"),
+        ("strange", '{"latent_shape": 3}', "is no manifest of latent shards: write the shards again"),
     ],
 )
 def test_shards_that_say_nothing_end_in_one_message(tmp_path, capsys, directory, content, words):

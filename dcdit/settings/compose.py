@@ -55,7 +55,7 @@ def encoder_grid(*, _root_: DictConfig) -> int:
 
 
 def shards_say(what: str, *, _root_: DictConfig) -> int:
-    """``grid``, ``channels`` or ``classes`` of the training latents, from the manifest in the folder ``data.directory``.
+    """``grid``, ``channels`` or ``classes`` of the training latents, from the manifest in ``data.directory``.
 
     Raises:
         UserError: if there is no such folder, or its manifest does not say it.
