@@ -1,6 +1,7 @@
 """Images to latent shards: ``python -m dcdit.extract source=/data/imagenet/train out=data/imagenet256``.
 
 Goes on where it was after any kill, and runs on any number of processes (``torchrun --nproc-per-node 8 -m ...``).
+With ``source=null`` it changes scale and shift of shards that are there already.
 """
 
 from pathlib import Path
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 @command("extract")
 def extract(config: ExtractConfig) -> "Manifest | None":
     """Extract what ``config`` asks for; returns the manifest if this process finished the whole."""
+    from dcdit.extraction.renormalise import renormalise
     from dcdit.extraction.setup import extraction_summary, set_up_extraction
 
     rank, world_size = processes()
+    if config.source is None:
+        return renormalise(config, Path(config.out) / config.split) if rank == 0 else None
     workers = config.num_workers
     if workers is None:
         workers = max(1, cores() // max(1, launched().local_size))

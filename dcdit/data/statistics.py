@@ -70,8 +70,17 @@ class Sums:
         The scale of a constant one is 1.
         """
         shift, deviation = self.mean_and_deviation
-        scale = 1 / np.where(deviation > _CONSTANT * np.maximum(np.abs(shift), 1), deviation, 1)
-        return _as_tuples(scale, shape), _as_tuples(shift, shape)
+        return _as_tuples(_scale_of(shift, deviation), shape), _as_tuples(shift, shape)
+
+
+def normalisation_of(statistics: LatentStatistics) -> tuple[LatentScale, LatentShift]:
+    """Scale and shift for each channel, as :meth:`Sums.normalisation` computes them."""
+    return tuple(_scale_of(np.array(statistics.mean), np.array(statistics.deviation)).tolist()), statistics.mean
+
+
+def _scale_of(mean: NDArray[np.float64], deviation: NDArray[np.float64]) -> NDArray[np.float64]:
+    scale: NDArray[np.float64] = 1 / np.where(deviation > _CONSTANT * np.maximum(np.abs(mean), 1), deviation, 1)
+    return scale
 
 
 def _as_tuples(values: NDArray[np.float64], shape: tuple[int, int, int]) -> LatentScale:

@@ -225,7 +225,7 @@ class ImageBatches(IterableDataset[Decoded]):
         side, limits = self.settings.image_size, (self.settings.min_side, self.settings.max_pixels)
         for number, item in enumerate(batch, start):
             try:
-                pixels.append(decode_image(item.read(), side, *limits))
+                pixels.append(decode_image(self.source.read(item), side, *limits))
                 items[number] = item
             except UnusableImageError as error:
                 skipped.append(Skipped(item.source, str(error)))

@@ -106,7 +106,7 @@ class Extraction:
             plan["encoder"] = asdict(encoder.identity)
         if train:
             self._check_train(train)
-            plan["train"] = content_digest({"classes": train.classes, "scale": train.scale, "shift": train.shift})[:16]
+            plan["train"] = train_digest(train)
         self.job = ExtractionJob(directory, plan, source.tasks, self.layout, self._tally)
         if strict and source.skipped:
             raise UserError(f"strict=true: {source.skipped[0].file}: {source.skipped[0].reason}")
@@ -286,3 +286,8 @@ class Extraction:
                 f" latents that are not finite in {self.settings.dtype}: try precision=fp32 and dtype=float32, or"
                 " another autoencoder"
             )
+
+
+def train_digest(train: Manifest) -> str:
+    """What the record of another split's extraction holds of the train split."""
+    return content_digest({"classes": train.classes, "scale": train.scale, "shift": train.shift})[:16]

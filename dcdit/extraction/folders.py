@@ -3,29 +3,23 @@
 import hashlib
 import os
 import stat
-import unicodedata
 from collections import Counter
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
-from typing_extensions import override
-
 from dcdit.checks import visible
 from dcdit.errors import UserError
-from dcdit.extraction.sources import ImageSource, Item, Listing, describe_empty_classes, ending_of, is_image, is_service
+from dcdit.extraction.classes import BY_NAME, WantedClasses, composed, notes_on_classes
+from dcdit.extraction.sources import FileSource, Listing, ending_of, is_image, is_service
 
 _OTHER_IMAGES = {"heic", "heif", "jxl", "jp2", "psd", "dng", "cr2", "cr3", "nef", "arw", "raw", "svg", "eps", "pdf"}
 """Endings of images that Pillow does not decode, or not without another program."""
 
-_composed = partial(unicodedata.normalize, "NFC")
-"""A name with accents composed, as most systems store it; macOS decomposes them."""
-
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
-class FolderSource(ImageSource):
+class FolderSource(FileSource):
     """A folder with one subfolder per class; images may lie at any depth below it. Shuffled once, by seed.
 
     Hidden files, service folders and files whose names are not those of images are left out.
@@ -34,50 +28,40 @@ class FolderSource(ImageSource):
         root: the folder.
         per_task: images of a task.
         seed: of the shuffle.
-        classes: class names, of which ``root`` may lack some; None takes the names of its subfolders.
+        wanted: the classes, of which ``root`` may lack some; None takes the names of its subfolders, sorted.
 
     Raises:
-        UserError: if a folder cannot be read, holds no class, or one that is not among ``classes``.
+        UserError: if a folder cannot be read, holds no class, or one that is not among the wanted ones.
     """
 
-    def __init__(self, root: Path, per_task: int, seed: int, classes: tuple[str, ...] | None = None) -> None:
-        self._root, self._per_task = root, per_task
-        listing, paths, labels = Listing(), [], []
+    def __init__(self, root: Path, per_task: int, seed: int, wanted: WantedClasses | None = None) -> None:
+        listing, paths, labels = Listing(), list[bytes](), list[int]()
         folders = _class_folders(root, listing)
-        self.classes = _check_classes(root, folders, classes)
+        self.classes, self.class_order = tuple(folders), BY_NAME
         self.inventory = {}
+        if wanted:
+            wanted.labels(f"source={root}", folders)
+            self.classes, self.class_order = wanted.names, f"of {wanted.origin}"
+            self.inventory |= wanted.recorded
         for label, name in enumerate(self.classes):
-            if folder := folders.get(_composed(name)):
-                files = [(os.fsencode(path), size) for path, size, _ in _walk(root / folder, root, listing)]
-                digest = hashlib.sha256(b"".join(b"%b %d\n" % file for file in files)).hexdigest()[:8]
-                self.inventory[name] = f"{len(files)} files, names and sizes {digest}"
-                paths += [path for path, _ in files]
+            if folder := folders.get(composed(name)):
+                files = walk(root / folder, root, listing)
+                self.inventory[name] = f"{len(files)} files, names and sizes {digest_of(files)}"
+                paths += [os.fsencode(path) for path, *_ in files]
                 labels += [label] * len(files)
         notes = listing.describe_left_out()
         if not paths:
             raise UserError(". ".join([f"source={root}: its {len(folders)} class folders hold no images", *notes]))
-        used = set(labels)
-        if empty := [name for label, name in enumerate(self.classes) if label not in used]:
-            notes.append(describe_empty_classes(empty, len(self.classes)))
+        notes += notes_on_classes(self.classes, labels)
         if similar := [name for name, times in Counter(map(str.casefold, folders)).items() if times > 1]:
             notes.append(f"{len(similar)} class names differ only in upper and lower case, such as {similar[0]!r}")
-        order = np.random.default_rng(seed).permutation(len(paths))
-        # Arrays, not lists: reference counts would copy them into every worker process.
-        self._paths, self._labels = np.array(paths)[order], np.array(labels)[order]
-        self.tasks = -(-len(paths) // per_task)
+        super().__init__(root, paths, labels, per_task, seed)
         self.skipped, self.notes = tuple(listing.skipped), tuple(notes)
 
-    @override
-    def size(self, task: int) -> int | None:
-        return min(self._per_task, len(self._labels) - task * self._per_task)
 
-    @override
-    def items(self, task: int) -> Listing:
-        rows = slice(task * self._per_task, (task + 1) * self._per_task)
-        root = os.fsencode(self._root)
-        pairs = zip(self._paths[rows].tolist(), self._labels[rows].tolist(), strict=True)
-        items = [Item(label, visible(os.fsdecode(path)), os.path.join(root, path)) for path, label in pairs]
-        return Listing(items)
+def digest_of(files: Sequence[tuple[str, int, int]]) -> str:
+    """A digest of names and sizes of files, as :func:`walk` lists them."""
+    return hashlib.sha256(b"".join(b"%b %d\n" % (os.fsencode(path), size) for path, size, _ in files)).hexdigest()[:8]
 
 
 def has_subfolders(root: Path) -> bool:
@@ -87,7 +71,7 @@ def has_subfolders(root: Path) -> bool:
 
 def image_files(root: Path) -> list[tuple[str, int, int]]:
     """Path below ``root``, size and time of change of every image file; UserError if a folder is unreadable."""
-    return [file for file in _walk(root, root, Listing()) if is_image(file[0])]
+    return [file for file in walk(root, root, Listing()) if is_image(file[0])]
 
 
 def _class_folders(root: Path, listing: Listing) -> dict[str, str]:
@@ -96,20 +80,29 @@ def _class_folders(root: Path, listing: Listing) -> dict[str, str]:
     Files beside them are added to ``listing``.
 
     Raises:
-        UserError: if there are none, two have one name, or they are splits, which hold the classes.
+        UserError: if there are none, two have one name, one's name cannot be shown, or they are splits.
     """
     folders: dict[str, str] = {}
     subfolders, files = _content(root, listing)
     for name in files:
         listing.skip(name, "lies in no class folder")
     for name in subfolders:
-        if folders.setdefault(_composed(name), name) != name:
+        if folders.setdefault(composed(name), name) != name:
             raise UserError(
-                f"source={root}: two class folders are called {visible(_composed(name))!r}, one with composed and one"
+                f"source={root}: two class folders are called {visible(composed(name))!r}, one with composed and one"
                 " with decomposed accents: move the images of one into the other"
             )
     if not folders:
-        raise UserError(f"source={root} has no subfolders: put the images of each class into one of its own")
+        raise UserError(
+            f"source={root} has no subfolders: put the images of each class into one of its own, or take reader=labels"
+            " for a file that says their classes"
+        )
+    for name in folders:  # names of classes stand in every manifest, checkpoint and table
+        if visible(name) != name:
+            raise UserError(
+                f"source={root}: the name of the class folder {visible(name)!r} is no UTF-8, or holds control"
+                " characters: rename it (convmv converts the names of a whole tree)"
+            )
     if {name.lower() for name in folders} <= _SPLITS:
         contents = [_content(root / folder, Listing()) for folder in subfolders]
         if any(below for below, _ in contents) and not any(is_image(name) for _, files in contents for name in files):
@@ -120,28 +113,7 @@ def _class_folders(root: Path, listing: Listing) -> dict[str, str]:
     return folders
 
 
-def _check_classes(root: Path, folders: dict[str, str], given: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The classes of a source: those given, or its folders; UserError unless every folder is one of them."""
-    for name in folders:  # names of classes stand in every manifest, checkpoint and table
-        if visible(name) != name:
-            raise UserError(
-                f"source={root}: the name of the class folder {visible(name)!r} is no UTF-8, or holds control"
-                " characters: rename it (convmv converts the names of a whole tree)"
-            )
-    classes = given or tuple(folders)
-    if unknown := sorted(set(folders).difference(map(_composed, classes))):
-        raise UserError(
-            f"source={root}: the train split has no class {unknown[0]!r}"
-            f"{f', nor {len(unknown) - 1} others' if unknown[1:] else ''}: its {len(classes)} classes hold for all"
-            " splits; extract train anew, or leave this folder out"
-        )
-    for name, count in Counter(classes).items():
-        if count > 1 and name in folders:
-            raise UserError(f"source={root}: {count} classes of the train split are called {name!r}: give tar files")
-    return classes
-
-
-def _walk(folder: Path, root: Path, listing: Listing) -> list[tuple[str, int, int]]:
+def walk(folder: Path, root: Path, listing: Listing) -> list[tuple[str, int, int]]:
     """Image files below ``folder``, in order: path below ``root``, size and time of change.
 
     Links are followed; each folder is visited once.

@@ -69,6 +69,7 @@ class ExtractionJob(ResumableJob[Encoded]):
                     raise UserError(
                         f"out: {self.directory} holds shards that no extraction wrote: choose another place"
                     )
+                self._check_normalise(manifest)
                 self.compare(manifest.extraction)
                 companions = manifest.companion.shards if manifest.companion else ()
                 if all(self._is_whole(shard) for shard in (*manifest.shards, *companions)):
@@ -81,6 +82,15 @@ class ExtractionJob(ResumableJob[Encoded]):
                 )
             self.check_fingerprint()
         return None
+
+    def _check_normalise(self, manifest: Manifest) -> None:
+        """Raise :class:`UserError` if a finished extraction is asked for with another ``normalise``."""
+        asked, had = self.fingerprint.get("normalise"), manifest.extraction.get("normalise")
+        if asked != had:
+            raise UserError(
+                f"normalise={asked}, but the extraction there was finished with {had}. The shards need not be written"
+                f" again: source=null normalise={asked} changes scale and shift in {self.directory / MANIFEST_NAME}"
+            )
 
     @override
     def read_record(self, task: int) -> Encoded:

@@ -3,9 +3,10 @@
 from dataclasses import fields
 from typing import Annotated, Literal
 
-from dcdit.checks import FLOAT_NAMES, Bounds, Grid, Matches, Natural, Seed, Workers, config
+from dcdit.checks import FLOAT_NAMES, Bounds, Grid, Matches, Named, Natural, Seed, Workers, config
 from dcdit.data.latents import Normalise
 from dcdit.data.manifest import MAX_SIDE, CompanionKind
+from dcdit.extraction.readers import READERS, ReaderSettings
 
 
 @config
@@ -34,7 +35,8 @@ class ExtractionSettings:
 class ExtractConfig(ExtractionSettings):
     """The configuration of ``dcdit.extract``; ``configs/extract.yaml`` describes each key."""
 
-    source: str
+    source: str | None
+    reader: Annotated[ReaderSettings, Named(READERS)]
     out: str
     split: Annotated[str, Matches("[A-Za-z0-9_][A-Za-z0-9._-]*", "a name of letters, digits and . _ - only")]
     classes: Annotated[int, Bounds(1, 1_000_000)] | str | None

@@ -1,4 +1,4 @@
-"""What all sources of images to encode have in common; :mod:`.folders` and :mod:`.tars` are the two kinds."""
+"""What all sources of images to encode have in common; :data:`dcdit.extraction.readers.READERS` lists the kinds."""
 
 import os
 import re
@@ -6,11 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
 
 from dcdit.checks import visible
 from dcdit.data.manifest import Skipped
 from dcdit.errors import UserError
+from dcdit.extraction.classes import WantedClasses
 from dcdit.runtime.files import open_regular
 
 _IMAGE_TYPES = re.compile("jpe?g|jpe|jfif|a?png|webp|bmp|tiff?|gif|p[gbpnf]m|avif|img")
@@ -22,7 +27,8 @@ _SERVICE = re.compile(
 )
 """Names, in lower case, of what systems, file servers and programs put beside people's files."""
 
-_LARGEST_IMAGE = 1 << 30  # bytes
+LARGEST_IMAGE = 1 << 30
+"""Bytes that the file of an image has at most."""
 
 
 class UnusableImageError(Exception):
@@ -49,7 +55,7 @@ class Item:
     path: str | bytes
     span: tuple[int, int] | None = None
 
-    def read(self, max_bytes: int = _LARGEST_IMAGE) -> bytes:
+    def read(self, max_bytes: int = LARGEST_IMAGE) -> bytes:
         """The item's bytes, of which there may be ``max_bytes``.
 
         Raises:
@@ -69,6 +75,13 @@ class Item:
         if self.span and len(content) < length:
             raise UnusableImageError("the tar file ends within it")
         return content
+
+
+@dataclass(frozen=True)
+class NumberedItem(Item):
+    """An image that its source reads, by its number there."""
+
+    number: int = 0
 
 
 @dataclass
@@ -107,12 +120,15 @@ class ImageSource(Protocol):
     """Images in tasks, each of which becomes a shard.
 
     Attributes:
+        classes: their names; a label is an index into them.
+        class_order: where their order comes from, in a few words.
         inventory: what there is, by folder or file: a change between two runs shows here.
         skipped: files that belong to no class, or can be no images.
         notes: sentences on what was left out, for the user.
     """
 
     classes: tuple[str, ...]
+    class_order: str
     tasks: int
     inventory: dict[str, str]
     skipped: tuple[Skipped, ...] = ()
@@ -125,11 +141,77 @@ class ImageSource(Protocol):
     def items(self, task: int) -> Listing:
         """The images of a task, and files that are none; UserError for a label that is no class, or a failing disk."""
 
+    def read(self, item: Item) -> bytes:
+        """The bytes of an image of :meth:`items`; raises as :meth:`Item.read` does."""
+        return item.read()
 
-def describe_empty_classes(names: Sequence[str], classes: int) -> str:
-    """A sentence on the classes ``names``, of ``classes`` in all, that have no images."""
-    listed = ", ".join(repr(visible(name)) for name in names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"{len(names)} of {classes} classes have no images (they keep their labels): {listed}"
+
+class ShuffledSource(ImageSource):
+    """Images whose labels are known before any is read, and that can be read in any order.
+
+    Args:
+        labels: (N,) the label of each image.
+        order: (N,) the images' numbers in the order in which tasks take them.
+        per_task: images of a task; the last has fewer.
+    """
+
+    def __init__(self, labels: NDArray[np.int64], order: NDArray[np.int64], per_task: int) -> None:
+        # Arrays, not lists: reference counts would copy them into every worker process.
+        self._labels, self._order, self._per_task = labels, order, per_task
+        self.tasks = -(-len(order) // per_task)
+
+    @override
+    def size(self, task: int) -> int | None:
+        return min(self._per_task, len(self._order) - task * self._per_task)
+
+    @override
+    def items(self, task: int) -> Listing:
+        numbers = self._order[task * self._per_task : (task + 1) * self._per_task].tolist()
+        return Listing([self.item(number, int(self._labels[number])) for number in numbers])
+
+    def item(self, number: int, label: int) -> Item:
+        """The image of a number, which has not been read yet."""
+        raise NotImplementedError
+
+
+class FileSource(ShuffledSource):
+    """Files below a folder, shuffled by a seed.
+
+    Args:
+        root: the folder.
+        paths: of the files, below ``root``.
+        labels: one for each.
+        per_task: images of a task.
+        seed: of the shuffle.
+    """
+
+    def __init__(self, root: Path, paths: Sequence[bytes], labels: Sequence[int], per_task: int, seed: int) -> None:
+        super().__init__(np.array(labels), np.random.default_rng(seed).permutation(len(paths)), per_task)
+        self._root, self._paths = root, np.array(paths)
+
+    @override
+    def item(self, number: int, label: int) -> Item:
+        path: Any = self._paths[number]
+        return Item(label, visible(os.fsdecode(path)), os.path.join(os.fsencode(self._root), path))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command asks of a source.
+
+    Attributes:
+        source: the place of the images.
+        per_task: images of a task.
+        seed: of the shuffle.
+        given: the key ``classes``.
+        classes: the classes that hold, of that key or of the train split; None where the source says them itself.
+    """
+
+    source: str
+    per_task: int
+    seed: int
+    given: int | str | None
+    classes: WantedClasses | None
 
 
 def is_service(name: str) -> bool:

@@ -45,12 +45,13 @@ class TarSource(ImageSource):
     Args:
         pattern: a folder of tar files, or their paths with braces, such as ``train-{000..146}.tar``.
         classes: class names.
+        class_order: where these come from.
 
     Raises:
         UserError: if there are no such files, or they are compressed.
     """
 
-    def __init__(self, pattern: str, classes: tuple[str, ...]) -> None:
+    def __init__(self, pattern: str, classes: tuple[str, ...], class_order: str = "given") -> None:
         self._paths = _paths(pattern)
         for path in self._paths:
             try:
@@ -63,7 +64,7 @@ class TarSource(ImageSource):
             for magic, name in _PACKED.items():
                 if start.startswith(magic):
                     raise UserError(f"source={pattern}: {path} is compressed with {name}: unpack it to a plain tar")
-        self.classes, self.tasks = classes, len(self._paths)
+        self.classes, self.class_order, self.tasks = classes, class_order, len(self._paths)
         self.inventory = {os.path.basename(path): f"{os.path.getsize(path)} bytes" for path in self._paths}
         if len(self.inventory) < len(self._paths):
             raise UserError(f"source={pattern}: two tar files have the same name")

@@ -108,7 +108,7 @@ def _check_answer(answer: Any) -> None:
             value = answer.headers.get(name)
             if value is not None and not _DIGEST.fullmatch(value):
                 raise UserError(f"the hub sent {name}: {shown(value)}, which is no digest; nothing was written")
-    elif "/api/models/" in answer.request.url.path and answer.is_success:
+    elif re.search("/api/(models|datasets)/", answer.request.url.path) and answer.is_success:
         answer.read()
         try:
             content = json.loads(answer.content)

@@ -20,7 +20,7 @@ _INCLUDED = ("sampling", "assume")
 
 _HIDDEN = ("hydra", "paths", "local", *_INCLUDED)
 
-_LISTED = ("sampler", "model", "diffusion", "multi_budget", "optimizer", "init", "alignment")
+_LISTED = ("sampler", "model", "diffusion", "multi_budget", "optimizer", "init", "alignment", "reader")
 """Groups whose keys the help names, because users look for them; a comment in their files describes each."""
 
 _WIDTH = 120

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcdit.errors import UserError
+from dcdit.extraction.classes import WantedClasses, class_names
 from dcdit.extraction.folders import FolderSource, image_files
-from dcdit.extraction.setup import class_names
 from dcdit.extraction.sources import Item, Listing, UnusableImageError
 from dcdit.extraction.tars import TarSource
 
@@ -154,14 +154,14 @@ def test_names_of_images_are_shown_with_escapes(tmp_path):
 
 def test_classes_of_train_hold_for_other_splits(tmp_path):
     touch(tmp_path / "emu" / "1.png")
-    source = FolderSource(tmp_path, 10, 0, ("cat", "dog", "emu"))
+    source = FolderSource(tmp_path, 10, 0, WantedClasses.of_train(("cat", "dog", "emu")))
     assert [item.label for item in source.items(0).items] == [2]
     assert source.notes == ("2 of 3 classes have no images (they keep their labels): 'cat', 'dog'",)
     with pytest.raises(UserError, match="2 classes of the train split are called 'emu'"):
-        FolderSource(tmp_path, 10, 0, ("emu", "dog", "emu"))
+        FolderSource(tmp_path, 10, 0, WantedClasses.of_train(("emu", "dog", "emu")))
     touch(tmp_path / "yak" / "1.png")
     with pytest.raises(UserError, match="the train split has no class 'yak'"):
-        FolderSource(tmp_path, 10, 0, ("cat", "dog", "emu"))
+        FolderSource(tmp_path, 10, 0, WantedClasses.of_train(("cat", "dog", "emu")))
 
 
 STEMS = st.text("ab.", min_size=1, max_size=4).map(lambda text: f"k{text}k")
@@ -296,7 +296,7 @@ def test_a_name_is_one_class_however_its_accents_are_stored(tmp_path):
     (tmp_path / decomposed).mkdir()
     (tmp_path / decomposed / "a.png").write_bytes(b"a")
     assert FolderSource(tmp_path, 10, 0).classes == (composed,)
-    assert FolderSource(tmp_path, 10, 0, (composed, "b")).tasks == 1
+    assert FolderSource(tmp_path, 10, 0, WantedClasses.of_train((composed, "b"))).tasks == 1
     (tmp_path / composed).mkdir()
     with pytest.raises(UserError, match=r"two class folders are called 'été'"):
         FolderSource(tmp_path, 10, 0)

@@ -25,6 +25,7 @@ from dcdit.diffusion.settings import (
     NoiseDiffusion,
 )
 from dcdit.evaluation.settings import EvaluateConfig
+from dcdit.extraction.readers import READERS
 from dcdit.extraction.settings import ExtractConfig, ExtractionSettings
 from dcdit.network import DCDiT, DiT
 from dcdit.sampling.settings import SamplingConfig
@@ -50,6 +51,7 @@ ONE_HOME = (
     ),
     *(settings.TrainConfig, settings.TrainerSettings, settings.RatioSettings, settings.MultiBudgetSettings),
     *(alignment.NoAlignment, alignment.REPA, alignment.IREPA, alignment.Dispersive),
+    *READERS.values(),
     *(*settings.OPTIMIZERS.values(), settings.MatchComputeSettings, settings.ExecutionSettings),
 )
 """What only configurations build: no defaults beside those of the files."""

@@ -189,10 +189,18 @@ def is_refused(key: str, default: object, name: str) -> bool:
     return name != "zero" or key not in MAY_BE_ZERO
 
 
-CASES = [*COMMANDS.items(), ("train", CLUSTER), ("train", MUON)]
+SOURCE = ("source=x", "out=x")
+READERS = [
+    ("extract", (*SOURCE, "reader=labels", "reader.labels=x")),
+    ("extract", (*SOURCE, "reader=imagenet_val", "reader.devkit=x")),
+    ("extract", (*SOURCE, "reader=parquet")),
+    ("extract", (*SOURCE, "reader=torchvision", "reader.dataset=CIFAR10")),
+]
+CASES = [*COMMANDS.items(), ("train", CLUSTER), ("train", MUON), *READERS]
+NAMES = [*COMMANDS, "train on a cluster", "train by muon", *(words[2] for _, words in READERS)]
 
 
-@pytest.mark.parametrize(("command", "overrides"), CASES, ids=[*COMMANDS, "train on a cluster", "train by muon"])
+@pytest.mark.parametrize(("command", "overrides"), CASES, ids=NAMES)
 def test_no_value_passes_in_silence_or_ends_in_a_traceback(command, overrides, capsys, monkeypatch):
     monkeypatch.setattr("dcdit.training.batching.check_devices", lambda plan: None)
     whole = compose_config(*overrides, name=command)
@@ -202,6 +210,8 @@ def test_no_value_passes_in_silence_or_ends_in_a_traceback(command, overrides, c
         found = {key: value for key, value in found.items() if key.startswith("cluster.")}
     if "optimizer=muon" in overrides:
         found = {key: value for key, value in found.items() if key.startswith("optimizer.")}
+    if any(word.startswith("reader=") for word in overrides):
+        found = {key: value for key, value in found.items() if key.startswith("reader.")}
     wrong, texts, read_as_text = [], set(), checking._PLAIN[str]
 
     def noted(name: str, value: object) -> str:

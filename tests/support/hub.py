@@ -3,12 +3,13 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import pytest
 
@@ -54,6 +55,8 @@ class Hub:
         path = unquote(request.path.split("?")[0])
         self.asked.append(path)
         words = path.strip("/").split("/")
+        if words[0] == "datasets":
+            words = words[1:]
         repository = "/".join(words[2:4] if words[0] == "api" else words[:2])
         revision = (words[5] if len(words) > 5 else "main") if words[0] == "api" else words[3]
         if repository not in self.repositories:
@@ -66,24 +69,39 @@ class Hub:
         if words[0] == "api":
             if self.listing is not None:
                 return self.send(request, 200, self.listing, {"Content-Type": "application/json"}, body)
-            files = [each for each in folder.rglob("*") if each.is_file()]
-            tree = [
-                {"type": "file", "oid": "0", "path": each.relative_to(folder).as_posix(), "size": each.stat().st_size}
-                for each in files
-            ]
+            tree = self.tree(folder)
+            if words[4:5] == ["revision"]:
+                siblings = [{"rfilename": entry["path"]} for entry in tree]
+                content = json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode()
+                return self.send(request, 200, content, {"Content-Type": "application/json"}, body)
             return self.send(request, 200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
         file = folder.joinpath(*words[4:])
         if not file.is_file():
             return self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound"}, body)
         content = file.read_bytes()
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        if body and (part := re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))):
+            content = content[int(part[1]) : int(part[2]) + 1]
+            return self.send(request, 206, content, headers, body)
         return self.send(request, 200, content, {**headers, **({} if body else self.headers)}, body)
 
+    @staticmethod
+    def tree(folder: Path) -> list[dict]:
+        files = [each for each in folder.rglob("*") if each.is_file()]
+        return [
+            {"type": "file", "oid": "0", "path": each.relative_to(folder).as_posix(), "size": each.stat().st_size}
+            for each in files
+        ]
+
     def accept(self, request: BaseHTTPRequestHandler) -> None:
-        """Make a repository, or add to one what is sent within the request."""
+        """Make a repository, add to one what is sent within the request, or describe files of one."""
         words = unquote(request.path.split("?")[0]).strip("/").split("/")
         content = request.rfile.read(int(request.headers["Content-Length"]))
         answer: dict = {}
+        if words[4:5] == ["paths-info"]:
+            asked = json.loads(content)["paths"] if content[:1] == b"{" else parse_qs(content.decode())["paths"]
+            found = [entry for entry in self.tree(self.repositories["/".join(words[2:4])]) if entry["path"] in asked]
+            return self.send(request, 200, json.dumps(found).encode(), {"Content-Type": "application/json"}, True)
         if self.new is None:
             return self.send(request, 401, b"", {}, True)
         if words[:3] == ["api", "repos", "create"]:
