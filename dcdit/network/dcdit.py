@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from dcdit.checks import Bounds, Count, Depth, Grid, LabelDropout, MlpRatio, Size, checked
 from dcdit.network.attention import Backend, check_installed
+from dcdit.network.backbone import Backbone, BackboneInputs
 from dcdit.network.blocks import ConvBlock, DiTBlock, OutputLayer
 from dcdit.network.caching import CachedStep
 from dcdit.network.dechunk import dechunk, straight_through
 from dcdit.network.embeddings import Conditioning, FreqShift, TimeInput, position_table
-from dcdit.network.gates import Gating, gates_of, run_block
+from dcdit.network.gates import gates_of
 from dcdit.network.initialisers import InitScheme, xavier_init, zero_init
 from dcdit.network.interface import Component, Network, Output
 from dcdit.network.layers import BlockStyle, MLPName, NormName
@@ -38,28 +39,6 @@ class ConvStack(nn.Module):
             x = block(x, c)
         # float32 in, as the weight is: mixed types would leave the fused kernel
         return self.norm(x.permute(0, 2, 3, 1).float())
-
-
-class Backbone(nn.Module):
-    """DiT blocks on packed tokens, then RMSNorm."""
-
-    def __init__(self, blocks: list[DiTBlock], width: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(width, eps=1e-5)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        c: Tensor,
-        packing: Packing,
-        rotation: Tensor | None = None,
-        gating: Gating | None = None,
-    ) -> Tensor:
-        """Map ``tokens`` (T, D), conditioned per sample on ``c`` (B, D), to (T, D); see :class:`DiTBlock`."""
-        for number, block in enumerate(self.blocks):
-            tokens = run_block(block, gating, number, tokens, c, packing, rotation)
-        return self.norm(tokens)
 
 
 @checked
@@ -179,22 +158,13 @@ class DCDiT(Network):
         c = self.condition(t, y)  # (B, D)
         adapted = self.condition_norm(c)
         features = self.encoder(self.embed(x), adapted)  # (B, H, W, D)
-        routing, change = self.route(features, drop_fraction), None
-        # what samples that keep no token get, where there may be any
-        others: Tensor | float | None = 0.0 if isinstance(drop_fraction, Tensor) or drop_fraction == 1 else None
-        if cache is not None:
-            first: DiTBlock = self.backbone.blocks[0]  # type: ignore[assignment]
-            without = None if others is None else ~routing.mask.any(dim=1)
-            reused, change = cache.reuse(first.modulated(features.flatten(1, 2), c), without)
-            routing, others = routing.without(reused), cache.before()
-        gating = self.gating(t)
-        spread, routing = self.run_backbone(features, c, gating, routing, capacity, others)  # (B, L, D)
-        if cache is not None:
-            cache.keep(spread)
+        routing, change = self.reuse(features, c, self.route(features, drop_fraction), cache)
+        inputs = BackboneInputs(features, c, routing, self.gating(t))
+        spread, routing = self.run_backbone(inputs, capacity, cache)  # (B, L, D)
         combined = self.combine(spread, features, routing)  # (B, H, W, D)
         decoded = self.decoder(combined.permute(0, 3, 1, 2), adapted)  # (B, H, W, E)
         prediction = self.output(decoded.flatten(1, 2), c)  # (B, L, 2C)
-        return Output(prediction.transpose(1, 2).unflatten(2, self.grid), routing, change, gating)
+        return Output(prediction.transpose(1, 2).unflatten(2, self.grid), routing, change, inputs.gating)
 
     def route(self, features: Tensor, drop_fraction: float | Tensor) -> Routing:
         """Decide in float32 which positions of ``features`` (B, H, W, D) to keep."""
@@ -208,73 +178,73 @@ class DCDiT(Network):
                 )
             return route(prob, drop_fraction)
 
-    def run_backbone(
-        self,
-        features: Tensor,
-        c: Tensor,
-        gating: Gating | None,
-        routing: Routing,
-        capacity: float | None,
-        others: Tensor | float | None,
-    ) -> tuple[Tensor, Routing]:
-        """Run the backbone on the kept positions of ``features`` (B, H, W, D).
+    def reuse(
+        self, features: Tensor, c: Tensor, routing: Routing, cache: CachedStep | None
+    ) -> tuple[Routing, Tensor | None]:
+        """Let samples that reuse what ``cache`` holds keep no position; returns the changes of all too, (B,)."""
+        if cache is None:
+            return routing, None
+        first: DiTBlock = self.backbone.blocks[0]  # type: ignore[assignment]
+        without = ~routing.mask.any(dim=1) if routing.may_be_empty else None
+        reused, change = cache.reuse(first.modulated(features.flatten(1, 2), c), without)
+        return routing.without(reused), change
 
-        Args:
-            features, c, gating, routing, capacity: as in :meth:`forward`.
-            others: what samples that keep no position get, (B, L, D) or one number; None where all keep some.
+    def run_backbone(
+        self, inputs: BackboneInputs, capacity: float | None, cache: CachedStep | None
+    ) -> tuple[Tensor, Routing]:
+        """Run the backbone on the kept positions.
 
         Returns:
-            Its output on all positions, (B, L, D), and the decision with what ``capacity`` dropped.
+            What it gives, on all positions, (B, L, D), of samples that keep none what ``cache`` holds, else 0; and the
+            decision with what ``capacity`` dropped.
         """
         if capacity is None:
-            packing = make_packing(routing.mask)
+            packing = make_packing(inputs.routing.mask)
         else:
-            size = static_size(capacity, *routing.mask.shape)
-            routing = routing.within(size)
-            packing = make_static_packing(routing.mask, size)
-        if others is None or (packing.valid is None and all(packing.lengths)):
-            return self.spread(features, c, gating, routing, packing), routing
-        if packing.valid is None and not self.training:
-            return self.spread_some(features, c, gating, routing, packing, others), routing
-        # Losses on hidden states expect the packing of the whole batch, and who cannot read lengths has no other.
-        empty, running = ~routing.mask.any(dim=1)[:, None, None], routing
-        if packing.valid is None and not any(packing.lengths):  # all processes of a training need all gradients
-            first = torch.zeros(1, dtype=torch.int64, device=features.device)
-            running = replace(routing, mask=routing.mask.index_fill(1, first, True))
-            packing = make_packing(running.mask)
-        return torch.where(empty, others, self.spread(features, c, gating, running, packing)), routing
+            size = static_size(capacity, *inputs.routing.mask.shape)
+            inputs = replace(inputs, routing=inputs.routing.within(size))
+            packing = make_static_packing(inputs.routing.mask, size)
+        idle = 0.0 if cache is None else cache.before()
+        if not inputs.routing.may_be_empty or (packing.valid is None and all(packing.lengths)):
+            spread = self.spread(inputs, packing)
+        elif packing.valid is None and not self.training:
+            spread = self.spread_some(inputs, packing, idle)
+        else:  # losses on hidden states expect the packing of the whole batch, and who reads no lengths has no other
+            spread = self.spread_whole(inputs, packing, idle)
+        if cache is not None:
+            cache.keep(spread)
+        return spread, inputs.routing
 
-    def spread(self, features: Tensor, c: Tensor, gating: Gating | None, routing: Routing, packing: Packing) -> Tensor:
-        """What the backbone makes of the kept positions of ``features`` (B, H, W, D), spread over all: (B, L, D)."""
-        kept = pack(features.flatten(1, 2), packing)
+    def spread(self, inputs: BackboneInputs, packing: Packing) -> Tensor:
+        """What the backbone makes of the kept positions, spread over all, (B, L, D)."""
+        kept = pack(inputs.features.flatten(1, 2), packing)
         if self.pos_embed is not None:
             kept = kept + self.pos_embed.index_select(0, packing.positions)
         rotation = None if self.rotary is None else self.rotary(packing)
-        tokens = self.backbone(kept, c, packing, rotation, gating)  # (T, D)
-        with torch.autocast(features.device.type, enabled=False):
-            return dechunk(tokens, routing, packing, self.grid, self.smoothing_sigma)
+        tokens = self.backbone(kept, inputs.c, packing, rotation, inputs.gating)  # (T, D)
+        with torch.autocast(kept.device.type, enabled=False):
+            return dechunk(tokens, inputs.routing, packing, self.grid, self.smoothing_sigma)
 
-    def spread_some(
-        self,
-        features: Tensor,
-        c: Tensor,
-        gating: Gating | None,
-        routing: Routing,
-        packing: Packing,
-        others: Tensor | float,
-    ) -> Tensor:
-        """The same of the samples that keep positions alone; the rest get their row of ``others``."""
+    def spread_some(self, inputs: BackboneInputs, packing: Packing, idle: Tensor | float) -> Tensor:
+        """The same, computed for the samples that keep positions alone; the others get their row of ``idle``."""
         rows = [row for row, length in enumerate(packing.lengths) if length]
-        computed = torch.tensor(rows, dtype=torch.int64, device=features.device)
-        fresh = features.new_empty(0, *features.shape[1:]).flatten(1, 2).float()
+        samples = torch.tensor(rows, dtype=torch.int64, device=inputs.c.device)
+        computed = inputs.features.new_empty(0, *inputs.features.shape[1:]).flatten(1, 2).float()
         if rows:
-            remaining = routing.of(computed)
-            packing = make_packing(remaining.mask, [packing.lengths[row] for row in rows])
-            gating = gating and gating.of(computed)
-            fresh = self.spread(features[computed], c[computed], gating, remaining, packing)
-        if isinstance(others, float):
-            others = fresh.new_full((len(features), *fresh.shape[1:]), others)
-        return others.index_copy(0, computed, fresh)
+            some = inputs.of(samples)
+            computed = self.spread(some, make_packing(some.routing.mask, [packing.lengths[row] for row in rows]))
+        if isinstance(idle, float):
+            idle = computed.new_full((len(inputs.c), *computed.shape[1:]), idle)
+        return idle.index_copy(0, samples, computed)
+
+    def spread_whole(self, inputs: BackboneInputs, packing: Packing, idle: Tensor | float) -> Tensor:
+        """The same, computed for all samples in one packing, and replaced by ``idle`` for those that keep nothing."""
+        empty = ~inputs.routing.mask.any(dim=1)[:, None, None]
+        if packing.valid is None and not any(packing.lengths):  # all processes of a training need all gradients
+            first = torch.zeros(1, dtype=torch.int64, device=empty.device)
+            mask = inputs.routing.mask.index_fill(1, first, True)
+            inputs, packing = replace(inputs, routing=replace(inputs.routing, mask=mask)), make_packing(mask)
+        return torch.where(empty, idle, self.spread(inputs, packing))
 
     def combine(self, spread: Tensor, features: Tensor, routing: Routing) -> Tensor:
         """Add ``spread`` (B, L, D) to the encoder's residual, in float32: (B, H, W, D)."""

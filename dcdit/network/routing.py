@@ -24,12 +24,14 @@ class Routing:
         mask: (B, L) bool, what is kept after the tail drop; a subset of ``natural_mask``. Nothing of a sample that
             leaves the backbone out, or that reuses what it gave before, see :mod:`dcdit.network.caching`.
         beyond: (B,) tokens of each sample that :meth:`within` dropped; None where there is no capacity.
+        may_be_empty: whether a sample may keep nothing; False where that is known without a look at ``mask``.
     """
 
     prob: Tensor
     natural_mask: Tensor
     mask: Tensor
     beyond: Tensor | None = None
+    may_be_empty: bool = False
 
     @property
     def confidence(self) -> Tensor:
@@ -38,7 +40,7 @@ class Routing:
 
     def without(self, samples: Tensor) -> "Routing":
         """The same, but the ``samples`` (B,) bool keep nothing."""
-        return replace(self, mask=self.mask & ~samples[:, None])
+        return replace(self, mask=self.mask & ~samples[:, None], may_be_empty=True)
 
     def within(self, capacity: int) -> "Routing":
         """The same without the least certain tokens of the batch beyond ``capacity``, at least 2 B.
@@ -57,7 +59,7 @@ class Routing:
     def of(self, samples: Tensor | slice) -> "Routing":
         """The decision for these ``samples``, (n,) int64 or a slice, alone."""
         beyond = None if self.beyond is None else self.beyond[samples]
-        return Routing(self.prob[samples], self.natural_mask[samples], self.mask[samples], beyond)
+        return Routing(self.prob[samples], self.natural_mask[samples], self.mask[samples], beyond, self.may_be_empty)
 
 
 def route(prob: Tensor, drop_fraction: float | Tensor = 0.0) -> Routing:
@@ -71,7 +73,8 @@ def route(prob: Tensor, drop_fraction: float | Tensor = 0.0) -> Routing:
     ends[:, 0] = ends[:, -1] = True
     prob = prob.masked_fill(ends, 1.0)
     natural_mask = prob > 0.5
-    return Routing(prob, natural_mask, tail_drop(prob.detach(), natural_mask, drop_fraction))
+    mask = tail_drop(prob.detach(), natural_mask, drop_fraction)
+    return Routing(prob, natural_mask, mask, may_be_empty=isinstance(drop_fraction, Tensor) or drop_fraction == 1)
 
 
 def tail_drop(prob: Tensor, natural_mask: Tensor, drop_fraction: float | Tensor) -> Tensor:
