@@ -6,11 +6,20 @@ Prints the FLOPs of a forward pass by component and budget, and those of a whole
 from typing import Annotated, Any
 
 from dcdit.checkpoints.settings import AssumeSettings, Paths
-from dcdit.checks import Compression, DropFraction, NotEmpty, config
+from dcdit.checks import Compression, Count, DropFraction, NotEmpty, Positive, config
 from dcdit.diffusion.settings import Steps
 from dcdit.errors import UserError
 from dcdit.settings.command import command
 from dcdit.settings.compose import choice_of, given_overrides
+
+
+@config
+class TrainingSettings:
+    """The training whose GPU hours are wanted; ``configs/flops.yaml`` describes each key."""
+
+    achieved_tflops: Positive | None
+    steps: Count
+    batch_size: Count
 
 
 @config
@@ -25,6 +34,7 @@ class FlopsConfig:
     steps: Steps
     guided: bool
     uncond_drop_fraction: DropFraction | None
+    training: TrainingSettings
     paths: Paths
     resolution: dict[str, Any]
 
@@ -37,7 +47,7 @@ def flops(config: FlopsConfig) -> None:
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
     source = resolve_checkpoint(config.checkpoint, config.paths.runs) if config.checkpoint else None
-    from dcdit.compute.table import flops_table
+    from dcdit.compute.table import add_gpu_hours, flops_table
     from dcdit.network import build_network
     from dcdit.runtime.devices import without_memory
     from dcdit.runtime.display import Console
@@ -61,7 +71,12 @@ def flops(config: FlopsConfig) -> None:
         for drop in config.drop_fractions
     }
     name = name or choice_of("model") or network.title
-    Console().print(flops_table(network, name, config.compression, drops, config.steps, config.guided))
+    table = flops_table(network, name, config.compression, drops, config.steps, config.guided)
+    training = config.training
+    if training.achieved_tflops is not None:
+        lengths = (training.steps, training.batch_size, training.achieved_tflops)
+        add_gpu_hours(table, network, config.compression, drops, *lengths)
+    Console().print(table)
 
 
 if __name__ == "__main__":

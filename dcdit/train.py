@@ -1,7 +1,7 @@
 """Train or resume: ``python -m dcdit.train experiment=digits``.
 
-A run lives in ``runs/<run_name>``; ``ckpt_path=last`` goes on with it after a crash, a kill or Ctrl-C. With ``-m`` and
-several values of a key the command runs a sweep, here or on a cluster.
+A run lives in ``runs/<run_name>``; ``resume=runs/<run_name>`` goes on with it after a crash, a kill or Ctrl-C. With
+``-m`` and several values of a key the command runs a sweep, here or on a cluster.
 """
 
 import math
@@ -18,6 +18,7 @@ from dcdit.cluster import job
 from dcdit.errors import UserError
 from dcdit.runs.failure import describe_failure, note_failure
 from dcdit.runs.resume import resuming_command, task_overrides
+from dcdit.runs.saved import CONFIG_NAME, values_to_resume
 from dcdit.runs.state import Outcome, State
 from dcdit.runtime.processes import lost_process, rank, say
 from dcdit.settings.command import command
@@ -50,7 +51,7 @@ def note_ending(run: Callable[[], Outcome]) -> float | None:
     return outcome.metrics.get("val/diffusion_loss") if outcome.state is State.FINISHED else math.nan
 
 
-@command("train", around=note_ending)
+@command("train", around=note_ending, saved=values_to_resume)
 def train(config: TrainConfig) -> Outcome:
     """Train what ``config`` asks for in ``config.run_dir``; returns how it ended."""
     from dcdit.training.batching import check_local_sweep
@@ -62,11 +63,10 @@ def train(config: TrainConfig) -> Outcome:
     try:
         return run_training(config, PATIENCE if job.is_inside_job() else 0.0, job.is_inside_job())
     except UserError:
-        again = None
-        if not sweeping and config.ckpt_path == "last":
-            again = resuming_command(Path(config.run_dir), task_overrides())
-        if again:  # apart from the message, whose frame would break it into lines
-            say(f"{os.path.relpath(config.run_dir)} was started with other settings. To go on with those:\n{again}")
+        run_dir = Path(config.run_dir)
+        if not sweeping and config.resume is None and config.ckpt_path == "last" and (run_dir / CONFIG_NAME).exists():
+            # apart from the message, whose frame would break it into lines
+            say(f"To go on with the settings of {os.path.relpath(run_dir)}:\n{resuming_command(run_dir)}")
         raise
 
 

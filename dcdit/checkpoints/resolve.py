@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dcdit.checks import HUB_ID, visible
 from dcdit.errors import UserError
-from dcdit.runs.resume import LAST, STEP_NAME
+from dcdit.runs.resume import LAST, STEP_NAME, name_in_results
 from dcdit.runtime.hub import cause_of, check_hub_answers
 
 SHIPPED = {"digits": Path(__file__).parent / "digits"}
@@ -78,9 +78,7 @@ def resolve_checkpoint(name: str, runs: str, key: str = "checkpoint") -> Checkpo
         path = path / choose_files(names, f"{key}={name}")[0]
     folder = path.resolve().parent
     if folder.name == "checkpoints" and path.is_file():  # an exported folder there belongs to no run
-        run_folder, sweep = folder.parent, folder.parent.parent.name
-        run = f"{sweep.removesuffix('_sweep')}/{run_folder.name}" if sweep.endswith("_sweep") else run_folder.name
-        return CheckpointSource(name, path, run, run_folder, key)
+        return CheckpointSource(name, path, name_in_results(folder.parent), folder.parent, key)
     absolute = path.resolve()
     digest = hashlib.sha256(str(absolute).encode()).hexdigest()[:6]  # two folders may have one name
     run = f"{absolute.name if path.is_dir() else absolute.stem}-{digest}"

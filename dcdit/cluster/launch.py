@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -92,7 +93,8 @@ def launch(
         names = submit(job, arguments, folder, parameters, [runs[n] for n in due])
         jobs = {name: runs[n] for name, n in zip(names, due, strict=True)}
         array = names[0].split("_")[0]
-        say(f"Submitted {', '.join(jobs)}. Follow: python -m dcdit.status {sweep_dir}   End: scancel {array}")
+        follow = f"python -m dcdit.status {shlex.quote(str(sweep_dir))}"
+        say(f"Submitted {', '.join(jobs)}. Follow: {follow}   End: scancel {array}")
         if not cluster.wait:
             raise SystemExit(0)
         wait_for_runs(jobs, cluster, sweep_dir.absolute())
@@ -213,7 +215,7 @@ def wait_for_runs(jobs: Mapping[str, Path], cluster: ClusterSettings, sweep_dir:
         try:
             time.sleep(cluster.poll_seconds)
         except KeyboardInterrupt:
-            say(f"\nThe jobs go on. Follow: python -m dcdit.status {os.path.relpath(sweep_dir)}")
+            say(f"\nThe jobs go on. Follow: python -m dcdit.status {shlex.quote(os.path.relpath(sweep_dir))}")
             raise
         queued = in_queue(next(iter(jobs)).split("_")[0])
         for name, run in list(left.items()):

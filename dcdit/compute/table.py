@@ -74,3 +74,31 @@ def flops_table(
     label = f"TFLOPs per image, {steps} steps" + (", guided" if guided else "")
     shown.add_row(label, *(_short(image * steps / 1e12) for image in images))
     return shown
+
+
+def gpu_hours(flops: float, steps: int, batch_size: int, achieved_tflops: float) -> float:
+    """Hours of one GPU that a training takes; divide by the number of GPUs for the hours on the clock.
+
+    Args:
+        flops: of a forward pass, for one sample. A step of training costs three: the gradients with respect to
+            activations and to weights cost one each.
+        steps, batch_size: of the training.
+        achieved_tflops: TFLOP/s that a GPU reaches in training.
+    """
+    return 3 * flops * steps * batch_size / (achieved_tflops * 1e12) / 3600
+
+
+def add_gpu_hours(
+    table: Table,
+    network: Network,
+    compression: float,
+    drops: Mapping[str, tuple[float, float]],
+    steps: int,
+    batch_size: int,
+    achieved_tflops: float,
+) -> None:
+    """Add the :func:`gpu_hours` of a training at each budget to a table of :func:`flops_table`."""
+    lengths = lengths_by_budget(network, compression, drops)
+    hours = [gpu_hours(count(network, main).total, steps, batch_size, achieved_tflops) for main, _ in lengths.values()]
+    label = f"GPU hours of {steps:,} steps of {batch_size:,} samples at {achieved_tflops:g} TFLOP/s achieved"
+    table.add_row(label, *(f"{value:.3g}" for value in hours))

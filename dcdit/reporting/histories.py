@@ -1,6 +1,7 @@
 """How the reported runs went: their curves, and the pictures of their validations."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from dcdit.reporting.collect import is_png, result_files
 from dcdit.runs.history import History, history_of, means
 from dcdit.runs.progress import RunProgress, format_duration, named_runs, progress_of, runs_below
+from dcdit.runs.resume import name_in_results
 from dcdit.runs.state import RunState
 
 _FID = re.compile(r"val/fid@(.+)")
@@ -21,7 +23,7 @@ class RunHistory:
     """How a run went so far.
 
     Attributes:
-        name: below the folder that is reported on.
+        name: as in results; its path where two runs have the same name.
         path: its directory.
         progress: how far it is.
         history: what it logged.
@@ -80,9 +82,11 @@ class Curve:
 
 def histories_below(paths: Sequence[str]) -> list[RunHistory]:
     """Return the histories of the runs in and below ``paths`` that logged anything, by name."""
-    histories = []
-    for path, name in named_runs(paths).items():
-        history = history_of(path)
+    histories, paths_by_run = [], named_runs(paths)
+    names = Counter(map(name_in_results, paths_by_run))
+    for path, place in paths_by_run.items():
+        short = name_in_results(path)
+        name, history = short if names[short] == 1 else place, history_of(path)
         if history.courses:
             histories.append(RunHistory(name, path, progress_of(path, name), history, _target(path)))
     return histories

@@ -166,6 +166,7 @@ def keep_ratio(section: Section) -> PlotFigure | None:
             )
     axes.invert_xaxis()  # sampling runs from noise on the left to the image on the right
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("timestep (999 is pure noise)")
+    flow = section.results[0].plan.sampler.process == "flow"  # which all results of a section share
+    axes.set_xlabel("1000 t (1000 is pure noise)" if flow else "timestep (999 is pure noise)")
     axes.set_ylabel("keep ratio, % of all positions")
     return _finish(figure, axes)

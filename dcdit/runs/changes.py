@@ -63,6 +63,7 @@ KINDS: dict[str, Kind] = {
     "match_compute": Kind.UNSEEN,  # which comes to trainer.max_steps
     "paths": Kind.UNSEEN,
     "resolution": Kind.UNSEEN,  # whose values stand in the model
+    "resume": Kind.UNSEEN,
     "run_dir": Kind.UNSEEN,
     "run_id": Kind.UNSEEN,
     "run_name": Kind.UNSEEN,

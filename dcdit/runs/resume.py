@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -45,13 +45,14 @@ def find_checkpoints(ckpt_path: str | None, run_dir: Path) -> list[Path]:
     if ckpt_path is None:
         if checkpoints:
             raise UserError(
-                f"run_dir={run_dir} already holds a run: resume it with ckpt_path=last, start another with"
-                " run_name=... (or another run_dir, if you gave that), or delete the directory"
+                f"run_dir={run_dir} already holds a run: go on with it by resume={os.path.relpath(run_dir)}, or by this"
+                " command with ckpt_path=last; start another with run_name=... (or another run_dir, if you gave that);"
+                " or delete the directory"
             )
         return []
     if ckpt_path in ("auto", "last"):
         if ckpt_path == "last" and not checkpoints:
-            raise UserError(f"ckpt_path=last: there is no checkpoint {last}; leave ckpt_path out to start anew")
+            raise UserError(f"ckpt_path=last: there is no checkpoint {last}; to start anew, leave ckpt_path out")
         return checkpoints
     if not Path(ckpt_path).is_file():
         raise UserError(f"ckpt_path={ckpt_path}: there is no such checkpoint; leave ckpt_path out to start anew")
@@ -104,7 +105,7 @@ def state_at_start(
         State.RUNNING,
         0,
         max_steps,
-        overrides=task_overrides(),
+        overrides=overrides_of_run(before),
         began=newest,
         starts=starts,
         batch_size=batch_size,
@@ -121,25 +122,33 @@ def task_overrides() -> tuple[str, ...]:
     return tuple(map(without_credentials, overrides))
 
 
-def resuming_command(run_dir: Path, given: Sequence[str]) -> str | None:
-    """The command that goes on with a run as it was last started; None if its overrides are those of this command.
+def overrides_of_run(before: RunState | None) -> tuple[str, ...]:
+    """The overrides that describe a run: those of the command line, after ``resume=`` on top of those that it had."""
+    given = task_overrides()
+    if not any(override.startswith("resume=") for override in given):
+        return given
+    given = tuple(override for override in given if not override.startswith("resume="))
+    replaced = {_key_of(override) for override in given}
+    return (
+        *(override for override in (before.overrides if before else ()) if _key_of(override) not in replaced),
+        *given,
+    )
 
-    Those that name the run's directory are taken from this command, whose overrides are ``given``.
-    """
-    before = RunState.read(run_dir)
-    directory, others = _split_overrides(given)
-    earlier = _split_overrides(before.overrides)[1] if before else []
-    if not earlier or set(earlier) == set(others):
-        return None
-    return f"python -m dcdit.train {shlex.join([*earlier, *directory, 'ckpt_path=last'])}"
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
 
 
-def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The overrides that name a run's directory, and all others except ``ckpt_path``."""
-    directory = [override for override in overrides if override.startswith(("run_name=", "run_dir=", "paths.runs="))]
-    return directory, [
-        override for override in overrides if override not in directory and not override.startswith("ckpt_path=")
-    ]
+def resuming_command(run_dir: Path) -> str:
+    """The command that goes on with a run as it was last started."""
+    return f"python -m dcdit.train {shlex.quote(f'resume={os.path.relpath(run_dir)}')}"
+
+
+def name_in_results(run_dir: Path) -> str:
+    """The name of a run in results and reports: that of its directory, after the name of the sweep it is part of."""
+    folder = run_dir.resolve()
+    sweep = folder.parent.name
+    return f"{sweep.removesuffix('_sweep')}/{folder.name}" if sweep.endswith("_sweep") else folder.name
 
 
 def write_state(state: RunState, run_dir: Path) -> None:

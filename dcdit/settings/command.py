@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import update_wrapper
 from typing import Any, Generic, TypeVar
 
@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dcdit.checks import check_credentials
 from dcdit.errors import UserError
 from dcdit.runtime import terminal
-from dcdit.settings.compose import compose_values, configuration_of, register_resolvers
+from dcdit.settings.compose import compose_values, configuration_of, primary_config, register_resolvers
 from dcdit.settings.errors import exit_with_message, explain
 from dcdit.settings.help import show_help
 from dcdit.settings.overrides import options_last, quoted, with_paths
@@ -37,6 +37,8 @@ class Command(Generic[C, R]):
         around: called on the command line with what makes the configuration and calls the function.
         paths: words of the command line that are no overrides are the key ``runs``.
         flags: words of the command line that stand for overrides.
+        saved: makes of the words of a command line values that take the place of the command's own file and groups;
+            None if no word asks for that.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class Command(Generic[C, R]):
         around: Callable[[Callable[[], R]], Any] | None = None,
         paths: bool = False,
         flags: Mapping[str, str] | None = None,
+        saved: Callable[[Sequence[str]], Mapping[str, Any] | None] = lambda words: None,
     ) -> None:
         update_wrapper(self, function)
-        self.name, self.function, self.paths, self.flags = name, function, paths, flags or {}
+        self.name, self.function, self.paths, self.flags, self.saved = name, function, paths, flags or {}, saved
         self.config: type[C] = inspect.signature(function).parameters["config"].annotation
         self.errors: list[Exception] = []
         """Of the jobs of the last command line: Hydra would print those that reach it, beside our own message."""
@@ -88,7 +91,8 @@ class Command(Generic[C, R]):
             UserError: naming key, value and remedy.
         """
         try:
-            values = compose_values(self.name, quoted(overrides, self.config))
+            words = quoted(overrides, self.config)
+            values = compose_values(self.name, words, self.saved(words))
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error, overrides) or str(error)) from error
         return configuration_of(self.config, values)
@@ -109,8 +113,9 @@ class Command(Generic[C, R]):
         for word in (*sys.argv[1:], *(os.environ.get(name, "") for name in ("DCDIT_DATA", "DCDIT_RUNS"))):
             check_credentials(word)  # before Hydra writes down what was given
         sys.argv[1:] = options_last(quoted(sys.argv[1:], self.config))
+        primary = primary_config(self.name, self.saved(sys.argv[1:]))
         self.errors.clear()
-        hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=self.name)(self.task)()
+        hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=primary)(self.task)()
         if self.errors:
             raise self.errors[0]
 
@@ -120,9 +125,10 @@ def command(
     around: Callable[[Callable[[], Any]], Any] | None = None,
     paths: bool = False,
     flags: Mapping[str, str] | None = None,
+    saved: Callable[[Sequence[str]], Mapping[str, Any] | None] = lambda words: None,
 ) -> Callable[[Callable[[C], R]], Command[C, R]]:
     """Function decorator that makes a :class:`Command`, whose arguments these are."""
-    return lambda function: Command(name, function, around, paths, flags)
+    return lambda function: Command(name, function, around, paths, flags, saved)
 
 
 def set_up_process() -> None:

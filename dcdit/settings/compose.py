@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
@@ -150,10 +151,28 @@ def with_run_id(value: Any, run_id: str) -> Any:
     return value.replace(RUN_ID, run_id) if isinstance(value, str) else value
 
 
-def compose_values(name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The composed ``configs/<name>.yaml``; raises Hydra's errors, with the choices, if an override is wrong."""
+def primary_config(name: str, saved: Mapping[str, Any] | None) -> str:
+    """The name of the file in ``configs`` that a command's configuration is composed from.
+
+    Args:
+        name: of the command.
+        saved: values that take the place of the command's own file and groups, of which ``configs/saved_<name>.yaml``
+            composes them with what is not saved; None if there are none.
+    """
+    if saved is None:
+        return name
+    ConfigStore.instance().store("saved_values", dict(saved), package="_global_")
+    return f"saved_{name}"
+
+
+def compose_values(name: str, overrides: Sequence[str] = (), saved: Mapping[str, Any] | None = None) -> DictConfig:
+    """The composed ``configs/<name>.yaml``; raises Hydra's errors, with the choices, if an override is wrong.
+
+    Args:
+        saved: see :func:`primary_config`.
+    """
     register_resolvers()
-    running = GlobalHydra.instance()
+    name, running = primary_config(name, saved), GlobalHydra.instance()
     if running.is_initialized() and _reads_our_files(running):  # inside a command
         return compose(name, overrides=list(overrides))
     state = Singleton.get_state()  # of a program that uses Hydra for its own configuration

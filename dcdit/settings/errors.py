@@ -65,7 +65,8 @@ def explain(error: BaseException, overrides: Sequence[str] | None = None) -> str
     if origin.startswith("lightning.") and type(error).__name__ == "MisconfigurationException":
         return str(error)
     if origin.startswith("wandb."):
-        key = " Or set WANDB_API_KEY, or WANDB_MODE=offline, in the environment" if "api" in str(error).lower() else ""
+        remedy = " Or set WANDB_API_KEY in the environment, or logger.wandb.mode=offline"
+        key = remedy if "api" in str(error).lower() else ""
         return f"logger=wandb: {error}{key}"
     if isinstance(error, OSError):
         where = error.filename if isinstance(error.filename, str) else _origin(error)

@@ -20,7 +20,7 @@ from dcdit.settings.help import choices, group_names
 
 TEXT_KEYS = frozenset(
     {
-        *("account", "autoencoder", "cache", "classes", "constraint", "dir", "directory", "dirpath", "entity"),
+        *("account", "autoencoder", "best", "cache", "classes", "constraint", "dir", "directory", "dirpath", "entity"),
         *("features.model", "folder", "group", "id", "mlp", "name", "norm", "notes", "partition", "project"),
         *("qos", "reference", "router", "save_dir", "setup", "subdir", "tags", "weak_checkpoint", "weights"),
     }

@@ -20,7 +20,16 @@ from dcdit.network import build_network
 from dcdit.network.execution import describe_execution, is_compiled, set_execution
 from dcdit.runs.changes import Change, changes, describe_changes
 from dcdit.runs.lock import sole_writer
-from dcdit.runs.resume import LAST, find_checkpoints, is_finished, leave_queue, state_at_start, write_state
+from dcdit.runs.resume import (
+    LAST,
+    find_checkpoints,
+    is_finished,
+    leave_queue,
+    resuming_command,
+    state_at_start,
+    write_state,
+)
+from dcdit.runs.saved import CONFIG_NAME
 from dcdit.runs.state import Outcome, RunState, State
 from dcdit.runtime.files import write_json, write_text
 from dcdit.runtime.memory import configure_memory
@@ -28,6 +37,7 @@ from dcdit.runtime.processes import rank, say
 from dcdit.settings.compose import with_run_id
 from dcdit.training.batching import check_devices, describe_split, recorded_settings, with_accelerator
 from dcdit.training.build import build_trainer, check_network, match_compute
+from dcdit.training.callbacks.checkpoint import Checkpoint
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
 from dcdit.training.fitting import with_micro_batch
 from dcdit.training.initial_weights import Start
@@ -187,6 +197,9 @@ def build_training(config: TrainConfig, state: RunState, resumed: Resumed | None
         check_resumed(resumed, module, manifest)
     interrupt = StopOnInterrupt()
     trainer = build_trainer(config, interrupt, state.id, resumed.trained.values if resumed else None)
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, Checkpoint):
+            callback.check_best(trainer, data.validation() is not None)
     start = replace(start, distillation=None)  # the module alone holds the teacher, and lets it go
     checkpoint = resumed.path if resumed else None
     return Training(config, state, start, data, module, trainer, interrupt, step, checkpoint)
@@ -212,12 +225,12 @@ def write_start(training: Training, changed: tuple[Change, ...]) -> None:
 
 def write_settings(training: Training) -> None:
     """Write the resolved configuration beside the checkpoints, and hand it to the loggers."""
-    private = ("cluster",)  # whose account paid
+    private = ("cluster", "resume")  # whose account paid, and a path of this machine
     values = {key: value for key, value in to_plain(training.config).items() if key not in private}
     settings = {**with_run_id(values, training.state.id), "run_id": training.state.id}
     if not rank():
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        write_text(training.run_dir / "config.yaml", text)
+        write_text(training.run_dir / CONFIG_NAME, text)
     for logger in training.trainer.loggers:
         logger.log_hyperparams(settings)
 
@@ -287,7 +300,7 @@ def describe_outcome(outcome: Outcome, run_dir: Path, inside_job: bool) -> str:
     last = run_dir / "checkpoints" / LAST
     checkpoint = shlex.quote(f"checkpoint={os.path.relpath(run_dir)}")
     if outcome.state is State.INTERRUPTED:
-        resume = "" if inside_job else " Resume: the same command with ckpt_path=last"
+        resume = "" if inside_job else f" Resume: {resuming_command(run_dir)}"
         return f"Stopped and saved at step {outcome.step}.{resume}"
     sample = f" Sample: python -m dcdit.sample {checkpoint}" if last.exists() else ""
     return f"Finished at step {outcome.step}.{sample}"

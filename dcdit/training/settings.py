@@ -237,7 +237,9 @@ LOGGER_KEYS: dict[str, Any] = {
     "project": str,
     "group": str | None,
     "tags": list[str] | None,
-    "offline": bool,
+    "mode": Literal["online", "offline", "disabled"] | None,
+    "entity": str | None,
+    "notes": str | None,
     "id": RunId | None,
     "resume": Literal["allow", "must", "never", "auto"] | bool | None,
 }
@@ -256,6 +258,7 @@ class TrainConfig:
     seed: Seed
     run_name: Annotated[str, Matches(r"(?!(.*/)?\.\.?(/|$)).*\S.*", "a name (for another place there is run_dir)")]
     run_dir: str
+    resume: str | None
     ckpt_path: str | None
     run_id: RunId | None
     nonfinite_limit: Count

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ from dcdit.evaluation.settings import METRICS
 from dcdit.reporting.collect import find_results, read_results
 from dcdit.reporting.curves import arrange, describe_best, pareto
 from dcdit.reporting.histories import curves_of, histories_below
+from dcdit.reporting.plots import keep_ratio
 from dcdit.runs.state import RunState, State
+from dcdit.sample import sample
 from dcdit.settings.overrides import with_paths
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -179,7 +182,9 @@ def test_a_grid_of_guidance(runs, tmp_path):
     page = written(runs, tmp_path / "report", f"runs=[{tmp_path}]")
     assert {"guidance.png", "tflops.png"} <= {file.name for file in page.parent.glob("*.png")}
     text = page.read_text()
-    assert "Best: FID 8 at guidance 2" in text
+    assert text.count("Best") == 1
+    assert "Best guidance at each budget: " in text
+    assert "; FID 8 at guidance 2 (ema weights" in text
     assert text.count("front") >= 2
 
 
@@ -277,6 +282,26 @@ def test_a_run_that_was_never_evaluated_has_its_curves_and_pictures(trained_run,
     assert [line.label.rpartition(", ")[2] for line in drawn["FID at validations"]] == ["ρ 0", "ρ 0.3"]
     assert drawn["FID at validations"][1].values == [60.0, 45.0]
     assert histories_below([str(trained_run)])[0].target == 0.25
+
+
+def test_a_run_has_the_same_name_in_results_and_curves(runs, tmp_path):
+    for place in ("a_sweep/one", "b", "elsewhere/b"):
+        logs = tmp_path / place / "logs" / "version_0"
+        logs.mkdir(parents=True)
+        RunState(State.RUNNING).write(tmp_path / place)
+        (logs / "metrics.csv").write_text("step,train/diffusion_loss\n1,1\n")
+    names = {run.path.relative_to(tmp_path).as_posix(): run.name for run in histories_below([str(tmp_path)])}
+    assert names == {"a_sweep/one": "a/one", "b": "b", "elsewhere/b": "elsewhere/b"}  # a name that two have is a path
+    results = {result.run for result in read_results([str(runs)])[0]}
+    assert {run.name for run in histories_below([str(runs)])} == results
+
+
+def test_the_time_axis_is_that_of_the_process(runs):
+    results = read_results([str(runs)])[0]
+    euler = sample.compose("checkpoint=x", "sampler=euler").sampler
+    flow = [replace(result, plan=replace(result.plan, sampler=euler)) for result in results]
+    labels = [keep_ratio(arrange(some)[0]).axes[0].get_xlabel() for some in (results, flow)]
+    assert labels == ["timestep (999 is pure noise)", "1000 t (1000 is pure noise)"]
 
 
 def test_the_command_takes_bare_paths(runs, tmp_path, capsys):

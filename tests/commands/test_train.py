@@ -126,7 +126,7 @@ def test_what_would_go_wrong_is_said_before_training(tiny, digits, tmp_path):
 
 def test_an_earlier_run_is_not_overwritten(tiny):
     run = tiny("once", "trainer.max_steps=2")
-    with pytest.raises(UserError, match="already holds a run: resume it with ckpt_path=last"):
+    with pytest.raises(UserError, match=r"already holds a run: go on with it by resume=.*once"):
         tiny("once", "trainer.max_steps=2")
     tiny("once", "trainer.max_steps=4", "ckpt_path=auto")
     assert load(run)["global_step"] == 4
@@ -160,7 +160,7 @@ def test_killed_and_interrupted_runs_lose_nothing(tiny, digits, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(60) == 0
     assert "Stopped and saved at step" in process.err
-    assert "ckpt_path=last" in process.err
+    assert f"python -m dcdit.train resume={run.name}" in process.err
     stopped_at = load(run)["global_step"]
     assert killed_at < stopped_at < 200
 

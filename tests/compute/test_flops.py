@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from support.commands import typed
 from support.configs import call, compose_config
 
 from dcdit.compute.flops import count
@@ -118,3 +119,23 @@ def test_the_table_as_users_print_it(capsys):
     ):
         with pytest.raises(UserError, match=message):
             call(flops, compose_config(override, name="flops"))
+
+
+def test_gpu_hours_of_a_training(tmp_path, capsys, monkeypatch):
+    """By hand from the FLOPs in the same table, and shorter with a faster GPU, a smaller budget or batch."""
+    monkeypatch.setenv("COLUMNS", "200")  # one line for each row
+    words = ("model=dcdit_s", "drop_fractions=[0,0.5]", "steps=1000", "training.steps=1000", "training.batch_size=64")
+
+    def rows(*more: str) -> dict[str, list[float]]:
+        out = typed(capsys, tmp_path, "flops", *words, *more).out
+        cells = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in out.splitlines() if "│" in line]
+        return {label: [float(cell) for cell in numbers] for label, *numbers in cells}
+
+    ((label, hours),) = [row for row in rows("training.achieved_tflops=0.1").items() if "GPU hours" in row[0]]
+    assert label == "GPU hours of 1,000 steps of 64 samples at 0.1 TFLOP/s achieved"
+    totals = rows()["total"]
+    assert "GPU hours" not in " ".join(rows())
+    # three forward passes a step, 1e11 operations a second
+    expected = [3 * total * 1e9 * 1000 * 64 / 1e11 / 3600 for total in totals]
+    assert hours == pytest.approx(expected, rel=5e-3)
+    assert hours[1] < hours[0]

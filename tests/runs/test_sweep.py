@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,14 +200,41 @@ def test_a_stopped_run_is_marked(tiny, tmp_path):
     assert torch.isfinite(torch.tensor(state.time))
 
 
-def test_a_resumed_run_keeps_its_curves_at_wandb(tiny, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run = tiny("run", "logger=wandb", "trainer.max_steps=2")
-    tiny("run", "logger=wandb", "trainer.max_steps=4", "ckpt_path=last")
-    other = tiny("other", "logger=wandb", "trainer.max_steps=2")
+def test_a_resumed_run_keeps_its_curves_at_wandb(tiny):
+    words = ("logger=wandb", "logger.wandb.mode=offline")
+    run = tiny("run", *words, "trainer.max_steps=2")
+    tiny("run", *words, "trainer.max_steps=4", "ckpt_path=last")
+    other = tiny("other", *words, "trainer.max_steps=2")
     ids = [path.name.rpartition("-")[2] for path in sorted((run / "wandb").glob("offline-run-*"))]
     assert set(ids) == {RunState.read(run).id}  # starts within one second share a directory
     assert {path.name.rpartition("-")[2] for path in (other / "wandb").glob("offline-run-*")} == {
         RunState.read(other).id
     }
     assert RunState.read(other).id != ids[0]  # of the same name, in another directory
+    assert "WANDB_MODE" not in os.environ  # another run of this process may be online
+
+
+def test_what_wandb_is_told(tiny, monkeypatch):
+    """The keys of the configuration as wandb's own arguments, the pictures of a validation, and no secret."""
+    import wandb
+
+    told, pictures, init, image = {}, {}, wandb.init, wandb.Image
+    monkeypatch.setattr(wandb, "init", lambda **named: told.update(named) or init(**named))
+    monkeypatch.setattr(
+        wandb, "Image", lambda path, **named: pictures.update({Path(path).name: named}) or image(path, **named)
+    )
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    keys = {"project": "routers", "entity": "me", "group": "a", "notes": "without smoothing", "mode": "offline"}
+    fid = ("callbacks=fid", "features@callbacks.fid.features=digits", "callbacks.fid.count=40", "callbacks.fid.shown=3")
+    steps = ("trainer.max_steps=2", "trainer.val_check_interval=2", "callbacks.fid.sampler.steps=2")
+    words = [f"logger.wandb.{key}={value}" for key, value in keys.items()]
+    run = tiny("run", "logger=wandb", *words, "logger.wandb.tags=[b,c]", *fid, *steps)
+    assert {key: told[key] for key in keys} == keys
+    assert (told["tags"], told["id"], told["dir"]) == (["b", "c"], RunState.read(run).id, str(run))
+    assert set(pictures) == {"step_00000002_samples.png", "step_00000002_boundaries.png"}
+    captions = {named["caption"] for named in pictures.values()}
+    assert captions == {"0, 1, 2; drop fractions 0, 0.3"}
+    stored = [path.name for path in (run / "wandb").rglob("*.png")]
+    assert len(stored) == 2
+    texts = [path for path in run.rglob("*") if path.is_file() and path.suffix in (".json", ".yaml", ".csv", ".wandb")]
+    assert not [path for path in texts if b"0123456789" * 4 in path.read_bytes()]

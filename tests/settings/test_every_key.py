@@ -55,7 +55,16 @@ EXTREMES = (None, 10**400, "", {}, [[None]], "x" * 100_000, "a\0b")
 NULL_BUT_NUMBER = {
     *("ratio.curriculum_start", "gates.share", "execution.max_micro_batch", "data.scale", "model.encoder_width"),
     *("guidance.uncond_drop_fraction", "budget.tflops", "budget.fraction", "reference_count", "threads"),
-    *("uncond_drop_fraction", "num_workers", "cluster.mem_gb", "encoder_grid", "max_images", "max_hours"),
+    "training.achieved_tflops",
+    *(
+        "uncond_drop_fraction",
+        "num_workers",
+        "cluster.mem_gb",
+        "training.achieved_tflops",
+        "encoder_grid",
+        "max_images",
+        "max_hours",
+    ),
 }
 """Keys whose default is null and that take a number."""
 

@@ -175,10 +175,15 @@ def test_a_resume_that_lacks_the_settings_prints_a_command_that_works(tmp_path, 
 
 
 def test_keys_of_wandb_need_no_plus(monkeypatch):
-    words = ("logger=wandb", "logger.wandb.offline=true", "logger.wandb.tags=[a,1_2]", "logger.wandb.group=2026_1")
+    words = ("logger=wandb", "logger.wandb.mode=offline", "logger.wandb.tags=[a,1_2]", "logger.wandb.group=2026_1")
     wandb = compose_config(*TINY, *quoted(words)).logger.wandb
-    assert (wandb.offline, list(wandb.tags), wandb.group) == (True, ["a", "1_2"], "2026_1")
-    for word in ("logger.wandb.offline=5", "logger.wandb.tags=5", "logger.wandb.group=[a]", "logger.csv.save_dir=null"):
+    assert (wandb.mode, list(wandb.tags), wandb.group) == ("offline", ["a", "1_2"], "2026_1")
+    for word in (
+        "logger.wandb.mode=maybe",
+        "logger.wandb.tags=5",
+        "logger.wandb.group=[a]",
+        "logger.csv.save_dir=null",
+    ):
         with pytest.raises(UserError, match=word.partition("=")[0]):
             config_of(*TINY, "logger=wandb", word)
 

@@ -1,5 +1,6 @@
 """Checkpoints that survive a kill at any moment."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from dcdit.runs.resume import LAST, checkpoint_name, checkpoints_in
 from dcdit.runtime.files import UnwritableError, describe_write_error, replacing
 from dcdit.runtime.processes import say
 from dcdit.runtime.signals import shielded
+from dcdit.training.callbacks.best import BEST, BestCheckpoint, best_checkpoints, metric_to_watch
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -61,15 +63,29 @@ class Checkpoint(callbacks.Checkpoint):
         every_n_steps: optimiser steps between two checkpoints.
         keep: how many of the newest are kept; None keeps all.
         milestone_every: checkpoints whose step is a multiple of this are kept as well; None for none.
+        best: a metric of the validations; the checkpoint where it was best stays as ``best.ckpt``, and under a name
+            that says metric, value and step. None for none.
 
     Raises:
         UserError: if a number is not positive.
     """
 
-    def __init__(self, dirpath: str, every_n_steps: Count, keep: Count | None, milestone_every: Count | None) -> None:
+    def __init__(
+        self,
+        dirpath: str,
+        every_n_steps: Count,
+        keep: Count | None,
+        milestone_every: Count | None,
+        best: str | None,
+    ) -> None:
         self.folder, self.every_n_steps = Path(dirpath), every_n_steps
-        self.keep, self.milestone_every = keep, milestone_every
+        self.keep, self.milestone_every, self.best = keep, milestone_every, best
         self._saved = -1
+
+    def check_best(self, trainer: pl.Trainer, validates: bool) -> None:
+        """Find the metric that ``best`` names; UserError if no validation will log it."""
+        if self.best is not None:
+            self.best = metric_to_watch(self.best, trainer.callbacks, validates)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the step at which the run begins or goes on, which need not be saved again.
@@ -87,6 +103,17 @@ class Checkpoint(callbacks.Checkpoint):
                 link(Path(str(trainer.ckpt_path)), name)
             names = ", ".join(path.name for path in later)
             say(f"Later checkpoints than step {step} are kept as abandoned_*.ckpt in {self.folder}: {names}")
+        if trainer.is_global_zero:
+            self._restore_best(step)
+
+    def _restore_best(self, step: int) -> None:
+        """Have ``best.ckpt`` be the best of the steps that are done; one of later steps is renamed."""
+        for path, best in best_checkpoints(self.folder).items():
+            if best.step > step:
+                path.replace(path.with_name(f"abandoned_{path.name}"))
+                (self.folder / BEST).unlink(missing_ok=True)
+        for best in best_checkpoints(self.folder).values():
+            self._keep_best(best, self.folder / best.name)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
@@ -98,6 +125,31 @@ class Checkpoint(callbacks.Checkpoint):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save before a validation, which may take long or fail."""
         self.save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the checkpoint of this validation, which was written before it, if it is the best so far."""
+        logged = trainer.callback_metrics.get(self.best or "")
+        if logged is None or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        best = BestCheckpoint.of(str(self.best), float(logged), trainer.global_step)
+        path = self.folder / checkpoint_name(best.step)
+        if path.exists() and self._keep_best(best, path):
+            where = os.path.relpath(self.folder / BEST)
+            say(f"Step {best.step}: {self.best} {best.value:.4g} is the best so far, kept as {where}")
+
+    def _keep_best(self, best: BestCheckpoint, path: Path) -> bool:
+        """Keep the checkpoint ``path`` in place of those before, and return True, unless one of them is as good."""
+        others = {file: other for file, other in best_checkpoints(self.folder).items() if other.name != best.name}
+        rivals = [other for other in others.values() if other.metric == best.metric]
+        if not all(other.is_worse_than(best.value) for other in rivals) or not math.isfinite(best.value):
+            return False
+        with shielded():
+            if path.name != best.name:
+                link(path, self.folder / best.name)
+            link(path, self.folder / BEST)
+            for file in others:
+                file.unlink(missing_ok=True)
+        return True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the final step, here because the EMA replaces the raw weights right after."""

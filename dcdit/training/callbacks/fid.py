@@ -1,6 +1,7 @@
 """FID during training: at validations, with the EMA weights, at several budgets, on all processes."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from dcdit.checkpoints.load import Model
-from dcdit.checks import Capacity, Columns, Count, Images, Named, Seed, Shown, TimeFraction, checked
+from dcdit.checks import Capacity, Columns, Count, Images, Named, Seed, Shown, TimeFraction, checked, visible
 from dcdit.data.decoder import LatentDecoder, load_decoder
 from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.guidance import Guidance
@@ -85,6 +86,12 @@ class FID(Callback):
         self._began = self._spent = self._last = 0.0
         self._validations = 0
 
+    @property
+    def validation_metrics(self) -> list[str]:
+        """The names under which its metrics are logged."""
+        names = ("fid", "tflops", "keep_ratio", "dropped_by_capacity")
+        return [f"val/{name}@{drop:g}" for drop in self.drop_fractions for name in names]
+
     # ---- before training ---------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -148,7 +155,7 @@ class FID(Callback):
             figures.append(f"{values['fid']:.4g} at drop fraction {drop:g}")
             first = first or recorder
         if trainer.is_global_zero and first is not None:
-            self._save_pictures(trainer, torch.cat(rows), first, loaded)
+            self._save_pictures(trainer, torch.cat(rows), first, loaded, model.latents.classes)
         say(f"Step {trainer.global_step}: FID {', '.join(figures)}")
         self._last = time.monotonic() - begin
         self._spent += self._last
@@ -215,23 +222,28 @@ class FID(Callback):
             figures["dropped_by_capacity"] = beyond / max(1, kept + beyond)
         return figures, measured.first
 
-    def _save_pictures(self, trainer: pl.Trainer, images: Tensor, recorder: Recorder, loaded: _Loaded) -> None:
+    def _save_pictures(
+        self, trainer: pl.Trainer, images: Tensor, recorder: Recorder, loaded: _Loaded, classes: Sequence[str]
+    ) -> None:
         """Save the pictures, and hand them to the loggers that take pictures."""
         folder, drops = Path(self.folder), self.drop_fractions
         folder.mkdir(parents=True, exist_ok=True)
         step = trainer.global_step
         pictures = {"samples": folder / f"step_{step:08d}_samples.png"}
-        save_grid(images, len(images) // len(drops), pictures["samples"])
-        rows = [row for row in recorder.rows.values() if row and row[0].boundaries is not None]
+        per_row = len(images) // len(drops)
+        save_grid(images, per_row, pictures["samples"])
+        rows = {number: row for number, row in recorder.rows.items() if row and row[0].boundaries is not None}
         if rows:
             pictures["boundaries"] = folder / f"step_{step:08d}_boundaries.png"
-            names = [f"sample {number}" for number in range(len(rows))]
             title = f"step {step:,}, ρ {drops[0]:g}, {loaded.sampler.settings.description}"
-            save_boundaries(rows, names, loaded.decode, pictures["boundaries"], title)
+            names = [visible(classes[number % len(classes)]) for number in rows]  # the classes take turns
+            save_boundaries(list(rows.values()), names, loaded.decode, pictures["boundaries"], title)
+        columns = ", ".join(visible(classes[number % len(classes)]) for number in range(per_row))
+        caption = f"{columns}; drop fractions {', '.join(f'{drop:g}' for drop in drops)}"
         for logger in trainer.loggers:
             for name, path in pictures.items():
                 if isinstance(logger, WandbLogger):
-                    logger.log_image(f"val/{name}", [str(path)], step=step)
+                    logger.log_image(f"val/{name}", [str(path)], step=step, caption=[caption])
                 elif isinstance(logger, TensorBoardLogger):
                     from torchvision.io import read_image
 
