@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import typed
-from support.configs import TINY, check, compose_config, config_of, module_of
+from support.configs import NEEDED, TINY, check, compose_config, config_of, module_of
 from support.processes import run
 
 from dcdit.diffusion.settings import DDPM, NoiseDiffusion
@@ -38,8 +38,8 @@ NAMED = {"digits", "s_n4", "b_n4", "l_n4", "xl_n4", "b_n16", "b_n4_512", "xl_n4_
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_and_builds(experiment):
-    shape = ("model.grid=32", "model.channels=3", "model.num_classes=6") if experiment == "images" else ()
-    config = compose_config(f"experiment={experiment}", *shape)
+    choice = f"experiment={experiment}"
+    config = compose_config(choice, *NEEDED.get(choice, ()))
     with torch.device("meta"):
         module = module_of(configuration_of(TrainConfig, config))
     assert next(module.network.parameters()).device.type == "meta"

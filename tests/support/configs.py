@@ -36,6 +36,9 @@ TINY = (
 """Overrides for a digits run of a second or two."""
 
 
+NEEDED = {"experiment=images": ("model.grid=32", "model.channels=3", "model.num_classes=6")}
+"""What a choice must be told to be composed: where there are no shards, their shape."""
+
 PLAIN_DIT = (
     *(f"~model.{key}" for key in ("encoder_width", "groups", "router", "smoothing_sigma", "init")),
     *("~model.position_patch", "~model.condition_norm"),

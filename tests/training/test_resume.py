@@ -12,7 +12,7 @@ from typing import get_args
 import lightning.pytorch as pl
 import pytest
 import torch
-from support.configs import TINY, compose_config, config_of, train
+from support.configs import NEEDED, TINY, compose_config, config_of, train
 from support.damage import rewrite
 from support.processes import Command
 from support.runs import assert_same_end, differences, load, logged, start, wait_for
@@ -45,7 +45,8 @@ def test_every_key_has_a_kind():
     )
     for group in groups:
         for choice in choices(group):
-            for key, _ in leaves(plain(compose_config(f"{group}={choice}"))):
+            word = f"{group}={choice}"
+            for key, _ in leaves(plain(compose_config(word, *NEEDED.get(word, ())))):
                 kind_of(key)
     with pytest.raises(UserError, match=r"recorded with 'surprise\.x', which no configuration has"):
         kind_of("surprise.x")
