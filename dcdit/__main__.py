@@ -11,6 +11,7 @@ COMMANDS = {
     "sample": "samples of a few classes as pictures, and the router's boundaries",
     "generate": "many images in one file, for evaluation",
     "evaluate": "FID, precision and more at several budgets and guidance scales",
+    "score": "the same figures of images that exist, of any program",
     "report": "quality against compute on one page",
     "explore": "move a budget in the browser and see what it does",
     "status": "how far runs are",

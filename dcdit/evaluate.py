@@ -25,9 +25,10 @@ def evaluate(config: EvaluateConfig) -> "list[Result]":
     """Measure what ``config`` asks for; returns the finished measurements, each with the path of its file."""
     grid = grid_of(config)
     from dcdit.checkpoints.resolve import resolve_checkpoint
+    from dcdit.evaluation.images import check_images
 
-    source = resolve_checkpoint(config.checkpoint, config.paths.runs)
-    from dcdit.evaluation.images import check_exists
+    check_images(config.reference)
+    source = resolve_checkpoint(config.checkpoint, config.paths.runs)  # perhaps a download
     from dcdit.evaluation.measure import Deadline, OutOfTimeError
     from dcdit.evaluation.points import Evaluation, take_times
     from dcdit.evaluation.search import Search, write_log
@@ -38,7 +39,6 @@ def evaluate(config: EvaluateConfig) -> "list[Result]":
     deadline, (rank, world_size) = Deadline.in_hours(config.max_hours), processes()
     for combination in grid.left_out if rank == 0 else ():
         print(f"Left out: {combination}")
-    check_exists(config.reference)
     samplings = set_up_all(grid.points, source)
     evaluation = Evaluation(samplings[0], config)
     with resumable(rank, "evaluating", "chunk", evaluation.out):

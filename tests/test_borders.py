@@ -37,6 +37,7 @@ COMMANDS = {
     "sample",
     "generate",
     "evaluate",
+    "score",
     "report",
     "status",
     "flops",

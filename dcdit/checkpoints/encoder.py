@@ -1,23 +1,21 @@
 """Pretrained encoders of images, whose patch features training aligns hidden states with."""
 
 import shlex
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dcdit.checkpoints.timm_models import create_timm_model, read_model_weights
+from dcdit.checkpoints.timm_models import RANDOM, create_timm_model, fit_timm_model, read_model_weights
 from dcdit.checks import reason_of
 from dcdit.data.manifest import EncoderIdentity
 from dcdit.errors import UserError
 from dcdit.runtime.devices import autocast, fingerprint, without_memory
-from dcdit.runtime.tensors import load_state_strict, shapes_of
 
-AUTO, RANDOM = "auto", "random"
-"""Weights that timm publishes, and weights that were never trained."""
+AUTO = "auto"
+"""Weights that timm publishes."""
 
 DIGITS_ENCODER = "test_vit"
 """timm's name of the model that ``scripts/train_digits_encoder.py`` trains."""
@@ -109,14 +107,9 @@ def load_encoder(model: str, weights: str, grid: int, keys: EncoderKeys) -> Enco
         side = grid * int(network.feature_info[-1]["reduction"])
         state = None
         if origin == "file":
-            values = read_model_weights(weights, keys.weights, network.state_dict().keys(), _remedy_of(model, weights))
-            state = _without_classifier(network, values)
-            if shapes_of(state) == shapes_of(network.state_dict()):
-                load_state_strict(network, state)
-                state = None
-        _resize(network, side)
-        if state is not None:  # of a model that was trained at this very size
-            load_state_strict(network, state)
+            names = network.state_dict().keys()
+            state = read_model_weights(weights, keys.weights, names, _remedy_of(model, weights))
+        fit_timm_model(network, state, side)
         encoder = Encoder(
             network.eval().requires_grad_(False), EncoderIdentity(model, fingerprint(network), origin), grid, side
         )
@@ -145,24 +138,6 @@ def _remedy_of(model: str, weights: str) -> str:
     return "give one that holds the weights of the model"
 
 
-def _resize(network: Any, side: int) -> None:
-    """Prepare a model for images of another size; convolutions take any."""
-    if hasattr(network, "set_input_size"):
-        network.set_input_size(img_size=(side, side))
-
-
-def _without_classifier(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a model without that of its classifier, which files often hold."""
-    classifier = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
-    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    own = network.state_dict()
-    return {
-        key: value
-        for key, value in state.items()
-        if key in own or not key.startswith(tuple(f"{name}." for name in names))
-    }
-
-
 def encoder_cost(model: str, grid: int, keys: EncoderKeys) -> tuple[float, int]:
     """FLOPs of the features of an image, and the features of a patch; takes no memory.
 
@@ -176,7 +151,7 @@ def encoder_cost(model: str, grid: int, keys: EncoderKeys) -> tuple[float, int]:
     with without_memory(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         network = create_timm_model(model, keys.model, "", pretrained=False, num_classes=0)
         side = grid * int(network.feature_info[-1]["reduction"])
-        _resize(network, side)
+        fit_timm_model(network, None, side)
         with FlopCounterMode(display=False) as counter:
             network(torch.zeros(1, 3, side, side))
     return float(counter.get_total_flops()), int(network.feature_info[-1]["num_chs"])

@@ -1,7 +1,7 @@
 """Image models of timm, whose weights come from the hub or from a local file."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ from dcdit.checkpoints.read import read_checkpoint
 from dcdit.checks import conform
 from dcdit.errors import UserError
 from dcdit.runtime.hub import cause_of, check_hub_answers
-from dcdit.runtime.tensors import read_tensors
+from dcdit.runtime.tensors import load_state_strict, read_tensors, shapes_of
+
+RANDOM = "random"
+"""Weights that were never trained."""
 
 
 def create_timm_model(name: str, key: str, remedy: str, pretrained: bool, **options: Any) -> Any:
@@ -70,3 +73,37 @@ def read_model_weights(
         return conform("state_dict", values.get("state_dict", values), dict[str, Tensor])
     except UserError as error:
         raise UserError(f"{key}={path} holds more than parameters: save the network's state_dict") from error
+
+
+def fit_timm_model(network: Any, state: Mapping[str, Tensor] | None, side: int | None) -> None:
+    """Load weights into a model of timm, and prepare it for images of another size; convolutions take any.
+
+    Args:
+        network: the model, for images of its own size.
+        state: parameters by name, of the model at its own size or at the new one; None leaves those that it has.
+        side: of the images, in pixels; None leaves the model at its own size.
+
+    Raises:
+        UserError: if the weights do not fit.
+    """
+    if state is not None:
+        state = _without_classifier(network, state)
+        if side is None or shapes_of(state) == shapes_of(network.state_dict()):
+            load_state_strict(network, state)
+            state = None
+    if side is not None and hasattr(network, "set_input_size"):
+        network.set_input_size(img_size=(side, side))
+    if state is not None:  # of a model that was trained at this very size
+        load_state_strict(network, state)
+
+
+def _without_classifier(network: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a model without that of its classifier, which files often hold."""
+    classifier = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    own = network.state_dict()
+    return {
+        key: value
+        for key, value in state.items()
+        if key in own or not key.startswith(tuple(f"{name}." for name in names))
+    }

@@ -4,8 +4,9 @@ import hashlib
 import inspect
 import io
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dcdit.checkpoints.timm_models import create_timm_model, read_model_weights
-from dcdit.checks import reason_of
+from dcdit.checkpoints.timm_models import RANDOM, create_timm_model, fit_timm_model, read_model_weights
+from dcdit.checks import Bounds, conform, reason_of
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.tensors import load_state_strict
 
 _DIGITS = Path(__file__).with_name("digits.safetensors")
 _WEIGHTS = "features.weights"
+_ImageSize = Annotated[int, Bounds(1, 2048, hint="it is a number of pixels")] | None
 
 
 class Features(NamedTuple):
@@ -78,7 +80,7 @@ class FeatureNetwork(nn.Module, ABC):
         return Features(tensors[0], *tensors[1:])  # type: ignore[arg-type]  # features are always there
 
     def described(self) -> dict[str, Any]:
-        """Return what features depend on beside the images, as :class:`dcdit.evaluation.results.FeatureDescription`."""
+        """Return what features depend on beside the images, as :class:`dcdit.evaluation.plans.FeatureDescription`."""
         identity = {"name": self.name, "weights": fingerprint(self)}
         return {**identity, "num_features": self.num_features, "resize": self.resize}
 
@@ -90,10 +92,12 @@ class FeatureNetwork(nn.Module, ABC):
         return self.eval().requires_grad_(False)
 
 
-def _load(module: nn.Module, path: str) -> None:
+def _load(
+    module: nn.Module, path: str, load: Callable[[nn.Module, dict[str, Tensor]], None] = load_state_strict
+) -> None:
     counters = {name: own for name, own in module.state_dict().items() if name.endswith(".num_batches_tracked")}
     try:
-        load_state_strict(module, {**counters, **read_model_weights(path, _WEIGHTS)})  # old files lack the counters
+        load(module, {**counters, **read_model_weights(path, _WEIGHTS)})  # old files lack the counters
     except UserError as error:
         text = str(error)
         fault = text if path in text else f"features.weights={path} do not fit {type(module).__name__}: {text}"
@@ -163,11 +167,12 @@ class InceptionFeatures(FeatureNetwork):
 class TimmFeatures(FeatureNetwork):
     """Any image model of timm: what its classifier sees, and the classifier's logits.
 
-    Images are resized (bicubic, antialiased) to the model's size, not cropped.
+    Images are resized (bicubic, antialiased), not cropped.
 
     Args:
         model: timm's name of the model, such as ``vit_small_patch14_dinov2.lvd142m``.
-        weights: local file with its weights; None downloads them.
+        weights: local file with its weights; None downloads them; ``random`` for weights that were never trained.
+        image_size: side of the images that it sees; None takes the model's own.
 
     Raises:
         UserError: if there is no such model, or its weights cannot be had.
@@ -176,24 +181,39 @@ class TimmFeatures(FeatureNetwork):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: str, weights: str | None = None) -> None:
+    def __init__(self, model: str, weights: str | None = None, image_size: int | None = None) -> None:
         super().__init__()
         from timm.data import resolve_model_data_config
 
-        remedy = "give a local file as features.weights=..."
-        network: Any = create_timm_model(model, "features.model", remedy, pretrained=weights is None)
-        if weights is not None:
-            _load(network, weights)
+        conform("features.image_size", image_size, _ImageSize)
+        remedy = "give a local file as features.weights=..., or features.weights=random for what was never trained"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # random weights are the same in every process and every run
+            network: Any = create_timm_model(model, "features.model", remedy, pretrained=weights is None)
         config = resolve_model_data_config(network)
-        self.size = tuple(config["input_size"][1:])
+        self.size = tuple(config["input_size"][1:]) if image_size is None else (image_size, image_size)
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key]).view(1, -1, 1, 1))
-        self.name = f"timm {model} {self.size[0]}px"
+        self.name = f"timm {model} {self.size[0]}px" + (", random weights" if weights == RANDOM else "")
         self.resize = f"bicubic, antialiased, to {self.size[0]} x {self.size[1]}"
         self.num_features = int(network.head_hidden_size)
         self.num_logits = int(network.num_classes)
         self.network = network
-        self.frozen()
+        try:
+            if weights in (None, RANDOM):
+                fit_timm_model(network, None, image_size)
+            else:
+                _load(network, str(weights), lambda module, state: fit_timm_model(module, state, image_size))
+            self.frozen()
+            if image_size is not None:
+                self(torch.zeros(1, 3, *self.size, dtype=torch.uint8))
+        except UserError:
+            raise
+        except Exception as error:  # timm's models differ
+            raise UserError(
+                f"features.image_size={image_size}: {model} takes no such images ({reason_of(error)}): give a multiple"
+                " of its patch size, or null"
+            ) from error
 
     def see(self, images: Tensor) -> Features:
         """Return what the classifier sees and, where there is one, its logits."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from dcdit.errors import naming
 from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.metrics import compare
+from dcdit.evaluation.plans import MeasuredPlan
 from dcdit.evaluation.reference_images import FeatureJob, ReferenceStatistics
-from dcdit.evaluation.results import SCHEMA, KeepRatio, MeasuredPlan, NetworkDescription, Result, Timing, read_result
+from dcdit.evaluation.results import SCHEMA, KeepRatio, NetworkDescription, Result, Timing, read_result
 from dcdit.evaluation.settings import EvaluateSettings
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime.devices import describe_device

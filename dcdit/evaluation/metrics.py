@@ -14,7 +14,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork, Features
-from dcdit.evaluation.images import ImageSet
+from dcdit.evaluation.image_set import ImageSet
 from dcdit.evaluation.reference_images import ReferenceStatistics, default_cache
 from dcdit.evaluation.settings import METRICS, NEIGHBOURS, heading_of
 from dcdit.evaluation.statistics import Moments, Statistics
@@ -146,8 +146,10 @@ def choose_metrics(
     return possible
 
 
-def check_counts(metrics: Sequence[str], network: FeatureNetwork, count: int, reference: ReferenceStatistics) -> int:
-    """Return how many generated images are enough for these metrics.
+def check_counts(
+    metrics: Sequence[str], network: FeatureNetwork, count: int, reference: ReferenceStatistics, key: str = "count"
+) -> int:
+    """Return how many generated images are enough for these metrics; ``key`` says where ``count`` comes from.
 
     Raises:
         UserError: if ``count``, or the number of images of the reference, is less than they need.
@@ -156,17 +158,17 @@ def check_counts(metrics: Sequence[str], network: FeatureNetwork, count: int, re
     for name in metrics:
         metric, heading = METRICS[name], heading_of(name)
         width = {"features": network.num_features, "spatial": network.num_spatial}.get(str(metric.reference), 0)
-        numbers = {"count": count}
+        numbers = {key: count}
         if metric.reference is not None and metric.reference not in reference.published:
             numbers["reference"] = reference.count
         enough = max(enough, metric.least + 1, width + 1)
-        for key, number in numbers.items():
+        for name_of_set, number in numbers.items():
             if number <= metric.least:
                 images = f"{number} image{'s'[: number != 1]} {'are' if number != 1 else 'is'}"
-                raise UserError(f"{key}: {images} too few for {heading}, more than {metric.least} are needed")
+                raise UserError(f"{name_of_set}: {images} too few for {heading}, more than {metric.least} are needed")
             if number <= width:
                 raise UserError(
-                    f"{key}: {number} images are too few for {heading}, a covariance of the {width}"
+                    f"{name_of_set}: {number} images are too few for {heading}, a covariance of the {width}"
                     f" features of {network.name} needs more than {width}: take more, fewer features,"
                     " or metrics=[kid]"
                 )
@@ -183,6 +185,7 @@ def compare_with(
     batch_size: int,
     limit: int | None = None,
     chunk_size: int = _REFERENCE_CHUNK,
+    key: str = "count",
 ) -> tuple[ReferenceStatistics, list[str], int]:
     """Prepare to compare generated images with real ones; their statistics are computed later.
 
@@ -195,6 +198,7 @@ def compare_with(
         batch_size: images per forward pass.
         limit: number of real images to take, evenly spaced; None takes all.
         chunk_size: images of a task.
+        key: that says how many generated images there are, for messages.
 
     Returns:
         The statistics of the real images, the metrics to compute, and how many generated images are enough for these.
@@ -207,7 +211,7 @@ def compare_with(
     folder = Path(cache) if cache else default_cache()
     size = max(chunk_size, _REFERENCE_CHUNK)
     reference = ReferenceStatistics(images, network, folder, limit, size, batch_size, needed)
-    return reference, metrics, check_counts(metrics, network, count, reference)
+    return reference, metrics, check_counts(metrics, network, count, reference, key)
 
 
 def compare(reference: Statistics, chunks: Chunks, wanted: Sequence[str], seed: int = 0) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 
 from dcdit.errors import naming
 from dcdit.evaluation.features import FeatureNetwork, Features
-from dcdit.evaluation.images import ImageSet
+from dcdit.evaluation.image_set import ImageSet
 from dcdit.evaluation.statistics import Moments, Statistics
 from dcdit.runtime.display import Display
 from dcdit.runtime.files import content_digest, make_writable_folder, read_arrays
@@ -64,6 +64,32 @@ class FeatureJob(ImageJob[Record]):
             yield Features(features, *(tensor if tensor.numel() else None for tensor in others))
 
 
+def see_images(
+    images: ImageSet, numbers: Sequence[int], network: FeatureNetwork, batch_size: int, on_batch: Callable[[int], None]
+) -> Iterator[Features]:
+    """Yield the features of the images of these numbers, batch by batch.
+
+    Args:
+        images, numbers: what to look at.
+        network: looks.
+        batch_size: images per forward pass.
+        on_batch: called with the number of images after every batch.
+
+    Raises:
+        UserError: naming the image, if it cannot be read or its features are not finite.
+    """
+    for start in range(0, len(numbers), batch_size):
+        batch = list(numbers[start : start + batch_size])
+        with naming(f"{images.key}={images.source}, image", batch):
+            yield network(images.read(batch))
+        on_batch(len(batch))
+
+
+def evenly_spaced(count: int, total: int) -> list[int]:
+    """Return the numbers of ``count`` of ``total`` images, evenly spaced."""
+    return np.linspace(0, total - 1, count).round().astype(int).tolist()
+
+
 @dataclass(frozen=True)
 class Nothing:
     """The empty record of a task that leaves nothing but features."""
@@ -85,7 +111,7 @@ class ReferenceStatistics:
     Attributes:
         count: how many images are read; 0 if none need be.
         features: description of the network, as plain values.
-        description: of the reference, as :class:`dcdit.evaluation.results.ReferenceDescription`.
+        description: of the reference, as :class:`dcdit.evaluation.plans.ReferenceDescription`.
         published: which statistics come with the images: ``features``, ``spatial``.
     """
 
@@ -112,7 +138,7 @@ class ReferenceStatistics:
         self._job = FeatureJob(
             Nothing, self.path, "reference", {**identity, "chunk_size": chunk_size}, self.count, chunk_size
         )
-        self._numbers = np.linspace(0, images.count - 1, self.count).round().astype(int)
+        self._numbers = evenly_spaced(self.count, images.count)
 
     def work(self, rank: int, world_size: int, display: Display) -> None:
         """Do this process's share, unless the statistics are there."""
@@ -122,12 +148,9 @@ class ReferenceStatistics:
         self.finalize()
 
     def _see(self, task: int, display: Display) -> None:
-        numbers, features = self._numbers[list(self._job.numbers(task))].tolist(), []
-        for start in range(0, len(numbers), self.batch_size):
-            batch = numbers[start : start + self.batch_size]
-            with naming(f"reference={self.images.source}, image", batch):
-                features.append(self.network(self.images.read(batch))._replace(logits=None))
-            display.advance(len(batch))
+        numbers = [self._numbers[number] for number in self._job.numbers(task)]
+        seen = see_images(self.images, numbers, self.network, self.batch_size, display.advance)
+        features = [features._replace(logits=None) for features in seen]
         self._job.keep(task, features, Nothing())
 
     def finalize(self) -> Statistics | None:

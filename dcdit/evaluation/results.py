@@ -1,28 +1,22 @@
 """Results of evaluations: what the file of one holds, and how it is written and read."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from dcdit.checks import (
-    Capacity,
     Count,
-    Matches,
     Natural,
     NonNegative,
-    NotEmpty,
     Number,
-    OneOf,
-    Seed,
-    build_named,
     call_checked,
     conform,
     shown,
 )
-from dcdit.diffusion.settings import SAMPLERS, GuidanceSettings, SamplerOptions
 from dcdit.errors import UserError
-from dcdit.evaluation.settings import METRICS, figures_of_metrics
+from dcdit.evaluation.plans import MeasuredPlan, Text, ema_decay
+from dcdit.evaluation.settings import figures_of_metrics
 from dcdit.runtime.files import read_json, write_json
 from dcdit.sampling.dropped import Dropped
 
@@ -30,84 +24,6 @@ SCHEMA = 6
 """Version of the files of results."""
 
 _REMEDY = "evaluate again, or remove it"
-
-Text = Annotated[str, Matches("(?s).{0,4096}", "a text of at most 4,096 characters")]
-
-
-@dataclass(frozen=True)
-class FeatureDescription:
-    """What features depend on beside the images.
-
-    Attributes:
-        weights: digest of the feature network's weights.
-        resize: description of how images come to the size that the network sees.
-        code: digest of the file of the network's class, for a network of the user's own.
-    """
-
-    name: Text
-    weights: Text | None
-    num_features: Natural
-    resize: Text
-    code: Text | None = None
-
-
-@dataclass(frozen=True)
-class ReferenceDescription:
-    """What generated images were compared with.
-
-    Attributes:
-        images: which images they are, see :meth:`dcdit.evaluation.images.ImageSet.described`.
-        count: how many of them were read.
-        published: which statistics came with the images.
-    """
-
-    images: dict[str, Any]
-    features: FeatureDescription
-    count: Natural
-    published: list[Literal["features", "spatial"]]
-
-
-@dataclass(frozen=True)
-class MeasuredPlan:
-    """Everything that the figures of a result depend on.
-
-    Attributes:
-        step: optimiser steps trained; None where the checkpoint does not say.
-        weights: EMA weights, raw ones, or an average of another length.
-        seed: of labels and noise.
-        guidance: ``weak_checkpoint`` ends with the digest of the checkpoint.
-        rounding: of pixels, on the way to 0..255.
-        checkpoint: digest of the weights.
-        labels: how the classes were chosen.
-        capacity: room of the forward passes, as a share of all positions, or ``auto`` and a digest of the shares.
-    """
-
-    step: Natural | None
-    weights: Text
-    seed: Seed
-    precision: Text
-    sampler: SamplerOptions
-    guidance: GuidanceSettings
-    autoencoder: Text
-    rounding: Text
-    checkpoint: Text
-    count: Count
-    labels: Text
-    batch_size: Count
-    features: FeatureDescription
-    reference: ReferenceDescription
-    metrics: Annotated[list[Annotated[str, OneOf(METRICS)]], NotEmpty("it measures nothing")]
-    capacity: Capacity | Text | None = None
-
-    def __post_init__(self) -> None:
-        conform("guidance.weak_checkpoint", self.guidance.weak_checkpoint, Text | None)
-
-    @classmethod
-    def of(cls, values: Any) -> "MeasuredPlan":
-        """Return the plan in plain values; raise :class:`UserError` naming the key of a wrong one."""
-        values = conform("plan", values, dict[str, Any])
-        sampler = build_named(SAMPLERS, values.pop("sampler", None), "plan.sampler")
-        return call_checked(cls, values, "plan", {"sampler": sampler})
 
 
 @dataclass(frozen=True)
@@ -143,14 +59,31 @@ class KeepRatio:
     guiding: list[NonNegative | None]
 
 
+class Figures:
+    """Numbers by key in ``metrics``: the figures of the metrics that were computed, and others that belong to them."""
+
+    metrics: dict[str, Any]
+
+    def figure(self, key: str) -> float:
+        """Return a figure of a metric, such as ``fid``; raise UserError if it was not measured."""
+        if key not in self.metrics:
+            raise UserError(f"{key} was not measured: there are {', '.join(self.metrics)}")
+        return float(self.metrics[key])
+
+    def _check_figures(self, computed: Sequence[str]) -> None:
+        """Raise :class:`UserError` unless the figures of the metrics that were ``computed`` are there, as numbers."""
+        for key in [*(figure.key for figure in figures_of_metrics(computed)), *self.metrics]:
+            conform(f"metrics.{key}", self.metrics.get(key), Number)  # whole numbers stay whole
+
+
 @dataclass(frozen=True)
-class Result:
+class Result(Figures):
     """One measurement.
 
     Attributes:
         parameters: number of the network's parameters.
         training: how the network was trained, as far as that is known.
-        metrics: numbers by key, the figures of the metrics in the plan and others that belong to them.
+        metrics: see :class:`Figures`.
         tflops_per_image: all steps and branches.
         milliseconds_per_image: of sampling, decoding apart.
         reference: where the reference was.
@@ -180,8 +113,7 @@ class Result:
         kept = self.keep_ratio
         if kept is not None and not len(kept.timesteps) == len(kept.main) == len(kept.guiding):
             raise UserError("keep_ratio has not as many ratios as timesteps")
-        for key in [*(figure.key for figure in figures_of_metrics(self.plan.metrics)), *self.metrics]:
-            conform(f"metrics.{key}", self.metrics.get(key), Number)  # whole numbers stay whole
+        self._check_figures(self.plan.metrics)
 
     @property
     def drop(self) -> float:
@@ -196,24 +128,13 @@ class Result:
     @property
     def ema_decay(self) -> float | None:
         """Decay of the EMA whose weights were measured; None for other weights, or where nobody says it."""
-        ema = self.training.get("ema")
-        decay = ema.get("decay") if isinstance(ema, Mapping) and self.plan.weights == "ema" else None
-        return decay if isinstance(decay, float) else None
-
-    def figure(self, key: str) -> float:
-        """Return a figure of a metric, such as ``fid``; raise UserError if it was not measured."""
-        if key not in self.metrics:
-            raise UserError(f"{key} was not measured: there are {', '.join(self.metrics)}")
-        return float(self.metrics[key])
+        return ema_decay(self.training, self.plan.weights)
 
     def as_plain(self) -> dict[str, Any]:
         """Return the plain values that the file holds."""
-        plan = {**asdict(self.plan), "sampler": self.plan.sampler.spec}
-        if plan["capacity"] is None:
-            del plan["capacity"]
         absent = {"path", *(key for key in ("keep_ratio", "dropped_by_capacity") if getattr(self, key) is None)}
         values = {key: value for key, value in asdict(self).items() if key not in absent}
-        return {"schema": SCHEMA, **values, "plan": plan}
+        return {"schema": SCHEMA, **values, "plan": self.plan.as_plain()}
 
     def write(self) -> None:
         """Write the file, whole or not at all."""

@@ -1,11 +1,29 @@
-"""The keys of ``dcdit.evaluate``, and the table of metrics. Imports no torch, so that mistakes show at once."""
+"""The keys of ``dcdit.evaluate`` and ``dcdit.score``, and the table of metrics.
+
+Imports no torch, so that mistakes show at once.
+"""
 
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from dcdit.checks import Bounds, Count, DropFraction, Images, NotEmpty, OneOf, Positive, Shown, config
+from dcdit.checks import (
+    Bounds,
+    Count,
+    DropFraction,
+    Images,
+    NotEmpty,
+    Number,
+    OneOf,
+    Positive,
+    Shown,
+    config,
+    suggestion,
+)
+from dcdit.data.latents import Rounding
+from dcdit.data.manifest import MAX_SIDE
+from dcdit.errors import UserError
 from dcdit.sampling.settings import Labels, SamplingKeys
 
 T = TypeVar("T")
@@ -91,12 +109,42 @@ DropFractions = Annotated[list[DropFraction], NotEmpty("name at least one, such 
 
 
 @config
-class EvaluateSettings:
-    """What to measure: the keys of ``configs/evaluate.yaml`` that are not about sampling, explained there."""
+class ComparisonSettings:
+    """What images are compared with, and how: keys of ``configs/evaluate.yaml`` and ``configs/score.yaml``."""
 
     features: Any
     reference: str
     metrics: Annotated[list[Annotated[str, OneOf(METRICS)]], NotEmpty(f"take some of {', '.join(METRICS)}")] | None
+    chunk_size: Images
+    out: str | None
+    reference_count: Count | None
+    cache: str | None
+
+
+@config
+class ScoreConfig(ComparisonSettings):
+    """The configuration of ``dcdit.score``; ``configs/score.yaml`` describes each key."""
+
+    images: str
+    count: Images | None
+    image_size: Annotated[int, Bounds(1, MAX_SIDE, hint="it is a number of pixels")] | None
+    expected: dict[str, Number] | None
+    batch_size: Images
+    device: str
+    autoencoder: str | None
+    rounding: Rounding
+
+    def __post_init__(self) -> None:
+        figures = {figure.key for figure in figures_of_metrics(self.metrics or list(METRICS))}
+        for key in self.expected or ():
+            if key not in figures:
+                raise UserError(f"expected.{key}: {key} is no figure that is computed, {suggestion(key, figures)}")
+
+
+@config
+class EvaluateSettings(ComparisonSettings):
+    """What to measure: the keys of ``configs/evaluate.yaml`` that are not about sampling, explained there."""
+
     drop_fractions: DropFractions | None
     uncond_drop_fractions: DropFractions | None
     search: bool
@@ -104,13 +152,9 @@ class EvaluateSettings:
     max_hours: Positive | None
     count: Images
     labels: Labels
-    chunk_size: Images
-    out: str | None
     shown: Shown
-    reference_count: Count | None
     time_rounds: Annotated[int, Bounds(0, 1000, hint="3 are enough on a quiet machine")]
     time_again: bool
-    cache: str | None
 
 
 @config

@@ -24,7 +24,7 @@ from dcdit.runtime.memory import configure_memory
 from dcdit.sampling.budget import Calibration
 from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.figures import Moment, Recorder, decoded, panels
-from dcdit.sampling.overlays import Pixels, enlarged
+from dcdit.sampling.overlays import Pixels, fitted
 from dcdit.sampling.pictures import animation_frames
 from dcdit.sampling.settings import SamplingConfig
 from dcdit.sampling.setup import Sampling, build_sampling, calibrate_budget, load, with_budget_met
@@ -97,7 +97,7 @@ class GeneratedImage:
 
 def difference(one: NDArray[Any], two: NDArray[Any]) -> NDArray[Any]:
     """Absolute difference of two images (height, width, channels) uint8, pixel by pixel; UserError if sizes differ."""
-    if one.shape != two.shape:
+    if one.shape[:2] != two.shape[:2]:  # grey and colours compare
         raise UserError(f"an image of {_size(one)} pixels cannot be compared with one of {_size(two)}")
     return np.abs(one.astype(np.int16) - two.astype(np.int16)).astype(np.uint8)
 
@@ -208,7 +208,7 @@ class Session:
         pictures = []
         for drop in STRIP:
             generated = self._sample(side, replace(choice, meet="drop", drop=drop), on_progress, f"ρ {drop:g}")
-            pictures.append((f"ρ {drop:g}, {format_flops(generated.flops)}", enlarged(generated.image, 256)))
+            pictures.append((f"ρ {drop:g}, {format_flops(generated.flops)}", fitted(generated.image, 256)))
         return pictures
 
     def _times_of(self, side: int, choice: Choice) -> "deque[float]":

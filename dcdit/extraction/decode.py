@@ -70,6 +70,15 @@ def decode_image(content: bytes, size: int, min_side: int = 1, max_pixels: int =
         raise UnusableImageError(visible(f"corrupt image: {reason}")) from error
 
 
+def image_size(content: bytes) -> tuple[int, int]:
+    """Return height and width of an image file as it is stored; raise UnusableImageError if it is none."""
+    try:
+        with Image.open(io.BytesIO(_without_text(content)), formats=_formats()) as image:
+            return image.height, image.width
+    except Exception:  # decoders raise whatever a broken file provokes
+        raise UnusableImageError(f"not an image ({', '.join(FORMATS)})") from None
+
+
 def _decode(content: bytes, size: int, min_side: int, max_pixels: int) -> NDArray[np.uint8]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata, and of large images that are small enough to decode

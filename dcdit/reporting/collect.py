@@ -9,6 +9,7 @@ from typing import Any
 from dcdit.errors import UserError
 from dcdit.evaluation.descriptions import differences_from_published
 from dcdit.evaluation.results import Result, read_result
+from dcdit.evaluation.scores import Score, read_score
 from dcdit.runtime.limits import TEXT_BYTES
 
 _NAMES = "*_cfg*_drop*_*.json"
@@ -32,6 +33,7 @@ def comparison_key(result: Result) -> dict[str, Any]:
     """Return what two results must share to be compared."""
     plan = result.plan
     settings = without_keys(asdict(plan), "step", "weights", "checkpoint", "autoencoder", "batch_size")
+    settings["undecoded"] = plan.undecoded
     guidance = {"channels": plan.guidance.channels, "interval": plan.guidance.interval} if result.scale != 1 else {}
     return {**settings, "sampler": without_keys(plan.sampler.spec, "cache"), "guidance": guidance}
 
@@ -128,6 +130,23 @@ def result_files(place: Path) -> list[Path]:
         return [place]
     pattern = "*.json" if place.name == "evaluation" else _NAMES  # of a folder that `out` named
     return [*place.rglob("evaluation/*.json"), *place.glob(pattern)]
+
+
+def find_scores(paths: Sequence[str]) -> tuple[list[Score], list[str]]:
+    """Find all scores of images in and below ``paths``, in folders called ``scores``.
+
+    Returns:
+        The scores by path, and what is wrong with the files that are left out.
+    """
+    files = {file for place in map(Path, paths) if place.is_dir() for file in place.rglob("scores/*.json")}
+    files |= {file for place in map(Path, paths) if place.name == "scores" for file in place.glob("*.json")}
+    scores, left_out = [], []
+    for file in sorted(files):
+        try:
+            scores.append(read_score(file))
+        except UserError as error:
+            left_out.append(str(error))
+    return scores, left_out
 
 
 def figures_of_checkpoint(home: Path, step: int | None, weights: str) -> list[dict[str, Any]]:

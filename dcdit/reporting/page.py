@@ -14,8 +14,16 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure as PlotFigure
 
 from dcdit.checks import visible
-from dcdit.evaluation.descriptions import differences_from_published
+from dcdit.evaluation.descriptions import (
+    describe_comparability,
+    describe_reference,
+    describe_sampling,
+    describe_weights,
+    differences_from_published,
+)
 from dcdit.evaluation.results import Result
+from dcdit.evaluation.scores import Score
+from dcdit.evaluation.settings import figures_of_metrics
 from dcdit.reporting.collect import is_png, row_of
 from dcdit.reporting.curves import Section, arrange, describe_best, pareto
 from dcdit.reporting.histories import MOST_RUNS, RunHistory, curves_of
@@ -109,7 +117,8 @@ def rows(section: Section) -> Iterable[dict[str, Any]]:
             ratios = [result.keep_ratio.mean for result in point.results if result.keep_ratio]
             cells.append(f"{fmean(ratios):.1%}" if ratios else "-")
             cells += [f"{fmean(point.values(cost)):.4g}" for cost in (_tflops, _milliseconds)]
-            name = f"{series.name} ({series.network}, {series.first.parameters / 1e6:.3g}M)"
+            weights = describe_weights(series.first.plan, series.first.ema_decay)
+            name = f"{series.name} ({series.network}, {series.first.parameters / 1e6:.3g}M, {weights})"
             best = len(section.results) > 2 and any(id(result) in front for result in point.results)
             yield {"name": name if number == 0 else "", "first": number == 0, "front": best, "cells": cells}
 
@@ -141,6 +150,32 @@ def section_of(section: Section, prefix: str, out: Path) -> dict[str, Any]:
     }
 
 
+def scored(scores: Sequence[Score]) -> dict[str, Any] | None:
+    """Return the scores of images that exist, for the page; None if there are none."""
+    figures = {figure.key: figure.heading for score in scores for figure in figures_of_metrics(score.plan.metrics)}
+    return (
+        {
+            "headings": ["number", *figures.values(), "features", "reference", "sampled"],
+            "rows": [
+                {
+                    "name": score.source,
+                    "note": describe_comparability(score.plan, score.sampled.plan if score.sampled else None),
+                    "cells": [
+                        f"{score.plan.count:,}",
+                        *(f"{score.figure(key):.4g}" if key in score.metrics else "-" for key in figures),
+                        score.plan.features.name,
+                        describe_reference(score),
+                        describe_sampling(score),
+                    ],
+                }
+                for score in scores
+            ],
+        }
+        if scores
+        else None
+    )
+
+
 def save_measurements(results: Sequence[Result], out: Path) -> None:
     """Write the measurements as CSV, one flat row each, and as JSON with everything that is known of them."""
     flat = [row_of(result) for result in results]
@@ -150,7 +185,12 @@ def save_measurements(results: Sequence[Result], out: Path) -> None:
 
 
 def write_report(
-    results: Sequence[Result], histories: Sequence[RunHistory], out: Path, title: str, left_out: Sequence[str] = ()
+    results: Sequence[Result],
+    histories: Sequence[RunHistory],
+    out: Path,
+    title: str,
+    left_out: Sequence[str] = (),
+    scores: Sequence[Score] = (),
 ) -> Path:
     """Write page, plots and measurements into ``out``, which is made if needed; return the page.
 
@@ -160,6 +200,7 @@ def write_report(
         out: the folder.
         title: of the page.
         left_out: what is wrong with files that are not in it.
+        scores: of images that exist.
     """
     make_writable_folder(out, f"out={out}")
     for plot in out.glob("*.png"):  # of an earlier report, which may have had other sections
@@ -173,6 +214,7 @@ def write_report(
         title=title,
         sections=[section_of(section, prefix, out) for section, prefix in zip(sections, prefixes, strict=False)],
         training=training(histories, out) if histories else None,
+        scored=scored(scores),
         count=len(results),
         runs=len({result.run for result in results}),
         left_out=left_out,

@@ -145,6 +145,7 @@ class ImageArchive:
                 ):
                     with archive.open(zipfile.ZipInfo(f"{name}.npy", _EPOCH), "w", force_zip64=True) as file:
                         append_npy(file, dtype, size, arrays)  # type: ignore[arg-type]
+                figures["content"] = f"{archive.getinfo('arr_0.npy').CRC:08x}"  # by which the file knows its images
             write_json(self.summary, figures)  # before the images are there: nobody could say what they are
 
 

@@ -14,7 +14,7 @@ from dcdit.checks import visible
 from dcdit.data.decoder import Decoder
 from dcdit.diffusion.samplers import Step
 from dcdit.runtime.files import replacing
-from dcdit.sampling.overlays import DROPPED, KEPT, PROBABILITY, Pixels, enlarged, overlay, probabilities
+from dcdit.sampling.overlays import DROPPED, KEPT, PROBABILITY, Pixels, fitted, overlay, probabilities
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ def panels(moment: Moment, noisy: NDArray[Any], clean: NDArray[Any], least: int 
     Args:
         moment: what is shown.
         noisy, clean: its decoded latents (height, width, 1 or 3).
-        least: side that small images are enlarged to.
+        least: side that small images are enlarged to; large ones are reduced, to bound the memory of many panels.
     """
-    large = enlarged(clean, least)
-    pictures = [(f"x_t, t = {moment.timestep:.0f}", enlarged(noisy, least)), ("x_0 predicted", large)]
+    large = fitted(clean, least)
+    pictures = [(f"x_t, t = {moment.timestep:.0f}", fitted(noisy, least)), ("x_0 predicted", large)]
     if moment.boundaries is not None:
         prob, natural, mask = moment.boundaries.prob, moment.boundaries.natural, moment.boundaries.mask
         pictures.append((moment.boundaries.caption, overlay(large, mask, natural)))

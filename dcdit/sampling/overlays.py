@@ -31,6 +31,15 @@ def enlarged(image: NDArray[Any], least: int) -> Pixels:
     return np.broadcast_to(large, (*large.shape[:2], 3)).copy()
 
 
+def fitted(image: NDArray[Any], least: int, most: int = 512) -> Pixels:
+    """Return an image as :func:`enlarged` does, or averaged down to ``most`` rows: many stand in one picture."""
+    large = enlarged(image, least)
+    if large.shape[0] <= most:
+        return large
+    width = max(1, round(large.shape[1] * most / large.shape[0]))
+    return np.asarray(Image.fromarray(large).resize((width, most), Image.Resampling.BOX))
+
+
 def spread(grid: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     """Return the value of a ``grid`` (H, W) at each pixel, (height, width)."""
     rows = np.arange(height) * grid.shape[0] // height

@@ -20,7 +20,7 @@ from dcdit.runtime.files import make_writable_folder, replacing
 from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.figures import Moment, Recorder, panels_of, save_boundaries, save_grid
 from dcdit.sampling.generate import SampleBatch
-from dcdit.sampling.overlays import Pixels, enlarged, save_animation, side_by_side
+from dcdit.sampling.overlays import Pixels, fitted, save_animation, side_by_side
 from dcdit.sampling.setup import Sampling
 
 _MOST_FRAMES = 50
@@ -68,7 +68,7 @@ def _put_aside(out: Path) -> None:
 def animation_frames(moments: Sequence[Moment], image: NDArray[Any], sampling: Sampling, title: str) -> list[Pixels]:
     """Return one picture for each moment of a sample, and the finished ``image`` (height, width, 1 or 3) at the end."""
     frames = panels_of(moments, sampling.decode)
-    last = [("image", enlarged(image, 256)), *frames[-1][1:]]
+    last = [("image", fitted(image, 256)), *frames[-1][1:]]
     return [side_by_side(panels, title) for panels in (*frames, last)]
 
 

@@ -69,6 +69,7 @@ class Sampling:
                 parts.append(f"guiding branch ρ {guidance.guiding_drop_fraction:g}")
             if guidance.every > 1:
                 parts.append(f"guiding branch at 1 of {guidance.every} evaluations")
+        parts += [self.decode.undecoded] if self.decode.undecoded else []
         return ", ".join(parts)
 
     def generate(self, labels: Tensor, indices: Sequence[int], on_step: OnStep | None = None) -> Iterator[SampleBatch]:

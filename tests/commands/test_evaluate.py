@@ -171,6 +171,13 @@ def test_the_same_command_twice_at_once(run, tmp_path, digits):
     assert sorted(os.listdir(tmp_path / "images")) == [".generation.lock", "samples.json", "samples.npz"]
 
 
+def test_a_reference_is_checked_before_a_checkpoint_is_downloaded(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("dcdit.checkpoints.resolve.resolve_checkpoint", lambda *ignored: pytest.fail("resolved"))
+    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((3, 8, 8, 3)))
+    with pytest.raises(UserError, match=r"reference=.*floats.npz: arr_0 is float64"):
+        run(f"reference={tmp_path}/floats.npz")
+
+
 def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):
     for override, message in (
         ("checkpoint=nowhere", "nowhere does not exist"),

@@ -20,7 +20,7 @@ from dcdit import evaluate, report
 from dcdit.checks import visible
 from dcdit.errors import UserError
 from dcdit.evaluation.descriptions import differences_from_published
-from dcdit.evaluation.results import MeasuredPlan
+from dcdit.evaluation.plans import MeasuredPlan
 from dcdit.evaluation.settings import METRICS
 from dcdit.reporting.collect import find_results, read_results
 from dcdit.reporting.curves import arrange, describe_best, pareto

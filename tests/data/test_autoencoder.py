@@ -43,6 +43,19 @@ def test_latents_of_an_autoencoder_are_told_where_they_are_shown_undecoded(caplo
     assert bool(caplog.text) == (channels == 4)
 
 
+def test_undecoded_latents_fill_the_range_of_a_picture_and_are_told_from_pictures():
+    latents = LatentSpec((4, 2, 2), "some/vae", 0.18215, 0.1, ("a",))
+    seen = torch.tensor([-3.0, 0, 1.5, 3]).view(1, 1, 2, 2).expand(1, 4, 2, 2)  # as a network sees them
+    decode = load_decoder(latents, CPU, "identity")
+    assert decode(seen)[0, 0].flatten().tolist() == [0, 128, 191, 255]
+    assert decode.identity == "identity: the first 3 of 4 channels of undecoded latents"
+    own = replace(latents, autoencoder="identity", scale=1.0, shift=0.0)
+    identities = [load_decoder(replace(own, shape=(n, 2, 2)), CPU).identity for n in (1, 2, 3, 16)]
+    first = ("identity: the first 1 of 2 channels", "identity: the first 3 of 16 channels")
+    assert identities == ["identity", first[0], "identity", first[1]]
+    assert decode(seen).shape == load_decoder(own, CPU)(seen).shape
+
+
 def test_identity_encodes_pixels_as_they_are():
     images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
     identity = load_autoencoder("identity", CPU)
@@ -66,7 +79,10 @@ def test_a_diffusers_autoencoder_is_loaded_by_path(tiny_vae, tmp_path, caplog):
     assert (autoencoder.channels, autoencoder.factor) == (4, 4)
 
     with pytest.raises(UserError, match=r"autoencoder=.*nowhere.*cannot be loaded"):
-        load_decoder(replace(spec, autoencoder=str(tmp_path / "nowhere")), CPU)
+        load_decoder(spec, CPU, str(tmp_path / "nowhere"))
+    for moved in (str(tmp_path / "nowhere"), "./vae"):  # never looked for on the hub
+        with pytest.raises(UserError, match=rf"in the folder {moved}, which is not there .*: give its present folder"):
+            load_decoder(replace(spec, autoencoder=moved), CPU)
     with pytest.raises(UserError, match=r"has weights [0-9a-f]{16}, the latents were made with 0{16}"):
         load_decoder(replace(spec, fingerprint="0" * 16), CPU)
     caplog.clear()

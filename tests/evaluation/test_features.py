@@ -136,6 +136,44 @@ def test_any_model_of_timm(tmp_path):
         TimmFeatures("resnet18", str(tmp_path / "weights.safetensors"))
 
 
+def test_a_model_of_timm_sees_images_of_another_side(tmp_path, monkeypatch):
+    import timm
+
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "own.safetensors")
+    images = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
+    own = TimmFeatures("test_vit", str(tmp_path / "own.safetensors"))
+    small = TimmFeatures("test_vit", str(tmp_path / "own.safetensors"), 96)
+    assert (own.size, small.size) == ((160, 160), (96, 96))
+    assert "96 x 96" in small.resize
+    assert not torch.allclose(own(images).features, small(images).features)
+    # weights of a model that was trained at this side are the same network
+    save_file(small.network.state_dict(), tmp_path / "small.safetensors")
+    again = TimmFeatures("test_vit", str(tmp_path / "small.safetensors"), 96)
+    assert torch.equal(again(images).features, small(images).features)
+    # the paper's preprocessing: bicubic, then mean and deviation of the model, then the class token
+    pixels = torch.nn.functional.interpolate(images / 255, (96, 96), mode="bicubic", antialias=True).clamp(0, 1)
+    token = small.network.forward_features((pixels - small.mean) / small.std)[:, 0]
+    expected = small.network.fc_norm(token)
+    assert torch.allclose(small(images).features, expected, atol=1e-5)
+    with pytest.raises(
+        UserError, match=r"features.image_size=97: test_vit takes no such images .* multiple of its patch"
+    ):
+        TimmFeatures("test_vit", str(tmp_path / "own.safetensors"), 97)
+    with pytest.raises(UserError, match="do not fit"):
+        TimmFeatures("test_vit2", str(tmp_path / "own.safetensors"), 96)
+
+
+def test_random_weights_are_taken_only_where_they_are_asked_for(monkeypatch):
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    one, two = (TimmFeatures("test_vit", "random", 64) for _ in range(2))
+    assert torch.equal(one(images).features, two(images).features)
+    assert one.name == "timm test_vit 64px, random weights"
+    monkeypatch.setattr("timm.create_model", lambda *given, pretrained, **others: pytest.fail(f"{pretrained}"))
+    with pytest.raises(pytest.fail.Exception, match="True"):
+        TimmFeatures("test_vit")
+
+
 class Mean(nn.Module):
     """Mean colour as features."""
 

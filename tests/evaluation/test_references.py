@@ -1,5 +1,7 @@
 """Images to compare with, from shards, folders and archives."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -75,13 +77,27 @@ def test_archives_stored_and_compressed(tmp_path):
         found = opened(tmp_path / name).read([8, 2, 3])
         assert torch.equal(found, torch.from_numpy(content[[8, 2, 3]]).permute(0, 3, 1, 2))
     np.savez(tmp_path / "half.npz", mu=np.zeros(3))
-    np.savez(tmp_path / "floats.npz", arr_0=content / 255)
     (tmp_path / "text.npz").write_text("no archive")
-    for name in ("half.npz", "floats.npz"):
-        with pytest.raises(UserError, match=r"holds neither images as arr_0.* nor statistics"):
-            opened(tmp_path / name)
+    with pytest.raises(UserError, match=r"holds neither images as arr_0.* nor statistics"):
+        opened(tmp_path / "half.npz")
     with pytest.raises(UserError, match=r"text.npz is damaged, or no .npz"):
         opened(tmp_path / "text.npz")
+
+
+def test_a_packed_archive_is_unpacked_once(tmp_path, monkeypatch):
+    content = np.random.default_rng(0).integers(256, size=(30, 8, 8, 3), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=content)
+    images = opened(tmp_path / "packed.npz")
+    unpacked = []
+    read = zipfile.ZipExtFile._read1
+    monkeypatch.setattr(
+        zipfile.ZipExtFile, "_read1", lambda self, size: unpacked.append(len(data := read(self, size))) or data
+    )
+    for start in range(0, 30, 3):
+        found = images.read(range(start, start + 3))
+        assert torch.equal(found, torch.from_numpy(content[start : start + 3]).permute(0, 3, 1, 2))
+    assert content.nbytes <= sum(unpacked) < 1.2 * content.nbytes
+    assert torch.equal(images.read([2]), torch.from_numpy(content[2:3]).permute(0, 3, 1, 2))  # backwards works too
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -168,7 +184,7 @@ def test_what_is_refused(tmp_path, digits):
     ):
         with pytest.raises(UserError, match=message):
             opened(place)
-    with pytest.raises(UserError, match=r"has images of 8 x 8 pixels, the checkpoint samples 16 x 16"):
+    with pytest.raises(UserError, match=r"has images of 8 x 8 pixels, those to compare have 16 x 16"):
         opened(digits / "val", 16)
 
 

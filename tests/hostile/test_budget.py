@@ -24,7 +24,7 @@ from dcdit.checkpoints.read import read_checkpoint
 from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.checkpoints.timm_models import read_model_weights
 from dcdit.errors import UserError
-from dcdit.evaluation.images import NpzArchive
+from dcdit.evaluation.archives import NpzArchive
 from dcdit.evaluation.statistics import Statistics
 from dcdit.runtime import limits
 from dcdit.runtime.files import file_digest, read_json

@@ -8,7 +8,8 @@ from support.configs import call, compose_config
 
 from dcdit import sample
 from dcdit.errors import UserError
-from dcdit.sampling.overlays import DROPPED, KEPT, enlarged, overlay, probabilities, side_by_side, spread
+from dcdit.sampling.figures import Boundaries, Moment, panels
+from dcdit.sampling.overlays import DROPPED, KEPT, enlarged, fitted, overlay, probabilities, side_by_side, spread
 
 
 def colours(picture):
@@ -59,6 +60,21 @@ def test_probabilities_keep_their_scale():
         alone = probabilities(np.full((2, 2), value), np.zeros((2, 2), dtype=bool), 8, 8)
         beside = probabilities(np.array([[value, 0.25]] * 2), np.zeros((2, 2), dtype=bool), 8, 8)
         assert np.array_equal(alone[:, :4], beside[:, :4])
+
+
+def test_large_images_are_reduced_where_many_stand_beside_each_other():
+    """Of 2,048 pixels, fifty frames of four panels would take 2.5 GB."""
+    image = np.random.default_rng(0).integers(256, size=(1030, 2060, 1), dtype=np.uint8)
+    reduced = fitted(image, 256)
+    assert reduced.shape == (512, 1024, 3)
+    assert abs(reduced.mean() - image.mean()) < 1
+    small = image[:16, :16]
+    assert np.array_equal(fitted(small, 256), enlarged(small, 256))
+    prob = np.full((8, 8), 0.5)
+    mask = np.eye(8, dtype=bool)
+    moment = Moment(500.0, torch.zeros(1), torch.zeros(1), Boundaries(prob, mask, mask))
+    shown = panels(moment, image[:, :1030], image[:, :1030])
+    assert {picture.shape for _, picture in shown} == {(512, 512, 3)}
 
 
 def test_pictures_stand_beside_each_other():

@@ -24,7 +24,7 @@ from dcdit.diffusion.settings import (
     Heun,
     NoiseDiffusion,
 )
-from dcdit.evaluation.settings import EvaluateConfig
+from dcdit.evaluation.settings import EvaluateConfig, ScoreConfig
 from dcdit.extraction.readers import READERS
 from dcdit.extraction.settings import ExtractConfig, ExtractionSettings
 from dcdit.network import DCDiT, DiT
@@ -36,7 +36,14 @@ from dcdit.training.callbacks import EMA, Checkpoint, PowerEMA, ProgressBar
 from dcdit.training.callbacks.fid import FID
 
 ONE_HOME = (
-    *(sample.SampleConfig, generate.GenerateConfig, EvaluateConfig, report.ReportConfig, status.StatusConfig),
+    *(
+        sample.SampleConfig,
+        generate.GenerateConfig,
+        EvaluateConfig,
+        ScoreConfig,
+        report.ReportConfig,
+        status.StatusConfig,
+    ),
     *(flops.FlopsConfig, ExtractConfig, ExtractionSettings, inspect_latents.InspectConfig),
     *(
         SamplingConfig,

@@ -25,6 +25,7 @@ COMMANDS = {
     "sample": (CHECKPOINT, "sampler=ddim"),
     "generate": (CHECKPOINT, "out=x", "sampler=dpm++"),
     "evaluate": (CHECKPOINT, "reference=x", "features=digits"),
+    "score": ("images=x", "reference=x", "features=digits"),
     "report": ("runs=[x]",),
     "status": ("runs=[x]",),
     "flops": ("model=dcdit_digits",),
@@ -55,16 +56,8 @@ EXTREMES = (None, 10**400, "", {}, [[None]], "x" * 100_000, "a\0b")
 NULL_BUT_NUMBER = {
     *("ratio.curriculum_start", "gates.share", "execution.max_micro_batch", "data.scale", "model.encoder_width"),
     *("guidance.uncond_drop_fraction", "budget.tflops", "budget.fraction", "reference_count", "threads"),
-    "training.achieved_tflops",
-    *(
-        "uncond_drop_fraction",
-        "num_workers",
-        "cluster.mem_gb",
-        "training.achieved_tflops",
-        "encoder_grid",
-        "max_images",
-        "max_hours",
-    ),
+    *("uncond_drop_fraction", "num_workers", "cluster.mem_gb", "encoder_grid", "max_images", "max_hours"),
+    *("training.achieved_tflops", "count", "image_size"),
 }
 """Keys whose default is null and that take a number."""
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dcdit.checkpoints.encoder import AUTO, RANDOM, Encoder, EncoderKeys, encoder_cost, load_encoder
+from dcdit.checkpoints.encoder import AUTO, Encoder, EncoderKeys, encoder_cost, load_encoder
+from dcdit.checkpoints.timm_models import RANDOM
 from dcdit.checks import shown
 from dcdit.data.latents import LatentSpec
 from dcdit.data.manifest import Companion, EncoderIdentity, Manifest
