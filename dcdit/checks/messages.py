@@ -81,5 +81,6 @@ def check_credentials(url: str) -> None:
     if _CREDENTIALS.search(url):
         raise UserError(
             f"{without_credentials(url)} holds a password, which would be written into the run's files: put"
-            " it into ~/.netrc (machine, login, password), and leave it out here"
+            " it into ~/.netrc (machine, login, password; a key of a store into its environment variables), and leave"
+            " it out here"
         )

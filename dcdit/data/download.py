@@ -1,16 +1,16 @@
-"""Files of a server: no more bytes than expected, and no more time than a slow line takes for them."""
+"""Files of a server or a store: no more bytes than expected, and no more time than a slow line takes for them."""
 
 import queue
 import re
-import selectors
+import subprocess
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
 from dcdit.checks import shown, without_credentials
-from dcdit.errors import UserError
+from dcdit.data.stores import STORES, RefusedError, read_store
 from dcdit.runtime.limits import Pace, SlowError
 
 if TYPE_CHECKING:
@@ -21,28 +21,38 @@ CONNECT, STALL = 10.0, 60.0
 
 _REDIRECTS = 5
 
+_SCHEME = re.compile("([a-z][a-z0-9+.-]+):")
+
+Stops = list[Callable[[], object]]
+"""What has the reader of a URL stop, for whoever gives it up."""
+
 
 class AbsentError(OSError):
     """The server has no such file, or refuses it without saying whether it has it."""
+
+
+def scheme_of(url: str) -> str:
+    """What a URL begins with; empty for a path."""
+    match = _SCHEME.match(url)
+    return match[1] if match else ""
 
 
 def download(url: str, write: Callable[[bytes], object], max_bytes: int) -> int:
     """Hand what a URL holds to ``write``, piece by piece; returns the number of bytes.
 
     Args:
-        url: ``http:`` and ``https:``, and whatever webdataset opens.
+        url: its scheme is one of :data:`READERS`.
         write: takes the next bytes.
         max_bytes: largest size that is expected.
 
     Raises:
         AbsentError: if there is no such file.
         OSError: if it cannot be had, naming the URL and the reason.
-        UserError: if there is no such scheme; what ``write`` raises passes through.
+        UserError: if a package for it is missing; what ``write`` raises passes through.
     """
     pace = Pace()
-    fetch = _in_background(url, max_bytes, pace) if url.startswith(("http:", "https:")) else _from_program(url, pace)
     try:
-        with closing(fetch) as chunks:
+        with closing(_in_background(url, max_bytes, pace)) as chunks:
             for chunk in chunks:
                 pace.size += len(chunk)
                 if pace.size > max_bytes:
@@ -60,11 +70,15 @@ def _failed(url: str, reason: str, kind: type[OSError] = OSError) -> OSError:
     return kind(f"{without_credentials(url)} cannot be fetched: {reason}")
 
 
+def _stalled(url: str) -> OSError:
+    return _failed(url, f"no answer within {CONNECT:.0f} s, or no more bytes for {STALL:.0f} s")
+
+
 def _in_background(url: str, max_bytes: int, pace: Pace) -> Generator[bytes, None, None]:
-    """Yield what a thread receives from a server: one read of a socket has a time limit, their sum has none."""
-    chunks: queue.Queue[bytes | BaseException | None] = queue.Queue(16)
+    """Yield what a thread receives: one read of a socket has a time limit, their sum has none."""
+    chunks: queue.Queue[bytes | BaseException | None] = queue.Queue(4)
     given_up = threading.Event()
-    answers: list[Response] = []
+    stops: Stops = []
 
     def put(chunk: bytes | BaseException | None) -> None:
         while not given_up.is_set():
@@ -74,7 +88,7 @@ def _in_background(url: str, max_bytes: int, pace: Pace) -> Generator[bytes, Non
 
     def receive() -> None:
         try:
-            for chunk in _from_server(url, max_bytes, answers):
+            for chunk in READERS[scheme_of(url)](url, max_bytes, stops):
                 put(chunk)
                 if given_up.is_set():
                     return
@@ -85,21 +99,26 @@ def _in_background(url: str, max_bytes: int, pace: Pace) -> Generator[bytes, Non
     threading.Thread(target=receive, name="download", daemon=True).start()
     try:
         while True:
-            with suppress(queue.Empty):
-                chunk = chunks.get(timeout=pace.remaining())
-                if chunk is None:
-                    return
-                if isinstance(chunk, BaseException):
-                    raise chunk
-                yield chunk
+            left = pace.remaining()
+            try:
+                chunk = chunks.get(timeout=min(left, STALL))
+            except queue.Empty:
+                if left > STALL:
+                    raise _stalled(url) from None
+                continue
+            if chunk is None:
+                return
+            if isinstance(chunk, BaseException):
+                raise chunk
+            yield chunk
     finally:
         given_up.set()
-        for answer in answers:
+        for stop in stops:
             with suppress(Exception):  # has the thread wake up, if this urllib3 can
-                answer.raw.shutdown()
+                stop()
 
 
-def _from_server(url: str, max_bytes: int, answers: "list[Response]") -> Generator[bytes, None, None]:
+def _from_server(url: str, max_bytes: int, stops: Stops) -> Iterator[bytes]:
     import requests
 
     address = url
@@ -112,12 +131,12 @@ def _from_server(url: str, max_bytes: int, answers: "list[Response]") -> Generat
                     address = urljoin(address, answer.headers["Location"])
                     continue
                 _check_answer(url, answer, max_bytes)
-                answers.append(answer)
+                stops.append(answer.raw.shutdown)
                 yield from answer.iter_content(1 << 16)
                 return
         raise _failed(url, f"the server redirects more than {_REDIRECTS} times")
     except requests.Timeout:
-        raise _failed(url, f"no answer within {CONNECT:.0f} s, or no more bytes for {STALL:.0f} s") from None
+        raise _stalled(url) from None
     except requests.ConnectionError as error:
         unknown = "name" in str(error).lower() and "resol" in str(error).lower()
         refused = "refused" in str(error).lower()
@@ -145,35 +164,31 @@ def _check_answer(url: str, answer: "Response", max_bytes: int) -> None:
         raise _failed(url, f"it comes encoded as {shown(encoding)}")
 
 
-def _from_program(url: str, pace: Pace) -> Generator[bytes, None, None]:
-    """Yield what the program writes that webdataset starts for this kind of URL."""
-    from webdataset import gopen
+def _from_store(url: str, max_bytes: int, stops: Stops) -> Iterator[bytes]:
+    try:
+        yield from read_store(url, max_bytes)
+    except RefusedError as error:
+        raise _failed(url, str(error), AbsentError if error.absent else OSError) from error.__cause__
 
-    try:
-        source: Any = gopen(url, "rb")
-    except ValueError as error:  # it knows no such scheme
-        raise UserError(f"directory={without_credentials(url)}: {error}") from error
-    stream = getattr(source, "stream", source)
-    try:
-        with selectors.DefaultSelector() as waiting:
-            waiting.register(stream, selectors.EVENT_READ)
-            while True:
-                if not waiting.select(min(STALL, pace.remaining())):
-                    pace.remaining()
-                    raise _failed(url, f"no more bytes for {STALL:.0f} s")
-                chunk = stream.read1(1 << 20)
-                if not chunk:
-                    break
-                yield chunk
-    except BaseException:
-        with suppress(Exception):
-            source.proc.kill()
-        with suppress(Exception):
-            source.close()
-        raise
-    try:
-        source.close()
-    except OSError as error:
-        status = re.search(r"exit (\d+)", str(error))
-        reason = f"the program that fetches it failed with status {status[1]}" if status else str(error)
-        raise _failed(url, reason, AbsentError) from None
+
+def _from_program(url: str, max_bytes: int, stops: Stops) -> Iterator[bytes]:
+    command = url.removeprefix("pipe:")
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as program:  # noqa: S602  (allow_pipe says so)
+        stops.append(program.kill)
+        assert program.stdout is not None
+        while chunk := program.stdout.read1(1 << 20):  # type: ignore[attr-defined]
+            yield chunk
+    if program.returncode:
+        raise _failed(url, f"the program that fetches it failed with status {program.returncode}", AbsentError)
+
+
+READERS: dict[str, Callable[[str, int, Stops], Iterator[bytes]]] = {
+    "http": _from_server,
+    "https": _from_server,
+    **dict.fromkeys(STORES, _from_store),
+    "pipe": _from_program,
+}
+"""What yields the bytes of a URL, by its scheme; each takes the URL and the largest size, and adds to :data:`Stops`.
+
+fsspec does not read http here: it asks for each file twice, and hides status, redirects and encoding of the answer.
+"""

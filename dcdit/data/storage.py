@@ -1,4 +1,4 @@
-"""Shards in a local directory, or behind any URL that webdataset opens, which are kept in a bounded cache on disk."""
+"""Shards in a local directory, or behind a URL, which are kept in a bounded cache on disk."""
 
 import getpass
 import hashlib
@@ -17,14 +17,16 @@ from typing import BinaryIO
 from filelock import FileLock
 
 from dcdit.checks import Positive, check_credentials, checked
-from dcdit.data.download import AbsentError, download
+from dcdit.data.download import READERS, AbsentError, download, scheme_of
 from dcdit.data.manifest import MANIFEST_NAME, Manifest, Shard
 from dcdit.errors import UserError
 from dcdit.runtime.files import describe_write_error, file_digest, open_regular, replacing
 from dcdit.runtime.limits import TEXT_BYTES
 from dcdit.runtime.processes import say
 
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")
+_ROOT, _CACHED = re.compile("[0-9a-f]{16}"), re.compile(r"[0-9a-f]{32}(\.inexact)?\.tar")
+"""Names in the cache: the folder of a URL, and a shard in it. Nothing else is dropped to make room."""
+
 _PAUSES = (0.5, 2.0)  # seconds before a download is tried again
 _RETRY_AFTER = 600.0  # seconds until a shard that failed all the same is asked for anew
 
@@ -49,6 +51,12 @@ class Location:
 
     def __post_init__(self) -> None:
         check_credentials(self.root)
+        known = [f"{scheme}:" if scheme == "pipe" else f"{scheme}://" for scheme in READERS]
+        if self.remote and not self.root.startswith(tuple(known)):
+            raise UserError(
+                f"directory={self.root!r} begins with none of {', '.join(known)}: give one of these URLs, or"
+                f" ./{self.root} for a folder of this name"
+            )
         if self.root.startswith("pipe:") and not self.allow_pipe:
             raise UserError(
                 f"directory={self.root!r} runs a shell command: set data.allow_pipe=true if you trust it with that"
@@ -57,7 +65,7 @@ class Location:
     @property
     def remote(self) -> bool:
         """Whether the root is a URL, so that files must be fetched."""
-        return bool(_SCHEME.match(self.root)) and not self.root.startswith("file:")
+        return scheme_of(self.root) not in ("", "file")
 
     @property
     def directory(self) -> Path:
@@ -178,11 +186,12 @@ class Location:
                 raise OSError(f"the checksum of {url} differs")
 
     def _make_room(self, size: int, in_use: Collection[str]) -> None:
-        """Drop the shards not used for longest until ``size`` more bytes fit. Open files stay readable."""
+        """Drop the shards of any URL not used for longest until ``size`` more bytes fit. Open files stay readable."""
         files = []
-        for path in self.directory.glob("*.tar"):
+        for path in self.directory.parent.glob("*/*.tar"):
             with suppress(FileNotFoundError):  # dropped by another process
-                files.append((path.stat().st_mtime, path.stat().st_size, path))
+                if _ROOT.fullmatch(path.parent.name) and _CACHED.fullmatch(path.name):
+                    files.append((path.stat().st_mtime, path.stat().st_size, path))
         total = size + sum(bytes_ for _, bytes_, _ in files)
         for _, bytes_, path in sorted(files):
             if total <= self.cache_gb * 1e9:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,6 +16,9 @@ from dcdit.extraction.sources import FileSource, Listing, ending_of, is_image, i
 _OTHER_IMAGES = {"heic", "heif", "jxl", "jp2", "psd", "dng", "cr2", "cr3", "nef", "arw", "raw", "svg", "eps", "pdf"}
 """Endings of images that Pillow does not decode, or not without another program."""
 
+Content = tuple[list[str], list[str]]
+"""Names of the subfolders and of the files of a folder, sorted."""
+
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
@@ -25,7 +28,7 @@ class FolderSource(FileSource):
     Hidden files, service folders and files whose names are not those of images are left out.
 
     Args:
-        root: the folder.
+        root: the folder, or its URL.
         per_task: images of a task.
         seed: of the shuffle.
         wanted: the classes, of which ``root`` may lack some; None takes the names of its subfolders, sorted.
@@ -34,9 +37,10 @@ class FolderSource(FileSource):
         UserError: if a folder cannot be read, holds no class, or one that is not among the wanted ones.
     """
 
-    def __init__(self, root: Path, per_task: int, seed: int, wanted: WantedClasses | None = None) -> None:
+    def __init__(self, root: Path | str, per_task: int, seed: int, wanted: WantedClasses | None = None) -> None:
+        self._root = root
         listing, paths, labels = Listing(), list[bytes](), list[int]()
-        folders = _class_folders(root, listing)
+        folders = _class_folders(root, self.content, listing)
         self.classes, self.class_order = tuple(folders), BY_NAME
         self.inventory = {}
         if wanted:
@@ -45,7 +49,7 @@ class FolderSource(FileSource):
             self.inventory |= wanted.recorded
         for label, name in enumerate(self.classes):
             if folder := folders.get(composed(name)):
-                files = walk(root / folder, root, listing)
+                files = self.images(folder, listing)
                 self.inventory[name] = f"{len(files)} files, names and sizes {digest_of(files)}"
                 paths += [os.fsencode(path) for path, *_ in files]
                 labels += [label] * len(files)
@@ -57,6 +61,14 @@ class FolderSource(FileSource):
             notes.append(f"{len(similar)} class names differ only in upper and lower case, such as {similar[0]!r}")
         super().__init__(root, paths, labels, per_task, seed)
         self.skipped, self.notes = tuple(listing.skipped), tuple(notes)
+
+    def content(self, folder: str, listing: Listing) -> Content:
+        """Names of the subfolders and of the files of a ``folder`` below the root; service files are only counted."""
+        return _content(Path(self._root, folder), listing)
+
+    def images(self, folder: str, listing: Listing) -> list[tuple[str, int, int]]:
+        """Image files below a ``folder`` of the root, as :func:`walk` lists them."""
+        return walk(Path(self._root, folder), Path(self._root), listing)
 
 
 def digest_of(files: Sequence[tuple[str, int, int]]) -> str:
@@ -74,16 +86,16 @@ def image_files(root: Path) -> list[tuple[str, int, int]]:
     return [file for file in walk(root, root, Listing()) if is_image(file[0])]
 
 
-def _class_folders(root: Path, listing: Listing) -> dict[str, str]:
+def _class_folders(root: Path | str, content: Callable[[str, Listing], Content], listing: Listing) -> dict[str, str]:
     """The class folders below ``root`` by class name, which is the folder's name with accents composed.
 
-    Files beside them are added to ``listing``.
+    Files beside them are added to ``listing``; ``content`` says what a folder holds.
 
     Raises:
         UserError: if there are none, two have one name, one's name cannot be shown, or they are splits.
     """
     folders: dict[str, str] = {}
-    subfolders, files = _content(root, listing)
+    subfolders, files = content("", listing)
     for name in files:
         listing.skip(name, "lies in no class folder")
     for name in subfolders:
@@ -104,11 +116,11 @@ def _class_folders(root: Path, listing: Listing) -> dict[str, str]:
                 " characters: rename it (convmv converts the names of a whole tree)"
             )
     if {name.lower() for name in folders} <= _SPLITS:
-        contents = [_content(root / folder, Listing()) for folder in subfolders]
+        contents = [content(folder, Listing()) for folder in subfolders]
         if any(below for below, _ in contents) and not any(is_image(name) for _, files in contents for name in files):
             raise UserError(
                 f"source={root} holds splits ({', '.join(folders)}), not classes: extract each by itself, such as"
-                f" source={root / next(iter(folders))}"
+                f" source={root}/{next(iter(folders))}"
             )
     return folders
 
@@ -135,13 +147,9 @@ def walk(folder: Path, root: Path, listing: Listing) -> list[tuple[str, int, int
         subfolders, files = _content(current, listing)
         waiting += [os.path.join(current, name) for name in subfolders]
         for name in files:
-            path, ending = os.path.join(current, name), ending_of(name)
+            path = os.path.join(current, name)
             below = os.path.relpath(path, root)
-            if ending in _OTHER_IMAGES:
-                listing.skip(below, "its format is not decoded: convert it to JPEG or PNG")
-            elif ending and not is_image(name):
-                listing.others[visible(ending)] += 1
-            else:
+            if is_wanted(below, listing):
                 try:
                     status = os.stat(path)
                 except OSError as error:
@@ -156,7 +164,19 @@ def walk(folder: Path, root: Path, listing: Listing) -> list[tuple[str, int, int
     return sorted(images)
 
 
-def _content(folder: str | Path, listing: Listing) -> tuple[list[str], list[str]]:
+def is_wanted(path: str, listing: Listing) -> bool:
+    """Whether a file is taken for an image by its name; if not, it is added to ``listing``."""
+    ending = ending_of(path)
+    if ending in _OTHER_IMAGES:
+        listing.skip(path, "its format is not decoded: convert it to JPEG or PNG")
+    elif ending and not is_image(path):
+        listing.others[visible(ending)] += 1
+    else:
+        return True
+    return False
+
+
+def _content(folder: str | Path, listing: Listing) -> Content:
     """Names of the subfolders and of the files of a folder, links to them included; service files are only counted."""
     _, subfolders, files = next(os.walk(folder, onerror=_refuse))
     listing.hidden += sum(map(is_service, subfolders + files))

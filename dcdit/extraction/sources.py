@@ -178,14 +178,16 @@ class FileSource(ShuffledSource):
     """Files below a folder, shuffled by a seed.
 
     Args:
-        root: the folder.
+        root: the folder, or its URL.
         paths: of the files, below ``root``.
         labels: one for each.
         per_task: images of a task.
         seed: of the shuffle.
     """
 
-    def __init__(self, root: Path, paths: Sequence[bytes], labels: Sequence[int], per_task: int, seed: int) -> None:
+    def __init__(
+        self, root: Path | str, paths: Sequence[bytes], labels: Sequence[int], per_task: int, seed: int
+    ) -> None:
         super().__init__(np.array(labels), np.random.default_rng(seed).permutation(len(paths)), per_task)
         self._root, self._paths = root, np.array(paths)
 

@@ -66,6 +66,9 @@ class Hub:
         if revision not in ("main", "v1", COMMIT):
             return self.send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
         folder = self.repositories[repository]
+        if words[:2] == ["api", "datasets"] and len(words) == 4:
+            about = json.dumps({"id": repository, "sha": COMMIT, "private": False, "downloads": 0, "likes": 0}).encode()
+            return self.send(request, 200, about, {"Content-Type": "application/json"}, body)
         if words[0] == "api":
             if self.listing is not None:
                 return self.send(request, 200, self.listing, {"Content-Type": "application/json"}, body)
