@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install train compare test lint types check format clean
+.PHONY: help install train compare test example lint types check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ compare: install ## compare DC-DiT with plain DiTs on digits: train 18 small net
 
 test: install ## run all tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+example: install ## run examples/own_project with the wheel alone, in a new environment
+	bash scripts/own_project.sh $(BIN)/python
 
 lint: install ## check style
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ class ReportConfig:
     title: str
 
 
-@command("report", paths=True)
+@command("report", paths=True, plugins=False)
 def report(config: ReportConfig) -> Path:
     """Write the report; returns the page."""
     from dcdit.reporting.collect import find_results, find_scores, read_results

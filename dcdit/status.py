@@ -47,7 +47,7 @@ def read_progress(config: StatusConfig) -> dict[Path, RunProgress]:
     return runs
 
 
-@command("status", paths=True, flags={"--watch": "watch=true"})
+@command("status", paths=True, flags={"--watch": "watch=true"}, plugins=False)
 def status(config: StatusConfig) -> list[RunProgress]:
     """Print a table of the runs, or keep a view of them up to date; returns how far they are."""
     console = Console()

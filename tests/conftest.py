@@ -68,6 +68,15 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def no_plugins():
+    """What plug-ins of a test bring is gone after it."""
+    from support.plugins import forgotten
+
+    with forgotten():
+        yield
+
+
+@pytest.fixture
 def tiny(digits: Path, tmp_path: Path):
     """Run a tiny digits training in a directory; returns the run directory."""
     from support.configs import train

@@ -1,95 +1,65 @@
 """docs/extending.md, followed to the letter: its blocks are what is run here."""
 
-import importlib
 import json
 import re
 import shlex
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from support.configs import TINY, call, train
 from support.runs import logged
 
 from dcdit import evaluate, flops, generate, report, sample
 from dcdit.cluster.settings import cluster_of, sbatch_parameters
 from dcdit.errors import UserError
-from dcdit.settings.compose import CONFIG_DIR, configuration_of
+from dcdit.settings.compose import compose_values, configuration_of
+from dcdit.settings.overrides import config_folder, plugins_named
+from dcdit.settings.plugins import add_config_folder, load_plugins
 from dcdit.training.settings import TrainConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
-BLOCK = re.compile(r"^`(\S+)` \((new|added)\)\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^`(\S+)` \(new\)\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL))
-TABLES = (
-    *("dcdit.network:NETWORKS", "dcdit.network.routing:ROUTERS", "dcdit.diffusion.settings:SAMPLERS"),
-    *("dcdit.diffusion.settings:WEIGHTINGS",),
-    *("dcdit.data.builtin:SOURCES", "dcdit.evaluation.settings:METRICS"),
-)
 SMALL = tuple(word for word in TINY if not word.startswith("model."))
 FEW = ("sampler.steps=2", "precision=fp32")
 
 
 @pytest.fixture
-def follow(tmp_path, monkeypatch):
-    """Do what a section says; returns how to compose a configuration from then on."""
-    for place in TABLES:
-        module, name = place.split(":")
-        table = getattr(importlib.import_module(module), name)
-        before = dict(table)
-        monkeypatch.setattr(sys.modules[module], name, table)
-
-        def restore(table=table, before=before):
-            table.clear()
-            table.update(before)
-
-        monkeypatch.callbacks = [*getattr(monkeypatch, "callbacks", []), restore]
-    configs = tmp_path / "configs"
+def follow(tmp_path, monkeypatch, no_plugins):
+    """Do what a section says, in a folder of its own; returns how to compose a configuration from then on."""
 
     def do(section: str):
-        shutil.copytree(CONFIG_DIR, configs)
+        folder = tmp_path / "own" / section
         blocks = BLOCK.findall(SECTIONS[section])
-        assert 1 <= len({file for file, _, _ in blocks}) <= 3
-        for file, kind, text in blocks:
-            if file.startswith("configs/"):
-                assert kind == "new"
-                (tmp_path / file).write_text(text)
-                continue
-            name = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-            if kind == "added":
-                exec(compile(text, file, "exec"), importlib.import_module(name).__dict__)
-            elif "/" in file:  # a module within the package, found in a folder of its own
-                place = tmp_path / "new" / Path(file).name
-                place.parent.mkdir(exist_ok=True)
-                place.write_text(text)
-                package = importlib.import_module(name.rpartition(".")[0])
-                monkeypatch.setattr(package, "__path__", [*package.__path__, str(place.parent)])
-            else:
-                (tmp_path / file).write_text(text)
-                monkeypatch.syspath_prepend(tmp_path)
+        assert 1 <= len(blocks) <= 3
+        for file, text in blocks:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(text)
+        monkeypatch.syspath_prepend(folder)
+        words = " ".join(commands_of(section)).split()
+        load_plugins(plugins_named(words))
+        add_config_folder("--config-dir", str(folder / config_folder(words)) if config_folder(words) else None)
 
         def composed(*overrides: str, name: str = "train"):
-            with initialize_config_dir(str(configs), version_base="1.3"):
-                return compose(name, overrides=list(overrides))
+            return compose_values(name, list(overrides))
 
         return composed
 
-    yield do
-    for restore in monkeypatch.callbacks:
-        restore()
-    for name in ("dcdit.network.unet", "dcdit.diffusion.naive", "my_features"):
-        sys.modules.pop(name, None)
+    return do
+
+
+def commands_of(section: str) -> list[str]:
+    block = re.findall(r"```bash\n(.*?)```", SECTIONS[section], flags=re.DOTALL)[-1]
+    return block.replace("\\\n", " ").strip().splitlines()
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_the_commands_are_of_what_was_added(follow, section):
     composed = follow(section)
-    block = re.findall(r"```bash\n(.*?)```", SECTIONS[section], flags=re.DOTALL)[-1]
-    for line in block.replace("\\\n", " ").strip().splitlines():
-        words = shlex.split(line)
-        assert composed(*words[3:], name=words[2].removeprefix("dcdit.")) is not None
+    for line in commands_of(section):
+        words = [word for word in shlex.split(line)[2:] if "=" in word]
+        assert composed(*words, name=shlex.split(line)[2].removeprefix("dcdit.")) is not None
 
 
 @pytest.fixture
@@ -230,7 +200,6 @@ def test_a_metric_and_a_feature_network(follow, tiny, tmp_path, digits, capsys):
     assert "mean" in capsys.readouterr().out
     page = call(report, composed(f"runs=[{last.parents[1]}]", f"out={tmp_path}/report", name="report"))
     assert f"{result['metrics']['mean_distance']:.4g}" in page.read_text()
-    shutil.rmtree(tmp_path / "configs")
     composed = follow("A feature network")
     own = ("features=own", "features.module._target_=my_features.Coarse", "features.size=8", "metrics=[fid,kid]")
     (measured,) = call(evaluate, composed(*places, *own, f"out={tmp_path}/own", name="evaluate"))

@@ -22,6 +22,7 @@ from dcdit.network import Network, build_network
 from dcdit.network.pretrained import write_folder, written_files
 from dcdit.runtime.files import make_writable_folder, replacing, replacing_folder
 from dcdit.runtime.hub import cause_of, check_hub_answers
+from dcdit.settings.plugins import plugins_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,7 +85,8 @@ def write_exported(
     for name, tensor in state.items():
         if not tensor.to(DTYPES[dtype]).isfinite().all():
             raise UserError(f"dtype={dtype}: {name} has values that are too large for it, take bf16 or fp32")
-    training = {key: value for key, value in weights.training.items() if key != "model"}
+    training = {key: value for key, value in weights.training.items() if key not in ("model", "plugins")}
+    plugins = plugins_of({"model": network.spec, "diffusion": weights.process.spec})
     config = {
         "dcdit": dcdit.__version__,
         "network": network.spec,
@@ -94,8 +96,9 @@ def write_exported(
         "step": weights.step,
         "training": training,
         "figures": list(card.figures),
+        **({"plugins": plugins} if plugins else {}),
     }
-    card_text = _render_card(network, weights, kind, training, card, out.resolve().name)
+    card_text = _render_card(network, weights, kind, config, card, out.resolve().name)
     with replacing_folder(out) as draft:
         write_folder(draft, config, state, DTYPES[dtype], {"README.md": card_text})
     note = ""
@@ -167,7 +170,7 @@ def _build(weights: Weights, kind: WeightsKind) -> Network:
 
 
 def _render_card(
-    network: Network, weights: Weights, kind: WeightsKind, training: Mapping[str, Any], card: Card, folder: str
+    network: Network, weights: Weights, kind: WeightsKind, config: Mapping[str, Any], card: Card, folder: str
 ) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -194,7 +197,8 @@ def _render_card(
         step=f"after {weights.step:,} steps" if weights.step is not None else "after an unknown number of steps",
         latents=_describe_latents(weights.latents),
         classes=_describe_classes(weights.latents, network),
-        training=[(key, _short(value)) for key, value in training.items()],
+        plugins=", ".join(f"{module} ({_short(package)})" for module, package in config.get("plugins", {}).items()),
+        training=[(key, _short(value)) for key, value in config["training"].items()],
         command=card.command,
         figures=[headings, *rows] if rows else [],
     ).content

@@ -36,6 +36,7 @@ from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.files import read_json
 from dcdit.runtime.processes import say
 from dcdit.runtime.tensors import check_shapes, load_state_strict, read_tensors, shapes_of
+from dcdit.settings.plugins import check_plugins
 from dcdit.settings.published import published_scales
 
 _PREFIX = "network."  # before the names of the network's parameters within a checkpoint of ours
@@ -243,6 +244,7 @@ def _named(error: UserError, path: Path, argument: str) -> UserError:
 
 def _check_trained(values: dict[str, Any], path: Path) -> TrainingCheckpoint:
     """Check the values of the checkpoint of ``dcdit.train`` at ``path``; UserError if it was not written so."""
+    check_plugins(values.get("hyper_parameters"))
     try:
         settings = conform("hyper_parameters", values["hyper_parameters"], dict[str, Any])
         step = conform("global_step", values["global_step"], StepNumber)

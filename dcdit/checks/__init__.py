@@ -47,3 +47,4 @@ from dcdit.checks.constraints import (
     Workers,
 )
 from dcdit.checks.messages import LONGEST_SHOWN, check_credentials, reason_of, shown, visible, without_credentials
+from dcdit.checks.tables import Table, named_entries

@@ -16,6 +16,7 @@ from dcdit.runs.state import State
 from dcdit.runtime.processes import processes
 from dcdit.runtime.signals import STOP_SIGNALS
 from dcdit.settings.command import set_up_process
+from dcdit.settings.plugins import load_plugins
 
 MARK = ".unfinished"
 QUEUED_AGAIN, FAILED_FOR_GOOD = 75, 1
@@ -29,6 +30,7 @@ def enter_job() -> None:
     global _inside
     _inside = True
     set_up_process()
+    load_plugins()
     logging.getLogger("submitit").propagate = False  # it prints by itself
     # Until training takes them over there is nothing to save.
     for signum in set(STOP_SIGNALS) - {signal.SIGINT}:

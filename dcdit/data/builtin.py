@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import override
 
-from dcdit.checks import Count, build_named, checked
+from dcdit.checks import Count, Table, build_named, checked
 from dcdit.data.arrays import write_shards
 from dcdit.errors import UserError
 
@@ -133,7 +133,9 @@ class Synthetic:
         )
 
 
-SOURCES: dict[str, Callable[..., Source]] = {"digits": Digits, "mnist": Mnist, "synthetic": Synthetic}
+SOURCES: Table[Callable[..., Source]] = Table(
+    "data.source.name", {"digits": Digits, "mnist": Mnist, "synthetic": Synthetic}
+)
 """The built-in data sets, by the name that ``data.source.name`` takes."""
 
 

@@ -1,6 +1,6 @@
 """Results of evaluations: what the file of one holds, and how it is written and read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dcdit.evaluation.plans import MeasuredPlan, Text, ema_decay
 from dcdit.evaluation.settings import figures_of_metrics
 from dcdit.runtime.files import read_json, write_json
 from dcdit.sampling.dropped import Dropped
+from dcdit.settings.plugins import check_plugins, plugins_of
 
 SCHEMA = 6
 """Version of the files of results."""
@@ -134,7 +135,9 @@ class Result(Figures):
         """Return the plain values that the file holds."""
         absent = {"path", *(key for key in ("keep_ratio", "dropped_by_capacity") if getattr(self, key) is None)}
         values = {key: value for key, value in asdict(self).items() if key not in absent}
-        return {"schema": SCHEMA, **values, "plan": self.plan.as_plain()}
+        plan = self.plan.as_plain()
+        plugins = plugins_of(plan)
+        return {"schema": SCHEMA, **values, "plan": plan, **({"plugins": plugins} if plugins else {})}
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
@@ -158,6 +161,11 @@ def read_result(file: Path) -> Result:
         raise UserError(
             f"{file} was written by another release (schema {shown(schema)}, this one reads {SCHEMA}): evaluate again"
         )
+    plugins, plan_values = values.pop("plugins", None), values.get("plan")
+    try:
+        check_plugins({**(plan_values if isinstance(plan_values, Mapping) else {}), "plugins": plugins})
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     try:
         plan = MeasuredPlan.of(values.pop("plan", None))
         return call_checked(Result, values, "", {"plan": plan, "path": file})

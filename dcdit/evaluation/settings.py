@@ -18,6 +18,7 @@ from dcdit.checks import (
     OneOf,
     Positive,
     Shown,
+    Table,
     config,
     suggestion,
 )
@@ -81,17 +82,20 @@ NEIGHBOURS = 3
 
 _COMPUTE = "dcdit.evaluation.metrics:compute_"
 
-METRICS: dict[str, Metric] = {
-    "fid": Metric((Figure("fid", "FID"),), f"{_COMPUTE}fid", "features"),
-    "sfid": Metric((Figure("sfid", "sFID"),), f"{_COMPUTE}sfid", "spatial"),
-    "kid": Metric((Figure("kid", "KID"),), f"{_COMPUTE}kid"),
-    "is": Metric((Figure("inception_score", "IS", True),), f"{_COMPUTE}inception_score", None, logits=True),
-    "prc": Metric(
-        (Figure("precision", "precision", True), Figure("recall", "recall", True)),
-        f"{_COMPUTE}precision_recall",
-        least=NEIGHBOURS,
-    ),
-}
+METRICS: Table[Metric] = Table(
+    "metrics",
+    {
+        "fid": Metric((Figure("fid", "FID"),), f"{_COMPUTE}fid", "features"),
+        "sfid": Metric((Figure("sfid", "sFID"),), f"{_COMPUTE}sfid", "spatial"),
+        "kid": Metric((Figure("kid", "KID"),), f"{_COMPUTE}kid"),
+        "is": Metric((Figure("inception_score", "IS", True),), f"{_COMPUTE}inception_score", None, logits=True),
+        "prc": Metric(
+            (Figure("precision", "precision", True), Figure("recall", "recall", True)),
+            f"{_COMPUTE}precision_recall",
+            least=NEIGHBOURS,
+        ),
+    },
+)
 """What ``metrics`` may say."""
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from dcdit.checks import Matches, NamedSettings, OneOf, checked
+from dcdit.checks import Matches, NamedSettings, OneOf, Table, checked
 
 if TYPE_CHECKING:
     from dcdit.extraction.sources import ImageSource, Request
@@ -98,7 +98,7 @@ class Torchvision(ReaderSettings):
     part: Given | None
 
 
-READERS: dict[str, type[ReaderSettings]] = {
-    kind.name: kind for kind in (Auto, Labels, ImageNetVal, Parquet, Torchvision)
-}
+READERS: Table[type[ReaderSettings]] = Table(
+    "reader.name", {kind.name: kind for kind in (Auto, Labels, ImageNetVal, Parquet, Torchvision)}
+)
 """The kinds of sources, by the name that ``reader`` takes."""

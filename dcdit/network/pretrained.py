@@ -18,6 +18,7 @@ from dcdit.network.registry import NETWORKS, build_network, build_without_memory
 from dcdit.runtime.files import content_digest, file_digest, read_json, replacing, write_text
 from dcdit.runtime.hub import check_hub_answers
 from dcdit.runtime.tensors import check_shapes, load_state_strict, read_tensors, shapes_of
+from dcdit.settings.plugins import check_plugins, plugins_of
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -58,7 +59,8 @@ class Pretrained(ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
-        write_folder(save_directory, {"network": self.spec}, self.state_dict())
+        config = {"network": self.spec, "plugins": plugins_of({"model": self.spec})}
+        write_folder(save_directory, {key: value for key, value in config.items() if value}, self.state_dict())
 
     @classmethod
     def _from_pretrained(
@@ -151,7 +153,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the ``config.json`` of an exported folder; ``network`` in it describes the network.
 
     Raises:
-        UserError: if there is none, it describes no network of dcdit, or was changed after it was written.
+        UserError: if there is none, it describes no network of dcdit, was changed after it was written, or needs a
+            plug-in that is not loaded.
     """
     path = folder / CONFIG_FILE
     remedy = "export the network again (dcdit export), or download the folder again"
@@ -165,4 +168,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if digest != content_digest(config):
         raise UserError(f"{path} is not as it was written, its digest differs: {remedy}")
     conform("sha256", config.get("sha256"), Digest)
+    training = config.get("training")
+    diffusion = training.get("diffusion") if isinstance(training, Mapping) else None
+    check_plugins({"model": config["network"], "diffusion": diffusion, "plugins": config.get("plugins")})
     return config

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dcdit.checks import build_named
+from dcdit.checks import Table, build_named
 from dcdit.errors import UserError
 from dcdit.runtime.devices import without_memory
 from dcdit.runtime.memory import free_memory
@@ -14,7 +14,7 @@ from dcdit.runtime.tensors import shapes_of
 if TYPE_CHECKING:
     from dcdit.network.interface import Network
 
-NETWORKS: "dict[str, Callable[..., Network]]" = {}
+NETWORKS: "Table[Callable[..., Network]]" = Table("model.name")
 """What ``model.name`` may say; :mod:`dcdit.network` enters its classes.
 
 Nothing else is ever constructed from a configuration or a checkpoint.

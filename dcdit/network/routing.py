@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcdit.checks import DropFraction, OneOf, conform
+from dcdit.checks import DropFraction, OneOf, Table, conform
 from dcdit.errors import UserError
 from dcdit.network.initialisers import constant_init
 
@@ -200,10 +200,9 @@ def _inside(shift: int, size: int) -> slice:
     return slice(max(0, -shift), size - max(0, shift))
 
 
-ROUTERS: dict[str, Callable[[int], nn.Module]] = {
-    "predictability": PredictabilityRouter,
-    "cosine": CosineRouter,
-}
+ROUTERS: Table[Callable[[int], nn.Module]] = Table(
+    "model.router", {"predictability": PredictabilityRouter, "cosine": CosineRouter}
+)
 """What ``model.router`` may say: from feature channels D to a module that maps features (B, D, H, W) to (B, L) float32
 probabilities of a boundary."""
 

@@ -62,6 +62,7 @@ KINDS: dict[str, Kind] = {
     "logger": Kind.UNSEEN,
     "match_compute": Kind.UNSEEN,  # which comes to trainer.max_steps
     "paths": Kind.UNSEEN,
+    "plugins": Kind.UNSEEN,  # which only says where the named choices come from
     "resolution": Kind.UNSEEN,  # whose values stand in the model
     "resume": Kind.UNSEEN,
     "run_dir": Kind.UNSEEN,

@@ -13,7 +13,7 @@ from dcdit.errors import UserError
 from dcdit.runtime.files import open_regular
 from dcdit.runtime.limits import BudgetError, check_budget
 from dcdit.settings.help import group_names
-from dcdit.settings.published import CONFIG_DIR
+from dcdit.settings.plugins import config_folders
 
 CONFIG_NAME = "config.yaml"
 _LARGEST = 1 << 18
@@ -128,7 +128,7 @@ def _check(values: Mapping[str, Any], given: set[str], path: Path) -> None:
 def _check_target(key: str, section: Mapping[str, Any], refuse: Any) -> None:
     """Refuse a class that is none of dcdit's own configurations, and arguments of a library's that they do not have."""
     target = section["_target_"]
-    known = _own_targets().get(str(target))
+    known = _own_targets(*config_folders()).get(str(target))
     if known is None:
         refuse(f"{key}._target_", target, "names code to run that no configuration of dcdit names")
         return
@@ -141,9 +141,14 @@ def _check_target(key: str, section: Mapping[str, Any], refuse: Any) -> None:
 
 
 @cache
-def _own_targets() -> Mapping[str, frozenset[str]]:
-    """The classes that the configuration files of dcdit name, with the keys that they give them."""
-    files = [path for group in ("callbacks", "logger", "features") for path in Path(CONFIG_DIR, group).glob("*.yaml")]
+def _own_targets(*folders: Path) -> Mapping[str, frozenset[str]]:
+    """The classes that the configuration files of dcdit and of plug-ins name, with the keys that they give them."""
+    files = [
+        path
+        for group in ("callbacks", "logger", "features")
+        for each in folders
+        for path in Path(each, group).glob("*.yaml")
+    ]
     sections = [value for path in files for _, value in _walk({"file": yaml.safe_load(path.read_text())})]
     named = [section for section in sections if isinstance(section, Mapping) and "_target_" in section]
     return {section["_target_"]: frozenset(section) for section in named if section["_target_"] != "???"}

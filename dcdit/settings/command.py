@@ -21,7 +21,8 @@ from dcdit.runtime import terminal
 from dcdit.settings.compose import compose_values, configuration_of, primary_config, register_resolvers
 from dcdit.settings.errors import exit_with_message, explain
 from dcdit.settings.help import show_help
-from dcdit.settings.overrides import options_last, quoted, with_paths
+from dcdit.settings.overrides import config_folder, options_last, plugins_named, quoted, with_paths
+from dcdit.settings.plugins import add_config_folder, find_plugins, load_plugins
 from dcdit.settings.published import CONFIG_DIR
 
 C = TypeVar("C")
@@ -39,6 +40,7 @@ class Command(Generic[C, R]):
         flags: words of the command line that stand for overrides.
         saved: makes of the words of a command line values that take the place of the command's own file and groups;
             None if no word asks for that.
+        plugins: whether it imports installed plug-ins at its start; else only where a file that it reads needs them.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class Command(Generic[C, R]):
         paths: bool = False,
         flags: Mapping[str, str] | None = None,
         saved: Callable[[Sequence[str]], Mapping[str, Any] | None] = lambda words: None,
+        plugins: bool = True,
     ) -> None:
         update_wrapper(self, function)
-        self.name, self.function, self.paths, self.flags, self.saved = name, function, paths, flags or {}, saved
+        self.name, self.function, self.paths, self.flags = name, function, paths, flags or {}
+        self.saved, self.plugins = saved, plugins
         self.config: type[C] = inspect.signature(function).parameters["config"].annotation
         self.errors: list[Exception] = []
         """Of the jobs of the last command line: Hydra would print those that reach it, beside our own message."""
@@ -90,6 +94,8 @@ class Command(Generic[C, R]):
         Raises:
             UserError: naming key, value and remedy.
         """
+        if self.plugins:
+            load_plugins(plugins_named(overrides))
         try:
             words = quoted(overrides, self.config)
             values = compose_values(self.name, words, self.saved(words))
@@ -104,6 +110,9 @@ class Command(Generic[C, R]):
 
     def _run(self) -> None:
         set_up_process()
+        add_config_folder("--config-dir", config_folder(sys.argv[1:]))
+        if self.plugins:
+            find_plugins(plugins_named(sys.argv[1:]))
         if {"--help", "-h"} & set(sys.argv[1:]):
             show_help(self.name, sys.modules[self.__module__].__doc__ or "")
             return
@@ -112,6 +121,8 @@ class Command(Generic[C, R]):
             sys.argv[1:] = with_paths(sys.argv[1:])
         for word in (*sys.argv[1:], *(os.environ.get(name, "") for name in ("DCDIT_DATA", "DCDIT_RUNS"))):
             check_credentials(word)  # before Hydra writes down what was given
+        if self.plugins:
+            load_plugins(plugins_named(sys.argv[1:]))
         sys.argv[1:] = options_last(quoted(sys.argv[1:], self.config))
         primary = primary_config(self.name, self.saved(sys.argv[1:]))
         self.errors.clear()
@@ -126,9 +137,10 @@ def command(
     paths: bool = False,
     flags: Mapping[str, str] | None = None,
     saved: Callable[[Sequence[str]], Mapping[str, Any] | None] = lambda words: None,
+    plugins: bool = True,
 ) -> Callable[[Callable[[C], R]], Command[C, R]]:
     """Function decorator that makes a :class:`Command`, whose arguments these are."""
-    return lambda function: Command(name, function, around, paths, flags, saved)
+    return lambda function: Command(name, function, around, paths, flags, saved, plugins)
 
 
 def set_up_process() -> None:

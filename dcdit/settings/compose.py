@@ -18,6 +18,7 @@ from dcdit.checks import WithOthers, annotations, call_checked
 from dcdit.errors import UserError
 from dcdit.runtime.files import read_json
 from dcdit.settings.errors import refused_by_resolver
+from dcdit.settings.plugins import load_plugins
 from dcdit.settings.published import CONFIG_DIR
 
 C = TypeVar("C")
@@ -104,10 +105,18 @@ def configuration_of(cls: Callable[..., C], values: DictConfig) -> C:
 
 
 def plain_values(cls: Callable[..., Any], values: DictConfig) -> dict[str, Any]:
-    """The plain values of which :func:`configuration_of` makes a configuration; UserError if a section is none."""
+    """The plain values of which :func:`configuration_of` makes a configuration.
+
+    The plug-ins that the key ``plugins`` names are imported here: they could be named in a file, such as an experiment.
+
+    Raises:
+        UserError: if a section is none, or a plug-in cannot be imported.
+    """
     hints = annotations(cls)
     optional = [name for name, hint in hints.items() if any(map(_is_open_section, get_args(hint)))]
     values_by_name = plain(values, [name for name, hint in hints.items() if _is_open_section(hint)])
+    if (named := values_by_name.pop("plugins", [])) != []:
+        load_plugins(named)
     return {**dict.fromkeys(optional), **values_by_name}  # None where ``~logger`` took it away
 
 

@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.errors import (
@@ -20,7 +19,6 @@ from dcdit.errors import TrainingError, UserError
 from dcdit.runtime import terminal
 from dcdit.runtime.files import describe_dangling_link
 from dcdit.settings.help import choices, keys_in
-from dcdit.settings.published import CONFIG_DIR
 
 USER_ERROR_STATUS = 2
 MOST_SUGGESTED = 3
@@ -139,7 +137,7 @@ def _key_of(word: str) -> str:
 def _choices_with(full_key: str) -> list[str]:
     """The choices of a configuration group that have a key, such as ``diffusion=flow``."""
     group, _, key = full_key.rpartition(".")
-    files = {choice: Path(CONFIG_DIR, group, f"{choice}.yaml") for choice in choices(group)} if group else {}
+    files = choices(group) if group else {}
     return [f"{group}={choice}" for choice, file in files.items() if key in keys_in(file)]
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dcdit.settings.plugins import config_folders
 from dcdit.settings.published import CONFIG_DIR
 
 _BASES = {"data": ("default",), "trainer": ("default",)}
@@ -17,6 +18,9 @@ _BASES = {"data": ("default",), "trainer": ("default",)}
 
 _INCLUDED = ("sampling", "assume")
 """Groups whose one file is part of a command's keys, not a choice."""
+
+_COMMON = "common"
+"""The file of the keys that nearly all commands have."""
 
 _HIDDEN = ("hydra", "paths", "local", *_INCLUDED)
 
@@ -78,23 +82,26 @@ def groups_of(file: Path) -> dict[str, str | None]:
     return groups
 
 
-@cache
 def group_names() -> frozenset[str]:
     """The names of the groups of all commands."""
-    folders = {path.parent.relative_to(CONFIG_DIR) for path in Path(CONFIG_DIR).rglob("*.yaml")}
-    return frozenset(folder.as_posix() for folder in folders - {Path()})
+    return frozenset[str]().union(*map(_groups_in, config_folders()))
 
 
-def choices(group: str) -> list[str]:
-    """The names that a user may choose in a group, sorted."""
-    names = {path.stem for path in Path(CONFIG_DIR, group).glob("*.yaml")}
-    return sorted(names - set(_BASES.get(group, ())))
+@cache
+def _groups_in(folder: Path) -> frozenset[str]:
+    groups = {path.parent.relative_to(folder) for path in folder.rglob("*.yaml")}
+    return frozenset(group.as_posix() for group in groups - {Path()})
+
+
+def choices(group: str) -> dict[str, Path]:
+    """The names that a user may choose in a group, sorted, and their files."""
+    files = {path.stem: path for folder in config_folders() for path in Path(folder, group).glob("*.yaml")}
+    return {name: files[name] for name in sorted(files.keys() - set(_BASES.get(group, ())))}
 
 
 def keys_of_choices(group: str) -> list[str]:
     """The keys that the choices of a group have, without its name, in the order of their files."""
-    files = [Path(CONFIG_DIR, group, f"{choice}.yaml") for choice in choices(group)]
-    return list(dict.fromkeys(key for file in files for key in keys_in(file) if key != "name"))
+    return list(dict.fromkeys(key for file in choices(group).values() for key in keys_in(file) if key != "name"))
 
 
 def keys_in(file: Path) -> list[str]:
@@ -121,6 +128,8 @@ def keys_of(file: Path) -> dict[str, Key]:
         if group in _INCLUDED:
             included = Path(CONFIG_DIR, group, f"{choice}.yaml")
             keys = _merged(keys, keys_of(included)) if group == "sampling" else {**keys, group: _section(included)}
+    if _COMMON in (yaml.safe_load(file.read_text()).get("defaults") or ()):
+        keys |= keys_of(Path(CONFIG_DIR, f"{_COMMON}.yaml"))
     return keys
 
 

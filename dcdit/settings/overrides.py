@@ -56,6 +56,32 @@ def _values_of_options(arguments: Sequence[str]) -> set[int]:
     return {place + 1 for place, word in enumerate(arguments) if word in _OPTIONS_WITH_VALUE}
 
 
+def plugins_named(arguments: Sequence[str]) -> object:
+    """The value of the key ``plugins`` in command-line words, which is needed before anything is composed.
+
+    Raises:
+        UserError: if it has several values, as in a sweep.
+    """
+    value: object = []
+    for word in arguments:
+        override = _parsed(word) if word.startswith("plugins=") else None
+        if override is not None:
+            if override.is_sweep_override():
+                raise UserError(f"{word}: all runs of a sweep have the same plug-ins, name them as plugins=[one,other]")
+            value = override.value()
+    return value
+
+
+def config_folder(arguments: Sequence[str]) -> str | None:
+    """The folder that Hydra's option ``--config-dir`` names in command-line words; None without it."""
+    folder = None
+    for place, word in enumerate(arguments):
+        option, given, value = word.partition("=")
+        if option in ("--config-dir", "-cd"):
+            folder = value if given else next(iter(arguments[place + 1 :]), None)
+    return folder
+
+
 def with_paths(arguments: Sequence[str]) -> list[str]:
     """Command-line words for Hydra: paths that stand alone become ``runs=[...]``.
 

@@ -20,6 +20,7 @@ from dcdit.diffusion.loss import DiffusionLoss
 from dcdit.diffusion.process import Process
 from dcdit.errors import TrainingError, UserError
 from dcdit.network import Network, Output
+from dcdit.settings.plugins import plugins_of
 from dcdit.training.alignment.losses import Alignment
 from dcdit.training.auxiliary import AuxiliaryLoss, Noisy, record_hidden_states
 from dcdit.training.batching import recorded_settings
@@ -115,6 +116,8 @@ class DCDiTModule(pl.LightningModule):
         saved = {name: to_plain(getattr(config, name)) for name in (*names, "nonfinite_limit", "balance_timesteps")}
         if alignment is not None:
             saved["alignment"] = alignment.record
+        if plugins := plugins_of(saved):
+            saved["plugins"] = plugins
         self.save_hyperparameters(
             {**saved, "latents": latents.to_plain(), "max_steps": self.max_steps, "init": dict(init)}, logger=False
         )

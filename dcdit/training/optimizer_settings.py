@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from dcdit.checks import Bounds, NamedSettings, Natural, NonNegative, Positive, config
+from dcdit.checks import Bounds, NamedSettings, Natural, NonNegative, Positive, Table, config
 from dcdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,5 +78,5 @@ class Muon(OptimizerSettings):
             )
 
 
-OPTIMIZERS: dict[str, type[OptimizerSettings]] = {kind.name: kind for kind in (AdamW, Muon)}
+OPTIMIZERS: Table[type[OptimizerSettings]] = Table("optimizer.name", {kind.name: kind for kind in (AdamW, Muon)})
 """The optimisers by ``optimizer.name``."""

@@ -16,6 +16,7 @@ from dcdit.checks import (
     Natural,
     NonNegative,
     Seed,
+    Table,
     TailDrop,
     WithOthers,
     config,
@@ -163,7 +164,9 @@ class FromTeacher(InitSettings):
             raise UserError("init=upcycle makes a DC-DiT of a plain DiT: choose a dcdit model, such as model=dcdit_xl")
 
 
-INITS: dict[str, type[InitSettings]] = {kind.name: kind for kind in (FromScratch, FromWeights, FromTeacher)}
+INITS: Table[type[InitSettings]] = Table(
+    "init.name", {kind.name: kind for kind in (FromScratch, FromWeights, FromTeacher)}
+)
 """What training may start from, by ``init.name``."""
 
 Precision = Literal["bf16-mixed", "16-mixed", "32-true", "bf16", 16, 32]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.configs import TINY
+from support.plugins import write_router
 from support.runs import assert_same_end, load, wait_for
 
 from dcdit.runs.progress import progress_of
@@ -82,7 +83,12 @@ def release(slurm) -> None:
 
 
 def test_a_sweep_is_one_job_array_and_is_summed_up(tmp_path, digits, slurm):
-    varied = ("compression=2,4", "trainer.max_steps=6", "trainer.val_check_interval=3")
+    """A plug-in takes part: both processes of each job have to import it, and to find its configuration file."""
+    write_router(tmp_path, "my_router", "own")
+    (tmp_path / "configs" / "multi_budget").mkdir(parents=True)
+    (tmp_path / "configs" / "multi_budget" / "mine.yaml").write_text("defaults: [wide, _self_]\n")
+    own = ("plugins=[my_router]", "model.router=own", "multi_budget=mine")
+    varied = (*own, "compression=2,4", "trainer.max_steps=6", "trainer.val_check_interval=3")
     process = submit(tmp_path, digits, slurm, *varied)
     folder = tmp_path / "runs" / "digits_sweep"
     text = tmp_path / "launcher.log"

@@ -66,7 +66,7 @@ def test_a_network_of_ones_own_that_takes_no_capacity_is_told_so(monkeypatch):
         def forward(self, x, t, y, drop_fraction=0.0, cache=None):
             return super().forward(x, t, y, drop_fraction, cache)
 
-    monkeypatch.setitem(NETWORKS, "dcdit", Own)
+    monkeypatch.setitem(NETWORKS._entries, "dcdit", Own)
     with pytest.raises(UserError, match=r"execution\.capacity=auto: Own\.forward takes no capacity: add the argument"):
         module_of(config_of(*TINY, "execution.capacity=auto"))
     module_of(config_of(*TINY))

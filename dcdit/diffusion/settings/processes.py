@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from typing_extensions import Self, override
 
-from dcdit.checks import Bounds, NamedSettings, NonNegative, Number, OneOf, Positive, checked
+from dcdit.checks import Bounds, NamedSettings, NonNegative, Number, OneOf, Positive, Table, checked
 
 if TYPE_CHECKING:
     from dcdit.diffusion.process import Process
@@ -16,7 +16,9 @@ TRAIN_STEPS = 1000
 """Steps of the trained process."""
 
 
-WEIGHTINGS: dict[str, str | None] = {"none": None, "min_snr": "dcdit.diffusion.loss:min_snr_weight"}
+WEIGHTINGS: Table[str | None] = Table(
+    "diffusion.weighting", {"none": None, "min_snr": "dcdit.diffusion.loss:min_snr_weight"}
+)
 """What ``diffusion.weighting`` may say: module and function of the weight of a sample's squared error.
 
 The function takes the signal-to-noise ratio (B,), the squared error of x_0 that an error of 1 in the network's
@@ -104,7 +106,9 @@ class FlowMatching(ProcessSettings):
         return replace(self, shift=math.sqrt(elements / _UNSHIFTED_ELEMENTS))
 
 
-PROCESSES: dict[str, type[ProcessSettings]] = {kind.name: kind for kind in (NoiseDiffusion, FlowMatching)}
+PROCESSES: Table[type[ProcessSettings]] = Table(
+    "diffusion.name", {kind.name: kind for kind in (NoiseDiffusion, FlowMatching)}
+)
 """The processes by ``diffusion.name``."""
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from typing_extensions import override
 
-from dcdit.checks import Bounds, NamedSettings, call_checked, checked
+from dcdit.checks import Bounds, NamedSettings, Table, call_checked, checked
 from dcdit.diffusion.settings.processes import (
     TRAIN_STEPS,
     FlowMatching,
@@ -185,9 +185,9 @@ class Auto(SamplerOptions):
         return sampler.for_process(process)
 
 
-SAMPLERS: dict[str, type[SamplerOptions]] = {
-    kind.name: kind for kind in (Auto, DDPM, DDIM, DPMSolver, Euler, Heun, EulerMaruyama)
-}
+SAMPLERS: Table[type[SamplerOptions]] = Table(
+    "sampler.name", {kind.name: kind for kind in (Auto, DDPM, DDIM, DPMSolver, Euler, Heun, EulerMaruyama)}
+)
 """The samplers by ``sampler.name``."""
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from dcdit.checks import Bounds, Grid, NamedSettings, NonNegative, Positive, Size, config
+from dcdit.checks import Bounds, Grid, NamedSettings, NonNegative, Positive, Size, Table, config
 from dcdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -148,5 +148,7 @@ class Dispersive(BlockSettings):
         return max(1, depth // 4) if self.block == "auto" else self.block
 
 
-ALIGNMENTS: dict[str, type[AlignmentSettings]] = {kind.name: kind for kind in (NoAlignment, REPA, IREPA, Dispersive)}
+ALIGNMENTS: Table[type[AlignmentSettings]] = Table(
+    "alignment.name", {kind.name: kind for kind in (NoAlignment, REPA, IREPA, Dispersive)}
+)
 """What hidden states may be aligned with, by ``alignment.name``."""

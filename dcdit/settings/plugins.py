@@ -1,0 +1,160 @@
+"""Plug-ins: modules of other packages, which enter networks, metrics and more in our tables when they are imported."""
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points, packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+from dcdit.checks import Matches, conform, named_entries, shown, visible
+from dcdit.errors import UserError
+from dcdit.settings.published import CONFIG_DIR
+
+GROUP = "dcdit.plugins"
+"""The entry points by which an installed package declares its plug-ins."""
+
+VARIABLE = "DCDIT_PLUGINS"
+"""The environment variable that names modules, with commas between them."""
+
+Module = Annotated[str, Matches(r"(?!.{201})[^\W\d]\w*(\.[^\W\d]\w*)*", "the name of a module, such as my_router")]
+
+_folders: dict[str, Path] = {}
+
+
+@cache
+def _installed() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=GROUP))
+
+
+def find_plugins(named: object = ()) -> dict[str, str]:
+    """The modules of installed packages, of ``DCDIT_PLUGINS`` and of the key ``plugins``, with what names each.
+
+    Their folders of configuration files are known from now on; nothing is imported.
+
+    Args:
+        named: value of the key.
+
+    Raises:
+        UserError: if a name is no module's, or a configuration file has the name of another.
+    """
+    found = {entry.module: f"package {entry.dist.name}" for entry in _installed() if entry.dist}
+    variable = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    for key, names in ((VARIABLE, variable), ("plugins", list(named) if isinstance(named, tuple) else named)):
+        for module in conform(key, names, list[Module]):
+            found.setdefault(module, f"{key}={module}")
+    for package in dict.fromkeys(module.partition(".")[0] for module in found):
+        spec = find_spec(package) if package != "__main__" else None
+        places = [] if spec is None else spec.submodule_search_locations or [os.path.dirname(spec.origin or "")]
+        for place in places:
+            add_config_folder(place, os.path.join(place, "configs"))
+    return found
+
+
+def load_plugins(named: object = ()) -> None:
+    """Import the plug-ins that :func:`find_plugins` finds, each once.
+
+    Raises:
+        UserError: if one cannot be imported, or would replace what is not its own.
+    """
+    for module, where in find_plugins(named).items():
+        if module not in sys.modules:
+            _import(module, where)
+
+
+def _import(module: str, where: str) -> None:
+    try:
+        import_module(module)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the code of others raises
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise UserError(
+                f"{where}: there is no module {module}. Python looks for it in the current folder, in those that"
+                " PYTHONPATH names, and among installed packages"
+            ) from None
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+        raise UserError(
+            f"{where}: the plug-in {module} cannot be imported, {type(error).__name__}: {visible(str(error))}"
+            f" ({frames[-1].filename}, line {frames[-1].lineno}). python -c 'import {module}' shows the traceback"
+        ) from error
+
+
+def add_config_folder(owner: str, place: str | None) -> None:
+    """Have configuration files found in the folder ``place`` too, if it exists.
+
+    Args:
+        owner: who brings it, in place of any other folder.
+        place: its path; None if there is no such folder any more.
+
+    Raises:
+        UserError: if a file in it has the name of one that is found already.
+    """
+    _folders.pop(owner, None)
+    folder, others = Path(place or "").resolve(), config_folders()
+    if place is None or not folder.is_dir() or folder in [other.resolve() for other in others]:
+        return
+    for file in sorted(folder.rglob("*.yaml")):
+        name = file.relative_to(folder)
+        if taken := [other for other in others if (other / name).is_file()]:
+            raise UserError(f"{file} has the name of {taken[0] / name}, which would hide it: choose another name")
+    _folders[owner] = folder
+
+
+def config_folders() -> list[Path]:
+    """The folders of configuration files: ours, those of plug-ins, and that of ``--config-dir``."""
+    return [Path(CONFIG_DIR), *_folders.values()]
+
+
+def plugins_of(values: Mapping[str, object]) -> dict[str, str | None]:
+    """The modules that made what ``values`` choose from our tables, each with its package and version, None if of none.
+
+    Args:
+        values: sections of a configuration as plain values, such as ``model``.
+    """
+    modules = {table.origin(name) for table, name in named_entries(values)} - {None}
+    return {module: _package_of(module) for module in sorted(map(str, modules))}
+
+
+def _package_of(module: str) -> str | None:
+    top = module.partition(".")[0]
+    names = [entry.dist.name for entry in _installed() if entry.dist and entry.module.partition(".")[0] == top]
+    names += [] if names else packages_distributions().get(top, [])
+    return f"{names[0]} {version(names[0])}" if names else None
+
+
+def check_plugins(values: object) -> None:
+    """Check that what a file chooses from our tables is there, if the file records that plug-ins made it.
+
+    Nothing that the file names is imported: only installed packages and ``DCDIT_PLUGINS``, as in every command.
+
+    Args:
+        values: sections of a configuration as plain values, and ``plugins``, what :func:`plugins_of` returned then.
+
+    Raises:
+        UserError: naming the plug-ins, and how to allow them.
+    """
+    if not isinstance(values, Mapping) or not values.get("plugins"):
+        return
+    record = conform("plugins", values["plugins"], dict[str, str | None])
+    load_plugins()
+    for table, name in named_entries(values):
+        if name not in table:
+            packages = {conform("plugins", module, Module): package for module, package in list(record.items())[:8]}
+            raise UserError(f"{table.key}={shown(name)} {_describe_missing(packages)}")
+
+
+def _describe_missing(packages: Mapping[str, str | None]) -> str:
+    """Say which of the recorded plug-ins are not loaded, and how to load them."""
+    named = ", ".join(name + (f" (of {shown(package)})" if package else "") for name, package in packages.items())
+    missing = ",".join(module for module in packages if module not in sys.modules)
+    if not missing:
+        return f"was made by the plug-in {named}, which has no such entry here: install the version that had it"
+    return (
+        f"was made by the plug-in {named}, which is not loaded, because a file never imports anything by itself. If you"
+        f" trust it, install its package, or name it with plugins=[{missing}] or {VARIABLE}={missing}"
+    )
