@@ -54,6 +54,7 @@ def test_help_shows_the_groups_of_the_command_and_its_keys(tmp_path, capsys, com
         **{name: {"sampler"} for name in ("sample", "generate", "explore")},
         "evaluate": {"sampler", "features"},
         "score": {"features"},
+        "extract": {"reader"},
     }.get(command, set())
     shown = dict(re.findall(r"^  (\w+) +(\S.*)$", result.out.split("Keys (")[0], flags=re.MULTILINE))
     assert groups <= set(shown)

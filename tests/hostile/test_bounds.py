@@ -19,7 +19,7 @@ from dcdit.data.order import Position, Readers
 from dcdit.data.statistics import Sums
 from dcdit.diffusion.settings import PROCESSES, SAMPLERS
 from dcdit.errors import UserError
-from dcdit.evaluation import results
+from dcdit.evaluation import plans, results, scores
 from dcdit.network import NETWORKS, DiT, build_network
 from dcdit.runs.changes import Change
 from dcdit.runs.state import RunState
@@ -52,8 +52,9 @@ def unbounded(hint: Any, bounded: bool = False) -> bool:
 
 READ = (Manifest, Shard, StreamState, Position, Readers, Sums, Change, RunState, Part, Calibration)
 RESULT = (
-    *(results.Result, results.MeasuredPlan, results.KeepRatio, results.Timing, results.NetworkDescription),
-    *(results.FeatureDescription, results.ReferenceDescription),
+    *(results.Result, results.KeepRatio, results.Timing, results.NetworkDescription),
+    *(plans.MeasuredPlan, plans.FeatureDescription, plans.ReferenceDescription),
+    *(scores.Score, scores.ScorePlan, scores.SamplingRecord),
 )
 
 

@@ -133,7 +133,7 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, digits):
     process.wait(60)
     text = process.said
     assert "SIGTERM: finishing this step and saving" in text
-    assert "Resume: the same command with ckpt_path=last" in text
+    assert "Resume: python -m dcdit.train resume=run\n" in text
     state = RunState.read(run)
     assert (state.state, state.step) == ("interrupted", load(run)["global_step"])
     assert 5 < state.step < 2000
