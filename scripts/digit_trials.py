@@ -132,6 +132,15 @@ def real_digits(directory: Path, side: int) -> Statistics:
     return Statistics.of([DigitsClassifier()(images.read(range(images.count)))], images.count)
 
 
+def _precision_of_training(run: Path, device: torch.device) -> str:
+    """``fp32`` or ``bf16``; an exported folder does not tell it."""
+    config = run / "config.yaml"
+    half = device.type == "cuda"
+    if config.is_file():
+        half = str(OmegaConf.load(config).trainer.precision).startswith("bf16")
+    return "bf16" if half else "fp32"
+
+
 class Figures(NamedTuple):
     """FID of samples, the share read as the requested class, the share of positions kept, seconds, and the samples."""
 
@@ -148,13 +157,12 @@ class Trained:
     Args:
         run: its directory.
         device: where it samples.
-        precision: ``fp32`` or ``bf16``; None takes that of the training.
+        precision: ``fp32`` or ``bf16``; None takes that of the training, where the run tells it, else bf16 on a GPU alone.
     """
 
     def __init__(self, run: Path, device: torch.device = CPU, precision: str | None = None) -> None:
         self.model: Model = load_model(run, device=device)
-        trained_in = OmegaConf.load(run / "config.yaml").trainer.precision
-        self.precision = precision or ("bf16" if str(trained_in).startswith("bf16") else "fp32")
+        self.precision = precision or _precision_of_training(run, device)
         self._decode = load_decoder(self.model.latents, CPU)
         self._features = DigitsClassifier()
 
