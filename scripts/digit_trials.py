@@ -157,7 +157,8 @@ class Trained:
     Args:
         run: its directory.
         device: where it samples.
-        precision: ``fp32`` or ``bf16``; None takes that of the training, where the run tells it, else bf16 on a GPU alone.
+        precision: ``fp32`` or ``bf16``; None takes that of the training; where no file tells it, bf16 on a
+            GPU, else fp32.
     """
 
     def __init__(self, run: Path, device: torch.device = CPU, precision: str | None = None) -> None:
