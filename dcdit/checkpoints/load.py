@@ -26,7 +26,7 @@ from dcdit.checkpoints.settings import AS_PUBLISHED, AssumeSettings, WeightsKind
 from dcdit.checks import Bounds, conform, shown
 from dcdit.data.latents import LatentSpec
 from dcdit.diffusion.process import Process, build_process
-from dcdit.diffusion.settings import PUBLISHED_PROCESS
+from dcdit.diffusion.settings import PROCESSES, PUBLISHED_PROCESS
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.pretrained import WEIGHTS_FILE, read_config
@@ -160,7 +160,8 @@ def build_model(weights: Weights, kind: WeightsKind, device: torch.device | str 
     """Build the network of ``weights`` in evaluation mode on ``device``; raises as :func:`load_model` does."""
     if weights.latents is None:
         raise UserError(
-            f"this {weights.source} does not say what its latents are: give assume.autoencoder=... and assume.scale=..."
+            f"this {weights.source} does not say what its latents are, nor by which process it was trained: give"
+            " assume.autoencoder=... (identity for pixels), assume.scale=... and assume.diffusion=..."
         )
     network = build_network(weights.model)
     load_state_strict(network, weights.of_kind(kind))
@@ -302,11 +303,13 @@ def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
     model = conform("network", config["network"], dict[str, Any])
     state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
     check_weights(model, state)
+    training = {"model": model, **conform("training", config.get("training", {}), dict[str, Any])}
     if config.get("latents") is not None:
         assume.check_unused("exported network")
         latents: LatentSpec | None = LatentSpec.from_plain(config["latents"], "latents")
     else:
         latents = published_latents(model, assume) if assume.autoencoder else None
+        training |= _assumed_process(training, assume)
     kind = conform("weights", config.get("weights", "ema"), WeightsKind)
     return Weights(
         "exported network",
@@ -315,8 +318,30 @@ def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
         conform("step", config.get("step"), StepNumber | None),
         state if kind != "raw" else None,
         state if kind == "raw" else None,
-        {"model": model, **conform("training", config.get("training", {}), dict[str, Any])},
+        training,
+        has_class_names=config.get("latents") is not None,
     )
+
+
+def _assumed_process(training: Mapping[str, Any], assume: AssumeSettings) -> dict[str, Any]:
+    """The process of a network alone, as ``save_pretrained`` writes it, by what the user says; nothing if they do not.
+
+    Raises:
+        UserError: if it is a process as another program trains by it, or the folder names one itself.
+    """
+    if assume.diffusion is None:
+        if assume.autoencoder is not None and "diffusion" not in training:
+            say(
+                f"Nothing in the folder says by which process it was trained: diffusion={PUBLISHED_PROCESS['name']} is"
+                " taken, as published; assume.diffusion=flow says the other"
+            )
+        return {}
+    if assume.diffusion not in PROCESSES or "diffusion" in training:
+        raise UserError(
+            f"assume.diffusion={assume.diffusion}: this exported network was trained by dcdit or a loop of your own,"
+            f" take one of {', '.join(PROCESSES)}"
+        )
+    return {"diffusion": {"name": assume.diffusion}}
 
 
 def _infer_weights(

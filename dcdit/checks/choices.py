@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from dcdit.checks.checking import Section, annotations, call_checked
 from dcdit.checks.messages import shown
+from dcdit.checks.tables import describe_unknown
 from dcdit.errors import UserError
 
 T = TypeVar("T")
@@ -53,7 +54,7 @@ def build_named(table: Mapping[str, Callable[..., T]], values: object, prefix: s
     arguments = dict(values)
     name = arguments.pop("name", None)
     if not isinstance(name, str) or name not in table:
-        raise UserError(f"{prefix}.name={shown(name)} is not one of {', '.join(table)}")
+        raise UserError(f"{prefix}.name={shown(name)} {describe_unknown(str(name), table)}")
     return call_checked(table[name], arguments, prefix)
 
 

@@ -13,6 +13,7 @@ from dcdit.errors import UserError
 if TYPE_CHECKING:
     pass
 from dcdit.checks.messages import shown
+from dcdit.checks.tables import describe_unknown
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class OneOf:
     def check(self, name: str, value: str) -> None:
         """Raise :class:`UserError` unless ``value`` is in the table."""
         if value not in self.table:
-            raise UserError(f"{name}={shown(value)} is not one of {', '.join(self.table)}")
+            raise UserError(f"{name}={shown(value)} {describe_unknown(value, self.table)}")
 
 
 @dataclass(frozen=True)

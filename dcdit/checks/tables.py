@@ -1,5 +1,6 @@
 """Tables: what a key of a configuration may name, and which plug-in each entry came from."""
 
+import difflib
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar
@@ -52,6 +53,14 @@ class Table(MutableMapping[str, T]):
     def origin(self, name: str) -> str | None:
         """The module of a plug-in that made the entry; None for ours."""
         return self._origins.get(name)
+
+
+def describe_unknown(value: str, table: Mapping[str, object]) -> str:
+    """The end of a message about a name that is not in ``table``: what is, and where another could come from."""
+    known = f"is not one of {', '.join(table)}"
+    if close := difflib.get_close_matches(value, table, n=1):
+        return f"{known}: did you mean {close[0]}?"
+    return f"{known}; if a plug-in has it, name that with plugins=[...]" if isinstance(table, Table) else known
 
 
 def named_entries(values: Mapping[str, Any]) -> "Iterator[tuple[Table[Any], str]]":

@@ -20,7 +20,7 @@ from dcdit.network.interface import Component, Network, Output
 from dcdit.network.layers import BlockStyle, MLPName, NormName
 from dcdit.network.packing import Packing, make_packing, make_static_packing, pack, static_size
 from dcdit.network.rotary import PositionName, Rotary
-from dcdit.network.routing import ROUTERS, RouterName, Routing, exact_float32, route
+from dcdit.network.routing import ROUTERS, RouterName, Routing, check_probabilities, exact_float32, route
 
 SmoothingSigma = Annotated[float, Bounds(0, 512, open_low=True, hint="take 1 or 2, or null for no smoothing")]
 
@@ -171,11 +171,7 @@ class DCDiT(Network):
         with torch.autocast(features.device.type, enabled=False):
             with nullcontext() if self.router_tf32 else exact_float32(features.device):
                 prob = self.router(features.float().permute(0, 3, 1, 2))
-            if prob.shape != (len(features), self.positions):
-                raise ValueError(
-                    f"the router {type(self.router).__name__} returned probabilities of shape {list(prob.shape)}, not"
-                    f" (B, L) = {[len(features), self.positions]}"
-                )
+            check_probabilities(prob, (len(features), self.positions), type(self.router).__name__)
             return route(prob, drop_fraction)
 
     def reuse(

@@ -62,6 +62,27 @@ class Routing:
         return Routing(self.prob[samples], self.natural_mask[samples], self.mask[samples], beyond, self.may_be_empty)
 
 
+def check_probabilities(prob: object, shape: tuple[int, int], router: str) -> None:
+    """Raise :class:`UserError` unless a router returned float32 probabilities of ``shape`` (B, L).
+
+    On a GPU their range is not looked at, which would take a read; NaN is left to whoever skips such steps.
+    """
+    if not isinstance(prob, Tensor):
+        raise UserError(f"the router {router} returned a {type(prob).__name__}, not a tensor of probabilities (B, L)")
+    if prob.shape != shape or prob.dtype != torch.float32:
+        raise UserError(
+            f"the router {router} returned {prob.dtype} of shape {list(prob.shape)}, not float32 probabilities (B, L) ="
+            f" {list(shape)}"
+        )
+    if prob.device.type == "cpu" and not torch.compiler.is_compiling() and prob.numel():
+        least, most = prob.detach().aminmax()
+        if least < 0 or most > 1:
+            raise UserError(
+                f"the router {router} returned values from {least:.3g} to {most:.3g}, which are no probabilities: does"
+                " it lack a sigmoid?"
+            )
+
+
 def route(prob: Tensor, drop_fraction: float | Tensor = 0.0) -> Routing:
     """Turn raw router probabilities into a decision.
 

@@ -11,6 +11,7 @@ from dcdit.evaluation.descriptions import differences_from_published
 from dcdit.evaluation.results import Result, read_result
 from dcdit.evaluation.scores import Score, read_score
 from dcdit.runtime.limits import TEXT_BYTES
+from dcdit.runtime.processes import say
 
 _NAMES = "*_cfg*_drop*_*.json"
 """Of files of results, for folders that hold others too."""
@@ -151,7 +152,9 @@ def find_scores(paths: Sequence[str]) -> tuple[list[Score], list[str]]:
 
 def figures_of_checkpoint(home: Path, step: int | None, weights: str) -> list[dict[str, Any]]:
     """Return what was measured of a checkpoint, one row for each result below ``home``; [] if nothing was."""
-    results, _ = find_results([str(home)]) if home.exists() else ([], [])
+    results, left_out = find_results([str(home)]) if home.exists() else ([], [])
+    for reason in left_out:
+        say(f"Left out of the figures: {reason}")
     columns = (
         *("drop_fraction", "sampler_name", "sampler_steps", "guidance_scale", "guidance_weak"),
         *("guidance_uncond_drop_fraction", "count", "labels", "features", "reference_count"),

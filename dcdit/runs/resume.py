@@ -15,6 +15,7 @@ from dcdit.errors import UserError
 from dcdit.runs.changes import Change
 from dcdit.runs.state import QUEUED_NAME, RunState, State
 from dcdit.runtime.processes import rank
+from dcdit.settings.plugins import words_of_plugins
 
 LAST = "last.ckpt"
 STEP_NAME = re.compile(r"step_(\d{8})\.ckpt")
@@ -141,7 +142,7 @@ def _key_of(override: str) -> str:
 
 def resuming_command(run_dir: Path) -> str:
     """The command that goes on with a run as it was last started."""
-    return f"python -m dcdit.train {shlex.quote(f'resume={os.path.relpath(run_dir)}')}"
+    return f"python -m dcdit.train{words_of_plugins()} {shlex.quote(f'resume={os.path.relpath(run_dir)}')}"
 
 
 def name_in_results(run_dir: Path) -> str:

@@ -1,5 +1,6 @@
 """How a command tells errors: what a user did wrong is one message; what they did not is a traceback."""
 
+import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -104,8 +105,10 @@ def _explain_override(error: ConfigCompositionException | MissingConfigException
     cause = error.__cause__
     message = str(error).splitlines()[0]
     if isinstance(error, MissingConfigException):
-        options = ", ".join(error.options or [])
-        return f"{message}" + (f"\navailable: {options}" if options else "")
+        options = list(error.options or [])
+        close = difflib.get_close_matches((error.missing_cfg_file or "").rpartition("/")[2], options, n=1)
+        meant = f": did you mean {close[0]}?" if close else ". If a plug-in has it, name that with plugins=[...]"
+        return f"{message.rstrip('.')}{meant}\navailable: {', '.join(options)}" if options else message
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
         given = next(
             (word for word in overrides if _key_of(word).startswith(f"{cause.full_key}.")), str(cause.full_key)

@@ -1,6 +1,7 @@
 """Plug-ins: modules of other packages, which enter networks, metrics and more in our tables when they are imported."""
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ VARIABLE = "DCDIT_PLUGINS"
 Module = Annotated[str, Matches(r"(?!.{201})[^\W\d]\w*(\.[^\W\d]\w*)*", "the name of a module, such as my_router")]
 
 _folders: dict[str, Path] = {}
+_named: list[str] = []
 
 
 @cache
@@ -46,13 +48,19 @@ def find_plugins(named: object = ()) -> dict[str, str]:
     variable = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
     for key, names in ((VARIABLE, variable), ("plugins", list(named) if isinstance(named, tuple) else named)):
         for module in conform(key, names, list[Module]):
-            found.setdefault(module, f"{key}={module}")
+            if found.setdefault(module, f"{key}={module}") == f"plugins={module}" and module not in _named:
+                _named.append(module)
     for package in dict.fromkeys(module.partition(".")[0] for module in found):
         spec = find_spec(package) if package != "__main__" else None
         places = [] if spec is None else spec.submodule_search_locations or [os.path.dirname(spec.origin or "")]
         for place in places:
             add_config_folder(place, os.path.join(place, "configs"))
     return found
+
+
+def words_of_plugins() -> str:
+    """The words that a command needs for the plug-ins that the key ``plugins`` named here; they begin with a space."""
+    return f" {shlex.quote('plugins=[' + ','.join(_named) + ']')}" if _named else ""
 
 
 def load_plugins(named: object = ()) -> None:
@@ -78,9 +86,11 @@ def _import(module: str, where: str) -> None:
                 " PYTHONPATH names, and among installed packages"
             ) from None
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+        place = "" if isinstance(error, SyntaxError) else f" ({frames[-1].filename}, line {frames[-1].lineno})"
+        without = "pip uninstall the package" if where.startswith("package") else "leave the name out"
         raise UserError(
-            f"{where}: the plug-in {module} cannot be imported, {type(error).__name__}: {visible(str(error))}"
-            f" ({frames[-1].filename}, line {frames[-1].lineno}). python -c 'import {module}' shows the traceback"
+            f"{where}: the plug-in {module} cannot be imported, {type(error).__name__}: {visible(str(error))}{place}."
+            f" python -c 'import {module}' shows the traceback; to go on without it, {without}"
         ) from error
 
 

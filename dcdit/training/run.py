@@ -35,6 +35,7 @@ from dcdit.runtime.files import write_json, write_text
 from dcdit.runtime.memory import configure_memory
 from dcdit.runtime.processes import rank, say
 from dcdit.settings.compose import with_run_id
+from dcdit.settings.plugins import words_of_plugins
 from dcdit.training.batching import check_devices, describe_split, recorded_settings, with_accelerator
 from dcdit.training.build import build_trainer, check_network, match_compute
 from dcdit.training.callbacks.checkpoint import Checkpoint
@@ -302,5 +303,5 @@ def describe_outcome(outcome: Outcome, run_dir: Path, inside_job: bool) -> str:
     if outcome.state is State.INTERRUPTED:
         resume = "" if inside_job else f" Resume: {resuming_command(run_dir)}"
         return f"Stopped and saved at step {outcome.step}.{resume}"
-    sample = f" Sample: python -m dcdit.sample {checkpoint}" if last.exists() else ""
+    sample = f" Sample: python -m dcdit.sample{words_of_plugins()} {checkpoint}" if last.exists() else ""
     return f"Finished at step {outcome.step}.{sample}"

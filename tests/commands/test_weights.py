@@ -17,6 +17,7 @@ from support.hub import Hub, hub_of
 from dcdit import DCDiT, DiT
 from dcdit.checkpoints.load import load_model
 from dcdit.checkpoints.resolve import resolve_checkpoint
+from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.checks import shown
 from dcdit.data.arrays import write_shards
 from dcdit.network.interface import Network
@@ -180,10 +181,15 @@ def test_half_precision_and_a_library_user_who_saves(trained_run, tmp_path, caps
         DCDiT.from_pretrained(tmp_path / "own", width=64)
     with pytest.raises(ValueError, match="holds a DC-DiT: load it with DCDiT"):
         DiT.from_pretrained(tmp_path / "own")
-    with pytest.raises(ValueError, match=r"does not say what its latents are: give assume.autoencoder"):
+    with pytest.raises(ValueError, match=r"does not say what its latents are, .* give assume.autoencoder"):
         load_model(tmp_path / "own")
-    said = typed(capsys, tmp_path, "sample", "checkpoint=own", "assume.autoencoder=identity", *QUICK)
-    assert ended(said)
+    said = ended(typed(capsys, tmp_path, "sample", "checkpoint=own", "assume.autoencoder=identity", *QUICK))
+    assert "diffusion=ddpm is taken, as published" in said.words
+    for process in ("ddpm", "flow"):
+        assume = AssumeSettings(autoencoder="identity", diffusion=process)
+        assert load_model(tmp_path / "own", assume=assume).process.settings.name == process
+    with pytest.raises(ValueError, match=r"assume.diffusion=flow_sit: .* take one of ddpm, flow"):
+        load_model(tmp_path / "own", assume=AssumeSettings(autoencoder="identity", diffusion="flow_sit"))
 
 
 def test_a_file_for_the_reference_implementation_and_back(reference, trained_run, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -112,3 +113,25 @@ def test_golden_drop_counts():
                 mask = torch.zeros(1, 4097, dtype=torch.bool)
                 mask[:, :kept] = True
                 assert kept - int(tail_drop(torch.rand(1, 4097), mask, float(fraction)).sum()) == row[kept]
+
+
+@pytest.mark.parametrize(
+    ("router", "words"),
+    [
+        (lambda x: x.mean(1), "float32 of shape [2, 8, 8], not float32 probabilities (B, L) = [2, 64]"),
+        (lambda x: (x.mean(1).flatten(1).sigmoid(),), "returned a tuple, not a tensor"),
+        (lambda x: x.mean(1).flatten(1).sigmoid().half(), "returned torch.float16"),
+        (lambda x: x.mean(1).flatten(1) * 0 - 0.5, "values from -0.5 to -0.5, which are no probabilities"),
+        (lambda x: x.mean(1).flatten(1) * 0 + 1.5, "does it lack a sigmoid?"),
+    ],
+)
+def test_a_router_that_returns_no_probabilities_is_one_message(router, words):
+    class Wrong(torch.nn.Module):
+        def forward(self, features):
+            return router(features)
+
+    net = DCDiT(8, 1, 3, width=32, depth=1, heads=2, encoder_width=16, groups=8)
+    net.router = Wrong()
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        net(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    assert str(caught.value).startswith("the router Wrong returned ")

@@ -22,6 +22,7 @@ from dcdit.errors import UserError
 from dcdit.evaluation.results import SCHEMA, read_result
 from dcdit.network import DCDiT
 from dcdit.network.routing import ROUTERS
+from dcdit.runs.resume import resuming_command
 from dcdit.sample import sample
 from dcdit.settings import plugins
 from dcdit.settings.plugins import check_plugins, config_folders, load_plugins, plugins_of
@@ -88,6 +89,32 @@ def test_nobody_replaces_what_is_of_another(table):
 
 
 # ---- what commands import ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["model.router=predictabilty"], "is not one of predictability, cosine: did you mean predictability?"),
+        (
+            ["model.router=own"],
+            "is not one of predictability, cosine; if a plug-in has it, name that with plugins=[...]",
+        ),
+        (["experiment=digit"], "did you mean digits? available: "),
+        (["experiment=mine"], "If a plug-in has it, name that with plugins=[...] available: "),
+    ],
+)
+def test_a_name_that_is_not_known(folder, capsys, words, shown):
+    result = typed(capsys, folder, "train", "experiment=digits", *words)
+    assert result.status == 2
+    assert shown in result.words
+
+
+def test_printed_commands_name_the_plugins_that_were_named(folder, tiny, monkeypatch):
+    write_router(folder, "my_router", "own")
+    run = tiny("run", "plugins=[my_router]", "model.router=own", "trainer.max_steps=2")
+    assert resuming_command(run).startswith("python -m dcdit.train 'plugins=[my_router]' resume=")
+    monkeypatch.setattr(plugins, "_named", [])
+    assert resuming_command(run).startswith("python -m dcdit.train resume=")
 
 
 @pytest.mark.parametrize("way", ["key", "variable", "package"])
