@@ -80,7 +80,7 @@ def position_table(height: int, width: int, dim: int, patch: int = 1) -> Tensor:
     table = torch.empty(height, width, dim, device="cpu")
     table[..., : dim // 2] = features(width)
     table[..., dim // 2 :] = features(height)[:, None]
-    return table.flatten(0, 1)
+    return table.flatten(0, 1).to(torch.get_default_device())
 
 
 class TimestepEmbedding(nn.Module):
@@ -101,7 +101,7 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         self.time_input = time_input
         table = frequencies(features, dtype=torch.float32, shift=freq_shift)
-        self.register_buffer("frequency", table, persistent=False)
+        self.register_buffer("frequency", table.to(torch.get_default_device()), persistent=False)
         self.fc1 = normal_init(nn.Linear(features, width))
         self.fc2 = normal_init(nn.Linear(width, width))
 

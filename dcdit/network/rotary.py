@@ -49,7 +49,8 @@ def rotary_table(side: int, channels: int, patch: int = 1) -> Tensor:
         return torch.empty(side * side, channels // 2, 2)
     angles = axis_angles(side, channels // 2, patch)  # (side, d/4)
     axis = torch.stack([angles.cos(), angles.sin()], dim=-1).float()
-    return torch.cat([axis[:, None].expand(-1, side, -1, -1), axis.expand(side, -1, -1, -1)], dim=2).flatten(0, 1)
+    table = torch.cat([axis[:, None].expand(-1, side, -1, -1), axis.expand(side, -1, -1, -1)], dim=2)
+    return table.flatten(0, 1).to(torch.get_default_device())
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

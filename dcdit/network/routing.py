@@ -49,9 +49,7 @@ class Routing:
         changes.
         """
         certainty = self.prob.detach().masked_fill(~self.mask, -1.0)
-        ends = self.mask.new_zeros(self.mask.shape[1])
-        ends[0] = ends[-1] = True
-        certainty = certainty.masked_fill(self.mask & ends, 2.0).flatten()
+        certainty = certainty.masked_fill(self.mask & _ends_of(self.mask), 2.0).flatten()
         first = certainty.sort(descending=True, stable=True).indices[:capacity]
         mask = self.mask & torch.zeros_like(self.mask).flatten().index_fill(0, first, True).view_as(self.mask)
         return replace(self, mask=mask, beyond=(self.mask & ~mask).sum(dim=1))
@@ -90,12 +88,17 @@ def route(prob: Tensor, drop_fraction: float | Tensor = 0.0) -> Routing:
         prob: (B, L) float32.
         drop_fraction: see :func:`tail_drop`.
     """
-    ends = torch.zeros_like(prob, dtype=torch.bool)
-    ends[:, 0] = ends[:, -1] = True
-    prob = prob.masked_fill(ends, 1.0)
+    prob = prob.masked_fill(_ends_of(prob), 1.0)
     natural_mask = prob > 0.5
     mask = tail_drop(prob.detach(), natural_mask, drop_fraction)
     return Routing(prob, natural_mask, mask, may_be_empty=isinstance(drop_fraction, Tensor) or drop_fraction == 1)
+
+
+def _ends_of(grid: Tensor) -> Tensor:
+    """(B, L) bool, the first and the last position of each sample of ``grid`` (B, L)."""
+    ends = torch.zeros_like(grid, dtype=torch.bool)
+    ends[:, 0] = ends[:, -1] = True  # of slices: setting a single element of a GPU's tensor makes the host wait
+    return ends
 
 
 def tail_drop(prob: Tensor, natural_mask: Tensor, drop_fraction: float | Tensor) -> Tensor:

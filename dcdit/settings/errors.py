@@ -67,6 +67,8 @@ def explain(error: BaseException, overrides: Sequence[str] | None = None) -> str
         remedy = " Or set WANDB_API_KEY in the environment, or logger.wandb.mode=offline"
         key = remedy if "api" in str(error).lower() else ""
         return f"logger=wandb: {error}{key}"
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{str(error).partition('. ')[0]}: take a smaller batch_size, or precision=bf16"
     if isinstance(error, OSError):
         where = error.filename if isinstance(error.filename, str) else _origin(error)
         return describe_dangling_link(error) or f"{where}: {error.strerror or error}"

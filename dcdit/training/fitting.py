@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from dcdit.errors import UserError
+from dcdit.errors import TrainingError, UserError
 from dcdit.network import build_network
 from dcdit.network.execution import is_compiled, set_execution
 from dcdit.runs.state import RunState
@@ -16,9 +16,6 @@ from dcdit.training.settings import TrainConfig
 
 LARGEST_SHARE = 0.85
 """Share of the GPU's memory that the trial may take; the rest is for EMA, fragments, and other programs."""
-
-FIRST_STEPS = 0.6
-"""Share of the positions that the trial makes room for: a fresh router of S kept 0.54 at most (docs/performance.md)."""
 
 
 def with_micro_batch(config: TrainConfig, before: RunState | None) -> TrainConfig:
@@ -83,7 +80,8 @@ def trial_peak(config: TrainConfig, size: int, device: torch.device) -> int:
         alignment.to(device).move(device)
         parts["alignment"] = alignment
     optimizer = config.optimizer.build(parts)
-    room = {"capacity": config.capacity or FIRST_STEPS} if network.routes else {}
+    # without a capacity a fresh router may keep all positions for a few steps (docs/performance.md)
+    room = {"capacity": config.capacity or 1.0} if network.routes else {}
     x0 = torch.randn(size, network.channels, *network.grid, device=device)
     noise, t = torch.randn_like(x0), process.draw_times(size, None, device)
     labels = torch.zeros(size, dtype=torch.int64, device=device)
@@ -98,3 +96,20 @@ def trial_peak(config: TrainConfig, size: int, device: torch.device) -> int:
     (process.loss(output.prediction, x0, xt, noise, t).total.mean() + aligned).backward()
     optimizer.step()
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def out_of_memory(error: torch.OutOfMemoryError, config: TrainConfig, step: int, routes: bool) -> TrainingError:
+    """What to tell and to try when training runs out of a GPU's memory at ``step``; ``routes``: of the network."""
+    execution, remedies = config.execution, []
+    if routes and config.capacity is None:
+        remedies.append("execution.capacity=auto, for a fresh router keeps most positions for a few steps")
+    if execution.max_micro_batch != 1:
+        remedies.append("execution.max_micro_batch=auto, which accumulates gradients of what fits")
+    if not execution.activation_checkpointing:
+        remedies.append("execution.activation_checkpointing=true")
+    remedies.append("a smaller data.batch_size")
+    first = str(error).partition(". ")[0]
+    return TrainingError(
+        f"step {step}, data.batch_size={config.batch_size}: {first}. Take {'; or '.join(remedies)}. The same command"
+        " goes on from the last checkpoint if there is one"
+    )

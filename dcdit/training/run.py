@@ -40,7 +40,7 @@ from dcdit.training.batching import check_devices, describe_split, recorded_sett
 from dcdit.training.build import build_trainer, check_network, match_compute
 from dcdit.training.callbacks.checkpoint import Checkpoint
 from dcdit.training.callbacks.interrupt import StopOnInterrupt
-from dcdit.training.fitting import with_micro_batch
+from dcdit.training.fitting import out_of_memory, with_micro_batch
 from dcdit.training.initial_weights import Start
 from dcdit.training.loggers import keep_going
 from dcdit.training.module import DCDiTModule
@@ -242,6 +242,9 @@ def fit(training: Training) -> None:
         keep_going(logger)
     try:
         training.trainer.fit(training.module, training.data, ckpt_path=training.checkpoint)
+    except torch.OutOfMemoryError as error:
+        step, routes = training.trainer.global_step, training.module.network.routes
+        raise out_of_memory(error, training.config, step, routes) from error
     finally:
         if "wandb" in sys.modules:  # the next run of a sweep, in this process, would go on with the same curves
             sys.modules["wandb"].finish()

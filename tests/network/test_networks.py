@@ -216,3 +216,11 @@ def test_qk_norm_makes_the_size_of_queries_and_keys_meaningless(make, sizes):
                     block.qkv.weight[:128] *= 3
                     block.qkv.bias[:128] *= 3
         assert torch.allclose(before, net(x, t, y).prediction, atol=1e-3) == qk_norm
+
+
+@pytest.mark.parametrize("position", ["table", "rope"])
+@pytest.mark.parametrize(("kind", "sizes"), [(DCDiT, SMALL), (DiT, SMALL_DIT)])
+def test_a_device_context_holds_all_of_a_network(kind, sizes, position):
+    with torch.device("meta"):
+        network = kind(**sizes, position=position)
+    assert {each.device.type for each in (*network.parameters(), *network.buffers())} == {"meta"}

@@ -7,8 +7,9 @@ import torch
 from support.configs import PLAIN_DIT, TINY, config_of
 from support.runs import assert_same_end
 
-from dcdit.errors import UserError
+from dcdit.errors import TrainingError, UserError
 from dcdit.runs.state import RunState
+from dcdit.settings.errors import explain
 from dcdit.training import fitting
 from dcdit.training.fitting import largest_micro_batch, trial_peak, with_micro_batch
 
@@ -77,3 +78,25 @@ def test_on_a_cpu_the_batch_is_not_split_and_that_is_told(tiny, caplog):
 )
 def test_the_trial_is_a_step_that_runs(overrides):
     assert trial_peak(config_of(*TINY, *overrides), 3, torch.device("cpu")) == 0
+
+
+OUT = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 142.00 MiB. GPU 0 has a total capacity of 79.18 GiB"
+)
+
+
+def test_a_run_that_outgrows_the_memory_says_what_to_try(tiny, monkeypatch):
+    def training_step(self, batch, batch_idx):
+        raise OUT
+
+    monkeypatch.setattr("dcdit.training.module.DCDiTModule.training_step", training_step)
+    with pytest.raises(TrainingError) as told:
+        tiny("run", "trainer.max_steps=1")
+    assert str(told.value).startswith("step 0, data.batch_size=8: CUDA out of memory. Take execution.capacity=auto")
+    everything = ["execution.capacity=0.5", "execution.max_micro_batch=1", "execution.activation_checkpointing=true"]
+    with pytest.raises(TrainingError, match=r"memory\. Take a smaller data\.batch_size\. The same command"):
+        tiny("other", "trainer.max_steps=1", *everything)
+
+
+def test_other_commands_say_so_too():
+    assert explain(OUT) == "CUDA out of memory: take a smaller batch_size, or precision=bf16"
