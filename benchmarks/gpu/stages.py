@@ -48,7 +48,7 @@ class Stage:
     Attributes:
         name: for the command line and as a heading.
         about: what it measures.
-        takes: seconds that it should take on an H100; nobody has measured it.
+        takes: seconds that it should take on an H100; most are estimates.
         limit: seconds after which it is ended.
         commands: of a place.
         files: what to keep beside the page, relative to the scratch folder.
@@ -103,20 +103,29 @@ def step(scale: str, batch: int, *more: str) -> Callable[[Place], list[Command]]
     return commands
 
 
-def training(place: Place) -> list[Command]:
+def training(compiled: bool) -> Callable[[Place], list[Command]]:
     """``dcdit.train`` on synthetic latents: as it begins, then with a quarter kept, which is what a step costs."""
-    common = ("benchmarks/gpu/training.py", f"data.directory={place.scratch / 'latents'}")
-    first, steady = (f"run_dir={place.scratch / name}" for name in ("train_first", "train_steady"))
-    if place.rehearsal:
-        small = ("experiment=xl_n4", "trainer=cpu", "trainer.log_every_n_steps=1", "data.num_workers=0")
-        size = ("model.width=256", "model.depth=2", "model.heads=4", "model.grid=16", "data.batch_size=2")
-        return [Command((*common, *small, *size, steady, "trainer.max_steps=2", "--steady"))]
-    real = (*common, "experiment=xl_n4", "trainer=gpu", "data.num_workers=4", "data.batch_size=64")
-    start = (*real, first, "trainer.max_steps=30")
-    return [
-        Command(start, otherwise=(*start, "data.batch_size=32")),
-        Command((*real, steady, "trainer.max_steps=50", "execution.compile=true", "--steady")),
-    ]
+
+    def commands(place: Place) -> list[Command]:
+        common = ("benchmarks/gpu/training.py", f"data.directory={place.scratch / 'latents'}", "experiment=xl_n4")
+        first, steady = (f"run_dir={place.scratch / name}_{compiled}" for name in ("train_first", "train_steady"))
+        if place.rehearsal:
+            small = ("trainer=cpu", "trainer.log_every_n_steps=1", "data.num_workers=0")
+            size = ("model.width=256", "model.depth=2", "model.heads=4", "model.grid=16", "data.batch_size=2")
+            return [Command((*common, *small, *size, steady, "trainer.max_steps=2", "--steady"))]
+        # without a capacity a fresh XL asks for over 71 GiB with 32 samples at once
+        real = (*common, "trainer=gpu", "data.num_workers=4", "data.batch_size=32", "execution.capacity=auto")
+        each = (*real, f"execution.compile={compiled}")
+        begun = [] if compiled else [Command((*each, first, "trainer.max_steps=30"))]
+        return [*begun, Command((*each, steady, "trainer.max_steps=50", "--steady"))]
+
+    return commands
+
+
+def router(place: Place) -> list[Command]:
+    """What its exact convolutions cost, in each memory format, and in TF32."""
+    size = ("--batch", "1", "--rounds", "1") if place.rehearsal else ("--batch", "128", "--rounds", "9")
+    return [Command(("benchmarks/router.py", "--device", place.device, *size))]
 
 
 def budget(place: Place) -> list[Command]:
@@ -161,18 +170,20 @@ def suite(place: Place) -> list[Command]:
 FIXED = ("--capacity", "0.3")
 KEEP_SAMPLING = ("sampling/sampling.json", "sampling/sampling.png")
 STAGES = [
-    Stage("tests", "tests for a GPU; what it computes beside what the CPU does", 90, 160, tests),
-    Stage("attention", "every form of attention: B and XL at 256px, XL at 512px", 40, 90, attention),
+    Stage("tests", "tests for a GPU; what it computes beside what the CPU does", 100, 170, tests),
     Stage("step_b", "where the time of a step goes: DC-DiT-B, batch 128, bf16", 25, 70, step("b", 128)),
-    Stage("step_xl", "the same, DC-DiT-XL, batch 64", 35, 90, step("xl", 64), apart=True),
+    Stage("router", "the router's convolutions: memory formats and TF32", 15, 40, router),
+    Stage("step_xl", "as step_b, DC-DiT-XL, batch 64", 35, 90, step("xl", 64), apart=True),
+    Stage("budget", "whether smaller budgets are cheaper in time: B and XL", 90, 130, budget),
+    Stage("train_xl", "dcdit.train experiment=xl_n4 on synthetic latents", 90, 150, training(False)),
     Stage("step_b_compile", "DC-DiT-B with compiled blocks", 60, 110, step("b", 128, "--compile"), apart=True),
-    Stage("train_xl", "dcdit.train experiment=xl_n4 on synthetic latents", 95, 150, training),
     Stage("graphs_b", "DC-DiT-B in a fixed length, whole, as CUDA graphs", 90, 150, step("b", 128, *FIXED)),
-    Stage("budget", "whether smaller budgets are cheaper in time: B and XL", 60, 110, budget),
     Stage("sampling", "FID against FLOPs and time, of trained digits", 75, 150, sampling, KEEP_SAMPLING),
 ]
 """In the order of their value."""
 EXTRA = [
+    Stage("attention", "every form of attention: B and XL at 256px, XL at 512px", 75, 110, attention),
+    Stage("train_xl_compile", "train_xl with compiled blocks", 110, 200, training(True), apart=True),
     Stage("networks_digits", "DC-DiT, DiT/2 and upcycled on digits, three seeds", 170, 300, networks("digits")),
     Stage("networks_mnist", "the same on MNIST", 210, 300, networks("mnist")),
     Stage("step_xl_compile", "DC-DiT-XL with compiled blocks", 70, 120, step("xl", 64, "--compile")),

@@ -175,6 +175,8 @@ class _Functions(TorchFunctionMode):
             if name in ("tensor", "as_tensor", "new_tensor"):
                 self.device.note(self.device.copies, name)
             return self.device.mark(made)
+        if name == "__setitem__" and tensor is not None and self.device.has(tensor) and isinstance(args[1], int):
+            self.device.note(self.device.copies, "a number for one index")  # as an H100 showed; slices take it along
         if name == "new_tensor" and tensor is not None and self.device.has(tensor):
             self.device.note(self.device.copies, name)
             return self.device.mark(func(*args, **kwargs))
