@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from filelock import FileLock
@@ -39,19 +39,28 @@ does so for less than drops (docs/performance.md)."""
 
 @dataclass(frozen=True)
 class Calibration:
-    """Drop fraction and threshold of caching that meet a budget.
+    """Drop fraction, threshold of caching, and kind of guiding branch that meet a budget.
 
     Attributes:
-        drop_fraction: meets the budget, together with the threshold.
+        weak: ``path`` where the guiding branch is to leave its backbone out; None for what was asked for.
+        drop_fraction: meets the budget, together with the others.
         cache: threshold of feature caching, 0 for none.
         tflops: measured with both, per image.
         full_tflops: measured without any drop or reuse.
     """
 
+    weak: Literal["path"] | None
     drop_fraction: DropFraction
     cache: NonNegative
     tflops: Positive
     full_tflops: Positive
+
+    @property
+    def described(self) -> str:
+        """What meets the budget, as settings."""
+        weak = f"guidance.weak={self.weak}, " if self.weak else ""
+        cache = f" and sampler.cache={self.cache:g}" if self.cache else ""
+        return f"{weak}drop fraction {self.drop_fraction}{cache}"
 
 
 @dataclass(frozen=True)
@@ -160,6 +169,9 @@ def calibrate(
 ) -> Calibration:
     """Find drop fraction, threshold of feature caching, or both, by sampling a few images and counting what they cost.
 
+    Where ``budget.by`` leaves the choice, the network was trained for it and nothing else weakens the guiding branch,
+    that branch leaves its backbone out first, which quality does not notice (docs/digits.md).
+
     Args:
         model, sampler, batch_size, precision: as images will be sampled.
         guidance: the same; a drop fraction of the guiding branch alone stays as it is, and so do the drop fraction or
@@ -180,6 +192,15 @@ def calibrate(
     spent = meter.measure(drop, threshold)
     full = meter.predict(0.0, 0.0, 0.0)  # neither drop nor reuse, in either branch
     wanted = budget.tflops if budget.tflops is not None else full * (budget.fraction or 1.0)
+    weak: Literal["path"] | None = None
+    if budget.by is None and wanted < spent and guides_without_backbone(model, guidance):
+        meter.guidance = replace(guidance, settings=replace(guidance.settings, weak="path"))
+        cheaper = meter.measure(drop, threshold)
+        if wanted <= cheaper * (1 + TOLERANCE):
+            weak, spent, fixed = "path", cheaper, 1.0
+        else:
+            meter.guidance = guidance
+            spent = meter.measure(drop, threshold)
     change = _LARGEST_CHANGE[by]
     most = (_LARGEST if by != "cache" else drop, change if by != "drop" else threshold)
     least = meter.predict(most[0], fixed, most[1])
@@ -200,7 +221,15 @@ def calibrate(
             f"budget: {wanted:.4g} TFLOPs per image was missed, drop fraction {drop:.4f} and threshold {threshold:.4g}"
             f" cost {spent:.4g}: give guidance.drop_fraction or sampler.cache instead"
         )
-    return Calibration(round(drop, 4), round(threshold, 5), spent, full)
+    return Calibration(weak, round(drop, 4), round(threshold, 5), spent, full)
+
+
+def guides_without_backbone(model: Model, guidance: Guidance) -> bool:
+    """Whether a budget may let the guiding branch leave its backbone out: trained for it, not weakened otherwise."""
+    settings = guidance.settings
+    usual = settings.scale != 1 and settings.weak is None and settings.weak_checkpoint is None
+    trained = (model.training.get("multi_budget") or {}).get("path_drop", 0)
+    return bool(usual and settings.uncond_drop_fraction is None and settings.every == 1 and trained)
 
 
 def _out_of_range(budget: BudgetSettings, by: str, least: float, most: float, full: float) -> str:

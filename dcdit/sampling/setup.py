@@ -253,9 +253,7 @@ def meet_budget(sampling: Sampling) -> Sampling:
     store = sampling.source.home / "budgets.json"
     calibration = remembered(Calibration, store, question, lambda: calibrate_budget(sampling))
     print_once(
-        f"Budget: drop fraction {calibration.drop_fraction}"
-        + (f" and sampler.cache={calibration.cache:g} cost" if calibration.cache else " costs")
-        + f" {calibration.tflops:.4g} TFLOPs per image,"
+        f"Budget: {calibration.described} cost {calibration.tflops:.4g} TFLOPs per image,"
         f" {calibration.tflops / calibration.full_tflops:.1%} of {calibration.full_tflops:.4g}"
     )
     trained = max((model.training.get("multi_budget") or {}).get("fractions") or [0.0])
@@ -286,7 +284,9 @@ def calibrate_budget(sampling: Sampling) -> Calibration:
 
 
 def with_budget_met(sampling: Sampling, calibration: Calibration) -> Sampling:
-    """Return ``sampling`` at the drop fraction and threshold of a calibration."""
-    at_drop = sampling.guided(replace(sampling.guidance.settings, drop_fraction=calibration.drop_fraction))
+    """Return ``sampling`` with what a calibration found."""
+    settings = sampling.guidance.settings
+    weak = calibration.weak or settings.weak
+    at_drop = sampling.guided(replace(settings, weak=weak, drop_fraction=calibration.drop_fraction))
     sampler = Sampler(replace(sampling.sampler.settings, cache=calibration.cache))
     return replace(at_drop, sampler=sampler, calibration=calibration)

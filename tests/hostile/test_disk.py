@@ -125,12 +125,12 @@ def test_a_calibration_works_where_nothing_can_be_written(tmp_path, monkeypatch,
     def refuse(*ignored, **named):
         raise PermissionError(13, "Permission denied")
 
-    found = Calibration(0.5, 0.0, 1.0, 2.0)
+    found = Calibration(None, 0.5, 0.0, 1.0, 2.0)
     assert remembered(Calibration, tmp_path / "x.ckpt", {"a": 1}, lambda: found) == found
     monkeypatch.setattr(FileLock, "acquire", refuse)
     monkeypatch.setattr(files, "_Raw", refuse)
     assert remembered(Calibration, tmp_path / "x.ckpt", {"a": 1}, refuse) == found  # known already
-    other = Calibration(0.1, 0.2, 1.9, 2.0)
+    other = Calibration("path", 0.1, 0.2, 1.9, 2.0)
     assert remembered(Calibration, tmp_path / "x.ckpt", {"a": 2}, lambda: other) == other
     assert "not kept for the next time" in capsys.readouterr().out
 

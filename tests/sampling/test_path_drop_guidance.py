@@ -99,6 +99,30 @@ def test_a_budget_is_met_beside_a_guiding_branch_without_backbone(by):
 
 
 @pytest.mark.parametrize(
+    ("training", "changes", "budget", "weak"),
+    [
+        (TRAINED, {}, {"fraction": 0.6}, "path"),
+        (TRAINED, {}, {"fraction": 0.98}, None),  # without backbone it costs less than asked for
+        (TRAINED, {}, {"fraction": 0.8, "by": "both"}, None),
+        (TRAINED, {"weak": "uncond"}, {"fraction": 0.8}, None),
+        (TRAINED, {"uncond_drop_fraction": 0.5}, {"fraction": 0.8}, None),
+        (TRAINED, {"every": 2}, {"fraction": 0.7}, None),
+        (TRAINED, {"scale": 1.0}, {"fraction": 0.8}, None),
+        ({}, {}, {"fraction": 0.8}, None),
+    ],
+)
+def test_a_budget_leaves_the_backbone_of_the_guiding_branch_out_first(training, changes, budget, weak):
+    trained, sampler = model(training=training), Sampler(Heun(8, clip=True))
+    guidance = guidance_of(trained, GuidanceSettings(**{"scale": 2.0, **changes}), None)
+    found = calibrate(trained, guidance, sampler, BudgetSettings(**budget), 16, "fp32")
+    assert found.weak == weak
+    assert found.tflops == pytest.approx(budget["fraction"] * found.full_tflops, rel=0.02)
+    settings = replace(guidance.settings, weak=weak or guidance.settings.weak, drop_fraction=found.drop_fraction)
+    met = sample(trained, settings, sampler=Sampler(Heun(8, clip=True, cache=found.cache)), count=16, batch_size=16)
+    assert SamplingCost.total(map(SamplingCost.of, met)).tflops_per_image == pytest.approx(found.tflops, rel=0.02)
+
+
+@pytest.mark.parametrize(
     ("options", "settings", "message"),
     [
         ({"training": {}}, {"weak": "path"}, "train with multi_budget.path_drop=0.1"),

@@ -152,7 +152,8 @@ class BudgetSettings:
         tflops: TFLOPs per image, all steps and branches, residual projection included.
         fraction: share of what an image costs without any drop or reuse.
         by: what meets it: the drop fraction, the threshold of feature caching, or both; None takes both where the
-            network caches and no threshold is given.
+            network caches and no threshold is given, after a guiding branch without backbone where the network was
+            trained for that and nothing else weakens the branch.
     """
 
     tflops: Positive | None = None
