@@ -21,10 +21,11 @@ Shown = tuple[tuple[ImageRequest, GeneratedImage], ...]
 """What a browser sees: of A and B the request and the image; nothing before the first images."""
 
 _ABOUT = (
-    "From noise to image, a router keeps those positions of the grid as tokens that their neighbourhood does not"
-    " predict; the transformer runs on them alone. **Move a drop fraction ρ**: that share of the kept tokens, the"
-    " router's least certain ones, is left out. You see both images, where their tokens were at every timestep, what"
-    " they cost, and what the drop changed. All of it is computed on this machine."
+    "A router keeps those positions of the grid as tokens that their neighbourhood does not predict; the transformer"
+    " runs on them alone. A drop fraction ρ leaves out that share of them, the least certain ones.\n\n"
+    "1. **Move ρ of B**, and compare the two images and their GFLOPs.\n"
+    "2. **Move the time** below the table: orange positions ran, blue ones were left out.\n"
+    "3. Open *more* for guidance, caching and samplers. All of it is computed on this machine."
 )
 _FORMS = ["GIF", "WebP"]
 _WAITING = 16
@@ -165,10 +166,10 @@ class Page:
                 with gr.Column(scale=5, min_width=280):
                     numbers = gr.HTML(elem_id="numbers")
                     time, course = self._draw_course(known)
-                    self._draw_pictures(known, settings)
                     downloads = gr.HTML(elem_id="downloads")
                     label = "the same images from a terminal, A then B"
                     commands = gr.Textbox(label=label, lines=2, elem_id="commands")
+                    self._draw_pictures(known, settings)  # last: what it draws into is empty at first
             inputs = [known, *settings]
             outputs = [known, *images, between, numbers, downloads, commands, status]
             assert len(outputs) == _OUTPUTS
@@ -194,7 +195,9 @@ class Page:
 
     def _draw_course(self, known: Any) -> tuple[Any, list[Any]]:
         """Draw how the images came about; returns the slider of time, and what :meth:`course` changes."""
-        time = gr.Slider(0, 100, 60, step=1, label="time: 0 is noise, 100 the image", elem_id="place")
+        time = gr.Slider(
+            0, 100, 60, step=1, label="time: 0 is noise (t = 1000), 100 the image (t = 0)", elem_id="place"
+        )
         moments = [gr.HTML(elem_id=f"moment_{name}") for name in view.NAMES]
         time.input(self.moments, [known, time], moments, trigger_mode="always_last", **SILENT)
         return time, [*moments, gr.HTML(elem_id="curves")]

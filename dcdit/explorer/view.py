@@ -14,6 +14,7 @@ from dcdit.checks import visible
 from dcdit.compute.table import format_flops
 from dcdit.errors import UserError
 from dcdit.explorer.session import GeneratedImage, difference
+from dcdit.network.embeddings import PURE_NOISE
 from dcdit.sampling.overlays import Pixels, enlarged, side_by_side
 
 NAMES = ("A", "B")
@@ -48,6 +49,8 @@ p.problem { border-left: 4px solid #D55E00; padding: .4rem .8rem; font-weight: 6
 .dcdit-wide { overflow-x: auto; } table.dcdit { font-variant-numeric: tabular-nums; width: 100%; }
 table.dcdit th, table.dcdit td { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; }
 table.dcdit th[scope=row] { font-weight: 400; }
+@media (max-width: 700px) { table.dcdit { table-layout: fixed; font-size: .8rem; }
+  table.dcdit th, table.dcdit td { padding: .15rem .3rem; overflow-wrap: anywhere; } }
 """
 
 
@@ -78,18 +81,23 @@ def short(generated: GeneratedImage) -> str:
 
 
 def difference_of(one: GeneratedImage, two: GeneratedImage) -> str:
-    """Where two images differ, white where most."""
+    """Where two images differ, brightened until the greatest difference is white."""
     try:
         pixels = difference(one.image, two.image)
     except UserError as error:
         return message(str(error))
-    caption = f"|A − B|: {pixels.mean() / 255:.2%} of the range on average"
-    return str(_fragments.picture(png(enlarged(pixels, 256)), caption, f"difference of A and B, {caption}"))
+    brighter = 255 / max(1, int(pixels.max()))
+    shown = (pixels * brighter).round().astype(np.uint8)
+    caption = f"|A − B|, {brighter:.3g} times brighter: {pixels.mean() / 255:.2%} of the range on average"
+    if not pixels.any():
+        caption = "|A − B|: 0.00%, both are the same"
+    return str(_fragments.picture(png(enlarged(shown, 256)), caption, f"difference of A and B, {caption}"))
 
 
 def moment(name: str, generated: GeneratedImage, time: float) -> str:
-    """One evaluation of the network, at a ``time`` between 0, noise, and 1, the image."""
-    index = round(time * (len(generated.moments) - 1))
+    """The evaluation of the network that is nearest to a ``time`` between 0, noise, and 1, the image."""
+    times = _times(generated)
+    index = min(range(len(times)), key=lambda number: abs(times[number] - 100 * time))
     boundaries = generated.moments[index].boundaries
     cost = format_flops(generated.step_flops[index])
     caption = f"{name}: evaluation {index + 1} of {len(generated.moments)}, {cost}"
@@ -100,6 +108,11 @@ def moment(name: str, generated: GeneratedImage, time: float) -> str:
         else:
             caption += " from an evaluation before: no token ran, and none was dropped"
     return _row(generated.at(index), caption)
+
+
+def _times(generated: GeneratedImage) -> list[float]:
+    """The times of all evaluations, from 0, noise, to 100, the image."""
+    return [100 * (1 - moment.timestep / PURE_NOISE) for moment in generated.moments]
 
 
 def _row(pictures: Sequence[tuple[str, Pixels]], caption: str) -> str:
@@ -132,7 +145,7 @@ def numbers(generated_images: Sequence[GeneratedImage]) -> str:
 
 
 def curves(generated_images: Sequence[GeneratedImage]) -> str:
-    """Tokens kept, drop fraction and FLOPs over the timesteps, as SVG in the page's own colours."""
+    """Tokens kept, drop fraction and FLOPs over the time, as SVG in the page's own colours."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,16 +157,13 @@ def curves(generated_images: Sequence[GeneratedImage]) -> str:
         with plt.rc_context({**style, "svg.fonttype": "none"}):
             figure, axes = plt.subplots(figsize=(4.6, 2.5), layout="constrained")
             for name, generated, colour, line in zip(NAMES, generated_images, _COLOURS, ("-", "--"), strict=False):
-                timesteps = [moment.timestep for moment in generated.moments]
+                times = _times(generated)
                 if title.startswith("GFLOPs"):
-                    axes.plot(timesteps, np.divide(generated.step_flops, 1e9), line, c=colour, marker=".", label=name)
+                    axes.plot(times, np.divide(generated.step_flops, 1e9), line, c=colour, marker=".", label=name)
                 elif generated.tokens:
-                    axes.plot(timesteps, np.multiply(generated.tokens, 100), line, c=colour, marker=".", label=name)
-                    axes.plot(
-                        timesteps, np.multiply(generated.drops, 100), ":", c=colour, lw=1, label=f"ρ of {name}, %"
-                    )
-            axes.set(xlabel="timestep: from noise to image", ylabel=title, ylim=(0, None))
-            axes.invert_xaxis()
+                    axes.plot(times, np.multiply(generated.tokens, 100), line, c=colour, marker=".", label=name)
+                    axes.plot(times, np.multiply(generated.drops, 100), ":", c=colour, lw=1, label=f"ρ of {name}, %")
+            axes.set(xlabel="time: 0 is noise, 100 the image", ylabel=title, xlim=(0, 100), ylim=(0, None))
             axes.spines[["top", "right"]].set_visible(False)
             axes.patch.set_alpha(0)
             if axes.get_legend_handles_labels()[0]:
@@ -163,7 +173,7 @@ def curves(generated_images: Sequence[GeneratedImage]) -> str:
             plt.close(figure)
         text = file.getvalue()
         tag = text[text.index("<svg") :].replace(_INK, "currentColor")
-        drawn.append(tag.replace("<svg", f'<svg role="img" aria-label="{title} over the timesteps"', 1))
+        drawn.append(tag.replace("<svg", f'<svg role="img" aria-label="{title} over the time"', 1))
     figures = "".join(f"<figure class=dcdit>{svg}</figure>" for svg in drawn)
     return f'<div class="dcdit-row dcdit-plots">{figures}</div>'
 

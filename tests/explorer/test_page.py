@@ -180,6 +180,23 @@ def test_numbers_are_those_of_the_images(new_page):
         assert re.match(r"\d+ ms \(median of \d+\), \d+% of the full budget's", time)
 
 
+def test_the_difference_is_bright_enough_to_be_seen(new_page):
+    page = new_page()
+    one, two = (pixels(page, name).astype(int) for name in "AB")
+    source = page.locator("#difference img").get_attribute("src")
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))).astype(int)
+    brighter = float(re.search(r"([\d.]+) times brighter", page.locator("#difference").inner_text())[1])
+    assert seen.max() == 255
+    assert np.abs(seen - brighter * np.abs(one - two)).max() <= 2
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_no_column_of_the_table_is_cut(new_page, width):
+    assert new_page(width).evaluate(
+        "() => { const box = document.querySelector('.dcdit-wide'); return box.scrollWidth <= box.clientWidth + 1 }"
+    )
+
+
 def test_the_class_that_was_asked_for_appears(new_page):
     page = new_page()
     classifier, read = DigitsClassifier(), []
@@ -193,13 +210,16 @@ def test_the_class_that_was_asked_for_appears(new_page):
 def test_time_slider_and_plots(new_page):
     page = new_page()
     words = page.locator("#moment_A p").inner_text()
-    assert "evaluation 5 of 8" in words or "evaluation 6 of 8" in words
+    noisy = int(re.search(r"t = (\d+)", page.locator("#moment_A").inner_text())[1])
+    assert abs(noisy - 400) <= 1000 / 8 / 2  # time 60, to half a step
+    assert "of 8" in words
     slider = page.locator("#place input[type=range]")
     slider.focus()
     slider.press("End")
     page.wait_for_function("() => document.querySelector('#moment_A').innerText.includes('evaluation 8 of 8')")
     assert page.locator("#moment_A img").count() == page.locator("#moment_B img").count() == 4
     assert page.locator("#curves svg").count() == 2
+    assert all("time: 0 is noise" in each for each in page.locator("#curves svg").all_inner_texts())
     assert "None" not in page.locator("#curves").inner_html()
 
 
