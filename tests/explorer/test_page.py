@@ -219,7 +219,7 @@ def test_time_slider_and_plots(new_page):
     page.wait_for_function("() => document.querySelector('#moment_A').innerText.includes('evaluation 8 of 8')")
     assert page.locator("#moment_A img").count() == page.locator("#moment_B img").count() == 4
     assert page.locator("#curves svg").count() == 2
-    assert all("time: 0 is noise" in each for each in page.locator("#curves svg").all_inner_texts())
+    assert all("time: 0 is noise" in each for each in page.locator("#curves svg").all_text_contents())
     assert "None" not in page.locator("#curves").inner_html()
 
 
