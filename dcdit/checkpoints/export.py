@@ -22,7 +22,7 @@ from dcdit.network import Network, build_network
 from dcdit.network.pretrained import write_folder, written_files
 from dcdit.runtime.files import make_writable_folder, replacing, replacing_folder
 from dcdit.runtime.hub import cause_of, check_hub_answers
-from dcdit.settings.plugins import plugins_of
+from dcdit.settings.plugins import describe_unfindable, plugins_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,7 +36,7 @@ class Card:
     Attributes:
         license: the hub's identifier of a license, such as ``apache-2.0``; None if the user gave none.
         note: a paragraph of the user; None for none.
-        command: the command that trained the network; empty if it is not known.
+        command: the commands that trained the network, one a line; empty if they are not known.
         figures: results of evaluations, one mapping for each.
         repository: repository of the hub that will receive the network; None if none is known.
     """
@@ -80,6 +80,8 @@ def write_exported(
         UserError: if the folder holds anything but an export, cannot be written, or a weight does not fit ``dtype``.
     """
     check_replaceable(out)
+    if fault := describe_unfindable({"model": weights.model, "diffusion": weights.process.spec}):
+        raise UserError(fault)
     network = _build(weights, kind)
     state = network.state_dict()
     for name, tensor in state.items():

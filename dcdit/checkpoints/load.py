@@ -30,13 +30,13 @@ from dcdit.diffusion.settings import PROCESSES, PUBLISHED_PROCESS
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.pretrained import WEIGHTS_FILE, read_config
-from dcdit.network.registry import build_without_memory, shapes_of_spec
+from dcdit.network.registry import check_weights
 from dcdit.runs.resume import STEP_NAME
 from dcdit.runtime.devices import fingerprint
 from dcdit.runtime.files import read_json
 from dcdit.runtime.processes import say
 from dcdit.runtime.tensors import check_shapes, load_state_strict, read_tensors, shapes_of
-from dcdit.settings.plugins import check_plugins
+from dcdit.settings.plugins import ChangedPluginError, check_plugins, plugins_may_have_changed
 from dcdit.settings.published import published_scales
 
 _PREFIX = "network."  # before the names of the network's parameters within a checkpoint of ours
@@ -254,15 +254,19 @@ def _check_trained(values: dict[str, Any], path: Path) -> TrainingCheckpoint:
         latents = LatentSpec.from_plain(settings["latents"], "latents")
         ema = _network_state("state_dict", values["state_dict"])
         raw = _network_state("current_model_state", values.get("current_model_state", values["state_dict"]))
-        check_weights(model, ema, raw)
-        build_process(conform("diffusion", settings.get("diffusion"), dict[str, Any]))
+        network = check_weights(model, ema, raw)
+        diffusion = conform("diffusion", settings.get("diffusion"), dict[str, Any])
+        with plugins_may_have_changed({"diffusion": diffusion}):
+            build_process(diffusion)
         averages = PowerAverages.of_checkpoint(values, step, path.resolve().parent.parent / FOLDER)
         if averages:
-            parameters = shapes_of(dict(build_without_memory(model).named_parameters()))
+            parameters = shapes_of(dict(network.named_parameters()))
             for state in averages.tracked.values():
                 check_shapes(shapes_of(state), parameters)
     except KeyError as error:
         raise UserError(f"it was not written by dcdit.train: it lacks {error}") from None
+    except ChangedPluginError:
+        raise
     except UserError as error:
         raise UserError(f"it was not written by this release of dcdit.train: {error}") from None
     match = STEP_NAME.fullmatch(path.name)
@@ -272,13 +276,6 @@ def _check_trained(values: dict[str, Any], path: Path) -> TrainingCheckpoint:
     return TrainingCheckpoint(
         "checkpoint of dcdit.train", model, latents, step, ema, raw, training, averages=averages, values=values
     )
-
-
-def check_weights(model: Mapping[str, Any], *states: Mapping[str, Tensor]) -> None:
-    """Raise :class:`UserError` with the first difference unless ``states`` fit the network of the mapping ``model``."""
-    expected = shapes_of_spec(model)
-    for state in states:
-        check_shapes(shapes_of(state), expected)
 
 
 def _network_state(key: str, values: object) -> dict[str, Tensor]:

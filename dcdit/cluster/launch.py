@@ -83,8 +83,11 @@ def launch(
     folder = sweep_dir.absolute() / FOLDER
     parameters = sbatch_parameters(cluster, configs[0].run_name, folder)
     if cluster.dry_run:
-        print(job_script(folder, parameters, len(runs)))
         remove_empty_sweep(sweep_dir)
+        faults = [(run, each) for run, each in zip(runs, checked, strict=True) if isinstance(each, UserError)]
+        if faults:
+            raise UserError("\n".join(f"{os.path.relpath(run)}: {fault}" for run, fault in faults))
+        print(job_script(folder, parameters, len(runs)))
         raise SystemExit(0)
     state = Singleton.get_state()
     due = [number for number, run in enumerate(runs) if needs_job(run, checked[number], overrides[number])]
@@ -102,7 +105,7 @@ def launch(
 
 
 def config_or_error(values: DictConfig) -> TrainConfig | UserError:
-    """Return a configuration, or what is wrong with it, which :func:`needs_job` reports.
+    """Return a configuration that its run could begin with, or what is wrong with it, which :func:`needs_job` reports.
 
     Raises:
         UserError: if it is the cluster that is wrong.
@@ -110,7 +113,7 @@ def config_or_error(values: DictConfig) -> TrainConfig | UserError:
     plain = plain_values(TrainConfig, values)
     read_cluster(plain["cluster"])  # first, for other keys follow from these
     try:
-        return call_checked(TrainConfig, plain, "")
+        return check_network(match_compute(call_checked(TrainConfig, plain, "")))
     except UserError as error:
         return error
 
@@ -141,17 +144,15 @@ def needs_job(run: Path, checked: TrainConfig | UserError, overrides: Sequence[s
     try:
         if isinstance(checked, UserError):
             raise checked
-        config = match_compute(checked)
-        check_network(config)
         before = RunState.read(run)
         if before is not None and before.settings and checkpoints_in(run / "checkpoints"):
-            changes(before.settings, recorded_settings(config), before.step, automatic=True)
+            changes(before.settings, recorded_settings(checked), before.step, automatic=True)
     except UserError as error:
         run.mkdir(parents=True, exist_ok=True)
         note_failure(error, run, tuple(overrides), sweeping=True)
         say(f"{name}: {error}")
         return False
-    if is_finished(before, config.trainer.max_steps):
+    if is_finished(before, checked.trainer.max_steps):
         say(f"{name} is finished: left alone")
         return False
     if (run / QUEUED_NAME).exists():

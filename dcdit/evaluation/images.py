@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcdit.checks import shown
 from dcdit.data.decoder import load_decoder, network_latents
 from dcdit.data.latents import LatentSpec, Rounding
 from dcdit.data.manifest import MANIFEST_NAME
@@ -165,8 +166,15 @@ def check_images(place: str, key: str = "reference") -> None:
         UserError: if nothing is there, it is damaged, or it holds neither.
     """
     path = Path(place)
-    if Location(place, None).remote:
-        return
+    try:
+        if Location(place, None).remote:
+            return
+        path.stat()
+    except FileNotFoundError:
+        pass  # told below
+    except (OSError, ValueError) as error:  # a name that no file can have, a folder that may not be entered
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key}={shown(place)}: {reason}. Give a folder of images or shards, or an .npz") from None
     if path.is_file():
         NpzArchive(path, key)
     elif not path.is_dir():

@@ -10,6 +10,7 @@ from dcdit.errors import UserError
 from dcdit.evaluation.plans import Comparison, SampledPlan, Text, ema_decay
 from dcdit.evaluation.results import Figures
 from dcdit.runtime.files import read_json, write_json
+from dcdit.settings.plugins import check_plugins, plugins_of
 
 SCHEMA = 1
 """Version of the files of scores."""
@@ -65,6 +66,8 @@ class SamplingRecord:
             why = "does not say which images it tells of" if "content" not in values else "tells of other images"
             raise UserError(f"{file} {why}")
         try:
+            plan = conform("plan", values.get("plan"), dict[str, Any])
+            check_plugins({**plan, "plugins": values.get("plugins")})
             return cls.of(values)
         except UserError as error:
             raise UserError(f"{file} is no record of dcdit.generate ({error})") from error
@@ -110,11 +113,19 @@ class Score(Figures):
         values = {key: value for key, value in asdict(self).items() if key != "path"}
         if self.sampled is not None:
             values["sampled"]["plan"] = self.sampled.plan.as_plain()
-        return {"score_schema": SCHEMA, **values}
+        plugins = plugins_of(_choices(values))
+        return {"score_schema": SCHEMA, **values, **({"plugins": plugins} if plugins else {})}
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
         write_json(self.path, self.as_plain())
+
+
+def _choices(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the plans of a score in plain values choose: that of its figures, and that of the sampling."""
+    sampled = values.get("sampled")
+    plans = (sampled.get("plan") if isinstance(sampled, Mapping) else None, values.get("plan"))
+    return {key: part for plan in plans if isinstance(plan, Mapping) for key, part in plan.items()}
 
 
 def read_score(file: Path) -> Score:
@@ -130,6 +141,10 @@ def read_score(file: Path) -> Score:
     schema = values.pop("score_schema", None)
     if schema != SCHEMA:
         raise UserError(f"{file} is no score of this release (schema {shown(schema)}, not {SCHEMA}): {_REMEDY}")
+    try:
+        check_plugins({**_choices(values), "plugins": values.pop("plugins", None)})
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     try:
         sampled = values.pop("sampled", None)
         record = None if sampled is None else SamplingRecord.of(conform("sampled", sampled, dict[str, Any]))

@@ -171,7 +171,7 @@ class DCDiT(Network):
         with torch.autocast(features.device.type, enabled=False):
             with nullcontext() if self.router_tf32 else exact_float32(features.device):
                 prob = self.router(features.float().permute(0, 3, 1, 2))
-            check_probabilities(prob, (len(features), self.positions), type(self.router).__name__)
+            check_probabilities(prob, features.detach(), type(self.router).__name__)
             return route(prob, drop_fraction)
 
     def reuse(

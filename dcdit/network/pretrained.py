@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from dcdit.checks import HUB_ID, Digest, conform
 from dcdit.errors import UserError
-from dcdit.network.registry import NETWORKS, build_network, build_without_memory
+from dcdit.network.registry import NETWORKS, build_network, check_weights
 from dcdit.runtime.files import content_digest, file_digest, read_json, replacing, write_text
 from dcdit.runtime.hub import check_hub_answers
-from dcdit.runtime.tensors import check_shapes, load_state_strict, read_tensors, shapes_of
-from dcdit.settings.plugins import check_plugins, plugins_of
+from dcdit.runtime.tensors import load_state_strict, read_tensors
+from dcdit.settings.plugins import check_plugins, describe_unfindable, plugins_of
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -59,6 +59,8 @@ class Pretrained(ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
+        if fault := describe_unfindable({"model": self.spec}):
+            raise UserError(fault)
         config = {"network": self.spec, "plugins": plugins_of({"model": self.spec})}
         write_folder(save_directory, {key: value for key, value in config.items() if value}, self.state_dict())
 
@@ -91,10 +93,11 @@ class Pretrained(ModelHubMixin):
                 folder = Path(file).parent
         config = read_config(folder)
         state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
-        described = build_without_memory(config["network"])  # until it is known that the file holds so much
+        described = check_weights(
+            config["network"], state
+        )  # without memory until it is known that the file holds so much
         if not isinstance(described, cls):
             raise UserError(f"{model_id} holds a {described.title}: load it with {type(described).__name__}")
-        check_shapes(shapes_of(state), shapes_of(described.state_dict()))
         network = build_network(config["network"])
         assert isinstance(network, cls)
         load_state_strict(network, state)

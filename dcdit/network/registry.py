@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dcdit.checks import Table, build_named
 from dcdit.errors import UserError
 from dcdit.runtime.devices import without_memory
 from dcdit.runtime.memory import free_memory
-from dcdit.runtime.tensors import shapes_of
+from dcdit.runtime.tensors import check_shapes, describe_differences, differing_shapes, shapes_of
+from dcdit.settings.plugins import keys_of_plugins, plugins_may_have_changed
 
 if TYPE_CHECKING:
     from dcdit.network.interface import Network
@@ -44,6 +46,36 @@ def build_without_memory(spec: Mapping[str, Any]) -> "Network":
 def shapes_of_spec(spec: Mapping[str, Any]) -> dict[str, torch.Size]:
     """Shapes of the state of the network that ``spec`` describes, by name; it takes no memory. UserError as above."""
     return shapes_of(build_without_memory(spec).state_dict())
+
+
+def check_weights(spec: Mapping[str, Any], *states: Mapping[str, Tensor]) -> "Network":
+    """Check that ``states``, parameters by name, fit the network that ``spec`` describes.
+
+    Returns:
+        The network, without memory.
+
+    Raises:
+        UserError: naming the first difference, or if there is no such network.
+        ChangedPluginError: if what differs is of a plug-in; naming it, and some parameters of each kind of difference.
+    """
+    values = {"model": spec}
+    with plugins_may_have_changed(values):
+        network = build_without_memory(spec)
+    expected = shapes_of(network.state_dict())
+    for state in states:
+        shapes = shapes_of(state)
+        differing = differing_shapes(shapes, expected)
+        with plugins_may_have_changed(values):
+            if differing and all(name.startswith(_parameters_of_plugins(spec)) for name, _, _ in differing):
+                raise UserError(describe_differences(differing))
+        check_shapes(shapes, expected)
+    return network
+
+
+def _parameters_of_plugins(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the names begin with of parameters that a plug-in made: those of ``model.router`` with ``router.``."""
+    keys = [key.removeprefix("model.") for key in keys_of_plugins({"model": spec})]
+    return tuple("" if key == "name" else f"{key}." for key in keys)
 
 
 def _check_memory(network: "Network") -> None:

@@ -60,11 +60,13 @@ class Routing:
         return Routing(self.prob[samples], self.natural_mask[samples], self.mask[samples], beyond, self.may_be_empty)
 
 
-def check_probabilities(prob: object, shape: tuple[int, int], router: str) -> None:
-    """Raise :class:`UserError` unless a router returned float32 probabilities of ``shape`` (B, L).
+def check_probabilities(prob: object, features: Tensor, router: str) -> None:
+    """Raise :class:`UserError` unless a router returned float32 probabilities (B, L) of ``features`` (B, H, W, D).
 
-    On a GPU their range is not looked at, which would take a read; NaN is left to whoever skips such steps.
+    On a GPU their values are not looked at, which would take a read. NaN that comes from features which are not finite
+    is no fault of the router, and is left to whoever skips such steps.
     """
+    shape = (len(features), features.shape[1] * features.shape[2])
     if not isinstance(prob, Tensor):
         raise UserError(f"the router {router} returned a {type(prob).__name__}, not a tensor of probabilities (B, L)")
     if prob.shape != shape or prob.dtype != torch.float32:
@@ -74,6 +76,11 @@ def check_probabilities(prob: object, shape: tuple[int, int], router: str) -> No
         )
     if prob.device.type == "cpu" and not torch.compiler.is_compiling() and prob.numel():
         least, most = prob.detach().aminmax()
+        if least.isnan() and features.isfinite().all():
+            raise UserError(
+                f"the router {router} returned NaN for finite features: does it divide by zero, or take the root or"
+                " logarithm of what may be negative?"
+            )
         if least < 0 or most > 1:
             raise UserError(
                 f"the router {router} returned values from {least:.3g} to {most:.3g}, which are no probabilities: does"

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from dcdit.checks import without_credentials
 from dcdit.errors import UserError
 from dcdit.runs.changes import Change
-from dcdit.runs.state import QUEUED_NAME, RunState, State
+from dcdit.runs.state import QUEUED_NAME, RunState, Started, State
 from dcdit.runtime.processes import rank
 from dcdit.settings.plugins import words_of_plugins
 
@@ -70,6 +70,7 @@ def state_at_start(
     run_dir: Path,
     max_steps: int,
     *,
+    step: int = 0,
     run_id: str | None = None,
     max_restarts: int | None = None,
     batch_size: int = 0,
@@ -81,6 +82,7 @@ def state_at_start(
     Args:
         before: the state that the last start left.
         max_steps: of the whole run.
+        step: that it goes on from.
         run_id: of its curves; None keeps the one it has, or makes one.
         max_restarts: restarts without another checkpoint in between after which a run is given up; None never does.
         settings: what is trained with, see :func:`dcdit.runs.changes.values_to_record`.
@@ -107,6 +109,7 @@ def state_at_start(
         0,
         max_steps,
         overrides=overrides_of_run(before),
+        commands=commands_of_run(before, step),
         began=newest,
         starts=starts,
         batch_size=batch_size,
@@ -134,6 +137,14 @@ def overrides_of_run(before: RunState | None) -> tuple[str, ...]:
         *(override for override in (before.overrides if before else ()) if _key_of(override) not in replaced),
         *given,
     )
+
+
+def commands_of_run(before: RunState | None, step: int) -> tuple[Started, ...]:
+    """The command lines of a run that goes on from ``step`` by the one that is run; one that changes none adds none."""
+    known = before.commands or (Started(0, before.overrides),) if before else ()  # older states have no commands
+    earlier = tuple(start for start in known if start.step < step)
+    given = task_overrides()
+    return earlier if earlier and earlier[-1].overrides == given else (*earlier, Started(step, given))
 
 
 def _key_of(override: str) -> str:

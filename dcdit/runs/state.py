@@ -52,6 +52,19 @@ RunId = Annotated[str, Matches("[A-Za-z0-9_-]{1,64}", "a name of up to 64 letter
 
 
 @dataclass(frozen=True)
+class Started:
+    """A start of a run.
+
+    Attributes:
+        step: that it went on from; 0 at first.
+        overrides: of its command line.
+    """
+
+    step: Natural
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class RunState:
     """The content of ``state.json``.
 
@@ -62,6 +75,7 @@ class RunState:
         metrics: the last value of each metric.
         host, time: of the machine that wrote this; seconds since the epoch.
         overrides: of the command line.
+        commands: the first start, and those with other command lines that went on from it.
         id: of the run, for services that draw its curves; the same after every resume.
         began: step of the newest checkpoint when the run was started last.
         starts: how often in a row it was started there.
@@ -78,6 +92,7 @@ class RunState:
     host: str = field(default_factory=socket.gethostname)
     time: Number = field(default_factory=time.time)
     overrides: tuple[str, ...] = ()
+    commands: tuple[Started, ...] = ()
     id: RunId = field(default_factory=lambda: secrets.token_hex(4))
     began: Natural = 0
     starts: Count = 1
@@ -114,19 +129,32 @@ class RunState:
 
 
 def command_of(run_dir: Path) -> str:
-    """The command that trained a run, for a shell, ``???`` for each path; empty if that is not known."""
+    """The commands that trained a run, for a shell, one a line; ``???`` for each path; empty if they are not known.
+
+    The first began it. The others went on with it, and changed something.
+    """
     try:
         state = RunState.read(run_dir)
     except UserError:
         return ""
-    if state is None or not state.overrides:
+    if state is None:
         return ""
-    private = ("run_name=", "run_dir=", "ckpt_path=")
-    overrides = [_without_path(override) for override in state.overrides if not override.startswith(private)]
-    return shlex.join(["dcdit", "train", *overrides])
+    names, going_on = ("run_name=", "run_dir="), ("resume=", "ckpt_path=")
+    lines: list[str] = []
+    before: list[str] = []
+    for start in state.commands or (Started(0, state.overrides),):
+        recipe = [word for word in start.overrides if not word.startswith((*names, *going_on, "plugins="))]
+        if not recipe or recipe == before:
+            continue
+        left_out = names if start.step else (*names, *going_on)
+        words = [_without_path(word) for word in start.overrides if not word.startswith(left_out)]
+        lines.append(shlex.join(["dcdit", "train", *words]) + (f"  # on from step {start.step}" if start.step else ""))
+        before = recipe
+    return "\n".join(lines)
 
 
 def _without_path(override: str) -> str:
     """The override, with ``???`` for a value that is a path of this machine; repositories of the hub are no paths."""
     key, equals, value = override.partition("=")
-    return f"{key}{equals}???" if "/" in value and not value.strip("'\"").startswith("hf://") else override
+    is_path = key == "resume" or ("/" in value and not value.strip("'\"").startswith("hf://"))
+    return f"{key}{equals}???" if is_path else override

@@ -1,6 +1,6 @@
 """Named tensors: read from safetensors files, compared by shape, and loaded into modules."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dcdit.checks import reason_of
+from dcdit.checks import reason_of, visible
 from dcdit.errors import UserError
 from dcdit.runtime import limits
 from dcdit.runtime.files import file_digest, open_regular
@@ -84,6 +84,29 @@ def differing_shapes(
         for name in {**expected, **shapes}
         if shapes.get(name) != expected.get(name)
     ]
+
+
+def describe_differences(differing: Sequence[tuple[str, str, str]], most: int = 3) -> str:
+    """Say which parameters a file has and a network lacks, which it lacks, and which have another shape.
+
+    Args:
+        differing: what :func:`differing_shapes` returned of the shapes in the file and those of the network.
+        most: parameters that are named of each kind.
+    """
+    kinds = {
+        "the file has {}, which the network lacks": [name for name, _, expected in differing if expected == "none"],
+        "the network has {}, which the file lacks": [name for name, shape, _ in differing if shape == "none"],
+        "the file has {}": [
+            f"{name} of shape {shape} (the network: {expected})"
+            for name, shape, expected in differing
+            if "none" not in (shape, expected)
+        ],
+    }
+    return "; ".join(
+        text.format(", ".join(map(visible, found[:most])) + (f" and {len(found) - most} more" if found[most:] else ""))
+        for text, found in kinds.items()
+        if found
+    )
 
 
 def check_shapes(shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:

@@ -21,6 +21,7 @@ from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.generate import labels_of
 from dcdit.sampling.settings import Labels
 from dcdit.sampling.setup import Sampling
+from dcdit.settings.plugins import plugins_of
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of the files within the archive: equal images give equal bytes
 
@@ -133,6 +134,8 @@ class ImageArchive:
             "calibration": asdict(calibration) if calibration else None,
             "training": dict(model.training),
         }
+        if plugins := plugins_of(self.fingerprint):
+            figures["plugins"] = plugins
         lost = cost.dropped(model.latents.positions)
         if lost:
             figures["dropped_by_capacity"] = asdict(lost)

@@ -28,6 +28,9 @@ RUN_ID = "{run_id}"
 
 _CPU = Path("/proc/cpuinfo")
 
+_SYNTHETIC = {"grid": 32, "channels": 3, "classes": 10}
+"""Latents of noise where no shards say what they are."""
+
 
 def cpu_precision() -> str:
     """``bf16-mixed`` where the CPU multiplies bfloat16 natively (AMX, AVX512-BF16), else ``32-true``."""
@@ -59,12 +62,16 @@ def encoder_grid(*, _root_: DictConfig) -> int:
 def shards_say(what: str, *, _root_: DictConfig) -> int:
     """``grid``, ``channels`` or ``classes`` of the training latents, from the manifest in ``data.directory``.
 
+    Latents of noise, which ``debug=tiny`` writes, are as large as the network asks for; there it is some number.
+
     Raises:
         UserError: if there is no such folder, or its manifest does not say it.
     """
     directory = OmegaConf.select(_root_, "data.directory", throw_on_missing=False)
     if directory is None:
         raise UserError("data.directory is not set: give data.directory=..., the folder that dcdit.extract wrote")
+    if OmegaConf.select(_root_, "data.source.name") == "synthetic":
+        return _SYNTHETIC[what]
     path, remedy = Path(directory) / "train" / "manifest.json", "write the shards again with dcdit.extract"
     if "://" in directory or not path.is_file():
         raise UserError(

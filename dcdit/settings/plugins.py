@@ -4,7 +4,8 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points, packages_distributions, version
@@ -24,8 +25,16 @@ VARIABLE = "DCDIT_PLUGINS"
 
 Module = Annotated[str, Matches(r"(?!.{201})[^\W\d]\w*(\.[^\W\d]\w*)*", "the name of a module, such as my_router")]
 
+_MAIN = "__main__"
+"""What Python calls the module of a script or notebook that it runs: no other process can import it."""
+
 _folders: dict[str, Path] = {}
 _named: list[str] = []
+_loaded: set[str] = set()
+
+
+class ChangedPluginError(UserError):
+    """A file does not fit the code of a plug-in, which probably was another when the file was written."""
 
 
 @cache
@@ -46,16 +55,36 @@ def find_plugins(named: object = ()) -> dict[str, str]:
     """
     found = {entry.module: f"package {entry.dist.name}" for entry in _installed() if entry.dist}
     variable = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
-    for key, names in ((VARIABLE, variable), ("plugins", list(named) if isinstance(named, tuple) else named)):
-        for module in conform(key, names, list[Module]):
+    if isinstance(named, str | tuple):
+        named = [named] if isinstance(named, str) else list(named)
+    for key, names in ((VARIABLE, variable), ("plugins", named)):
+        for name in conform(key, names, list[str]):
+            _refuse_path(key, name)
+            module = conform(key, name, Module)
             if found.setdefault(module, f"{key}={module}") == f"plugins={module}" and module not in _named:
                 _named.append(module)
     for package in dict.fromkeys(module.partition(".")[0] for module in found):
-        spec = find_spec(package) if package != "__main__" else None
+        spec = find_spec(package) if package != _MAIN else None
         places = [] if spec is None else spec.submodule_search_locations or [os.path.dirname(spec.origin or "")]
         for place in places:
             add_config_folder(place, os.path.join(place, "configs"))
     return found
+
+
+def _refuse_path(key: str, name: str) -> None:
+    """Raise :class:`UserError` if what should be the name of a module is the path of a file or folder."""
+    if "/" not in name and not name.endswith(".py"):
+        return
+    path = Path(name)
+    parts, folder = [path.stem], path.parent
+    while (folder / "__init__.py").is_file() and folder.name:
+        parts, folder = [folder.name, *parts], folder.parent
+    module = ".".join(parts)
+    given = f"{VARIABLE}={module}" if key == VARIABLE else f"plugins=[{module}]"
+    where = "" if folder == Path() else f", and have Python find it: PYTHONPATH={visible(str(folder))}"
+    raise UserError(
+        f"{key}={shown(name)} is a path, and a plug-in is named as Python imports it: {visible(given)}{where}"
+    )
 
 
 def words_of_plugins() -> str:
@@ -72,6 +101,7 @@ def load_plugins(named: object = ()) -> None:
     for module, where in find_plugins(named).items():
         if module not in sys.modules:
             _import(module, where)
+        _loaded.add(module)
 
 
 def _import(module: str, where: str) -> None:
@@ -121,13 +151,67 @@ def config_folders() -> list[Path]:
 
 
 def plugins_of(values: Mapping[str, object]) -> dict[str, str | None]:
-    """The modules that made what ``values`` choose from our tables, each with its package and version, None if of none.
+    """The plug-ins that made what ``values`` choose from our tables, each with its package and version, or None.
+
+    A plug-in is called what it was named to be loaded, such as the package whose part made the entry.
 
     Args:
         values: sections of a configuration as plain values, such as ``model``.
     """
-    modules = {table.origin(name) for table, name in named_entries(values)} - {None}
-    return {module: _package_of(module) for module in sorted(map(str, modules))}
+    modules = {_plugin_of(origin) for _, _, origin in _entries_of_plugins(values)}
+    return {module: _package_of(module) for module in sorted(modules)}
+
+
+def keys_of_plugins(values: Mapping[str, object]) -> list[str]:
+    """The keys by which ``values`` choose what plug-ins made, such as ``model.router``."""
+    return [key for key, _, _ in _entries_of_plugins(values)]
+
+
+def _entries_of_plugins(values: Mapping[str, object]) -> list[tuple[str, str, str]]:
+    """Key, name and module of what ``values`` choose from our tables and plug-ins made."""
+    entries = ((table, name, table.origin(name)) for table, name in named_entries(values))
+    return [(table.key, name, origin) for table, name, origin in entries if origin is not None]
+
+
+def _plugin_of(module: str) -> str:
+    """The loaded plug-in that is this module or a package around it, else the module itself."""
+    around = [name for name in _loaded if f"{module}.".startswith(f"{name}.")]
+    return max(around, key=len, default=module)
+
+
+def describe_makers(values: Mapping[str, object]) -> str:
+    """Say which plug-ins made what ``values`` choose, such as ``model.router=own of the plug-in my_router``."""
+    return ", ".join(f"{key}={name} of the plug-in {module}" for key, name, module in _entries_of_plugins(values))
+
+
+@contextmanager
+def plugins_may_have_changed(values: Mapping[str, object]) -> Iterator[None]:
+    """While a file is compared with the code that ``values`` choose: a difference may be that of a plug-in's code.
+
+    Raises:
+        ChangedPluginError: in place of a UserError, if ``values`` choose what a plug-in made.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not (makers := describe_makers(values)):
+            raise
+        raise ChangedPluginError(
+            f"{makers}: {error}. The code of the plug-in has probably changed since: take it as it was then, or train a"
+            " new run with it"
+        ) from error
+
+
+def describe_unfindable(values: Mapping[str, object]) -> str:
+    """Say what of ``values`` was made in a script or notebook, where no other program finds it; empty if nothing."""
+    made = [f"{key}={name}" for key, name, module in _entries_of_plugins(values) if module == _MAIN]
+    return f"{', '.join(made)} {_DESCRIBED_MAIN}" if made else ""
+
+
+_DESCRIBED_MAIN = (
+    "was made in a script or notebook, which no other program can import: put its code into a module, such as"
+    " my_plugin.py, and import that, or name it with plugins=[my_plugin]"
+)
 
 
 def _package_of(module: str) -> str | None:
@@ -162,6 +246,8 @@ def _describe_missing(packages: Mapping[str, str | None]) -> str:
     """Say which of the recorded plug-ins are not loaded, and how to load them."""
     named = ", ".join(name + (f" (of {shown(package)})" if package else "") for name, package in packages.items())
     missing = ",".join(module for module in packages if module not in sys.modules)
+    if not missing and _MAIN in packages:
+        return _DESCRIBED_MAIN
     if not missing:
         return f"was made by the plug-in {named}, which has no such entry here: install the version that had it"
     return (

@@ -35,7 +35,7 @@ from dcdit.runtime.files import write_json, write_text
 from dcdit.runtime.memory import configure_memory
 from dcdit.runtime.processes import rank, say
 from dcdit.settings.compose import with_run_id
-from dcdit.settings.plugins import words_of_plugins
+from dcdit.settings.plugins import describe_unfindable, words_of_plugins
 from dcdit.training.batching import check_devices, describe_split, recorded_settings, with_accelerator
 from dcdit.training.build import build_trainer, check_network, match_compute
 from dcdit.training.callbacks.checkpoint import Checkpoint
@@ -115,6 +115,7 @@ def open_run(
         before,
         run_dir,
         config.trainer.max_steps,
+        step=resumed.step if resumed else 0,
         run_id=config.run_id,
         max_restarts=config.cluster.get("max_restarts"),
         batch_size=config.batch_size,
@@ -277,6 +278,7 @@ def describe_training(training: Training) -> list[str]:
     useless = config.execution.capacity == "auto" and not network.routes
     alignment = training.module.alignment
     lines = [whole, describe_split(config, network.routes), alignment.description if alignment else ""]
+    lines.append(describe_unfindable(training.module.hparams))
     lines += [f"execution.capacity=auto changes nothing: {network.title} drops no tokens"] if useless else []
     return [line for line in lines if line]
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.configs import TINY, compose_config, config_of
+from support.commands import typed
+from support.configs import PLAIN_DIT, TINY, compose_config, config_of
 from support.processes import Command, end, ranks, run
 from support.runs import assert_same_end, load, wait_for
 
@@ -99,6 +100,23 @@ def test_a_refused_submission_is_one_message(tmp_path):
     assert "Traceback" not in result.said
     mistyped = command(tmp_path, *TINY, *CPU, "cluster.env.A=1")
     assert "+cluster.env.A" in mistyped.words
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("model.router=cosin",), "model.router='cosin' is not one of predictability, cosine: did you mean cosine?"),
+        (("model.name=dcdt",), "model.name='dcdt' is not one of"),
+        (("model.heads=4,5",), "heads=5 does not divide width=32"),  # the second run of two
+        (("execution.capacity=0.5", *PLAIN_DIT), "execution.capacity=0.5: DiT/2 drops no tokens"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_job_would_fail_with(tmp_path, capsys, words, message):
+    result = typed(capsys, tmp_path, "train", *TINY, *CPU, "cluster.dry_run=true", *words)
+    assert result.status == 2
+    assert message in result.words
+    assert "#SBATCH" not in result.out
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_the_trainer_follows_the_cluster():

@@ -11,13 +11,15 @@ from PIL import Image
 from support.commands import typed
 from support.configs import call, compose_config
 from support.features import CORNERS, Corners, archive_arrays
+from support.plugins import forgotten
 from support.processes import end, ranks
 
 from dcdit import evaluate, generate, report, score
 from dcdit.errors import UserError
 from dcdit.evaluation.descriptions import differences_from_published
 from dcdit.evaluation.features import FeatureNetwork
-from dcdit.evaluation.scores import read_score
+from dcdit.evaluation.scores import SamplingRecord, read_score
+from dcdit.settings.plugins import load_plugins
 
 SAMPLING = ("sampler.steps=3", "sampler.clip=true", "batch_size=5", "count=44", "guidance.scale=1.5")
 
@@ -81,6 +83,49 @@ def test_shards_and_a_part_of_the_images_can_be_scored(run, digits, tmp_path):
     part = run("count=5", "metrics=[prc,kid]", images=digits / "val")
     five = run("metrics=[prc,kid]", images=tmp_path / "five.npz")
     assert part.metrics == pytest.approx(five.metrics)
+
+
+OWN = """
+from typing import ClassVar
+
+from dcdit.diffusion.settings import SAMPLERS
+from dcdit.diffusion.settings.samplers import DDPM
+from dcdit.evaluation.settings import METRICS, Figure, Metric
+
+
+def largest(reference, chunks):
+    return {"largest": float(max(chunk.features.max() for chunk in chunks()))}
+
+
+class Own(DDPM):
+    name: ClassVar[str] = "own"
+
+
+METRICS["own"] = Metric((Figure("largest", "largest"),), largest, "features")
+SAMPLERS["own"] = Own
+"""
+
+
+@pytest.mark.usefixtures("no_plugins")
+def test_plugins_are_recorded_and_named_where_they_are_missing(run, three_steps, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_metric.py").write_text(OWN)
+    with forgotten():
+        load_plugins(["my_metric"])
+        places = (f"checkpoint={three_steps}/checkpoints/last.ckpt", f"out={tmp_path}/own")
+        images = call(generate, compose_config(*places, *SAMPLING, "sampler=ddpm", "sampler.name=own", name="generate"))
+        found = run("metrics=[fid,own]", images=images / "samples.npz")
+        assert read_score(found.path) == found
+        assert found.sampled.plan.sampler.name == "own"
+    assert json.loads((images / "samples.json").read_text())["plugins"] == {"my_metric": None}
+    assert json.loads(found.path.read_text())["plugins"] == {"my_metric": None}
+    missing = r"='own' was made by the plug-in my_metric, which is not loaded, .*plugins=\[my_metric\]"
+    with pytest.raises(UserError, match=missing):
+        read_score(found.path)
+    with pytest.raises(UserError, match=missing):
+        SamplingRecord.beside(images / "samples.npz", json.loads((images / "samples.json").read_text())["content"])
+    ours = run()
+    assert "plugins" not in json.loads(ours.path.read_text())
 
 
 def test_any_break_and_any_number_of_processes_give_the_same_figures(run, monkeypatch, capsys):

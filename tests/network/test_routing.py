@@ -123,6 +123,7 @@ def test_golden_drop_counts():
         (lambda x: x.mean(1).flatten(1).sigmoid().half(), "returned torch.float16"),
         (lambda x: x.mean(1).flatten(1) * 0 - 0.5, "values from -0.5 to -0.5, which are no probabilities"),
         (lambda x: x.mean(1).flatten(1) * 0 + 1.5, "does it lack a sigmoid?"),
+        (lambda x: (x.mean(1).flatten(1) * 0).index_fill(1, torch.tensor([5]), math.nan), "NaN for finite features"),
     ],
 )
 def test_a_router_that_returns_no_probabilities_is_one_message(router, words):
@@ -135,3 +136,9 @@ def test_a_router_that_returns_no_probabilities_is_one_message(router, words):
     with pytest.raises(UserError, match=re.escape(words)) as caught:
         net(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
     assert str(caught.value).startswith("the router Wrong returned ")
+
+
+def test_a_router_is_not_blamed_for_features_that_are_not_finite():
+    net = DCDiT(8, 1, 3, width=32, depth=1, heads=2, encoder_width=16, groups=8)
+    x = torch.full((2, 1, 8, 8), math.nan)
+    assert net(x, torch.zeros(2), torch.zeros(2, dtype=torch.int64)).routing.prob.isnan().any()

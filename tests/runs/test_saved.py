@@ -1,6 +1,8 @@
 """``resume=runs/x``: a run goes on by its own configuration, and its file neither runs code nor writes elsewhere."""
 
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from support.configs import TINY
 from support.runs import STATE, differences, load, logged
 
 from dcdit.errors import UserError
+from dcdit.runs.resume import commands_of_run, task_overrides
 from dcdit.runs.state import RunState, command_of
 from dcdit.train import train
 
@@ -20,6 +23,31 @@ def started(capsys, folder: Path, digits: Path, *words: str) -> Path:
     result = typed(capsys, folder, "train", *TINY, f"data.directory={digits}", *steps, *words)
     assert result.status == 0, result.words
     return folder / "runs" / "x"
+
+
+def test_the_commands_of_a_run_are_that_which_began_it_and_those_that_changed_something(tmp_path, digits, capsys):
+    run = started(capsys, tmp_path, digits, "compression=3")
+    same = (*TINY, f"data.directory={digits}", "optimizer.schedule=constant", "run_name=x", "compression=3")
+    assert typed(capsys, tmp_path, "train", *same, "trainer.max_steps=3", "ckpt_path=last").status == 0
+    for words in (("trainer.max_steps=4",), ("trainer.max_steps=4",), (), ("trainer.max_steps=5", "optimizer.lr=0.1")):
+        assert typed(capsys, tmp_path, "train", f"resume={run}", *words).status == 0
+    began, *others = command_of(run).splitlines()
+    assert shlex.split(began)[:3] == ["dcdit", "train", "experiment=digits"]
+    assert {"trainer.max_steps=2", "data.directory=???", "compression=3"} < set(shlex.split(began))
+    assert not {"run_name=x", "ckpt_path=last"} & set(shlex.split(began))
+    again, *resumed = others
+    assert {"trainer.max_steps=3", "ckpt_path=last"} < set(shlex.split(again))
+    assert again.endswith("  # on from step 2")
+    assert resumed == [
+        "dcdit train 'resume=???' trainer.max_steps=4  # on from step 3",
+        "dcdit train 'resume=???' trainer.max_steps=5 optimizer.lr=0.1  # on from step 4",
+    ]
+    # What was done after the step that a run goes on from is no part of it any more.
+    state = RunState.read(run)
+    steps = {step: [start.step for start in commands_of_run(state, step)] for step in (0, 1, 2, 3, 4, 9)}
+    assert steps == {0: [0], 1: [0, 1], 2: [0, 2], 3: [0, 2, 3], 4: [0, 2, 3, 4], 9: [0, 2, 3, 4, 9]}
+    older = commands_of_run(replace(state, commands=()), 4)  # of a release that kept the last one alone
+    assert [start.overrides for start in older] == [state.overrides, task_overrides()]
 
 
 def test_the_same_bits_as_the_whole_command_with_ckpt_path(tmp_path, digits, capsys):
@@ -47,9 +75,9 @@ def test_the_same_bits_as_the_whole_command_with_ckpt_path(tmp_path, digits, cap
     assert str(here) not in (moved / "config.yaml").read_text()
     assert RunState.read(moved).id == RunState.read(run).id
     # Its overrides still describe the whole run, and it goes on again.
-    assert "experiment=digits" in command_of(moved)
-    assert "trainer.max_steps=5" in command_of(moved)
-    assert "max_steps=2" not in command_of(moved)
+    overrides = RunState.read(moved).overrides
+    assert {"experiment=digits", "trainer.max_steps=5"} < set(overrides)
+    assert "trainer.max_steps=2" not in overrides
     assert typed(capsys, tmp_path, "train", "resume=there/moved", "trainer.max_steps=6").status == 0
     assert load(moved)["global_step"] == 6
     # From Python it is the same configuration.

@@ -191,6 +191,12 @@ def test_mistakes_end_in_one_screen(tmp_path, capsys, override, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_debug_run_needs_no_shards(tmp_path, capsys):
+    result = typed(capsys, tmp_path, "train", "experiment=images", "debug=tiny", "run_dir=run", "model.depth=1")
+    assert result.status == 0, result.words
+    assert "Finished at step 2" in result.words
+
+
 @pytest.mark.slow
 def test_a_debug_run_of_a_full_size_experiment(tmp_path):
     """In a process of its own, which gives its gigabytes back."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +22,7 @@ COMMANDS = {
     "train": (
         *("experiment=digits", "alignment=repa", "alignment.grid=4"),
         *("callbacks=fid", "features@callbacks.fid.features=digits", "logger=csv"),
+        f"callbacks.fid.reference={Path(__file__).parent}",  # a folder that exists
     ),
     "sample": (CHECKPOINT, "sampler=ddim"),
     "generate": (CHECKPOINT, "out=x", "sampler=dpm++"),
@@ -149,7 +151,7 @@ def leaves(node: DictConfig, path: str = "") -> Iterator[tuple[str, object]]:
     """Keys that a user may set, with their values; what names a class or the resolution is not for setting."""
     for key in node:
         place = f"{path}.{key}" if path else str(key)
-        if str(key) in ("_target_", "_convert_", "name") or place in ("hydra", "paths", "resolution"):
+        if str(key) in ("_target_", "_convert_", "_recursive_", "name") or place in ("hydra", "paths", "resolution"):
             continue
         raw = None if OmegaConf.is_missing(node, key) else node[key]
         if isinstance(raw, DictConfig) and raw:

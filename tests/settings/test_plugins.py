@@ -1,6 +1,8 @@
 """Plug-ins: what a command imports, what it never imports, and what a checkpoint says about them."""
 
+import importlib
 import json
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +13,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.commands import typed
+from support.configs import TINY, config_of
 from support.plugins import forgotten, install, write_router
 
 from dcdit.checkpoints.export import Card, write_exported
@@ -20,13 +23,16 @@ from dcdit.checks import Table, named_entries
 from dcdit.checks.tables import _TABLES
 from dcdit.errors import UserError
 from dcdit.evaluation.results import SCHEMA, read_result
-from dcdit.network import DCDiT
+from dcdit.network import DCDiT, build_network
+from dcdit.network.registry import check_weights
 from dcdit.network.routing import ROUTERS
 from dcdit.runs.resume import resuming_command
 from dcdit.sample import sample
 from dcdit.settings import plugins
-from dcdit.settings.plugins import check_plugins, config_folders, load_plugins, plugins_of
+from dcdit.settings.plugins import ChangedPluginError, check_plugins, config_folders, load_plugins, plugins_of
 from dcdit.train import train
+
+PLAIN = Card(None, None, "", ())
 
 pytestmark = pytest.mark.usefixtures("no_plugins")
 
@@ -136,7 +142,9 @@ def test_each_way_to_name_a_plugin(folder, monkeypatch, capsys, way):
     assert yaml.safe_load(shown.out)["model"]["router"] == "own"
     module = "own_project.router" if package else "my_router"
     assert ROUTERS.origin("own") == module
-    assert plugins_of({"model": {"router": "own"}}) == {module: "own-project 1.2" if package else None}
+    # by what a user names to have it, not by the part of the package that has the code
+    recorded = {"own_project": "own-project 1.2"} if package else {"my_router": None}
+    assert plugins_of({"model": {"router": "own"}}) == recorded
 
 
 def test_commands_that_must_be_fast_import_no_plugin_before_they_need_one(folder, monkeypatch, capsys):
@@ -190,14 +198,18 @@ MISTAKES = {
     "plugins=[my_thief]": r"plugins=my_thief: model\.router=cosine is of dcdit itself, and my_thief would replace it",
     "plugins=[my_router,my_second]": r"plugins=my_second: model\.router=own is of my_router, and my_second would",
     "plugins=[my_hider.part]": r"my_hider/configs/model/dcdit_b\.yaml has the name of \S*configs/model/dcdit_b\.yaml",
-    "plugins=my_router": r"plugins='my_router': a list is needed, such as plugins=\['my_router'\]",
-    "plugins=[my/router]": r"plugins='my/router' is not the name of a module, such as my_router",
+    "plugins=3": r"plugins=3",
+    "plugins=[my-router]": r"plugins='my-router' is not the name of a module, such as my_router",
+    "plugins=my_router.py": r"plugins='my_router.py' is a path, .* as Python imports it: plugins=\[my_router\]$",
+    "plugins=[./my_router.py]": r"is a path, .* as Python imports it: plugins=\[my_router\]$",
+    "plugins=[a/b/my_router.py]": r"is a path, .*: plugins=\[my_router\], and have Python find it: PYTHONPATH=a/b$",
+    "plugins=[my_package/part.py]": r"is a path, .* as Python imports it: plugins=\[my_package\.part\]$",
     "plugins=[my_router],[my_second]": r"all runs of a sweep have the same plug-ins",
 }
 
 
 @pytest.mark.parametrize("word", MISTAKES)
-def test_a_plugin_that_cannot_be_had_is_one_message(folder, capsys, word):
+def test_a_plugin_that_cannot_be_had_is_one_message(folder, capsys, monkeypatch, word):
     for name, router in (("my_router", "own"), ("my_second", "own"), ("my_thief", "cosine"), ("my_hider.part", "x")):
         write_router(folder, name, router)
     (folder / "my_needy.py").write_text("\nimport nothing\n")
@@ -205,6 +217,7 @@ def test_a_plugin_that_cannot_be_had_is_one_message(folder, capsys, word):
     (folder / "my_typo.py").write_text("def\n")
     (folder / "my_package").mkdir()
     (folder / "my_package" / "__init__.py").touch()
+    monkeypatch.chdir(folder)
     hidden = folder / "my_hider" / "configs" / "model" / "dcdit_b.yaml"
     hidden.parent.mkdir(parents=True)
     hidden.touch()
@@ -213,6 +226,15 @@ def test_a_plugin_that_cannot_be_had_is_one_message(folder, capsys, word):
     result = typed(capsys, folder, "sample", "checkpoint=x", word)
     assert result.status == 2
     assert "Traceback" not in result.err
+
+
+def test_a_single_name_needs_no_brackets(folder, capsys):
+    write_router(folder, "my_router", "own")
+    write_experiment(folder / "configs")
+    shown = typed(capsys, folder, "train", "plugins=my_router", "experiment=mine", "--cfg", "job")
+    assert yaml.safe_load(shown.out)["model"]["router"] == "own"
+    assert train.compose("plugins=my_router", "experiment=mine").model["router"] == "own"
+    assert resuming_command(folder).startswith("python -m dcdit.train 'plugins=[my_router]' resume=")
 
 
 # ---- what a checkpoint says ------------------------------------------------------------------------------------------
@@ -250,6 +272,86 @@ def test_a_checkpoint_names_its_plugin_and_never_imports_it(folder, tiny, monkey
     del ROUTERS["own"]  # as of another version of the plug-in
     with pytest.raises(UserError, match=r"my_router, which has no such entry here: install the version that had it"):
         load_model(str(run))
+
+
+RENAMED = """
+from torch import nn
+from dcdit.network.routing import ROUTERS, CosineRouter
+
+
+class Own(CosineRouter):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.asking, self.key = self.query, nn.Linear(channels, 2 * channels, bias=False)
+        del self.query
+
+
+ROUTERS["own"] = Own
+"""
+
+
+def test_a_plugin_that_has_changed_since_is_named_and_the_file_is_not_blamed(folder, tiny):
+    write_router(folder, "my_router", "own")
+    exported = folder / "exported"
+    with forgotten():
+        load_plugins(["my_router"])
+        run = tiny("run", "model.router=own", "trainer.max_steps=1")
+        write_exported(exported, read_weights(resolve_checkpoint(str(run), "runs")), "ema", "fp32", PLAIN)
+    (folder / "my_router.py").write_text(RENAMED)
+    importlib.invalidate_caches()
+    load_plugins(["my_router"])
+    changed = (
+        r"model\.router=own of the plug-in my_router: the file has router\.query\.weight, which the network lacks; the"
+        r" network has router\.asking\.weight, which the file lacks; the file has router\.key\.weight of shape"
+        r" \[32, 32\] \(the network: \[64, 32\]\)\. The code of the plug-in has probably changed"
+    )
+    for call in (
+        lambda: load_model(str(run)),
+        lambda: load_model(str(exported)),
+        lambda: DCDiT.from_pretrained(exported),
+        lambda: tiny("run", "model.router=own", "trainer.max_steps=2", "ckpt_path=last"),
+    ):
+        with pytest.raises(UserError, match=changed) as caught:
+            call()
+        assert "not written by" not in str(caught.value)
+
+
+def test_what_differs_elsewhere_is_no_fault_of_the_plugin(folder):
+    write_router(folder, "my_router", "own")
+    load_plugins(["my_router"])
+    spec = {**config_of(*TINY).model, "router": "own"}
+    state = build_network(spec).state_dict()
+    other = build_network({**spec, "depth": 2}).state_dict()
+    assert isinstance(check_weights(spec, state), DCDiT)
+    for wrong in (other, {**state, "router.more": torch.zeros(1), "embed.more": torch.zeros(1)}):
+        with pytest.raises(UserError, match="has shape") as caught:
+            check_weights(spec, wrong)
+        assert not isinstance(caught.value, ChangedPluginError)
+    with pytest.raises(ChangedPluginError, match=r"has router\.m0, router\.m1, router\.m2 and 1 more, which"):
+        check_weights(spec, {**state, **{f"router.m{number}": torch.zeros(1) for number in range(4)}})
+    with pytest.raises(ChangedPluginError, match=r"of the plug-in my_router: model\.size=3: there is no such key"):
+        check_weights({**spec, "size": 3})
+
+
+def test_what_a_notebook_made_is_told_before_and_after(folder, tiny, caplog):
+    write_router(folder, "my_router", "own")
+    code = (folder / "my_router.py").read_text()
+    told = r"model\.router='?own'? was made in a script or notebook, .* such as my_plugin\.py"
+    with forgotten():
+        enter("__main__", code)
+        run = tiny("run", "model.router=own", "trainer.max_steps=1")
+        assert re.search(told, caplog.text)
+        source = resolve_checkpoint(str(run), "runs")
+        with pytest.raises(UserError, match=told):
+            write_exported(folder / "exported", read_weights(source), "ema", "fp32", PLAIN)
+        with pytest.raises(UserError, match=told):
+            load_model(str(run)).network.save_pretrained(folder / "saved")
+        assert not (folder / "exported").exists()
+    with pytest.raises(UserError, match=told):
+        load_model(str(run))
+    load_plugins(["my_router"])  # where the remedy had it put
+    write_exported(folder / "exported", read_weights(source), "ema", "fp32", PLAIN)
+    assert json.loads((folder / "exported" / "config.json").read_text())["plugins"] == {"my_router": None}
 
 
 def test_networks_of_ours_record_nothing(three_steps, folder):

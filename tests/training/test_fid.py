@@ -131,6 +131,12 @@ def test_mistakes_end_before_the_first_step(trained, tiny, tmp_path):
         trained("dit", "trainer.max_steps=2", *PLAIN_DIT)
 
 
+def test_the_reference_is_found_before_the_feature_network_is_built(trained, monkeypatch):
+    monkeypatch.setattr("dcdit.training.callbacks.fid.build_features", lambda *ignored: pytest.fail("built"))
+    with pytest.raises(UserError, match=r"^callbacks\.fid\.reference=nowhere does not exist.* the split `val` beside"):
+        trained("wrong", "trainer.max_steps=2", "callbacks.fid.reference=nowhere")
+
+
 def test_it_needs_a_validation_split(tmp_path, digits):
     data = tmp_path / "data"
     data.mkdir()

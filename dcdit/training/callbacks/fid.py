@@ -1,5 +1,6 @@
 """FID during training: at validations, with the EMA weights, at several budgets, on all processes."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +22,10 @@ from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import SAMPLERS, GuidanceSettings, SamplerOptions
 from dcdit.errors import UserError
 from dcdit.evaluation.features import FeatureNetwork
-from dcdit.evaluation.images import open_images
+from dcdit.evaluation.images import check_images, open_images
 from dcdit.evaluation.measure import measure_samples
 from dcdit.evaluation.metrics import compare_with, frechet
+from dcdit.evaluation.points import build_features
 from dcdit.evaluation.reference_images import ReferenceStatistics
 from dcdit.evaluation.settings import DropFractions
 from dcdit.evaluation.statistics import Statistics
@@ -33,6 +35,8 @@ from dcdit.sampling.capacity import room_of
 from dcdit.sampling.figures import Recorder, save_boundaries, save_grid
 from dcdit.sampling.generate import generate
 from dcdit.sampling.guiding import check_guidance
+
+_REFERENCE = "callbacks.fid.reference"
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,17 @@ class FID(Callback):
     same samples getting better. ``configs/callbacks/fid.yaml`` explains the keys.
 
     Attributes:
-        features: network whose features are compared.
+        features: network whose features are compared, or a section that describes it. That is built after the
+            reference was found, for it may download.
         reference: images to compare with, see :func:`dcdit.evaluation.images.open_images`.
         guidance: its drop fraction is that of the budget.
 
     Raises:
-        UserError: if a value is out of its range; when fitting begins, if anything that is needed is missing.
+        UserError: if a value is out of its range, or nothing is at ``reference``; when fitting begins, if anything else
+            that is needed is missing.
     """
 
-    features: FeatureNetwork
+    features: FeatureNetwork | dict[str, Any]
     reference: str
     folder: str
     sampler: Annotated[SamplerOptions, Named(SAMPLERS)]
@@ -82,6 +88,16 @@ class FID(Callback):
     def __post_init__(self) -> None:
         if self.guidance.weak_checkpoint is not None:
             raise UserError("guidance.weak_checkpoint: during training the network itself is the guiding branch")
+        try:
+            check_images(self.reference, _REFERENCE)
+        except UserError as error:
+            if os.path.exists(self.reference):
+                raise
+            raise UserError(
+                f"{error}. By default it is the split `val` beside `train`: extract one, or leave the callback out"
+            ) from error
+        given = self.features
+        self._features = given if isinstance(given, FeatureNetwork) else build_features(given, torch.device("cpu"))
         self._loaded: _Loaded | None = None
         self._began = self._spent = self._last = 0.0
         self._validations = 0
@@ -109,11 +125,11 @@ class FID(Callback):
             check_guidance(model, self._guidance(drop))
         device = pl_module.device
         decode = load_decoder(model.latents, device, self.autoencoder)
-        self.features.to(device)
+        self._features.to(device)
         size = decode.size(device)
-        images = open_images(self.reference, size, device, self.autoencoder, network=model.latents)
+        images = open_images(self.reference, size, device, self.autoencoder, network=model.latents, key=_REFERENCE)
         reference, *_ = compare_with(
-            images, self.features, ["fid"], self.count, cache=self.cache, batch_size=self.batch_size
+            images, self._features, ["fid"], self.count, cache=self.cache, batch_size=self.batch_size
         )
         self._loaded = _Loaded(sampler, decode, self._statistics(reference, trainer))
         self._began = time.monotonic()
@@ -202,7 +218,7 @@ class FID(Callback):
             precision="bf16" if "bf16" in str(trainer.precision) else "fp32",
             on_step=recorder.take,
         )
-        measured = measure_samples(batches, loaded.decode, self.features, ["fid"], self.shown)
+        measured = measure_samples(batches, loaded.decode, self._features, ["fid"], self.shown)
         # the double precision of FID is not to be had on every accelerator
         root = trainer.strategy.root_device
         device = root if root.type == "cuda" else torch.device("cpu")
