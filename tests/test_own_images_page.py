@@ -106,8 +106,8 @@ def test_the_network_fits_the_shards(followed, folder, capsys):
     ("directory", "content", "words"),
     [
         (None, None, "data.directory is not set: give data.directory="),
-        ("nowhere", None, "data.directory=nowhere has no manifest.json in its folder train"),
-        ("https://example.org/data", None, "or give model.grid, model.channels and model.num_classes yourself"),
+        ("nowhere", None, "data.directory=nowhere is not there: write shards with dcdit.extract"),
+        ("https://example.org/data", None, "give model.grid, model.channels and model.num_classes"),
         ("strange", "[1]", "strange/train/manifest.json"),
         ("strange", '{"latent_shape": 3}', "is no manifest of latent shards: write the shards again"),
     ],

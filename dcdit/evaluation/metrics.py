@@ -175,6 +175,27 @@ def check_counts(
     return enough
 
 
+def enough_images_for(
+    metrics: Sequence[str], network: FeatureNetwork, count: int, reference: ReferenceStatistics, key: str
+) -> list[str]:
+    """Return those of ``metrics`` for which there are enough images, and print which are left out; see `check_counts`.
+
+    Raises:
+        UserError: if there are too few for all of them.
+    """
+    faults: dict[str, UserError] = {}
+    for name in metrics:
+        try:
+            check_counts([name], network, count, reference, key)
+        except UserError as error:
+            faults[name] = error
+    if len(faults) == len(metrics):
+        raise next(iter(faults.values()))
+    for name, error in faults.items():
+        print_once(f"Left out: {heading_of(name)}: {error}")
+    return [name for name in metrics if name not in faults]
+
+
 def compare_with(
     images: ImageSet,
     network: FeatureNetwork,
@@ -211,6 +232,8 @@ def compare_with(
     folder = Path(cache) if cache else default_cache()
     size = max(chunk_size, _REFERENCE_CHUNK)
     reference = ReferenceStatistics(images, network, folder, limit, size, batch_size, needed)
+    if wanted is None:
+        metrics = enough_images_for(metrics, network, count, reference, key)
     return reference, metrics, check_counts(metrics, network, count, reference, key)
 
 

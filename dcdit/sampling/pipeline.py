@@ -41,6 +41,11 @@ class Samples:
     timesteps: tuple[float, ...]
     flops: Tensor
 
+    def __repr__(self) -> str:
+        kept = "" if self.kept is None else f", {self.kept.float().mean():.1%} of the positions kept"
+        cost = f"{self.flops.mean() / 1e9:.3g} GFLOPs an image"
+        return f"Samples({list(self.images.shape)} {self.images.dtype}, {len(self.timesteps)} steps, {cost}{kept})"
+
     def to_pil(self) -> list[Image.Image]:
         """Return the images for Pillow: greyscale where they have one channel, else RGB."""
         return [Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in self.images]
@@ -58,6 +63,11 @@ class Pipeline:
         self._config, self._source, self._loaded = config, source, loaded
         self.model: Model = loaded.model
         self.classes: tuple[str, ...] = tuple(loaded.model.latents.classes)
+
+    def __repr__(self) -> str:
+        network = self.model.network
+        shape = " x ".join(map(str, self.model.latents.shape))
+        return f"Pipeline({self._source.name}: {network.title}, latents of {shape}, {len(self.classes)} classes)"
 
     def sample(
         self,

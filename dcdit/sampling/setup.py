@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dcdit.checkpoints.load import Model, Weights, build_model, describe_weights, read_weights
 from dcdit.checkpoints.resolve import CheckpointSource, resolve_checkpoint
+from dcdit.compute.table import format_flops
 from dcdit.data.decoder import LatentDecoder, load_decoder
 from dcdit.diffusion.guidance import Capacity, Guidance
 from dcdit.diffusion.samplers import Sampler
@@ -253,8 +254,8 @@ def meet_budget(sampling: Sampling) -> Sampling:
     store = sampling.source.home / "budgets.json"
     calibration = remembered(Calibration, store, question, lambda: calibrate_budget(sampling))
     print_once(
-        f"Budget: {calibration.described} cost {calibration.tflops:.4g} TFLOPs per image,"
-        f" {calibration.tflops / calibration.full_tflops:.1%} of {calibration.full_tflops:.4g}"
+        f"Budget: {calibration.described} cost {format_flops(1e12 * calibration.tflops)} per image,"
+        f" {calibration.tflops / calibration.full_tflops:.1%} of {format_flops(1e12 * calibration.full_tflops)}"
     )
     trained = max((model.training.get("multi_budget") or {}).get("fractions") or [0.0])
     if calibration.drop_fraction > trained:

@@ -73,10 +73,15 @@ def shards_say(what: str, *, _root_: DictConfig) -> int:
     if OmegaConf.select(_root_, "data.source.name") == "synthetic":
         return _SYNTHETIC[what]
     path, remedy = Path(directory) / "train" / "manifest.json", "write the shards again with dcdit.extract"
-    if "://" in directory or not path.is_file():
+    if "://" in directory:
         raise UserError(
-            f"data.directory={directory} has no {path.name} in its folder train: write the shards with dcdit.extract,"
-            " or give model.grid, model.channels and model.num_classes yourself"
+            f"data.directory={directory}: the shape of shards elsewhere is not looked up: give model.grid,"
+            " model.channels and model.num_classes"
+        )
+    if not path.is_file():
+        fault = f"has no train/{path.name}, so it holds no shards" if Path(directory).is_dir() else "is not there"
+        raise UserError(
+            f"data.directory={directory} {fault}: write shards with dcdit.extract source=... out={directory}"
         )
     manifest = read_json(path, dict[str, Any], remedy)
     try:

@@ -11,11 +11,12 @@ from hydra.errors import (
     HydraException,
     InstantiationException,
     MissingConfigException,
+    OverrideParseException,
 )
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dcdit.checks import suggestion
+from dcdit.checks import shown, suggestion
 from dcdit.errors import TrainingError, UserError
 from dcdit.runtime import terminal
 from dcdit.runtime.files import describe_dangling_link
@@ -56,6 +57,12 @@ def explain(error: BaseException, overrides: Sequence[str] | None = None) -> str
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         full_key = re.search(r"^full_key: (\S+)", str(error), flags=re.MULTILINE)
         return f"{full_key[1]}: {error.__cause__}" if full_key else str(error.__cause__)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{shown(error.override)} is no key=value that can be read. A value with spaces or special characters needs"
+            ' quotes around the whole, "classes=[circle, square]"; a text with commas or brackets in it needs its own,'
+            " \"note='a, b'\""
+        )
     if isinstance(error, UserError | TrainingError | HydraException | OmegaConfBaseException):
         return refused_by_resolver(error) or str(error)
     if isinstance(error, ValueError) and re.match(r"(Only one of|The) --", str(error)):

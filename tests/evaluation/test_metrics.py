@@ -10,7 +10,7 @@ from support.configs import digit_features
 
 from dcdit.errors import UserError
 from dcdit.evaluation.features import DigitsClassifier, Features
-from dcdit.evaluation.metrics import check_counts, choose_metrics, compare, frechet
+from dcdit.evaluation.metrics import check_counts, choose_metrics, compare, enough_images_for, frechet
 from dcdit.evaluation.statistics import Moments, Statistics
 
 
@@ -201,6 +201,16 @@ def test_too_few_images():
             check_counts(wanted, network, count, reference)
     assert check_counts(["kid"], network, 10, Known(10)) == 2
     assert check_counts(["fid", "prc"], network, 33, Known(4, ["features"])) == 33
+
+
+def test_metrics_with_too_few_images_are_left_out_unless_they_were_asked_for(capsys):
+    network, all_metrics = DigitsClassifier(), ["fid", "kid", "is", "prc"]
+    assert enough_images_for(all_metrics, network, 20, Known(100), "count") == ["kid", "is", "prc"]
+    assert "Left out: FID: count: 20 images are too few" in capsys.readouterr().out
+    assert enough_images_for(all_metrics, network, 50, Known(100), "count") == all_metrics
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="1 image is too few"):
+        enough_images_for(all_metrics, network, 1, Known(100), "count")
 
 
 def test_metrics_that_a_network_or_a_reference_has_not(capsys):

@@ -136,6 +136,14 @@ def test_any_path_can_be_given_without_quotes_of_its_own(tmp_path, capsys, value
     assert value.split()[0] in result.words
 
 
+@pytest.mark.parametrize(("words", "named"), [(("classes=[circle,", "square]"), "square]"), (("foo",), "foo")])
+def test_a_word_that_is_no_override_is_told(tmp_path, capsys, words, named):
+    result = typed(capsys, tmp_path, "sample", "checkpoint=digits", *words)
+    assert result.status == 2
+    assert f"'{named}' is no key=value that can be read" in result.words
+    assert "Lexer" not in result.words
+
+
 def test_what_hydra_takes_stays_as_it_is():
     words = [
         "-m",
