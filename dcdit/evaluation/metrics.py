@@ -191,8 +191,8 @@ def enough_images_for(
             faults[name] = error
     if len(faults) == len(metrics):
         raise next(iter(faults.values()))
-    for name, error in faults.items():
-        print_once(f"Left out: {heading_of(name)}: {error}")
+    for name, fault in faults.items():
+        print_once(f"Left out: {heading_of(name)}: {fault}")
     return [name for name in metrics if name not in faults]
 
 
