@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install train compare test example lint types check format clean
+.PHONY: help install train compare test example docs lint types check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ test: install ## run all tests
 example: install ## run examples/own_project with the wheel alone, in a new environment
 	bash scripts/own_project.sh $(BIN)/python
 
+docs: install ## build the documentation as a site: open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: install ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,5 +52,5 @@ format: install ## put the code into the house style
 	$(BIN)/ruff format .
 
 clean: ## remove what tools cached; data, runs and .venv stay
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +

@@ -27,8 +27,8 @@ class DiT(Network):
         channels: latent channels C.
         num_classes: real classes; label ``num_classes`` is the null class.
         patch: patch side; must divide ``grid``.
-        width, depth, heads, mlp_ratio, label_dropout, freq_shift, time_input, variance, norm, mlp, position, qk_norm,
-            gates, attention: as in :class:`dcdit.network.DCDiT`.
+        width, depth, heads, mlp_ratio, label_dropout, freq_shift, time_input: as in :class:`dcdit.network.DCDiT`.
+        variance, norm, mlp, position, qk_norm, gates, attention: as there.
 
     Raises:
         UserError: if the sizes do not fit each other or a name is unknown.

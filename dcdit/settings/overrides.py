@@ -151,7 +151,7 @@ def is_text(key: str, config: Callable[..., Any] | None = None) -> bool:
     parts = key.split(".")
     hints = [config] if config else []
     for part in parts:
-        hints = [annotations(kind)[part] for hint in hints for kind in _classes(hint) if part in annotations(kind)]
+        hints = [annotations(kind)[part] for hint in hints for kind in classes_of(hint) if part in annotations(kind)]
     kinds = {kind for hint in hints for kind in _scalars(hint)}
     names = {parts[-1], ".".join(parts[-2:])}
     named = bool(names & TEXT_KEYS) and not names & _NUMBER_KEYS
@@ -160,13 +160,13 @@ def is_text(key: str, config: Callable[..., Any] | None = None) -> bool:
     return key.startswith("cluster.env.") or named
 
 
-def _classes(hint: Any) -> list[Callable[..., Any]]:
+def classes_of(hint: Any) -> list[Callable[..., Any]]:
     """The classes whose keys a section with this annotation may have."""
     named = [choice for choice in getattr(hint, "__metadata__", ()) if isinstance(choice, Named)]
     if named:
         return list(named[0].table.values())
     if get_origin(hint) in (Annotated, Union, UnionType):
-        return [kind for argument in get_args(hint) for kind in _classes(argument)]
+        return [kind for argument in get_args(hint) for kind in classes_of(argument)]
     return [hint] if is_dataclass(hint) and isinstance(hint, type) else []
 
 
