@@ -27,6 +27,7 @@ class ExploreConfig(SamplingConfig):
     host: Annotated[str, Matches(r"[\w.:-]+", "an address, such as 127.0.0.1, or 0.0.0.0 for everyone")]
     port: Annotated[int, Bounds(1, 65_535)] | None
     share: bool
+    names: list[Annotated[str, Matches(r"[\w.-]+", "a name, such as explorer.example.org")]]
     browser: bool
     most_steps: Steps
 
@@ -76,7 +77,7 @@ def explore(config: ExploreConfig) -> None:
     session = Session(config, sources, config.most_steps, words)
     title = f"dcdit: {' and '.join(source.name for source in sources)}"
     page = Page(session, title).blocks()
-    with suppress(KeyboardInterrupt), serving(page, config.host, config.port, config.share) as address:
+    with suppress(KeyboardInterrupt), serving(page, config.host, config.port, config.share, config.names) as address:
         print(f"The explorer is at {address}   (Ctrl-C ends it)", flush=True)
         if _opens(config.browser):
             webbrowser.open(address)

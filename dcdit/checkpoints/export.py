@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from dcdit.checkpoints.settings import WeightsKind
 from dcdit.checks import visible
 from dcdit.data.autoencoder_folder import is_local
 from dcdit.data.latents import IDENTITY, LatentSpec, format_numbers
+from dcdit.diffusion.settings import samplers_of
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
 from dcdit.network.pretrained import write_folder, written_files
@@ -26,7 +27,23 @@ from dcdit.settings.plugins import describe_unfindable, plugins_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_PICTURE = "samples.png"
 _CARD = Path(__file__).with_name("card.md.jinja")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Sampled images for a model card.
+
+    Attributes:
+        picture: a PNG, with a row of images for each budget.
+        caption: how they were sampled.
+        budgets: what each row is and costs, as a row of a table.
+    """
+
+    picture: bytes
+    caption: str
+    budgets: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,8 @@ class Card:
         command: the commands that trained the network, one a line; empty if they are not known.
         figures: results of evaluations, one mapping for each.
         repository: repository of the hub that will receive the network; None if none is known.
+        pipeline: files that let diffusers sample from the folder, by name; empty where it cannot.
+        examples: sampled images; None for none.
     """
 
     license: str | None
@@ -46,6 +65,8 @@ class Card:
     command: str
     figures: Sequence[Mapping[str, Any]]
     repository: str | None = None
+    pipeline: Mapping[str, bytes] = field(default_factory=dict)
+    examples: Examples | None = None
 
 
 def check_replaceable(out: Path) -> None:
@@ -55,7 +76,10 @@ def check_replaceable(out: Path) -> None:
         UserError: if ``out`` holds anything but the unchanged files of an export, or cannot be written.
     """
     if out.is_dir():
-        others = sorted({path.name for path in out.iterdir()} - written_files(out))
+        written = written_files(out)
+        folders = {name.split("/")[0] for name in written if "/" in name}
+        here = {path.relative_to(out).as_posix() for path in (*out.iterdir(), *out.glob("*/*"))}
+        others = sorted(here - written - folders)
         if others:
             names = ", ".join(map(visible, others[:4]))
             raise UserError(
@@ -101,8 +125,11 @@ def write_exported(
         **({"plugins": plugins} if plugins else {}),
     }
     card_text = _render_card(network, weights, kind, config, card, out.resolve().name)
+    files = {"README.md": card_text.encode(errors="backslashreplace"), **card.pipeline}
+    if card.examples is not None:
+        files[_PICTURE] = card.examples.picture
     with replacing_folder(out) as draft:
-        write_folder(draft, config, state, DTYPES[dtype], {"README.md": card_text})
+        write_folder(draft, config, state, DTYPES[dtype], files)
     note = ""
     if weights.latents and is_local(weights.latents.autoencoder):
         note = (
@@ -145,8 +172,10 @@ def write_reference(out: Path, weights: Weights, kind: WeightsKind) -> str:
     return f"{out}: for the reference implementation{reading}"
 
 
-def push(folder: Path, repository: str, private: bool) -> str:
-    """Upload an exported folder to the Hugging Face hub; returns the address of the upload.
+def push(folder: Path, repository: str, private: bool, space: bool = False) -> str:
+    """Upload an exported folder, or a ``space``, to the Hugging Face hub; returns the address of the upload.
+
+    What an earlier upload that broke off has sent is not sent again.
 
     Raises:
         UserError: if the hub refuses it or cannot be reached; the folder stays.
@@ -156,12 +185,19 @@ def push(folder: Path, repository: str, private: bool) -> str:
     check_hub_answers()
     try:
         api = HfApi()
-        api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of dcdit"))
+        kind = "space" if space else "model"
+        api.create_repo(
+            repository, private=private, exist_ok=True, repo_type=kind, space_sdk="gradio" if space else None
+        )
+        commit = api.upload_folder(
+            repo_id=repository, repo_type=kind, folder_path=folder, commit_message="Export of dcdit"
+        )
+        return str(commit)
     except Exception as error:  # huggingface_hub raises whatever a malformed answer provokes
         raise UserError(
             f"push={repository}: {cause_of(error)}. The folder {folder} is complete: log in with `hf auth login`, then"
-            f" `{shlex.join(['hf', 'upload', repository, str(folder)])}`"
+            f" `{shlex.join(['hf', 'upload', repository, str(folder), *(['--repo-type=space'] if space else [])])}`"
+            + ("" if space else ", or the same command again, which sends only what is not there yet")
         ) from error
 
 
@@ -176,9 +212,8 @@ def _render_card(
 ) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
-    data = ModelCardData(library_name="dcdit", license=card.license, tags=["diffusion", "dc-dit", "class-conditional"])
-    headings = list(dict.fromkeys(key for row in card.figures for key in row))
-    rows = [[_short(row.get(key)) for key in headings] for row in card.figures]
+    tags = ["diffusion", "dc-dit", "class-conditional", *(["diffusers"] if card.pipeline else [])]
+    data = ModelCardData(library_name="dcdit", license=card.license, tags=tags)
     name, class_name = card.repository or folder, type(network).__name__
     checkpoint = f"hf://{card.repository}" if card.repository else folder
     overrides = [f"checkpoint={checkpoint}"] + (["weights=raw"] if kind == "raw" else [])
@@ -193,6 +228,7 @@ def _render_card(
         name=json.dumps(name),
         command_to_sample=shlex.join(["dcdit", "sample", *overrides]) if weights.latents else None,
         diffusion=_short(weights.process.facts()),
+        samplers=", ".join(samplers_of(weights.process.settings.name)),
         network=", ".join(f"{key} {_short(value)}" for key, value in network.spec.items() if key != "name"),
         parameters=f"{sum(parameter.numel() for parameter in network.parameters()):,}",
         weights=describe_kind(kind),
@@ -202,9 +238,20 @@ def _render_card(
         plugins=", ".join(f"{module} ({_short(package)})" for module, package in config.get("plugins", {}).items()),
         training=[(key, _short(value)) for key, value in config["training"].items()],
         command=card.command,
-        figures=[headings, *rows] if rows else [],
+        figures=_table(card.figures),
+        pipeline="pipeline.py" in card.pipeline,
+        routes=network.routes,
+        picture=_PICTURE,
+        caption=card.examples.caption if card.examples else "",
+        budgets=_table(card.examples.budgets if card.examples else []),
     ).content
     return str(text).encode("utf-8", "backslashreplace").decode()  # names of files may be no text
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A table of text whose first row has the keys of all ``rows``; empty for no rows."""
+    headings = list(dict.fromkeys(key for row in rows for key in row))
+    return [headings, *([_short(row.get(key)) for key in headings] for row in rows)] if rows else []
 
 
 def _describe_latents(latents: LatentSpec | None) -> str:

@@ -29,7 +29,7 @@ from dcdit.diffusion.process import Process, build_process
 from dcdit.diffusion.settings import PROCESSES, PUBLISHED_PROCESS
 from dcdit.errors import UserError
 from dcdit.network import Network, build_network
-from dcdit.network.pretrained import WEIGHTS_FILE, read_config
+from dcdit.network.pretrained import WEIGHTS_FILE, changed_code, read_config
 from dcdit.network.registry import check_weights
 from dcdit.runs.resume import STEP_NAME
 from dcdit.runtime.devices import fingerprint
@@ -297,6 +297,11 @@ def _read_folder(folder: Path, assume: AssumeSettings) -> Weights:
             )
         return _foreign_weights({"ema": describe_diffusers(config, state, assume)}, assume)
     config = read_config(folder)
+    for name in changed_code(folder, config):
+        say(
+            f"{folder / name} is not as dcdit export wrote it. dcdit runs nothing in the folder, but diffusers does:"
+            " read the file, or export again"
+        )
     model = conform("network", config["network"], dict[str, Any])
     state = read_tensors(folder / WEIGHTS_FILE, config["sha256"])
     check_weights(model, state)

@@ -13,6 +13,7 @@ from typing_extensions import override
 from dcdit.checks import shown
 from dcdit.data.autoencoder_folder import folder_of, read_folder
 from dcdit.data.autoencoder_kinds import AutoencoderKind
+from dcdit.data.autoencoder_scale import Config
 from dcdit.data.latents import IDENTITY, LatentScale, LatentShift, Rounding
 from dcdit.errors import NotFiniteError, UserError
 from dcdit.runtime.devices import autocast, fingerprint
@@ -147,21 +148,42 @@ def load_autoencoder(name: str, device: torch.device) -> Autoencoder:
         UserError: if it cannot be loaded, or is none of these.
     """
     if name == IDENTITY:
-        return Identity(name=IDENTITY, fingerprint=None, scale=1.0, shift=0.0, channels=3, factor=1, random=False)
+        return identity_autoencoder()
     try:
         kind, config, vae = read_folder(folder_of(name))
         if any(config[key] != 3 for key in kind.image_channels):
             raise UserError("it does not take and give images of 3 channels")
-        fold = kind.side_of_tiles(config)
-        channels = config[kind.channels] * fold**2
-        scale, shift = kind.normalisation(config, channels, vae)
+        model = vae.to(device) if kind.frames else vae.to(device, memory_format=torch.channels_last)
+        return autoencoder_of(_recorded_name(name), kind, config, model)
     except UserError as error:
         raise UserError(f"autoencoder={shown(name)} cannot be loaded: {error}") from error
+
+
+def identity_autoencoder() -> Identity:
+    """The autoencoder of latents that are the images themselves."""
+    return Identity(name=IDENTITY, fingerprint=None, scale=1.0, shift=0.0, channels=3, factor=1, random=False)
+
+
+def autoencoder_of(name: str, kind: AutoencoderKind, config: Config, vae: Any) -> Diffusers:
+    """The autoencoder called ``name`` that a model of diffusers is.
+
+    Args:
+        name: what a manifest calls it.
+        kind: its class.
+        config: its whole configuration.
+        vae: the model, on its device.
+
+    Raises:
+        UserError: if it folds tiles that are not square, or its scale is not understood.
+    """
+    fold = kind.side_of_tiles(config)
+    channels = config[kind.channels] * fold**2
+    scale, shift = kind.normalisation(config, channels, vae)
     return Diffusers(
-        vae=vae.to(device) if kind.frames else vae.to(device, memory_format=torch.channels_last),
+        vae=vae,
         kind=kind,
         fold=fold,
-        name=_recorded_name(name),
+        name=name,
         fingerprint=fingerprint(vae),
         scale=scale,
         shift=shift,

@@ -50,10 +50,10 @@ Denoiser = Callable[..., Prediction]
 """``denoiser(x, t, y, drop_fraction)``: a network; with feature caching ``denoiser(x, t, y, drop_fraction, cache)``.
 With a capacity ``capacity=`` as well."""
 
-Shares = Sequence[float | None]
+PositionShares = Sequence[float | None]
 """Shares of the grid positions, of the main and of the guiding branch; None of a network that does not route."""
 
-Capacity = Callable[[float], Shares]
+Capacity = Callable[[float], PositionShares]
 """``capacity(timestep)``: the shares of the positions that a packed sequence has room for; one sequence of both
 branches has room for the mean of both."""
 

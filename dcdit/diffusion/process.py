@@ -231,7 +231,10 @@ class FlowProcess(Process):
         else:
             facts |= {"prediction": "velocity noise - x_0"}
         shift = {} if self.shift == 1 else {"time_shift": self.shift}
-        return {**facts, "time": f"{TRAIN_STEPS} t", **shift}
+        settings = self.settings
+        normal = f"logit-normal, mean {settings.time_mean:g}, deviation {settings.time_std:g}"
+        times = "uniform" if settings.time == "uniform" else normal
+        return {**facts, "time": f"{TRAIN_STEPS} t", "times_of_training": times, **shift}
 
 
 def build_process(spec: Mapping[str, Any]) -> Process:

@@ -3,7 +3,7 @@
 import errno
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Thread
 from urllib.parse import urlsplit
@@ -22,7 +22,7 @@ _SESSIONS = 32
 
 
 @contextmanager
-def serving(page: gr.Blocks, host: str, port: int | None, share: bool) -> Iterator[str]:
+def serving(page: gr.Blocks, host: str, port: int | None, share: bool, names: Sequence[str] = ()) -> Iterator[str]:
     """Answer browsers within the block; yields the page's address.
 
     Gradio's own ``launch`` would answer everything that Gradio can, see :class:`dcdit.explorer.gate.Gate`.
@@ -30,6 +30,7 @@ def serving(page: gr.Blocks, host: str, port: int | None, share: bool) -> Iterat
     Args:
         page: the page.
         host, port: where to listen; without a port, at the first free one from 7860.
+        names: more names that the page is served at, such as that of a proxy.
         share: whether to open a public address of Gradio's as well, and yield that.
 
     Raises:
@@ -51,6 +52,7 @@ def serving(page: gr.Blocks, host: str, port: int | None, share: bool) -> Iterat
         max_file_size="1b",
     )
     gate = Gate(app, host, page.fns)
+    gate.hosts.update(name.lower() for name in names)
     listening = _listen(host, port)
     server = uvicorn.Server(
         uvicorn.Config(

@@ -12,7 +12,7 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dcdit.checks import HUB_ID, Digest, conform
+from dcdit.checks import HUB_ID, Digest, conform, visible
 from dcdit.errors import UserError
 from dcdit.network.registry import NETWORKS, build_network, check_weights
 from dcdit.runtime.files import content_digest, file_digest, read_json, replacing, write_text
@@ -109,9 +109,9 @@ def write_folder(
     config: Mapping[str, Any],
     state: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
-    texts: Mapping[str, str] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write ``config.json``, ``model.safetensors`` and texts, each file completely or not at all.
+    """Write ``config.json``, ``model.safetensors`` and other files, each completely or not at all.
 
     ``config.json`` holds the digests of all files, its own among them.
 
@@ -120,7 +120,7 @@ def write_folder(
         config: plain values; ``network`` is what :func:`dcdit.network.build_network` takes.
         state: parameters by name.
         dtype: type of the floating-point numbers in the file.
-        texts: contents of further files, by name.
+        files: contents of further files, by their names, which may name a folder too: ``transformer/code.py``.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -134,10 +134,12 @@ def write_folder(
     with replacing(folder / WEIGHTS_FILE) as file:
         file.write(content)
     values = {**config, "sha256": hashlib.sha256(content).hexdigest()}
-    if texts:
-        for name, text in texts.items():
-            write_text(folder / name, text)
-        values["files"] = {name: file_digest(folder / name) for name in texts}
+    if files:
+        for name, data in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            with replacing(folder / name) as file:
+                file.write(data)
+        values["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     write_text(folder / CONFIG_FILE, json.dumps({**values, "digest": content_digest(values)}, indent=2) + "\n")
 
 
@@ -145,11 +147,26 @@ def written_files(folder: Path) -> set[str]:
     """Names of the files in a folder that :func:`write_folder` wrote and nobody changed; empty if in doubt."""
     try:
         config = read_config(folder)
-        digests = {WEIGHTS_FILE: config["sha256"], **conform("files", config.get("files", {}), dict[str, Digest])}
-        unchanged = {name for name, digest in digests.items() if file_digest(folder / Path(name).name) == digest}
+        digests = {WEIGHTS_FILE: config["sha256"], **digests_of(config)}
+        unchanged = {name for name, digest in digests.items() if file_digest(folder / name) == digest}
     except (UserError, OSError):
         return set()
     return {CONFIG_FILE, *unchanged}
+
+
+def digests_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The digests that a ``config.json`` records of the files beside it; UserError if a name leads elsewhere."""
+    digests: dict[str, str] = conform("files", config.get("files", {}), dict[str, Digest])
+    for name in digests:
+        if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
+            raise UserError(f"files: {visible(name)} is no name of a file in the folder")
+    return digests
+
+
+def changed_code(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """The Python files in an exported folder that differ from what its ``config`` records, by name."""
+    code = {name: digest for name, digest in digests_of(config).items() if name.endswith(".py")}
+    return [name for name in code if (folder / name).exists() and file_digest(folder / name) != code[name]]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

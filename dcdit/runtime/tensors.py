@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dcdit.checks import reason_of, visible
 from dcdit.errors import UserError
-from dcdit.runtime import limits
 from dcdit.runtime.files import file_digest, open_regular
+from dcdit.runtime.limits import HEADER_BYTES
 
 
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
@@ -24,8 +24,8 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     try:
         with open_regular(path) as file:
             header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > limits.HEADER_BYTES:
-            raise ValueError(f"its header says to have {header_bytes} bytes, at most {limits.HEADER_BYTES} are read")
+        if header_bytes > HEADER_BYTES:
+            raise ValueError(f"its header says to have {header_bytes} bytes, at most {HEADER_BYTES} are read")
         if sha256 is not None and file_digest(path) != sha256:
             raise ValueError("its digest is not the one in config.json")
         tensors = load_file(path)

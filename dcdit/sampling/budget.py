@@ -16,7 +16,7 @@ from dcdit.checks import DropFraction, NonNegative, Positive, call_checked
 from dcdit.compute.flops import Cost
 from dcdit.diffusion.guidance import Guidance
 from dcdit.diffusion.samplers import Sampler, Step
-from dcdit.diffusion.settings import BudgetSettings
+from dcdit.diffusion.settings import BudgetSettings, GuidanceSettings, SamplerSettings
 from dcdit.errors import UserError
 from dcdit.network.caching import reuse
 from dcdit.runtime.files import read_json, write_json
@@ -61,6 +61,14 @@ class Calibration:
         weak = f"guidance.weak={self.weak}, " if self.weak else ""
         cache = f" and sampler.cache={self.cache:g}" if self.cache else ""
         return f"{weak}drop fraction {self.drop_fraction}{cache}"
+
+    def guidance(self, settings: GuidanceSettings) -> GuidanceSettings:
+        """The ``settings`` of guidance with what meets the budget."""
+        return replace(settings, weak=self.weak or settings.weak, drop_fraction=self.drop_fraction)
+
+    def sampler(self, settings: SamplerSettings) -> Sampler:
+        """A sampler of these ``settings`` with what meets the budget."""
+        return Sampler(replace(settings, cache=self.cache))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -93,12 +93,17 @@ class Recorder:
 
 def save_grid(images: Tensor, columns: int, path: Path, least_side: int = 64) -> None:
     """Save ``images`` (N, 1 or 3, height, width) uint8 as one PNG; small images are enlarged, pixels kept sharp."""
+    with replacing(path) as file:
+        write_grid(images, columns, file, least_side)
+
+
+def write_grid(images: Tensor, columns: int, file: BinaryIO, least_side: int = 64) -> None:
+    """Write what :func:`save_grid` saves into an open ``file``."""
     from torchvision.utils import save_image
 
     factor = max(1, -(-least_side // images.shape[-1]))
     images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    with replacing(path) as file:
-        save_image(images.float() / 255, file, format="png", nrow=columns, padding=2, pad_value=0.5)
+    save_image(images.float() / 255, file, format="png", nrow=columns, padding=2, pad_value=0.5)
 
 
 def decoded(latents: Sequence[Tensor], decode: Decoder) -> list[NDArray[Any]]:

@@ -6,18 +6,20 @@ from typing import Annotated, Any, Literal
 from dcdit.checkpoints.settings import AssumeSettings, Paths, WeightsKind
 from dcdit.checks import (
     FLOAT_NAMES,
+    Bounds,
     Capacity,
     Images,
     Named,
     Natural,
     NotEmpty,
     Seed,
+    TailDrop,
     annotations,
     call_checked,
     config,
 )
 from dcdit.data.latents import Rounding
-from dcdit.diffusion.settings import SAMPLERS, BudgetSettings, GuidanceSettings, SamplerOptions
+from dcdit.diffusion.settings import SAMPLERS, BudgetSettings, GuidanceScale, GuidanceSettings, SamplerOptions, Steps
 from dcdit.errors import UserError
 
 Labels = Literal["random", "balanced"]
@@ -69,3 +71,13 @@ class SamplingConfig(SamplingKeys):
         """Return the configuration in plain values, others ignored; raise UserError naming key, value and remedy."""
         names = annotations(SamplingConfig)
         return call_checked(SamplingConfig, {key: value for key, value in values.items() if key in names}, "")
+
+
+@config
+class ExamplesSettings:
+    """The images that ``dcdit export`` samples for a model card; ``configs/export.yaml`` describes each key."""
+
+    columns: Annotated[int, Bounds(0, 16, hint="a card shows few images; 0 is none")]
+    steps: Steps
+    guidance_scale: GuidanceScale
+    drop_fractions: Annotated[list[TailDrop], NotEmpty("take [0.0] for the full budget alone")]

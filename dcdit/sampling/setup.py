@@ -286,8 +286,5 @@ def calibrate_budget(sampling: Sampling) -> Calibration:
 
 def with_budget_met(sampling: Sampling, calibration: Calibration) -> Sampling:
     """Return ``sampling`` with what a calibration found."""
-    settings = sampling.guidance.settings
-    weak = calibration.weak or settings.weak
-    at_drop = sampling.guided(replace(settings, weak=weak, drop_fraction=calibration.drop_fraction))
-    sampler = Sampler(replace(sampling.sampler.settings, cache=calibration.cache))
-    return replace(at_drop, sampler=sampler, calibration=calibration)
+    guided = sampling.guided(calibration.guidance(sampling.guidance.settings))
+    return replace(guided, sampler=calibration.sampler(sampling.sampler.settings), calibration=calibration)

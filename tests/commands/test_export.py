@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from support.commands import typed
 from support.configs import compose_config
 from support.damage import sign
@@ -30,7 +31,7 @@ NETWORKS = {
 }
 PROCESSES = {
     "ddpm": ("betas linear", "variance learned_range"),
-    "flow": ("velocity noise - x_0",),
+    "flow": ("velocity noise - x_0", "times_of_training uniform"),
 }
 PLAIN = Card(None, None, "", [])
 
@@ -187,6 +188,38 @@ def test_the_card_says_what_was_trained_and_its_commands_work(
         exec(code, loaded)
     for key, tensor in loaded["network"].state_dict().items():
         assert torch.equal(tensor, found.of_kind(kind)[key])
+
+
+def test_the_card_shows_images_at_several_budgets_and_how_diffusers_loads_them(tmp_path, capsys, monkeypatch):
+    chosen = ("examples.columns=3", "examples.steps=4", "examples.drop_fractions=[0.0,0.5]")
+    result = typed(capsys, tmp_path, "export", "checkpoint=digits", "out=x", *chosen)
+    assert result.status == 0, result.words
+    card = (tmp_path / "x" / "README.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in card.split("## Examples")[1].splitlines() if line[:1] == "|"]
+    table = dict(zip(rows[0], zip(*rows[2:], strict=True), strict=True))
+    assert table["drop_fraction"] == ("0", "0.5")
+    for key in ("tflops_per_image", "keep_ratio"):
+        full, half = map(float, table[key])
+        assert 0 < half < full
+    picture = Image.open(tmp_path / "x" / re.search(r"!\[.*\]\((.*)\)", card)[1])
+    assert picture.size == (3 * 64 + 4 * 2, 2 * 64 + 3 * 2)
+    assert "\n- diffusers\n" in card
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.chdir(tmp_path)
+    exec(blocks(card, "python")[1].replace("steps=50", "steps=2"), {})
+    assert Image.open(tmp_path / "image.png").size == (16, 16)
+    assert export.written_files(tmp_path / "x") >= {"samples.png", "README.md", "pipeline.py"}
+    other = typed(capsys, tmp_path, "export", "checkpoint=digits", "out=x", "format=reference", "examples.columns=3")
+    assert (other.status, "examples.columns=3 is for format=dcdit" in other.words) == (2, True)
+
+
+def test_two_exports_of_one_network_have_the_same_bytes(tmp_path, capsys):
+    for out in ("one/x", "two/x"):
+        (tmp_path / out).parent.mkdir()
+        assert typed(capsys, tmp_path, "export", "checkpoint=digits", f"out={out}").status == 0
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / n).rglob("*.*")} for n in ("one", "two"))
+    assert one == two
+    assert len(one) == 6
 
 
 def test_the_card_of_the_network_that_comes_along_is_as_it_would_be_written(tmp_path, capsys):

@@ -120,7 +120,9 @@ def load_file_of(reference: Path) -> dict[str, torch.Tensor]:
 def test_what_is_exported_is_loaded_bit_for_bit(trained_run, tmp_path, capsys):
     said = ended(typed(capsys, tmp_path, "export", f"checkpoint={trained_run}", "out=handed on", "license=mit"))
     folder = tmp_path / "handed on"
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {
+        *("model.safetensors", "config.json", "README.md", "model_index.json", "pipeline.py", "transformer")
+    }
     assert "checkpoint of dcdit.train, DC-DiT with 0.1M parameters, step 3, EMA weights" in said.words
     before = load_model(trained_run)
     networks = [load_model(folder).network, DCDiT.from_pretrained(folder), Network.from_pretrained(str(folder))]
@@ -257,20 +259,40 @@ def test_folders_that_are_not_whole_are_refused(trained_run, tmp_path, capsys):
     refused(edit(network={**spec, "grid": 512, "width": 65_536, "heads": 1}), "has shape")
 
 
+def folder_contents(folder: Path) -> dict[str, bytes]:
+    """The files in and below a folder, by their names there."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_from_a_run_to_the_hub_and_back(trained_run, tmp_path, capsys):
     with hub_of({}, tmp_path / "cache") as hub:
         hub.new = tmp_path / "hub"
         words = (f"checkpoint={trained_run}", "out=x", "push=me/mine")
         assert "me/mine: " in ended(typed(capsys, tmp_path, "export", *words)).out
-        assert {path.name for path in (tmp_path / "hub" / "me" / "mine").iterdir()} == {
-            *("model.safetensors", "config.json", "README.md")
-        }
+        sent, kept = (folder_contents(folder) for folder in (tmp_path / "hub" / "me" / "mine", tmp_path / "x"))
+        assert sent == kept
+        assert {"model.safetensors", "config.json", "README.md", "pipeline.py"} < set(sent)
         found = load_model("hf://me/mine")
         assert found.step == 3
         again = DCDiT.from_pretrained(str(tmp_path / "x"))
         torch.testing.assert_close(found.network.state_dict(), again.state_dict(), rtol=0, atol=0)
         again.push_to_hub("me/alone")
         assert (tmp_path / "hub" / "me" / "alone" / "model.safetensors").exists()
+
+
+def test_an_upload_that_broke_off_goes_on_with_the_same_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub._upload_pipeline.REGULAR_CONTENT_BYTES_BUDGET", 1)  # a file a commit
+    command = ("export", "checkpoint=digits", "out=x", "push=me/mine")
+    with hub_of({}, tmp_path / "cache") as hub:
+        hub.new, hub.commits = tmp_path / "hub", 3
+        broken = typed(capsys, tmp_path, *command)
+        assert (broken.status, "or the same command again, which sends" in broken.words) == (2, True), broken.words
+        first, hub.commits, hub.received = hub.received, -1, []
+        assert ended(typed(capsys, tmp_path, *command)).status == 0
+        names = folder_contents(tmp_path / "x")
+        assert len(first) == 3
+        assert sorted(first + hub.received) == sorted(names)  # each file was sent once
+        assert folder_contents(tmp_path / "hub" / "me" / "mine") == names
 
 
 @pytest.mark.parametrize("answer", [(401, b""), (200, b"<html>"), (200, b"{}"), (200, b"[]")])

@@ -76,6 +76,7 @@ MAY_BE_ZERO = {
         "corrupt_limit",
         "num_workers",
     ),
+    *("examples.columns", "examples.guidance_scale"),
     *(
         "alignment.weight",
         "optimizer.weight_decay",
@@ -118,7 +119,7 @@ MAY_BE_NEGATIVE = {"diffusion.time_mean", "trainer.max_epochs", "trainer.devices
 LIGHTNINGS_OWN = {"logger.csv.save_dir", "run_dir"}
 """Checked, if at all, by Lightning, whose words they are."""
 
-LISTS_MAY_BE_EMPTY = {"plugins", "multi_budget.fractions", "cluster.setup", "callbacks.power_ema.lengths"}
+LISTS_MAY_BE_EMPTY = {"plugins", "multi_budget.fractions", "cluster.setup", "callbacks.power_ema.lengths", "names"}
 
 
 def check(command: str, config: DictConfig, key: str = "") -> None:

@@ -24,6 +24,8 @@ class Hub:
         asked: paths that were asked for.
         gated: repositories whose terms nobody here has accepted.
         new: folder for repositories that are made here; None refuses to make any.
+        commits: how many more are taken before the hub refuses; a negative number for all.
+        received: names of the files in the commits that were taken.
         headers: of the answers to HEAD, instead of the usual ones.
         listing: what is sent instead of a list of files.
     """
@@ -31,6 +33,8 @@ class Hub:
     def __init__(self, repositories: dict[str, Path]) -> None:
         self.repositories, self.asked, self.gated = repositories, [], set()
         self.new: Path | None = None
+        self.commits = -1
+        self.received: list[str] = []
         self.headers: dict[str, str] = {}
         self.listing: bytes | None = None
         hub = self
@@ -73,7 +77,7 @@ class Hub:
             if self.listing is not None:
                 return self.send(request, 200, self.listing, {"Content-Type": "application/json"}, body)
             tree = self.tree(folder)
-            if words[4:5] == ["revision"]:
+            if words[4:5] in ([], ["revision"]):
                 siblings = [{"rfilename": entry["path"]} for entry in tree]
                 content = json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode()
                 return self.send(request, 200, content, {"Content-Type": "application/json"}, body)
@@ -111,17 +115,25 @@ class Hub:
             wanted = json.loads(content)
             name = f"{wanted['organization']}/{wanted['name']}"
             self.repositories[name] = self.new / name
-            self.repositories[name].mkdir(parents=True)
+            self.repositories[name].mkdir(parents=True, exist_ok=True)
             answer = {"url": f"{self.address}/{name}"}
         elif words[4:5] == ["preupload"]:
-            files = json.loads(content)["files"]
-            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            known = self.repositories["/".join(words[2:4])]
+            about = {"uploadMode": "regular", "shouldIgnore": False}
+            files = [f["path"] for f in json.loads(content)["files"]]
+            oids = {path: git_oid(known / path) for path in files if (known / path).is_file()}
+            answer = {"files": [{"path": path, **about, "oid": oids.get(path)} for path in files]}
         elif words[4:5] == ["commit"]:
             name = "/".join(words[2:4])
+            if self.commits == 0:
+                return self.send(request, 403, b"", {}, True)
+            self.commits -= 1
             for line in map(json.loads, content.splitlines()):
                 if line["key"] == "file":
                     file = self.repositories[name] / line["value"]["path"]
+                    file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_bytes(base64.b64decode(line["value"]["content"]))
+                    self.received.append(line["value"]["path"])
             answer = {
                 "commitUrl": f"{self.address}/{name}/commit/{COMMIT}",
                 "commitOid": COMMIT,
@@ -136,6 +148,12 @@ class Hub:
         request.end_headers()
         if body:
             request.wfile.write(content)
+
+
+def git_oid(file: Path) -> str:
+    """The name that git gives to the content of ``file``."""
+    content = file.read_bytes()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
 
 @contextmanager

@@ -4,7 +4,14 @@ An entry of a table is a class of settings that names its implementation, which 
 takes seconds to import, and a mistake is to be reported at once.
 """
 
-from dcdit.diffusion.settings.guidance import PATH_DROP, BudgetSettings, DropSchedule, GuidanceSettings, Timestep
+from dcdit.diffusion.settings.guidance import (
+    PATH_DROP,
+    BudgetSettings,
+    DropSchedule,
+    GuidanceScale,
+    GuidanceSettings,
+    Timestep,
+)
 from dcdit.diffusion.settings.processes import (
     PROCESSES,
     PUBLISHED_PROCESS,

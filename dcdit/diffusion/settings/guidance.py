@@ -15,6 +15,8 @@ it leaves the backbone out and knows the class."""
 PATH_DROP = ("path", "path_class")
 """Where the guiding branch leaves the backbone out."""
 
+GuidanceScale = Annotated[float, Bounds(0, 100, hint="1 is no guidance, 4 is strong")]
+
 Every = Annotated[int, Bounds(1, TRAIN_STEPS, hint="1 runs the guiding branch at every evaluation, 2 at every other")]
 
 DropSchedule = Annotated[list[list[Number]], NotEmpty("give a point, or null for a constant drop_fraction")]
@@ -51,7 +53,7 @@ class GuidanceSettings:
         UserError: if a value is out of its range.
     """
 
-    scale: Annotated[float, Bounds(0, 100, hint="1 is no guidance, 4 is strong")] = 1.0
+    scale: GuidanceScale = 1.0
     channels: Annotated[int, Bounds(1, 10**7, hint="take 3 as published, or as many as there are")] | None = None
     drop_fraction: DropFraction = 0.0
     uncond_drop_fraction: DropFraction | None = None
