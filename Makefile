@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install train compare test example docs lint types check format clean
+.PHONY: help install train compare test example docs wheel lint types check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,9 +38,13 @@ example: install ## run examples/own_project with the wheel alone, in a new envi
 docs: install ## build the documentation as a site: open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+wheel: install ## try the wheel in a new environment with the core dependencies alone
+	bash scripts/wheel.sh $(BIN)/python
+
 lint: install ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint Dockerfile
 
 types: install ## check types
 	$(BIN)/mypy

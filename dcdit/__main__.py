@@ -1,8 +1,11 @@
 """``dcdit <command> ...``, the same as ``python -m dcdit.<command> ...``."""
 
+import difflib
 import os
 import runpy
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from dcdit.runtime.terminal import install
 
@@ -23,6 +26,15 @@ COMMANDS = {
 }
 
 
+def completion(shells: Sequence[str]) -> str:
+    """The script that has a shell complete the words of ``dcdit``; exits with a message for another shell than bash."""
+    if list(shells) != ["bash"]:
+        print('dcdit completion knows bash alone: eval "$(dcdit completion bash)"', file=sys.stderr)
+        sys.exit(2)
+    script = Path(__file__).with_name("settings") / "completion.bash"
+    return script.read_text().replace("@COMMANDS@", " ".join(COMMANDS))
+
+
 def main() -> None:
     """Run the command that the first word names; without one, list them."""
     install()
@@ -34,12 +46,18 @@ def main() -> None:
 
             print(f"dcdit {__version__}")
             return
+        if name == "completion":
+            print(completion(words[1:]))
+            return
         asked = name in ("", "__help", "_h")
         print("usage: dcdit <command> [group=choice] [key=value] ...    (dcdit <command> --help)\n")
         for command, what in COMMANDS.items():
             print(f"  {command:16} {what}")
+        print('\neval "$(dcdit completion bash)" completes commands, groups and keys with the tab key')
         if not asked:
-            print(f"\n{words[0]!r} is none of them", file=sys.stderr)
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            meant = f", did you mean {close[0]}?" if close else ""
+            print(f"\n{words[0]!r} is none of them{meant}", file=sys.stderr)
         sys.exit(0 if asked else 2)
     sys.argv = [sys.argv[0], *words[1:]]
     if os.getcwd() not in sys.path and "" not in sys.path:

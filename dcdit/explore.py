@@ -14,6 +14,7 @@ from typing import Annotated
 from dcdit.checks import Bounds, Matches, config
 from dcdit.diffusion.settings import Steps
 from dcdit.errors import UserError
+from dcdit.runtime.imports import check_installed
 from dcdit.sampling.settings import SamplingConfig
 from dcdit.settings.command import command
 from dcdit.settings.compose import given_overrides
@@ -59,18 +60,13 @@ _HELD = (
 @command("explore")
 def explore(config: ExploreConfig) -> None:
     """Serve the page until interrupted."""
+    check_installed("gradio", "the explorer")
     from dcdit.checkpoints.resolve import resolve_checkpoint
 
     names = {"checkpoint": config.checkpoint, "compare": config.compare}
     sources = [resolve_checkpoint(name, config.paths.runs, key) for key, name in names.items() if name is not None]
-    try:
-        from dcdit.explorer.page import Page
-        from dcdit.explorer.serving import serving
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "gradio":
-            raise
-        raise UserError("the explorer needs Gradio: pip install 'dcdit[explore]'") from None
-
+    from dcdit.explorer.page import Page
+    from dcdit.explorer.serving import serving
     from dcdit.explorer.session import Session
 
     words = " ".join(word for word in given_overrides() if word.startswith(_HELD))

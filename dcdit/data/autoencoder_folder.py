@@ -1,7 +1,6 @@
 """Folders that diffusers' ``save_pretrained`` writes of an autoencoder: read here, checked, and only then built."""
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from dcdit.network.pretrained import CONFIG_FILE
 from dcdit.runtime.devices import without_memory
 from dcdit.runtime.files import read_json
 from dcdit.runtime.hub import check_hub_answers
+from dcdit.runtime.imports import check_installed
 from dcdit.runtime.tensors import load_state_strict, read_tensors
 
 _WEIGHTS = "diffusion_pytorch_model"
@@ -71,9 +71,8 @@ def read_folder(folder: Path) -> tuple[AutoencoderKind, dict[str, Any], Any]:
     kind = AUTOENCODER_KINDS[class_name]
     if not hasattr(diffusers, class_name):
         raise UserError(f"{where}diffusers {diffusers.__version__} has no {class_name}: install a newer one")
-    if kind.requires and find_spec(kind.requires[0]) is None:
-        package, extra = kind.requires
-        raise UserError(f"{where}{class_name} needs the package {package}: pip install 'dcdit[{extra}]'")
+    if kind.requires:
+        check_installed(kind.requires, f"{where}{class_name}")
     values = {key: value for key, value in config.items() if not key.startswith("_")}  # others are notes of diffusers
     for key, value in values.items():
         if key not in kind.keys:

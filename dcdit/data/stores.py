@@ -15,6 +15,7 @@ from typing import Any
 from dcdit.checks import reason_of, without_credentials
 from dcdit.errors import UserError
 from dcdit.runtime.hub import cause_of, check_hub_answers
+from dcdit.runtime.imports import EXTRAS, check_installed
 
 PIECE = 4 << 20
 """Bytes that a store is asked for at once."""
@@ -25,29 +26,27 @@ class Store:
     """A kind of store.
 
     Attributes:
-        package: what has its filesystem, and ``extra`` the extra of dcdit that installs that; None: every installation.
+        module: what has its filesystem; an optional one is of :data:`dcdit.runtime.imports.EXTRAS`.
         access: what whoever is refused can do.
         options: for opening a file.
     """
 
-    package: str
-    extra: str | None
+    module: str
     access: str
     options: dict[str, Any] = field(default_factory=lambda: {"cache_type": "none"})
 
 
-_GOOGLE = Store("gcsfs", "gcs", "gcloud auth application-default login, or FSSPEC_GS_TOKEN=anon for a public bucket")
+_GOOGLE = Store("gcsfs", "gcloud auth application-default login, or FSSPEC_GS_TOKEN=anon for a public bucket")
 
 STORES = {
     "s3": Store(
         "s3fs",
-        "s3",
         "log in with aws configure or AWS_PROFILE (AWS_ENDPOINT_URL names another store than Amazon's), or set"
         " FSSPEC_S3_ANON=true for a public bucket",
     ),
     "gs": _GOOGLE,
     "gcs": _GOOGLE,
-    "hf": Store("huggingface_hub", None, "log in with hf auth login, or set HF_TOKEN", {"block_size": 0}),  # one answer
+    "hf": Store("huggingface_hub", "log in with hf auth login, or set HF_TOKEN", {"block_size": 0}),  # one answer
 }
 """Kinds of stores, by the beginning of their URLs. fsspec knows many more, which a URL of a stranger could open."""
 
@@ -109,13 +108,10 @@ def _filesystem(protocol: str, process: int) -> Any:
     """The filesystem of a protocol, one for each process: a forked one cannot use that of its parent."""
     from fsspec import get_filesystem_class
 
-    store = STORES[protocol]
-    try:
-        kind = get_filesystem_class(protocol)
-    except ImportError as error:
-        raise UserError(
-            f"{protocol}: URLs need the package {store.package}: pip install 'dcdit[{store.extra}]'"
-        ) from error
+    module = STORES[protocol].module
+    if module in EXTRAS:
+        check_installed(module, f"{protocol}://")
+    kind = get_filesystem_class(protocol)
     if protocol == "hf":
         check_hub_answers()
     return kind(skip_instance_cache=True)
@@ -130,5 +126,5 @@ def _refused(store: Store, error: Exception) -> RefusedError:
         return RefusedError(f"access is denied: {store.access}", absent=True)
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"):
         return RefusedError(f"there are no credentials: {store.access}", absent=False)
-    reason = cause_of(error) if store.package == "huggingface_hub" else reason_of(error)
+    reason = cause_of(error) if store.module == "huggingface_hub" else reason_of(error)
     return RefusedError(re.sub(r"\?[^\s'\"]+", "?...", without_credentials(reason)), absent=False)  # signatures

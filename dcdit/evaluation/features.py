@@ -124,10 +124,8 @@ class InceptionFeatures(FeatureNetwork):
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-        except ImportError:
-            raise UserError("features=inception needs torch-fidelity: pip install torch-fidelity") from None
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
         if weights is None:
             try:
                 state = torch.hub.load_state_dict_from_url(

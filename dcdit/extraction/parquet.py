@@ -26,6 +26,7 @@ from dcdit.extraction.sources import (
     UnreadableError,
     UnusableImageError,
 )
+from dcdit.runtime.imports import check_installed
 
 _PIECES = 50
 """Pieces of consecutive rows of which a shard consists at least, so that it mixes the classes of a sorted file."""
@@ -141,10 +142,7 @@ class ParquetSource(ShuffledSource):
 
 def open_parquet(settings: Parquet, request: Request) -> ParquetSource:
     """The rows of parquet files."""
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError:
-        raise UserError("reader=parquet needs pyarrow: pip install 'dcdit[parquet]'") from None
+    check_installed("pyarrow", "reader=parquet")
     files = find_files(request.source, settings.files, ".parquet", settings.revision, settings.stream)
     return ParquetSource(request, settings, files)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from dcdit.errors import UserError
 from dcdit.network.packing import Packing
 from dcdit.runtime.devices import has_amx
+from dcdit.runtime.imports import remedy_for
 
 Backend = Literal["auto", "sdpa", "varlen", "flash_attn"]
 
@@ -102,8 +103,8 @@ _MISSING = frozenset(name for name, module in _MODULES.items() if importlib.util
 def check_installed(backend: Backend) -> None:
     """Raise :class:`UserError` if ``backend`` is not installed."""
     if backend != "auto" and backend in _MISSING:
-        remedy = "pip install 'dcdit[flash-attn]'" if backend == "flash_attn" else "install torch 2.10 or newer"
-        raise UserError(f"attention={backend!r} is not installed: {remedy}, or set attention=auto")
+        remedy = remedy_for("flash_attn") if backend == "flash_attn" else "torch 2.10 or newer: install it"
+        raise UserError(f"attention={backend!r} needs {remedy}, or set attention=auto")
 
 
 def resolve_backend(backend: str, tensor: Tensor) -> str:

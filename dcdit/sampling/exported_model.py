@@ -38,7 +38,7 @@ from dcdit.runtime.tensors import load_state_strict, read_tensors
 from dcdit.sampling.budget import Calibration, calibrate
 from dcdit.sampling.generate import SampleBatch, generate
 from dcdit.sampling.guiding import check_guidance
-from dcdit.sampling.pictures import resolve_labels
+from dcdit.sampling.labels import resolve_labels
 from dcdit.sampling.settings import Classes
 
 

@@ -20,6 +20,7 @@ from dcdit.runtime.files import make_writable_folder, replacing
 from dcdit.sampling.cost import SamplingCost
 from dcdit.sampling.figures import Moment, Recorder, panels_of, save_boundaries, save_grid
 from dcdit.sampling.generate import SampleBatch
+from dcdit.sampling.labels import resolve_labels
 from dcdit.sampling.overlays import Pixels, fitted, save_animation, side_by_side
 from dcdit.sampling.setup import Sampling
 
@@ -31,28 +32,6 @@ _MOST_PIXELS = 1 << 27
 """Most pixels of a picture of samples: 2,048 images at 256px, which take 2 GB of memory."""
 _SHOWN = 4
 """Samples in the picture of boundaries, the first of each class."""
-
-
-def resolve_labels(classes: Sequence[int | str] | None, names: Sequence[str], per_class: int) -> Tensor:
-    """Return the labels (N,) of all samples, class by class.
-
-    Args:
-        classes: labels or class names; None takes the first ten.
-        names: of the classes that the checkpoint knows.
-        per_class: samples of each class.
-
-    Raises:
-        UserError: for a class that the checkpoint does not know.
-    """
-    labels = []
-    for wanted in classes if classes is not None else range(min(10, len(names))):
-        if str(wanted) in names:
-            labels.append(names.index(str(wanted)))
-        elif isinstance(wanted, int) and 0 <= wanted < len(names):
-            labels.append(wanted)
-        else:
-            raise UserError(f"classes: {wanted!r} is neither a class name nor a label in 0..{len(names) - 1}")
-    return torch.tensor(labels).repeat_interleave(per_class)
 
 
 def _put_aside(out: Path) -> None:
@@ -122,7 +101,7 @@ def sample_to_folder(
 
     Args:
         sampling: what samples.
-        classes, per_class: see :func:`resolve_labels`.
+        classes, per_class: see :func:`dcdit.sampling.labels.resolve_labels`.
         frames: columns of ``boundaries.png``; 0 leaves the picture out.
         animation: ``gif`` or ``webp``: the way of the first sample from noise to image, as ``trajectory`` beside.
         out: folder, made if needed.

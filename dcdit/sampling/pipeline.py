@@ -14,7 +14,7 @@ from dcdit.diffusion.samplers import Step
 from dcdit.diffusion.settings import BudgetSettings, GuidanceSettings, SamplerSettings
 from dcdit.sampling import setup
 from dcdit.sampling.generate import SampleBatch
-from dcdit.sampling.pictures import resolve_labels
+from dcdit.sampling.labels import resolve_labels
 from dcdit.sampling.settings import Classes, SamplingConfig
 from dcdit.sampling.setup import Loaded, build_sampling, meet_budget, with_guiding_model
 from dcdit.settings.compose import compose_values, plain

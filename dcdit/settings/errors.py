@@ -20,11 +20,15 @@ from dcdit.checks import shown, suggestion
 from dcdit.errors import TrainingError, UserError
 from dcdit.runtime import terminal
 from dcdit.runtime.files import describe_dangling_link
+from dcdit.runtime.imports import missing_extra, remedy_for
 from dcdit.settings.help import choices, keys_in
 
 USER_ERROR_STATUS = 2
 MOST_SUGGESTED = 3
 """Keys that are suggested for one that there is not."""
+
+_PLUGINS = {"hydra/sweeper/optuna": "hydra_plugins.hydra_optuna_sweeper"}
+"""Files that an optional plug-in of Hydra brings."""
 
 
 def exit_with_message(run: Callable[[], Any]) -> None:
@@ -74,6 +78,11 @@ def explain(error: BaseException, overrides: Sequence[str] | None = None) -> str
         remedy = " Or set WANDB_API_KEY in the environment, or logger.wandb.mode=offline"
         key = remedy if "api" in str(error).lower() else ""
         return f"logger=wandb: {error}{key}"
+    if isinstance(error, RuntimeError) and str(error).startswith("Unknown plugin class"):  # of Hydra
+        slurm = remedy_for("hydra_plugins.hydra_submitit_launcher")
+        return f"{error}: its package is not installed, or does not fit. cluster=slurm needs {slurm}"
+    if module := missing_extra(error):
+        return f"this needs {remedy_for(module)}"
     if type(error).__name__ == "OutOfMemoryError":
         return f"{str(error).partition('. ')[0]}: take a smaller batch_size, or precision=bf16"
     if isinstance(error, OSError):
@@ -114,6 +123,8 @@ def _explain_override(error: ConfigCompositionException | MissingConfigException
     cause = error.__cause__
     message = str(error).splitlines()[0]
     if isinstance(error, MissingConfigException):
+        if module := _PLUGINS.get(error.missing_cfg_file or ""):
+            return f"{message.rstrip('.')}: it needs {remedy_for(module)}"
         options = list(error.options or [])
         close = difflib.get_close_matches((error.missing_cfg_file or "").rpartition("/")[2], options, n=1)
         meant = f": did you mean {close[0]}?" if close else ". If a plug-in has it, name that with plugins=[...]"

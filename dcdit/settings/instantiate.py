@@ -9,6 +9,7 @@ from hydra.errors import InstantiationException
 from omegaconf.errors import MissingMandatoryValue
 
 from dcdit.errors import UserError
+from dcdit.runtime.imports import missing_extra, remedy_for
 
 
 def instantiated(section: Mapping[str, Any], key: str) -> Any:
@@ -34,6 +35,8 @@ def instantiated(section: Mapping[str, Any], key: str) -> Any:
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
+        if module := missing_extra(root):
+            raise UserError(f"{key} needs {remedy_for(module)}") from error
         target = re.search(r"Error locating target '([^']+)'", str(error))
         if target:
             full_key = re.search(r"^full_key: (\S+)", str(error), flags=re.MULTILINE)

@@ -16,8 +16,10 @@ except ImportError:
         def setup(self, **ignored: object) -> None:
             """Raise UserError, before anything is written."""
             from dcdit.errors import UserError
+            from dcdit.runtime.imports import remedy_for
 
-            raise UserError("cluster=slurm needs hydra-submitit-launcher: pip install 'dcdit[slurm]', or cluster=local")
+            remedy = remedy_for("hydra_plugins.hydra_submitit_launcher")
+            raise UserError(f"cluster=slurm needs {remedy}, or take cluster=local")
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
             """Never reached: :meth:`setup` comes first."""
@@ -29,6 +31,9 @@ else:
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
             """Submit one job for each element of ``job_overrides``, and wait for all."""
+            from dcdit.runtime.imports import check_installed
+
+            check_installed("submitit", "cluster=slurm", "take cluster=local")
             from dcdit.cluster.launch import launch
 
             assert self.config is not None

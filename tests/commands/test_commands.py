@@ -97,8 +97,15 @@ def test_help_names_the_choice_that_a_command_makes_instead_of_the_shared_one(tm
 def test_what_is_no_command_is_answered_with_the_list():
     result = subprocess.run([sys.executable, "-m", "dcdit", "trian"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
-    assert "'trian' is none of them" in result.stderr
+    assert "'trian' is none of them, did you mean train?" in result.stderr
     assert all(f"  {name} " in result.stdout for name in COMMANDS)
+
+
+def test_completion_knows_bash_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dcdit", "completion", "zsh"])
+    with pytest.raises(SystemExit) as leaving:
+        dcdit()
+    assert (leaving.value.code, "dcdit completion bash" in capsys.readouterr().err) == (2, True)
 
 
 def test_the_version_is_that_of_the_package(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import diffusers
@@ -162,9 +163,9 @@ def test_what_is_not_understood_is_refused(tmp_path, monkeypatch):
 
 
 def test_an_autoencoder_without_its_package_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("dcdit.data.autoencoder_folder.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderRAE"}')
-    refuses(r"AutoencoderRAE needs the package transformers: pip install 'dcdit\[rae\]'", str(tmp_path))
+    refuses(r"AutoencoderRAE needs transformers: pip install 'dcdit\[rae\]'", str(tmp_path))
 
 
 def test_an_autoencoder_of_one_size_refuses_others(tmp_path, source):

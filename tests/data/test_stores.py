@@ -21,6 +21,7 @@ from dcdit.data.order import Readers
 from dcdit.data.storage import Location
 from dcdit.data.stores import STORES
 from dcdit.errors import UserError
+from dcdit.runtime.imports import EXTRAS
 
 IN_ANOTHER_PROCESS = get_context("fork")
 
@@ -173,12 +174,14 @@ def test_what_a_store_refuses_ends_in_one_message(bucket, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"Could not connect to the endpoint URL: .http://127"):
         remote.manifest()
     for protocol in ("s3", "gs"):
-        store = STORES[protocol]
+        module = STORES[protocol].module
         stores._filesystem.cache_clear()
         with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, store.package, None)
+            patch.setitem(sys.modules, module, None)
             patch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
-            with pytest.raises(UserError, match=rf"package {store.package}: pip install 'dcdit\[{store.extra}\]'"):
+            with pytest.raises(
+                UserError, match=rf"{protocol}:// needs {module}: pip install 'dcdit\[{EXTRAS[module][1]}\]'"
+            ):
                 Location(f"{protocol}://bucket/asked", cache).manifest()
     stores._filesystem.cache_clear()
 

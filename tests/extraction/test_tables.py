@@ -91,7 +91,7 @@ def test_mistakes_in_parquet_files_are_told_before_work(tmp_path):
     ):
         refused(asked, message, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "pyarrow.parquet", None)
+        patch.setitem(sys.modules, "pyarrow", None)
         refused(words, r"reader=parquet needs pyarrow: pip install 'dcdit\[parquet\]'", tmp_path)
 
 

@@ -21,6 +21,7 @@ from support.configs import TINY, compose_config, config_of
 from dcdit.__main__ import COMMANDS
 from dcdit.checks import annotations, conform
 from dcdit.errors import UserError
+from dcdit.runtime.imports import is_installed
 from dcdit.settings.compose import configuration_of
 from dcdit.settings.help import group_names
 from dcdit.settings.overrides import TEXT_KEYS, is_text, options_last, quoted
@@ -219,3 +220,16 @@ def test_options_that_do_not_go_together_are_told(capsys, tmp_path, words):
     assert result.status == 2
     assert words[0] in result.words
     assert "can " in result.words
+
+
+def test_a_launcher_that_hydra_does_not_find_is_no_traceback(tmp_path, capsys, monkeypatch):
+    name = "hydra_plugins.dcdit_slurm_launcher.SlurmLauncher"
+    monkeypatch.delitem(Plugins.instance().class_name_to_class, name)
+    result = typed(capsys, tmp_path, "train", "experiment=b_n4", "cluster=slurm", "cluster.dry_run=true")
+    assert (result.status, "pip install 'dcdit[slurm]'" in result.words) == (2, True)
+
+
+@pytest.mark.skipif(is_installed("hydra_plugins.hydra_optuna_sweeper"), reason="the extra `optuna` is installed")
+def test_a_search_without_its_extra_says_what_to_install(tmp_path, capsys):
+    result = typed(capsys, tmp_path, "train", *TINY, "hparams_search=optuna")
+    assert (result.status, "hydra-optuna-sweeper: pip install 'dcdit[optuna]'" in result.words) == (2, True)
