@@ -11,7 +11,7 @@ nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not 
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SMALL = {"STEPS": "20", "COUNT": "20", "COMPRESSIONS": "[2, 4]"}
+SMALL = {"STEPS": "20", "COUNT": "40", "COMPRESSIONS": "[2, 4]"}
 MOST_BYTES = 1_000_000
 
 

@@ -64,7 +64,9 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
 
     The inverse is the shift by 1 / s.
     """
-    return shift * t / (1 + (shift - 1) * t)
+    if shift == 1:
+        return t
+    return shift * t / ((1 - t) + shift * t)  # so that 1 stays 1 in float32 too
 
 
 def per_sample(table: Tensor, t: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ def test_mistakes_end_before_anything_is_drawn(run, tmp_path, digits, tiny):
         (f"checkpoint={digits}/val/manifest.json", "cannot be read safely"),
         ("reference=nowhere", "reference=nowhere does not exist"),
         (f"reference={digits}", "holds several splits"),
-        ("count=30", "30 images are too few for FID"),
+        ("count=1", "1 image is too few for FID"),
         ("count=0", "count=0 is not a positive number"),
         ("drop_fractions=[0,1.1]", r"drop_fractions=1.1 is outside"),
         ("drop_fractions=[]", "asks for nothing"),

@@ -100,7 +100,7 @@ def test_the_shift_of_times(shift, times):
     assert shifted.tolist() == pytest.approx([shift * each / (1 + (shift - 1) * each) for each in t.tolist()])
     assert (shifted.diff() >= -1e-12).all()
     assert ((shifted >= t - 1e-12) if shift >= 1 else (shifted <= t + 1e-12)).all()
-    assert shift_times(torch.tensor([0.0, 1.0]), shift).tolist() == pytest.approx([0, 1])
+    assert shift_times(torch.tensor([0.0, 1.0]), shift).tolist() == [0, 1]
     assert torch.equal(shift_times(t, 1.0), t)
     torch.testing.assert_close(shift_times(shifted, 1 / shift), t)
     # in terms of the signal-to-noise ratio: noise has s times the deviation
