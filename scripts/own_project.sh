@@ -53,6 +53,6 @@ if dcdit sample checkpoint=runs/gradient_digits $few > said 2>&1; then
     echo "$0: a checkpoint was opened without its plug-in" >&2
     exit 1
 fi
-expect said own_project.router
+expect said 'own_project'
 expect said 'own-project 0.1.0'
 echo "examples/own_project trains, goes on, sweeps, samples, evaluates and reports with the wheel alone"
