@@ -41,7 +41,8 @@ def test_its_outputs_are_there_and_small(path):
     assert path.stat().st_size < MOST_BYTES
     shown = [output for cell in code(notebook) for output in cell.outputs]
     assert not [output for output in shown if output.output_type == "error"]
-    assert sum("image/png" in output.get("data", {}) for output in shown) >= 2
+    assert sum("image/png" in output.get("data", {}) for output in shown) >= 3
+    assert "\x1b" not in "".join(output.get("text", "") for output in shown), "progress bars belong in a terminal"
     assert code(notebook)[0].source.count("pip install") == 1  # the one cell that Colab needs
     assert str(ROOT) not in path.read_text()
 

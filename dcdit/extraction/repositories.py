@@ -36,7 +36,7 @@ class Files(Protocol):
 
 @dataclass(frozen=True)
 class LocalFiles(Files):
-    """Files below a folder."""
+    """Reads the files below a folder."""
 
     root: Path
     names: list[str]

@@ -103,8 +103,10 @@ def out_of_memory(error: torch.OutOfMemoryError, config: TrainConfig, step: int,
     execution, remedies = config.execution, []
     if routes and config.capacity is None:
         remedies.append("execution.capacity=auto, for a fresh router keeps most positions for a few steps")
-    if execution.max_micro_batch != 1:
+    if execution.max_micro_batch is None:
         remedies.append("execution.max_micro_batch=auto, which accumulates gradients of what fits")
+    elif execution.max_micro_batch != 1:
+        remedies.append(f"an execution.max_micro_batch below {execution.max_micro_batch}")
     if not execution.activation_checkpointing:
         remedies.append("execution.activation_checkpointing=true")
     remedies.append("a smaller data.batch_size")

@@ -93,6 +93,8 @@ def test_a_run_that_outgrows_the_memory_says_what_to_try(tiny, monkeypatch):
     with pytest.raises(TrainingError) as told:
         tiny("run", "trainer.max_steps=1")
     assert str(told.value).startswith("step 0, data.batch_size=8: CUDA out of memory. Take execution.capacity=auto")
+    with pytest.raises(TrainingError, match=r"or an execution\.max_micro_batch below 4; or"):
+        tiny("third", "trainer.max_steps=1", "execution.max_micro_batch=4")
     everything = ["execution.capacity=0.5", "execution.max_micro_batch=1", "execution.activation_checkpointing=true"]
     with pytest.raises(TrainingError, match=r"memory\. Take a smaller data\.batch_size\. The same command"):
         tiny("other", "trainer.max_steps=1", *everything)

@@ -37,7 +37,7 @@ class BestCheckpoint:
 
     @property
     def name(self) -> str:
-        """The name of its file."""
+        """Return the name of its file."""
         return f"best_{self.metric}_{self.value:.9g}_step_{self.step:08d}.ckpt"
 
     def is_worse_than(self, value: float) -> bool:
