@@ -16,6 +16,7 @@ import pytest
 import torch
 from support.configs import TINY, compose_config
 
+from dcdit.runtime.signals import STOP_SIGNALS
 from dcdit.settings.compose import register_resolvers
 
 register_resolvers()
@@ -35,6 +36,17 @@ def other_rounding(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with ShapedRounding() if request.config.getoption("--other-rounding") else nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """No test leaves a handler behind: what follows would not end when it is told to."""
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    yield
+    after = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+    assert after == before
 
 
 @pytest.fixture(scope="session")

@@ -29,8 +29,8 @@ _MAIN = "__main__"
 """What Python calls the module of a script or notebook that it runs: no other process can import it."""
 
 _folders: dict[str, Path] = {}
-_named: list[str] = []
-_loaded: set[str] = set()
+_loaded: dict[str, str] = {}
+"""The modules that were imported, with what named each."""
 
 
 class ChangedPluginError(UserError):
@@ -61,8 +61,7 @@ def find_plugins(named: object = ()) -> dict[str, str]:
         for name in conform(key, names, list[str]):
             _refuse_path(key, name)
             module = conform(key, name, Module)
-            if found.setdefault(module, f"{key}={module}") == f"plugins={module}" and module not in _named:
-                _named.append(module)
+            found.setdefault(module, f"{key}={module}")
     for package in dict.fromkeys(module.partition(".")[0] for module in found):
         spec = find_spec(package) if package != _MAIN else None
         places = [] if spec is None else spec.submodule_search_locations or [os.path.dirname(spec.origin or "")]
@@ -89,7 +88,8 @@ def _refuse_path(key: str, name: str) -> None:
 
 def words_of_plugins() -> str:
     """The words that a command needs for the plug-ins that the key ``plugins`` named here; they begin with a space."""
-    return f" {shlex.quote('plugins=[' + ','.join(_named) + ']')}" if _named else ""
+    named = [module for module, where in _loaded.items() if where == f"plugins={module}"]
+    return f" {shlex.quote('plugins=[' + ','.join(named) + ']')}" if named else ""
 
 
 def load_plugins(named: object = ()) -> None:
@@ -101,7 +101,7 @@ def load_plugins(named: object = ()) -> None:
     for module, where in find_plugins(named).items():
         if module not in sys.modules:
             _import(module, where)
-        _loaded.add(module)
+        _loaded.setdefault(module, where)
 
 
 def _import(module: str, where: str) -> None:

@@ -119,7 +119,7 @@ def test_printed_commands_name_the_plugins_that_were_named(folder, tiny, monkeyp
     write_router(folder, "my_router", "own")
     run = tiny("run", "plugins=[my_router]", "model.router=own", "trainer.max_steps=2")
     assert resuming_command(run).startswith("python -m dcdit.train 'plugins=[my_router]' resume=")
-    monkeypatch.setattr(plugins, "_named", [])
+    monkeypatch.setattr(plugins, "_loaded", {})
     assert resuming_command(run).startswith("python -m dcdit.train resume=")
 
 

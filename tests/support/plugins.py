@@ -13,8 +13,7 @@ from dcdit.settings import plugins
 def forgotten() -> Iterator[None]:
     """Afterwards no table, folder of configuration files or module is there that was not there before."""
     held = {key: (table._entries.copy(), table._origins.copy()) for key, table in tables._TABLES.items()}
-    folders, named, modules = plugins._folders.copy(), plugins._named.copy(), set(sys.modules)
-    loaded = plugins._loaded.copy()
+    folders, loaded, modules = plugins._folders.copy(), plugins._loaded.copy(), set(sys.modules)
     plugins._installed.cache_clear()
     try:
         yield
@@ -25,7 +24,7 @@ def forgotten() -> Iterator[None]:
             else:  # loaded by the test; it keeps what is ours
                 for name in list(table._origins):
                     del table[name]
-        plugins._folders, plugins._named, plugins._loaded = folders, named, loaded
+        plugins._folders, plugins._loaded = folders, loaded
         plugins._installed.cache_clear()
         for name in set(sys.modules) - modules:
             file = getattr(sys.modules[name], "__file__", None) or ""

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import get_args
@@ -264,16 +265,37 @@ def test_a_second_interrupt_does_not_tear_a_save():
         pass
 
 
-def test_who_ignores_hangups_is_not_stopped_by_them(tiny):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_who_ignores_hangups_is_not_stopped_by_them():
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         callback = StopOnInterrupt()
         callback.on_train_start(None, None)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGUSR1) == callback._handle
-        callback.teardown(None, None, "fit")
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize("error", [None, TrainingError("stopped"), KeyboardInterrupt()], ids=repr)
+def test_training_leaves_no_handler_of_signals_behind(tiny, monkeypatch, error):
+    """Else a notebook, a sweep or a worker that is forked later would not end when it is told to."""
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    during = []
+
+    def step(self, *args):
+        during.append(signal.getsignal(signal.SIGTERM))
+        if error:
+            raise error
+        return original(self, *args)
+
+    original = DCDiTModule.training_step
+    monkeypatch.setattr(DCDiTModule, "training_step", step)
+    with nullcontext() if error is None else pytest.raises((type(error), SystemExit)):
+        tiny("run", "trainer.max_steps=1")
+    assert isinstance(during[0].__self__, StopOnInterrupt)
+    assert {signum: signal.getsignal(signum) for signum in STOP_SIGNALS} == before
 
 
 def test_a_second_ctrl_c_in_a_real_process(digits, tmp_path):

@@ -1,7 +1,6 @@
 """Signals end a run without loss: it finishes the step and saves."""
 
 import signal
-from collections.abc import Callable
 from types import FrameType
 
 import lightning.pytorch as pl
@@ -26,13 +25,16 @@ class StopOnInterrupt(Callback):
 
     def __init__(self) -> None:
         self.signalled = False
-        self._previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install handlers, after Lightning, whose own handler of SIGTERM stops without saving."""
-        # Ignored signals stay ignored: a run that was started with nohup shall outlive its terminal.
-        handled = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
-        self._previous = {signum: signal.signal(signum, self._handle) for signum in handled}
+        """Install handlers, after Lightning, whose own handler of SIGTERM stops without saving.
+
+        Lightning restores all handlers of before when training ends, however it ends.
+        """
+        for signum in STOP_SIGNALS:
+            # Ignored signals stay ignored: a run that was started with nohup shall outlive its terminal.
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signalled:
@@ -63,9 +65,3 @@ class StopOnInterrupt(Callback):
         """How training ended; a signal that came in the last step interrupted nothing."""
         stopped = self.signalled and trainer.global_step < trainer.max_steps
         return State.INTERRUPTED if stopped else State.FINISHED
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restore the handlers of before."""
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-        self._previous = {}
