@@ -9,6 +9,7 @@ run at several guidance scales, the network with path drop with each kind of gui
 for ordinary guidance, it samples that network with each saving and with several at once, and times them in turns. It
 prints two tables in Markdown and draws FID over the cost of an image. Further arguments are overrides of all runs, such
 as trainer=gpu. If it is interrupted, the same command goes on.
+``--brief`` compares ordinary guidance with ``weak=path`` alone: no gates, no savings, no picture.
 ``--steps 60 --seeds 1 --images 40`` tries it in minutes.
 """
 
@@ -260,24 +261,32 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="that are sampled each time: 500, or 200 of mnist if left out")
     parser.add_argument("--out", type=Path, help="runs/savings_digits or runs/networks_mnist if left out")
     parser.add_argument("--parallel", type=int, help="runs side by side; a run for each core, up to one a seed")
+    parser.add_argument("--brief", action="store_true", help="compare ordinary guidance with weak=path alone")
     options = parser.parse_intermixed_args()  # overrides may stand before and after options
     comparison, setup = COMPARISONS[options.data], SETUPS[options.data]
     out = (options.out or ROOT / "runs" / comparison.folder).resolve()
     steps, images = options.steps or comparison.steps, options.images or comparison.images
     planned = comparison.plan(out, steps, options.seeds, options.overrides)
-    planned |= add_gates(planned, comparison.saved, steps // 2)
-    for name in (*comparison.variants, GATES):  # the network with gates goes on from that without
+    variants = comparison.variants
+    if options.brief:
+        variants = {name: [way for way in ways if way in (ORDINARY, *WEAKER[:1])] for name, ways in variants.items()}
+    else:
+        planned |= add_gates(planned, comparison.saved, steps // 2)
+    for name in (*variants, GATES):  # the network with gates goes on from that without
         chosen = dict(each for (variant, _), each in planned.items() if variant == name)
         train_all(chosen, options.parallel or min(os.cpu_count() or 1, options.seeds))
     torch.set_num_threads(1)
     real, judge = real_digits(out / "data", setup.side), Judge(setup.source)
 
     def measured(variant: str, seed: int) -> Measured:
-        gated = planned[GATES, seed].run if variant == comparison.saved else None
+        gated = planned[GATES, seed].run if variant == comparison.saved and not options.brief else None
         return Measured(planned[variant, seed].run, gated, real, judge, images)
 
-    runs = {name: [measured(name, seed) for seed in range(options.seeds)] for name in comparison.variants}
-    guidance, saved = guidance_table(comparison.variants, runs), runs[comparison.saved]
+    runs = {name: [measured(name, seed) for seed in range(options.seeds)] for name in variants}
+    guidance, saved = guidance_table(variants, runs), runs[comparison.saved]
+    if options.brief:
+        print(f"\n{guidance}")
+        return
     best = min(SCALES[1:], key=lambda scale: mean(columns(saved, ORDINARY, scale)["fid"]))
     savings = measure_savings(saved, best)
     draw(savings, out / "savings.png")

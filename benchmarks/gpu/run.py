@@ -178,7 +178,8 @@ def measure(stages: list[Stage], budget: float, rehearsal: bool) -> int:
         entry.body.unlink(missing_ok=True)
     page.write()
     print(f"{page.path}, within {budget:g} s", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the command that runs is ended, the page is written
+    # The command that runs is ended, the page is written.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     watch = Watch(scratch / "watch.csv")
     try:
         for stage, entry in zip(stages, page.entries, strict=True):
@@ -195,6 +196,7 @@ def measure(stages: list[Stage], budget: float, rehearsal: bool) -> int:
     finally:
         watch.close()
         page.write()
+        signal.signal(signal.SIGTERM, before)
     print(f"{time.monotonic() - begin:.0f} s in all: {page.path}")
     return int(any(entry.state == "failed" or (rehearsal and entry.state != "finished") for entry in page.entries))
 
