@@ -11,6 +11,8 @@ from links import ROOT, TOP, place_of, rewritten, source_pages, targets, without
 from mkdocs.structure.files import File, Files
 from reference import MODULES, file_of, pages
 
+from notebooks import notebook_files
+
 log = logging.getLogger("mkdocs.hooks.dcdit")
 
 _paths: dict[str, str] = {}
@@ -28,7 +30,7 @@ _SHOWN_AS_TEXT = re.compile(
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that no file in ``docs/`` holds."""
-    made = pages()
+    made: dict[str, str | bytes] = dict(pages())
     _paths.clear()
     _paths.update({place: path for path, place in TOP.items()})
     _paths.update({file.src_uri: f"docs/{file.src_uri}" for file in files.documentation_pages()})
@@ -39,8 +41,8 @@ def on_files(files: Files, config: Any) -> Files:
         place = place_of(path)
         _paths[place] = path
         made[place] = f"---\nsearch:\n  exclude: true\n---\n{text}"
-    for place, text in made.items():
-        files.append(File.generated(config, place, content=text))
+    for place, content in (made | notebook_files()).items():
+        files.append(File.generated(config, place, content=content))
     config.nav = _expanded(config.nav, list(made))
     return files
 

@@ -39,6 +39,8 @@ def place_of(path: str) -> str:
         return TOP[path]
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
+    if path.startswith("notebooks/"):
+        return path.replace(".ipynb", ".md")
     return f"source/{path}.md"
 
 

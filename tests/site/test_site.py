@@ -29,6 +29,7 @@ from dcdit.checks import Bounds, conform
 from dcdit.errors import UserError
 from dcdit.settings.help import choices, groups_of
 from dcdit.settings.published import CONFIG_DIR
+from notebooks import notebook_files
 
 PAGES = [*TOP, *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 made_pages = cache(pages)
@@ -120,11 +121,21 @@ def test_links_of_a_page_lead_to_pages_of_the_site(path):
     text, place = (ROOT / path).read_text(), place_of(path)
     assert place == (TOP[path] if path in TOP else Path(path).name)  # as the navigation has it
     wanted = targets(text, path)
-    shown = {place_of(each) for each in source_pages(wanted)} | {place_of(page) for page in PAGES}
+    shown = {place_of(each) for each in source_pages(wanted)} | {place_of(page) for page in PAGES} | {*notebook_files()}
     for target in wanted:
         assert (ROOT / target).exists(), target
         assert place_of(target) in shown or target.startswith("docs/images/"), target
     assert targets(rewritten(text, path, place), place) == list(map(place_of, wanted))
+
+
+def test_the_page_of_a_notebook_has_its_pictures():
+    files = notebook_files()
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        page = files[f"notebooks/{notebook.stem}.md"]
+        pictures = re.findall(r"!\[png\]\((.+?)\)", page)
+        assert len(pictures) >= 3
+        assert {f"notebooks/{name}" for name in pictures} <= files.keys()
+        assert files[f"notebooks/{notebook.name}"] == notebook.read_bytes()
 
 
 def test_links_in_code_stay_as_they_are():
