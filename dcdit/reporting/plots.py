@@ -105,7 +105,7 @@ def trade_off(
     if front:
         best = pareto(section.results, measured)
         xs, ys = [cost(result) for result in best], [result.figure(measured.key) for result in best]
-        axes.plot(xs, ys, "--", color="black", linewidth=1, label="Pareto front", zorder=0)
+        axes.plot(xs, ys, "--", color="black", linewidth=1, label="Pareto front", zorder=3)
     axes.set_xlabel(xlabel)
     axes.ticklabel_format(axis="x", scilimits=(-2, 4))
     return _finish(figure, axes, measured)
