@@ -15,9 +15,11 @@ install: $(VENV)/.installed ## install the package and its development tools int
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "Installing into $(VENV): some minutes, without a word unless something fails"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
+	@echo "Installed. For the commands: source $(BIN)/activate"
 
 train: install ## train on handwritten digits, sample, score; an interrupted run is resumed
 	$(BIN)/python -m dcdit.train experiment=digits ckpt_path=auto

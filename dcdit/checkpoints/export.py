@@ -13,6 +13,7 @@ import dcdit
 from dcdit.checkpoints.assumptions import describe_reading
 from dcdit.checkpoints.foreign import reference_state
 from dcdit.checkpoints.load import Weights, describe_kind, describe_weights, network_title
+from dcdit.checkpoints.resolve import SHIPPED
 from dcdit.checkpoints.settings import WeightsKind
 from dcdit.checks import visible
 from dcdit.data.autoencoder_folder import is_local
@@ -215,7 +216,8 @@ def _render_card(
     tags = ["diffusion", "dc-dit", "class-conditional", *(["diffusers"] if card.pipeline else [])]
     data = ModelCardData(library_name="dcdit", license=card.license, tags=tags)
     name, class_name = card.repository or folder, type(network).__name__
-    checkpoint = f"hf://{card.repository}" if card.repository else folder
+    path = f"./{folder}" if folder in SHIPPED else folder  # without ./ it is the network that comes with dcdit
+    checkpoint = f"hf://{card.repository}" if card.repository else path
     overrides = [f"checkpoint={checkpoint}"] + (["weights=raw"] if kind == "raw" else [])
     text = ModelCard.from_template(
         data,

@@ -14,6 +14,7 @@ from dcdit.checks import HUB_ID, visible
 from dcdit.errors import UserError
 from dcdit.runs.resume import LAST, STEP_NAME, name_in_results
 from dcdit.runtime.hub import cause_of, check_hub_answers
+from dcdit.runtime.processes import say
 
 SHIPPED = {"digits": Path(__file__).parent / "digits"}
 """Folders of the networks that come with this package, by their names."""
@@ -61,6 +62,8 @@ def resolve_checkpoint(name: str, runs: str, key: str = "checkpoint") -> Checkpo
         UserError: if there is no such checkpoint, naming what is there instead.
     """
     if name in SHIPPED:
+        if Path(name, _CONFIG).is_file():
+            say(f"{key}={name} is the network that comes with dcdit; the folder here is {key}=./{name}")
         return CheckpointSource(name, SHIPPED[name], f"pretrained_{name}", Path(runs, f"pretrained_{name}"), key)
     if name.startswith("hf:"):
         run = re.sub(r"\W+", "_", name.removeprefix("hf:")).strip("_")

@@ -280,6 +280,12 @@ def describe_training(training: Training) -> list[str]:
     lines = [whole, describe_split(config, network.routes), alignment.description if alignment else ""]
     lines.append(describe_unfindable(training.module.hparams))
     lines += [f"execution.capacity=auto changes nothing: {network.title} drops no tokens"] if useless else []
+    late, steps = config.multi_budget.full_budget_steps, config.trainer.max_steps
+    if network.routes and any(config.multi_budget.fractions) and late >= steps:
+        lines.append(
+            f"multi_budget.full_budget_steps={late}: none of the {steps} steps drops tokens, so the network will not be"
+            " trained for smaller budgets"
+        )
     return [line for line in lines if line]
 
 

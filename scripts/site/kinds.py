@@ -30,7 +30,9 @@ def allowed(hint: Any) -> str:
         return " or ".join(dict.fromkeys(texts)) if all(texts) else ""
     if origin in (list, tuple, Sequence):
         inner = allowed(arguments[0]) if arguments else ""
-        return f"a list of ({inner})" if " or " in inner else f"a list: {inner}" if inner else "a list"
+        if inner.startswith(("a list", "a nested list")):
+            return f"a nested list{inner.partition('list')[2]}"
+        return f"a list ({inner})" if inner else "a list"
     return _PLAIN.get(dict if (origin or hint) in (dict, Mapping) else hint, "")
 
 

@@ -27,6 +27,9 @@ _SHOWN = {*_LANGUAGES, ".md", ".cff", ".jinja", ""}
 """Endings of the files that the page of a folder lists."""
 
 _LINK = re.compile(r"(?<=\]\()([^()\s#:]+)(#[^()\s]*)?(?=\))")
+_NAMED = re.compile(r"\[(?:docs/)?\w+\.md(?=\]\(([^()\s#:]+)(?:#[^()\s]*)?\))")
+"""The beginning of a link that is called like its file."""
+
 _FENCE = re.compile(r"(^ *(`{3,}|~{3,}).*?^ *\2 *$)", flags=re.DOTALL | re.MULTILINE)
 """Blocks of code, where nothing is a link."""
 
@@ -56,7 +59,7 @@ def targets(text: str, path: str) -> list[str]:
 
 
 def rewritten(text: str, path: str, place: str) -> str:
-    """A page's Markdown with links that hold on the site.
+    """A page's Markdown with links that hold on the site, and are called like the pages that they lead to.
 
     Args:
         text: of the page.
@@ -71,7 +74,12 @@ def rewritten(text: str, path: str, place: str) -> str:
             return link[0]  # which MkDocs reports
         return posixpath.relpath(place_of(target), posixpath.dirname(place)) + (link[2] or "")
 
-    parts[::3] = [_LINK.sub(to_site, part) for part in parts[::3]]
+    def titled(link: re.Match[str]) -> str:
+        target = ROOT / posixpath.dirname(path) / link[1]
+        title = re.search(r"^# (.+)$", target.read_text(), flags=re.MULTILINE) if target.is_file() else None
+        return f"[{title[1]}" if title else link[0]
+
+    parts[::3] = [_LINK.sub(to_site, _NAMED.sub(titled, part)) for part in parts[::3]]
     return "".join(part for number, part in enumerate(parts) if number % 3 != 2)
 
 

@@ -13,7 +13,9 @@ def notebook_files() -> dict[str, str | bytes]:
         body, made = exporter.from_filename(str(notebook), {"unique_key": notebook.stem})
         title, text = rewritten(body, path, place_of(path)).split("\n", 1)
         download = f"[`{notebook.name}`]({notebook.name})"
-        about = f"This page shows a notebook. To run it, open {download} in Jupyter or on Colab."
+        about = (
+            f"This page shows a notebook. To run it, open {download} in Jupyter, or on Colab once dcdit is released."
+        )
         files[place_of(path)] = f"{title}\n\n{about}\n{text}"
         files[path] = notebook.read_bytes()
         files |= {f"notebooks/{name}": content for name, content in made["outputs"].items()}

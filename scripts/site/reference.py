@@ -82,7 +82,8 @@ def _commands() -> str:
         " key sets one value. `dcdit <command> --help` prints what its page says, and"
         " `dcdit <command> --cfg job --resolve` the whole configuration with the values of its command line.\n\n"
         "These pages are made from the files in `configs/` and from the annotations that check their values.\n\n"
-        f"| command | what it does |\n|---|---|\n{rows}"
+        f"| command | what it does |\n|---|---|\n{rows}\n"
+        "`dcdit completion bash` prints what completes them with the tab key ([Installation](../install.md)).\n"
     )
 
 
@@ -98,7 +99,7 @@ def _command(name: str) -> str:
         for group, default in groups.items():
             names = ", ".join(f"**`{choice}`**" if choice == default else f"`{choice}`" for choice in choices(group))
             lines.append(f"| [`{group}`](../configuration/{group}.md) | {names} |\n")
-        lines.append("\n")
+        lines.append("\nThe keys of a group are on its page: click on its name.\n\n")
     keys = keys_of(file)
     lines.append(
         "## Keys\n\nSet with `key=value`. `???` is a value that you must give, `${...}` refers to another key.\n"
@@ -209,7 +210,8 @@ def _module(name: str) -> str:
             each for each, value in vars(module).items() if not each.startswith("_") and not inspect.ismodule(value)
         ]
         options = f"    options:\n      members: [{', '.join(names)}]\n"
-    return f"# {name}\n\n[`{path}`](../{place_of(path)})\n\n::: {name}\n{options}"
+    # A key is looked up more often than what is called from Python.
+    return f"---\nsearch:\n  boost: 0.2\n---\n# {name}\n\n[`{path}`](../{place_of(path)})\n\n::: {name}\n{options}"
 
 
 def file_of(module: str) -> str:
