@@ -6,7 +6,7 @@ import torch
 from support.commands import typed
 
 from dcdit.checkpoints.load import load_model
-from dcdit.checkpoints.resolve import SHIPPED
+from dcdit.checkpoints.resolve import SHIPPED, resolve_checkpoint
 from dcdit.data.decoder import load_decoder
 from dcdit.evaluation.features import DigitsClassifier
 
@@ -16,6 +16,18 @@ def test_it_is_small(name):
     files = {path.name: path.stat().st_size for path in SHIPPED[name].iterdir()}
     assert set(files) == {"config.json", "model.safetensors", "README.md"}
     assert sum(files.values()) < 2_000_000
+
+
+def test_a_folder_of_the_same_name_is_another_network(tmp_path, capsys, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    resolve_checkpoint("digits", "runs")
+    assert "./digits" not in caplog.text  # there is none
+    said = typed(capsys, tmp_path, "export", "checkpoint=digits", "out=digits")
+    assert said.status == 0, said.words
+    assert "dcdit sample checkpoint=./digits" in (tmp_path / "digits" / "README.md").read_text()
+    assert resolve_checkpoint("digits", "runs").path == SHIPPED["digits"]
+    assert "the folder here is checkpoint=./digits" in caplog.text
+    assert resolve_checkpoint("./digits", "runs").path.resolve() == tmp_path / "digits"
 
 
 def test_its_digits_are_read_as_what_was_asked_for(tmp_path, capsys):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.configs import PLAIN_DIT
 
 from dcdit.checks import Compression, conform
 from dcdit.errors import UserError
@@ -58,6 +59,12 @@ def test_drop_fraction_is_a_pure_function_with_warmup():
     for fraction in fractions:
         assert drawn[100:].count(fraction) == pytest.approx(1000, abs=120)
     assert drop_fraction_at(500, 0, [], 0) == 0.0
+
+
+@pytest.mark.parametrize(("late", "words", "told"), [(2, (), True), (1, (), False), (2, PLAIN_DIT, False)])
+def test_budgets_that_no_step_trains_are_told(tiny, caplog, late, words, told):
+    tiny("run", *words, "trainer.max_steps=2", f"multi_budget.full_budget_steps={late}")
+    assert ("none of the 2 steps drops tokens" in caplog.text) == told
 
 
 def draw(count, generator):
