@@ -69,7 +69,8 @@ def grid_of(settings: EvaluateConfig) -> EvaluationGrid:
             )
             continue
         config = SamplingConfig.of(_with(values, chosen))
-        config = replace(config, guidance=config.guidance.canonical)
+        if not (config.budget.given and chosen["guidance.scale"] != 1):  # which decides on the guiding branch, too
+            config = replace(config, guidance=config.guidance.canonical)
         points.setdefault(repr(config), config)
     if not points:
         remedy = "take drop fractions below 1" if weaks[0] in PATH_DROP else "give guidance.uncond_drop_fraction=0.9"

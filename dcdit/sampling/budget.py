@@ -197,7 +197,7 @@ def calibrate(
     meter = _Meter(model, guidance, sampler, batch_size, precision, by != "drop" or sampler.settings.cache > 0)
     drop = guidance.settings.drop_fraction if by == "cache" else 0.0
     threshold = sampler.settings.cache if by == "drop" else 0.0
-    spent = meter.measure(drop, threshold)
+    spent = dearest = meter.measure(drop, threshold)
     full = meter.predict(0.0, 0.0, 0.0)  # neither drop nor reuse, in either branch
     wanted = budget.tflops if budget.tflops is not None else full * (budget.fraction or 1.0)
     weak: Literal["path"] | None = None
@@ -211,7 +211,8 @@ def calibrate(
     most = (_LARGEST if by != "cache" else drop, change if by != "drop" else threshold)
     least = meter.predict(most[0], fixed, most[1])
     if not least <= wanted <= spent * (1 + TOLERANCE):
-        raise UserError(_out_of_range(budget, by, least, spent, full))
+        means = _MEANS[by] + (", with guidance.weak=path" if weak else "")
+        raise UserError(_out_of_range(budget, means, least, dearest, full))
     for _ in range(_ROUNDS):
         if abs(spent / wanted - 1) <= TOLERANCE:
             break
@@ -230,21 +231,28 @@ def calibrate(
     return Calibration(weak, round(drop, 4), round(threshold, 5), spent, full)
 
 
+def was_trained_without_backbone(model: Model) -> bool:
+    """Whether the training of ``model`` has come to steps in which samples leave the backbone out."""
+    budgets = model.training.get("multi_budget") or {}
+    begun = model.step is None or model.step > budgets.get("full_budget_steps", 0)
+    return bool(budgets.get("path_drop") and begun)
+
+
 def guides_without_backbone(model: Model, guidance: Guidance) -> bool:
     """Whether a budget may let the guiding branch leave its backbone out: trained for it, not weakened otherwise."""
     settings = guidance.settings
     usual = settings.scale != 1 and settings.weak is None and settings.weak_checkpoint is None
-    trained = (model.training.get("multi_budget") or {}).get("path_drop", 0)
-    return bool(usual and settings.uncond_drop_fraction is None and settings.every == 1 and trained)
+    own = settings.uncond_drop_fraction is not None or settings.every != 1
+    return usual and not own and was_trained_without_backbone(model)
 
 
-def _out_of_range(budget: BudgetSettings, by: str, least: float, most: float, full: float) -> str:
+def _out_of_range(budget: BudgetSettings, means: str, least: float, most: float, full: float) -> str:
     """Say which budgets can be met; costs in TFLOPs per image."""
     given = f"fraction={budget.fraction:g}" if budget.fraction is not None else f"tflops={budget.tflops:.4g}"
     unit, scale = ("of the full cost", 1 / full) if budget.fraction is not None else ("TFLOPs per image", 1.0)
     return (
-        f"budget.{given} cannot be met by {_MEANS[by]}: from {least * scale:.4g} to {most * scale:.4g} {unit} is"
-        " possible with this sampler and guidance, ask for something in between"
+        f"budget.{given} cannot be met by {means}: from {least * scale:.4g} to {most * scale:.4g} {unit} is"
+        " possible with this sampler and guidance, ask for something in between; fewer sampler.steps cost less, too"
     )
 
 

@@ -8,6 +8,7 @@ from dcdit.diffusion.settings import GuidanceSettings
 from dcdit.errors import UserError
 from dcdit.runtime.files import content_digest
 from dcdit.runtime.processes import print_once
+from dcdit.sampling.budget import was_trained_without_backbone
 from dcdit.sampling.settings import SamplingConfig
 
 
@@ -70,10 +71,13 @@ def check_path_drop(model: Model, knows_class: bool, key: str) -> None:
     With ``knows_class`` it has to know the class without backbone.
     """
     budgets = model.training.get("multi_budget") or {}
-    if not budgets.get("path_drop"):
+    if not was_trained_without_backbone(model):
+        late = budgets.get("full_budget_steps", 0)
+        why = f", which begins after multi_budget.full_budget_steps={late}" if budgets.get("path_drop") else ""
+        remedy = "guidance.weak=uncond or budget" if "weak" in key else "a drop fraction below 1, such as 0.9"
         raise UserError(
-            f"{key}: at a drop fraction of 1 the backbone is left out, for which this network was not trained. Take a"
-            " smaller one, such as 0.9, guidance.weak=uncond or budget, or train with multi_budget.path_drop=0.1"
+            f"{key}: the backbone is left out, for which this network was not trained. Take {remedy}, or train with"
+            f" multi_budget.path_drop=0.1{why}"
         )
     if knows_class and budgets.get("path_drop_class") == "drop":
         raise UserError(

@@ -259,10 +259,10 @@ def meet_budget(sampling: Sampling) -> Sampling:
     )
     trained = max((model.training.get("multi_budget") or {}).get("fractions") or [0.0])
     if calibration.drop_fraction > trained:
-        print_once(
-            f"It was trained at drop fractions up to {trained:g}, quality falls fast beyond; without budget.by=drop and"
-            " sampler.cache reuse meets a part of the budget, and less is dropped"
-        )
+        less = "fewer sampler.steps cost less, too"
+        if not calibration.cache:
+            less = "without budget.by=drop and sampler.cache reuse meets a part of the budget, and less is dropped"
+        print_once(f"It was trained at drop fractions up to {trained:g}, quality falls fast beyond; {less}")
     return with_budget_met(sampling, calibration)
 
 

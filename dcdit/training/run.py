@@ -281,10 +281,10 @@ def describe_training(training: Training) -> list[str]:
     lines.append(describe_unfindable(training.module.hparams))
     lines += [f"execution.capacity=auto changes nothing: {network.title} drops no tokens"] if useless else []
     late, steps = config.multi_budget.full_budget_steps, config.trainer.max_steps
-    if network.routes and any(config.multi_budget.fractions) and late >= steps:
+    if network.routes and (any(config.multi_budget.fractions) or config.multi_budget.path_drop) and late >= steps:
         lines.append(
-            f"multi_budget.full_budget_steps={late}: none of the {steps} steps drops tokens, so the network will not be"
-            " trained for smaller budgets"
+            f"multi_budget.full_budget_steps={late}: none of the {steps} steps drops tokens or the backbone, so the"
+            " network will not be trained for smaller budgets"
         )
     return [line for line in lines if line]
 

@@ -22,6 +22,12 @@ def test_a_branch_without_backbone_is_one_point_whatever_the_others_drop():
     assert [point.guidance.uncond_drop_fraction for point in beside.points] == [0.5, 1.0]
 
 
+def test_a_budget_decides_on_the_guiding_branch_too():
+    points = grid("budget.fraction=0.6", "guidance.scale=[1,2]").points
+    # None is that of the main branch, once it is known.
+    assert [point.guidance.uncond_drop_fraction for point in points] == [None, None]
+
+
 def test_guidance_that_leads_nowhere_is_left_out_or_refused_with_its_own_remedy():
     found = grid("guidance.weak=path_class", "drop_fractions=[0,1]")
     assert [point.guidance.drop_fraction for point in found.points] == [0.0]

@@ -26,14 +26,14 @@ SAMPLER = Sampler(Heun(3, clip=True))
 TRAINED = {"multi_budget": {"path_drop": 0.1, "path_drop_class": "keep"}}
 
 
-def model(kind=DCDiT, seed=0, training=TRAINED, **options):
+def model(kind=DCDiT, seed=0, training=TRAINED, step=10, **options):
     torch.manual_seed(seed)
     net = kind(**SIZES, **({"groups": 4} if kind is DCDiT else {}), **options)
     perturb(net)
     if kind is DCDiT:
         with torch.no_grad():
             net.router.scorer[-1].bias.fill_(0.0)  # keeps about half
-    return Model(net.eval(), LATENTS, 0, build_process({"name": "flow"}), training)
+    return Model(net.eval(), LATENTS, step, build_process({"name": "flow"}), training)
 
 
 def sample(model, settings, guiding=None, sampler=SAMPLER, batch_size=8, count=8):
@@ -126,6 +126,7 @@ def test_a_budget_leaves_the_backbone_of_the_guiding_branch_out_first(training, 
     ("options", "settings", "message"),
     [
         ({"training": {}}, {"weak": "path"}, "train with multi_budget.path_drop=0.1"),
+        ({"training": {"multi_budget": {"path_drop": 0.1, "full_budget_steps": 9}}, "step": 9}, {"weak": "path"}, "=9"),
         ({"training": {"multi_budget": {"fractions": [0.3]}}}, {"weak": "path_class"}, "was not trained"),
         ({"training": {}}, {"drop_fraction": 1.0, "scale": 1.0}, "such as 0.9"),
         ({"training": {}}, {"drop_schedule": [[0, 0], [1000, 1]], "scale": 1.0}, "such as 0.9"),
