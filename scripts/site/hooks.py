@@ -9,9 +9,8 @@ from typing import Any
 from checking import faults
 from links import ROOT, TOP, place_of, rewritten, source_pages, targets, without_code
 from mkdocs.structure.files import File, Files
+from notebook_pages import notebook_files
 from reference import MODULES, file_of, pages
-
-from notebooks import notebook_files
 
 log = logging.getLogger("mkdocs.hooks.dcdit")
 

@@ -22,6 +22,7 @@ from hooks import _SHOWN_AS_TEXT
 from keys import allowed_values, heading_of, keys_of
 from kinds import allowed
 from links import TOP, place_of, rewritten, source_pages, targets
+from notebook_pages import notebook_files
 from reference import MODULES, config_of, file_of, pages
 
 from dcdit.__main__ import COMMANDS
@@ -29,7 +30,6 @@ from dcdit.checks import Bounds, conform
 from dcdit.errors import UserError
 from dcdit.settings.help import choices, groups_of
 from dcdit.settings.published import CONFIG_DIR
-from notebooks import notebook_files
 
 PAGES = [*TOP, *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 made_pages = cache(pages)
