@@ -170,12 +170,26 @@ def build_model(weights: Weights, kind: WeightsKind, device: torch.device | str 
     return Model(network, weights.latents, weights.step, weights.process.to(torch.device(device)), weights.training)
 
 
+def was_trained_without_backbone(trained: Weights | Model) -> bool:
+    """Whether training has come to steps in which samples leave the backbone out (``multi_budget.path_drop``)."""
+    budgets = trained.training.get("multi_budget") or {}
+    begun = trained.step is None or trained.step > budgets.get("full_budget_steps", 0)
+    return bool(budgets.get("path_drop") and begun)
+
+
+def title_with_additions(title: str, network: Network, trained: Weights | Model) -> str:
+    """A network's title with what the published one does not have: ``DC-DiT (width gates, path drop)``."""
+    has = {"width gates": network.gates is not None, "path drop": was_trained_without_backbone(trained)}
+    additions = ", ".join(name for name, there in has.items() if there)
+    return f"{title} ({additions})" if additions else title
+
+
 def network_title(network: Network, weights: Weights) -> str:
-    """The network's title with its published scale, if it has one: ``DC-DiT-XL``, ``DiT-XL/2``."""
+    """The network's title with its published scale and its additions: ``DC-DiT-XL``, ``DiT-XL/2 (width gates)``."""
     sizes = {key: weights.model.get(key) for key in ("width", "depth", "heads")}
     scale = next((f"-{name.upper()}" for name, published in published_scales().items() if published == sizes), "")
     name, slash, patch = network.title.partition("/")
-    return f"{name}{scale}{slash}{patch}"
+    return title_with_additions(f"{name}{scale}{slash}{patch}", network, weights)
 
 
 def describe_kind(kind: WeightsKind) -> str:

@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from dcdit.checkpoints.load import title_with_additions
 from dcdit.errors import naming
 from dcdit.evaluation.features import FeatureNetwork, Features
 from dcdit.evaluation.metrics import compare
@@ -234,10 +235,11 @@ class Measurement:
     def _write(self, reference: Statistics, records: list[SampledChunk]) -> None:
         model, source = self.sampling.model, self.sampling.source
         cost = SamplingCost.total(record.cost for record in records)
+        title = title_with_additions(model.network.title, model.network, model)
         Result(
             run=source.run,
             checkpoint=source.name,
-            network=NetworkDescription(model.network.title, model.network.routes),
+            network=NetworkDescription(title, model.network.routes),
             parameters=sum(parameter.numel() for parameter in model.network.parameters()),
             training=dict(model.training),
             plan=self.plan,

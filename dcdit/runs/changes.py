@@ -149,7 +149,8 @@ def changes(before: Mapping[str, object], now: Mapping[str, object], step: int, 
         if kind is Kind.NEVER:
             raise UserError(
                 f"{key}={change.now}: the run was trained with {change.before} up to step {step}, and cannot go on with"
-                f" another value. Set {key}={change.before}, or start another run with run_name=..."
+                f" another value. Set {key}={change.before}, or start another run with run_name=..., which"
+                " init=weights init.checkpoint=... gives these weights"
             )
         if automatic and key.split(".")[0] in EXPERIMENT:
             raise UserError(

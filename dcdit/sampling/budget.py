@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from dcdit.checkpoints.load import Model
+from dcdit.checkpoints.load import Model, was_trained_without_backbone
 from dcdit.checks import DropFraction, NonNegative, Positive, call_checked
 from dcdit.compute.flops import Cost
 from dcdit.diffusion.guidance import Guidance
@@ -229,13 +229,6 @@ def calibrate(
             f" cost {spent:.4g}: give guidance.drop_fraction or sampler.cache instead"
         )
     return Calibration(weak, round(drop, 4), round(threshold, 5), spent, full)
-
-
-def was_trained_without_backbone(model: Model) -> bool:
-    """Whether the training of ``model`` has come to steps in which samples leave the backbone out."""
-    budgets = model.training.get("multi_budget") or {}
-    begun = model.step is None or model.step > budgets.get("full_budget_steps", 0)
-    return bool(budgets.get("path_drop") and begun)
 
 
 def guides_without_backbone(model: Model, guidance: Guidance) -> bool:

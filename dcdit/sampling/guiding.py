@@ -1,6 +1,12 @@
 """The weaker, guiding branch of guidance: the model it comes from, and what the networks can do."""
 
-from dcdit.checkpoints.load import Model, build_model, describe_weights, read_weights
+from dcdit.checkpoints.load import (
+    Model,
+    build_model,
+    describe_weights,
+    read_weights,
+    was_trained_without_backbone,
+)
 from dcdit.checkpoints.resolve import CheckpointSource
 from dcdit.data.latents import LatentSpec, format_numbers
 from dcdit.diffusion.guidance import Guidance
@@ -8,7 +14,6 @@ from dcdit.diffusion.settings import GuidanceSettings
 from dcdit.errors import UserError
 from dcdit.runtime.files import content_digest
 from dcdit.runtime.processes import print_once
-from dcdit.sampling.budget import was_trained_without_backbone
 from dcdit.sampling.settings import SamplingConfig
 
 

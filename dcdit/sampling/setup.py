@@ -165,8 +165,18 @@ def set_up_all(configs: Sequence[SamplingConfig], source: CheckpointSource) -> l
     for config in sorted(configs, key=lambda config: config.guidance.scale == 1):  # first those with a guiding branch
         if config.weights not in loaded:
             loaded[config.weights] = _load(weights, config, source, device)
+    for config in configs:
+        _note_unused(config.guidance)
     samplings = [build_sampling(config, source, loaded[config.weights]) for config in configs]
     return [meet_budget(sampling) if sampling.config.budget.given else sampling for sampling in samplings]
+
+
+def _note_unused(guidance: GuidanceSettings) -> None:
+    """Say what is set of a guiding branch that does not run."""
+    used = asdict(guidance.canonical)
+    unused = [f"guidance.{key}={value}" for key, value in asdict(guidance).items() if value != used[key]]
+    if guidance.scale == 1 and unused:
+        print_once(f"{', '.join(unused)}: without effect at guidance.scale=1, give a scale above 1 such as 1.5")
 
 
 @dataclass(frozen=True)

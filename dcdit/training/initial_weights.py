@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dcdit.checkpoints.load import Model, Weights, describe_weights, read_weights
+from dcdit.checkpoints.load import Model, Weights, describe_weights, read_weights, was_trained_without_backbone
 from dcdit.checkpoints.resolve import resolve_checkpoint
 from dcdit.checkpoints.settings import AssumeSettings
 from dcdit.checks import shown
@@ -138,6 +138,7 @@ class InitialWeights:
 def take_over(source: InitialWeights, settings: FromWeights | FromTeacher, model: Model) -> Start:
     """Copy what is taken over into the network of ``model``, unless that has done steps already."""
     _check_process(source.key, source.weights, model.process, matched=source.distillation is not None)
+    _note_path_drop(source.key, source.weights, model)
     transfer = source.transfer
     if not model.step:
         model.network.load_state_dict(transfer.loaded, strict=False)
@@ -169,6 +170,16 @@ def _check_process(key: str, weights: Weights, process: Process, matched: bool) 
             f" diffusion={now}: take diffusion={before}, or init.distil_steps=0{_assume_hint(weights)}"
         )
     say(f"{key} was trained with diffusion={before}; with diffusion={now} the network has to learn another prediction")
+
+
+def _note_path_drop(key: str, weights: Weights, model: Model) -> None:
+    """Say what training will no longer train: weights are taken over, settings are not."""
+    if was_trained_without_backbone(weights) and not (model.training.get("multi_budget") or {}).get("path_drop"):
+        share = weights.training["multi_budget"]["path_drop"]
+        say(
+            f"{key} was trained with multi_budget.path_drop={share:g}, and this run is not: guidance.weak=path will be"
+            f" refused. To keep it, give multi_budget.path_drop={share:g}"
+        )
 
 
 def _assume_hint(weights: Weights) -> str:

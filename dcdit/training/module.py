@@ -64,7 +64,8 @@ def check_fit(network: Network, process: Process, config: TrainConfig) -> None:
     if (network.gates is None) != (share is None):
         has, remedy = ("width", "give a target such as 0.7, or set model.gates=false")
         if share is not None:
-            has, remedy = "no width", "set model.gates=true, or gates.share=null"
+            has = "no width"
+            remedy = "set model.gates=true in a new run, which init=weights gives these weights, or gates.share=null"
         raise UserError(f"gates.share={shown(share)}: {network.title} has {has} gates, {remedy}")
     network.check_capacity("execution.capacity", config.execution.capacity)
     network.check_compiled("execution.compile", config.execution.compile)

@@ -190,7 +190,8 @@ def build_training(config: TrainConfig, state: RunState, resumed: Resumed | None
     compiled = is_compiled(network, config.trainer.accelerator, half, execution.compile)
     set_execution(network, compiled, execution.activation_checkpointing)
     step = resumed.step if resumed else 0
-    start = config.init.start(Model(network, manifest.spec, step, process), config.paths.runs)
+    model = Model(network, manifest.spec, step, process, {"multi_budget": to_plain(config.multi_budget)})
+    start = config.init.start(model, config.paths.runs)
     earlier = resumed.trained.training.get("init") if resumed else None
     alignment = config.alignment.build(network, manifest)
     init = start.record_after(earlier)

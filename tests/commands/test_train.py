@@ -192,7 +192,7 @@ def test_sampling_from_a_run(trained_run, tmp_path):
     assert "boundaries.png" not in {path.name for path in sample("three", "frames=0").iterdir()}
     for overrides, message in (
         (["classes=[11]"], "classes: 11 is neither"),
-        (["guidance.drop_fraction=1.0"], "guidance.drop_fraction=1: at a drop fraction of 1 the backbone is left out"),
+        (["guidance.drop_fraction=1.0"], "guidance.drop_fraction=1: the backbone is left out, for which"),
         (["guidance.drop_fraction=half"], r"guidance.drop_fraction='half'"),
         (["sampler.name=eule"], r"sampler\.name='eule'"),
         (["guidance.scale=-1"], r"guidance\.scale=-1"),

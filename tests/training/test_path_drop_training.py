@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.configs import PLAIN_DIT, TINY, compose_config, config_of, module_of, train
+from support.configs import PLAIN_DIT, TINY, call, compose_config, config_of, module_of, train
 from support.runs import assert_same_end, load
 
+from dcdit import sample
 from dcdit.data.stream import Batch
 from dcdit.errors import UserError
 from dcdit.network.packing import make_packing
@@ -72,6 +73,23 @@ def test_a_run_resumes_bit_for_bit(words, tiny):
     tiny("parts", *words, "trainer.max_steps=2")
     parts = tiny("parts", *words, "trainer.max_steps=4", "ckpt_path=last")
     assert_same_end(whole, parts)
+
+
+def test_a_run_that_takes_over_weights_says_that_path_drop_is_lost(tiny, caplog, capsys):
+    path_drop = "multi_budget.path_drop=0.5"
+    run = tiny("run", path_drop, "trainer.max_steps=3")
+    words = (f"init.checkpoint={run}", "init=weights", "model.gates=true", "gates.share=0.5", "trainer.max_steps=3")
+    tiny("lost", *words)
+    assert "guidance.weak=path will be refused. To keep it, give multi_budget.path_drop=0.5" in caplog.text
+    assert "DC-DiT (path drop) with" in caplog.text  # how the line that tells the source calls it
+    caplog.clear()
+    kept = tiny("kept", *words, path_drop)
+    assert "will be refused" not in caplog.text
+    arguments = (f"checkpoint={kept}", f"out={kept / 'out'}", "sampler.steps=2", "per_class=1", "guidance.weak=path")
+    call(sample, compose_config(*arguments, name="sample"))
+    shown = capsys.readouterr().out
+    assert "DC-DiT (width gates, path drop) with" in shown
+    assert "guidance.weak=path: without effect at guidance.scale=1" in shown
 
 
 def test_micro_batches_of_one_sample_train(tiny):
