@@ -54,8 +54,10 @@ def main() -> None:
         with torch.no_grad(), bench.precision():
             gating = network(bench.x[:1], bench.t[:1], bench.y[:1]).gating
             found = [(block, gating.block(number)) for number, block in enumerate(network.backbone.blocks)]
-            kept = [(block, *each.kept) for block, each in found if each is not None and each.kept is not None]
-            cut[share] = min(bench.seconds(lambda kept=kept: [narrowed(*each) for each in kept]) for _ in range(3))
+            kept = [(block, *gating.kept) for block, gating in found if gating is not None and gating.kept is not None]
+            cut[share] = min(
+                bench.seconds(lambda kept=kept: [narrowed(*arguments) for arguments in kept]) for _ in range(3)
+            )
         costs[share] = Cost.of_network(network, gating).mean(bench.lengths)
     print(heading(options, f"batches of {options.batch}"))
     print("| share of heads and groups | FLOPs | time | least and greatest | of which cutting |")

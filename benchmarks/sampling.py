@@ -68,14 +68,14 @@ def settings_of(process: str) -> list[Setting]:
     for steps in BASES:
         found += [Setting("ρ", first, steps, drop) for drop in DROPS]
         found += [Setting("caching", first, steps, 0.0, cache) for cache in THRESHOLDS]
-        found += [Setting("both", first, steps, *each) for each in BOTH]
+        found += [Setting("both", first, steps, *values) for values in BOTH]
     return found
 
 
 def front(rows: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
     """The rows than which none is better at no higher cost."""
     best: list[dict[str, Any]] = []
-    for row in sorted(rows, key=lambda each: (each[cost], each["fid"])):
+    for row in sorted(rows, key=lambda row: (row[cost], row["fid"])):
         if not best or row["fid"] < best[-1]["fid"]:
             best.append(row)
     return best
@@ -123,9 +123,9 @@ def draw(rows: Sequence[dict[str, Any]], out: Path, title: str) -> None:
         best = front(rows, cost)
         axis.plot([row[cost] for row in best], [row["fid"] for row in best], color="black", lw=1, label="front")
         axis.set(xscale="log", yscale="log", xlabel=label)
-        for each in (axis.xaxis, axis.yaxis):
-            each.set_major_formatter("{x:g}")
-            each.set_minor_formatter("{x:g}")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter("{x:g}")
         axis.tick_params(which="minor", labelsize=7)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("FID (digits features)")

@@ -168,8 +168,8 @@ class Bench:
             for parameter in (*self.network.parameters(), *self.plain.parameters()):
                 parameter.add_(0.02 * torch.randn_like(parameter))  # zero-initialised parts make all positions alike
         self.lengths = self.keep(options.kept)
-        for each in (self.network, self.plain):
-            set_execution(each, options.compile, options.checkpointing)
+        for network in (self.network, self.plain):
+            set_execution(network, options.compile, options.checkpointing)
 
     def keep(self, share: float) -> tuple[int, ...]:
         """Set the router so that it keeps ``share`` of the input; returns the tokens kept of each sample."""
@@ -189,12 +189,12 @@ class Bench:
     def most_memory(self, network: nn.Module, optimizer: torch.optim.Optimizer | None, function: Function) -> float:
         """The most bytes on a GPU in one call, with those of ``network`` and ``optimizer``, without all others."""
         own = [*network.parameters(), *network.buffers()]
-        own += [each for each in tree_leaves(dict(optimizer.state) if optimizer else {}) if isinstance(each, Tensor)]
+        own += [leaf for leaf in tree_leaves(dict(optimizer.state) if optimizer else {}) if isinstance(leaf, Tensor)]
         held = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         function()
         more = torch.cuda.max_memory_allocated(self.device) - held
-        return more + float(sum(each.nbytes for each in own if each.is_cuda))
+        return more + float(sum(tensor.nbytes for tensor in own if tensor.is_cuda))
 
     def forward(self, network: nn.Module, drop: float = 0.0, capacity: float | None = None) -> None:
         """A forward pass without gradients."""
@@ -244,7 +244,9 @@ class Bench:
     def measure(self) -> tuple[dict[str, float], dict[str, float]]:
         """Medians in seconds: of whole steps, and of the parts of a forward pass."""
         matmul = self.peak_matmul()
-        optimizers = [torch.optim.AdamW(each.parameters(), lr=0.0, fused=True) for each in (self.network, self.plain)]
+        optimizers = [
+            torch.optim.AdamW(network.parameters(), lr=0.0, fused=True) for network in (self.network, self.plain)
+        ]
         matmul()
         products = max(8, math.ceil(LEAST / self.seconds(matmul)))
         whole: dict[str, Function] = {

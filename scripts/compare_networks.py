@@ -118,8 +118,8 @@ def distil_steps(steps: int) -> int:
 
 def precision_of(overrides: Sequence[str]) -> list[str]:
     """The override that brings back the precision of a trainer among ``overrides``, which an experiment replaces."""
-    chosen = [each for each in overrides if each.startswith("trainer=")]
-    if not chosen or any(each.startswith("trainer.precision=") for each in overrides):
+    chosen = [override for override in overrides if override.startswith("trainer=")]
+    if not chosen or any(override.startswith("trainer.precision=") for override in overrides):
         return []
     register_resolvers()
     with initialize_config_dir(CONFIG_DIR, version_base="1.3"):

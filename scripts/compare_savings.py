@@ -174,7 +174,7 @@ class Measured:
         key = f"milliseconds, scale {scale:g}"
         if not points.keys() <= self._known.get(key, {}).keys():
             rounds = [[self._sample(*point, TIMED).seconds for point in points.values()] for _ in range(ROUNDS)]
-            medians = [median(each) / TIMED * 1e3 for each in zip(*rounds, strict=True)]
+            medians = [median(seconds) / TIMED * 1e3 for seconds in zip(*rounds, strict=True)]
             self._keep(key, dict(zip(points, medians, strict=True)))
         return self._known[key]
 
@@ -208,7 +208,9 @@ def measure_savings(runs: Sequence[Measured], scale: float) -> dict[str, Columns
     points = {"no guidance": (ORDINARY, 1.0), **{name_of(way): (way, scale) for way in ways}}
     savings = {name: columns(runs, *point) for name, point in points.items()}
     times = [run.milliseconds(points, scale) for run in runs]
-    return {name: {**of, "milliseconds": [each[name] for each in times]} for name, of in savings.items()}
+    return {
+        name: {**of, "milliseconds": [milliseconds[name] for milliseconds in times]} for name, of in savings.items()
+    }
 
 
 def savings_table(savings: dict[str, Columns]) -> str:
@@ -273,7 +275,7 @@ def main() -> None:
     else:
         planned |= add_gates(planned, comparison.saved, steps // 2)
     for name in (*variants, GATES):  # the network with gates goes on from that without
-        chosen = dict(each for (variant, _), each in planned.items() if variant == name)
+        chosen = dict(run for (variant, _), run in planned.items() if variant == name)
         train_all(chosen, options.parallel or min(os.cpu_count() or 1, options.seeds))
     torch.set_num_threads(1)
     real, judge = real_digits(out / "data", setup.side), Judge(setup.source)

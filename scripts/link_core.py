@@ -17,7 +17,11 @@ from packaging.requirements import Requirement
 def required(package: Distribution, extras: Iterable[str]) -> list[Requirement]:
     """What a package requires in this environment, with these extras of it."""
     requirements = map(Requirement, package.requires or ())
-    return [each for each in requirements if not each.marker or any(each.marker.evaluate({"extra": e}) for e in extras)]
+    return [
+        requirement
+        for requirement in requirements
+        if not requirement.marker or any(requirement.marker.evaluate({"extra": e}) for e in extras)
+    ]
 
 
 def dependencies(package: Distribution) -> Iterator[Distribution]:

@@ -59,7 +59,7 @@ class Judge:
 
 def line(*cells: object) -> None:
     """A line of a table."""
-    print(f"| {' | '.join(f'{each:.1e}' if isinstance(each, float) else str(each) for each in cells)} |", flush=True)
+    print(f"| {' | '.join(f'{cell:.1e}' if isinstance(cell, float) else str(cell) for cell in cells)} |", flush=True)
 
 
 def head(*cells: str) -> None:
@@ -163,7 +163,9 @@ def outcome(network: DCDiT, inputs: list[Tensor], variant: Variant) -> Outcome:
         with torch.autocast(device.type, torch.bfloat16, enabled=variant.bf16):
             output = network(*inputs, capacity=variant.capacity)
         (output.prediction.float().square().mean() + 0.03 * output.routing.prob.mean()).backward()
-    gradients = torch.cat([each.grad.flatten() for each in network.parameters() if each.grad is not None])
+    gradients = torch.cat(
+        [parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None]
+    )
     network.zero_grad()
     return output.routing.mask, output.prediction.detach().float(), gradients
 
@@ -186,7 +188,7 @@ def variants(judge: Judge, options: argparse.Namespace) -> None:
     network, inputs = bench_of(options)
     found = {"CPU": outcome(network, inputs, Variant("", "", None, bf16=False))}
     device, gpu = torch.device(options.device), options.device != "cpu"
-    there, inputs = copy.deepcopy(network).to(device), [each.to(device) for each in inputs]
+    there, inputs = copy.deepcopy(network).to(device), [tensor.to(device) for tensor in inputs]
     head("this", "beside", "positions decided otherwise", "prediction", "gradients", "seconds at first", "as expected")
     for variant in VARIANTS:
         if variant.compiled and not gpu:
@@ -204,7 +206,7 @@ def variants(judge: Judge, options: argparse.Namespace) -> None:
 def host_reads(judge: Judge, options: argparse.Namespace) -> None:
     """What the host waits for in a training step: the lengths, and in a fixed length nothing."""
     network, inputs = bench_of(options)
-    there, inputs = network.to(options.device), [each.to(options.device) for each in inputs]
+    there, inputs = network.to(options.device), [tensor.to(options.device) for tensor in inputs]
     loss = torch.zeros(())
 
     def forward(capacity: float | None) -> None:
@@ -233,7 +235,7 @@ def host_reads(judge: Judge, options: argparse.Namespace) -> None:
 def graphs(judge: Judge, options: argparse.Namespace) -> None:
     """How many graphs the compiler makes for many lengths."""
     network, inputs = bench_of(options)
-    there, inputs = network.to(options.device), [each.to(options.device) for each in inputs]
+    there, inputs = network.to(options.device), [tensor.to(options.device) for tensor in inputs]
     set_execution(there, compiled=True)
     torch._dynamo.reset()
     counter = torch._dynamo.utils.counters["stats"]

@@ -49,11 +49,11 @@ def pack(root: Path) -> int:
         for old in folder.iterdir():
             old.unlink()
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-        built = [each for each in found if each.startswith(SOURCES)]
+        built = [path for path in found if path.startswith(SOURCES)]
         subprocess.run([*pip, "wheel", "--no-deps", "-w", str(folder), *built], check=True)
         there = ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"]
         there += [word for name in PLATFORMS for word in ("--platform", name)]
-        others = [each for each in found if each not in built]
+        others = [path for path in found if path not in built]
         subprocess.run([*pip, "download", "--no-deps", *there, "-d", str(folder), *others], check=True)
         stamp.write_text("\n".join(found) + "\n")
     changed = subprocess.run(
@@ -61,7 +61,7 @@ def pack(root: Path) -> int:
     ).stdout.splitlines()
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout
     (root / ".gpu" / "commit").write_text(head.strip() + (f" and {len(changed)} changed files\n" if changed else "\n"))
-    size = sum(each.stat().st_size for each in folder.iterdir()) / 2**20
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     print(
         f".gpu: {len(found)} packages, {size:.1f} MiB. Copy the tree with .gpu/; there: OUT=results benchmarks/gpu.sh"
     )
@@ -72,7 +72,7 @@ def pack(root: Path) -> int:
 
 def install(root: Path, site: Path) -> None:
     """Install the packed wheels that are missing here into ``site``, over nothing that is there."""
-    wheels = [each for each in sorted((root / ".gpu" / "wheels").glob("*.whl")) if _missing(each.name.split("-")[0])]
+    wheels = [wheel for wheel in sorted((root / ".gpu" / "wheels").glob("*.whl")) if _missing(wheel.name.split("-")[0])]
     if not wheels or site.is_dir():
         return
     command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index", "--no-deps"]

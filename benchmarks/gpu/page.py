@@ -103,13 +103,13 @@ class Page:
         lines = [f"# {self.title}", "", "| | |", "| --- | --- |"]
         lines += [f"| {key} | {value} |" for key, value in self.about.items()]
         lines += ["", "| stage | | state | seconds |", "| --- | --- | --- | ---: |"]
-        lines += [f"| {each.name} | {each.about} | {each.state} | {each.seconds:.0f} |" for each in self.entries]
-        for each in self.entries:
-            if each.body.is_file():
-                lines += ["", f"## {each.name}", "", closed(each.body.read_text(errors="replace")).strip()]
-                lines += ["", f"{each.state}, {each.seconds:.1f} s. {each.note}".strip()]
+        lines += [f"| {entry.name} | {entry.about} | {entry.state} | {entry.seconds:.0f} |" for entry in self.entries]
+        for entry in self.entries:
+            if entry.body.is_file():
+                lines += ["", f"## {entry.name}", "", closed(entry.body.read_text(errors="replace")).strip()]
+                lines += ["", f"{entry.state}, {entry.seconds:.1f} s. {entry.note}".strip()]
         replace_file(self.path, "\n".join(lines) + "\n")
-        states = {each.name: {"state": each.state, "seconds": round(each.seconds, 1)} for each in self.entries}
+        states = {entry.name: {"state": entry.state, "seconds": round(entry.seconds, 1)} for entry in self.entries}
         replace_file(self.path.with_suffix(".json"), json.dumps(states, indent=1) + "\n")
 
 
@@ -149,7 +149,7 @@ class Watch:
         rows = []
         for line in self.lines()[since:]:
             try:
-                rows.append([float(each) for each in line.split(",")])
+                rows.append([float(number) for number in line.split(",")])
             except ValueError:  # "[N/A]", or a line that is not finished
                 continue
         busy = [row for row in rows if len(row) == 5 and row[0] > 50]

@@ -114,7 +114,7 @@ def run_stage(stage: Stage, entry: Entry, limit: float, place: Place, page: Page
         else:
             states.append("ended at its limit")
     entry.seconds = time.monotonic() - begin
-    entry.state = next((each for each in ("failed", "ended at its limit") if each in states), "finished")
+    entry.state = next((state for state in ("failed", "ended at its limit") if state in states), "finished")
     for name in stage.files:
         kept = place.scratch / name
         if kept.is_file():
@@ -124,7 +124,7 @@ def run_stage(stage: Stage, entry: Entry, limit: float, place: Place, page: Page
 def free_name(folder: Path, name: str) -> Path:
     """A page that is not there yet: earlier ones stay."""
     names = (f"{name}.md" if number == 1 else f"{name}_{number}.md" for number in range(1, 1000))
-    return next(folder / each for each in names if not (folder / each).exists())
+    return next(folder / candidate for candidate in names if not (folder / candidate).exists())
 
 
 def show_list() -> None:

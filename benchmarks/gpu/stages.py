@@ -94,7 +94,7 @@ def step(scale: str, batch: int, *more: str) -> Callable[[Place], list[Command]]
     def commands(place: Place) -> list[Command]:
         words = ["benchmarks/step.py", "--device", place.device, *more]
         if place.rehearsal:
-            words = [each for each in words if each != "--compile"]  # a minute
+            words = [word for word in words if word != "--compile"]  # a minute
             words += ["--scale", "tiny", "--grid", "16", "--batch", "1", "--rounds", "1", "--warmup", "0"]
             return [Command(tuple(words))]
         words += ["--scale", scale, "--precision", "bf16", "--rounds", "9", "--warmup", "3", "--batch"]
@@ -115,9 +115,9 @@ def training(compiled: bool) -> Callable[[Place], list[Command]]:
             return [Command((*common, *small, *size, steady, "trainer.max_steps=2", "--steady"))]
         # without a capacity a fresh XL asks for over 71 GiB with 32 samples at once
         real = (*common, "trainer=gpu", "data.num_workers=4", "data.batch_size=32", "execution.capacity=auto")
-        each = (*real, f"execution.compile={compiled}")
-        begun = [] if compiled else [Command((*each, first, "trainer.max_steps=30"))]
-        return [*begun, Command((*each, steady, "trainer.max_steps=50", "--steady"))]
+        overrides = (*real, f"execution.compile={compiled}")
+        begun = [] if compiled else [Command((*overrides, first, "trainer.max_steps=30"))]
+        return [*begun, Command((*overrides, steady, "trainer.max_steps=50", "--steady"))]
 
     return commands
 

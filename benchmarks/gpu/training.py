@@ -78,8 +78,8 @@ def main() -> None:
     """Train and tell."""
     words = sys.argv[1:]
     steady = "--steady" in words
-    overrides = [*OVERRIDES, *(STEADY if steady else ()), *(each for each in words if each != "--steady")]
-    run = next(each.partition("=")[2] for each in overrides if each.startswith("run_dir="))
+    overrides = [*OVERRIDES, *(STEADY if steady else ()), *(word for word in words if word != "--steady")]
+    run = next(override.partition("=")[2] for override in overrides if override.startswith("run_dir="))
     sys.argv = ["dcdit.train", *overrides]
     begin = time.perf_counter()
     try:

@@ -68,10 +68,12 @@ def conform(name: str, value: Any, hint: Any) -> Any:
     if hint is Any:
         return value
     if origin is Annotated:
-        makers = [each for each in arguments[1:] if isinstance(each, Section)]
+        makers = [argument for argument in arguments[1:] if isinstance(argument, Section)]
         if makers and not is_dataclass(value):
             return makers[0].make(name, value)
-        spellings = [each.table for each in arguments[1:] if isinstance(each, Meant) and str(value) in each.table]
+        spellings = [
+            argument.table for argument in arguments[1:] if isinstance(argument, Meant) and str(value) in argument.table
+        ]
         try:
             value = conform(name, value, arguments[0])
         except UserError as error:
@@ -267,7 +269,7 @@ def _readable(hint: Any) -> Any:
     """Return an annotation as ``help`` should show it: types and choices, without ranges and hints."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        tables = [each.table for each in arguments[1:] if isinstance(each, OneOf)]
+        tables = [argument.table for argument in arguments[1:] if isinstance(argument, OneOf)]
         return Literal[tuple(tables[0])] if tables else _readable(arguments[0])
     if origin in (Union, UnionType):
         return Union[tuple(map(_readable, arguments))]  # noqa: UP007 - of a number of members that varies

@@ -84,7 +84,7 @@ def launch(
     parameters = sbatch_parameters(cluster, configs[0].run_name, folder)
     if cluster.dry_run:
         remove_empty_sweep(sweep_dir)
-        faults = [(run, each) for run, each in zip(runs, checked, strict=True) if isinstance(each, UserError)]
+        faults = [(run, outcome) for run, outcome in zip(runs, checked, strict=True) if isinstance(outcome, UserError)]
         if faults:
             raise UserError("\n".join(f"{os.path.relpath(run)}: {fault}" for run, fault in faults))
         print(job_script(folder, parameters, len(runs)))

@@ -104,22 +104,22 @@ def _widths(block: DiTBlock) -> tuple[float, float, float]:
 
 def cost_of(component: Component, running: Shares = MappingProxyType({})) -> Cost:
     """Count the FLOPs of a component as the paper does: 2 for each multiply-add; of its blocks what is ``running``."""
-    each, once, square = 0.0, 0.0, 2 * component.pairs
+    per_token, once, square = 0.0, 0.0, 2 * component.pairs
     for module in component.modules:
         inner = list(module.modules())
-        each += _weights(inner)
+        per_token += _weights(inner)
         # The conditioning of a block runs once per sample, whatever it is broadcast to.
         conditions: list[Any] = [block.condition for block in inner if isinstance(block, ConvBlock)]
         conditions += [block.modulation for block in inner if hasattr(block, "modulation")]
         apart = sum(_weights(condition.modules()) for condition in conditions)
-        each, once = each - apart, once + apart
+        per_token, once = per_token - apart, once + apart
         for block in blocks_of(module):
             (heads, groups), (of_heads, of_pairs, of_groups) = running.get(block, (1.0, 1.0)), _widths(block)
-            each -= (1 - heads) * of_heads + (1 - groups) * of_groups
+            per_token -= (1 - heads) * of_heads + (1 - groups) * of_groups
             square += heads * of_pairs
     if component.runs is None:
-        return Cost(once, each, square, once * component.skipped)
-    return Cost(once + each * component.runs + square * component.runs**2)
+        return Cost(once, per_token, square, once * component.skipped)
+    return Cost(once + per_token * component.runs + square * component.runs**2)
 
 
 def gated_share(network: Network, gating: Gating, lengths: Tensor) -> Tensor:
@@ -146,8 +146,8 @@ def least_and_most(network: Network, lengths: Sequence[float] = ()) -> tuple[flo
     gating = network.gating_over_time()
     if gating is None:
         return None
-    each = [gating.of(torch.tensor([number])) for number in range(len(gating.heads))]
-    costs = [Cost.of_network(network, one).mean(lengths) for one in each]
+    gatings = [gating.of(torch.tensor([number])) for number in range(len(gating.heads))]
+    costs = [Cost.of_network(network, one).mean(lengths) for one in gatings]
     return min(costs), max(costs)
 
 

@@ -137,7 +137,7 @@ def draw_controls(name: str, session: Session, drop: float) -> Controls:
         label = f"{name}: ρ in noise" if chosen == "schedule" else f"{name}: drop fraction ρ"
         used = _USED.get(chosen, ["drop"]) if isinstance(chosen, str) else ["drop"]
         others = ("drop_last", "fraction", "tflops", "by")
-        return [gr.update(visible="drop" in used, label=label), *(gr.update(visible=each in used) for each in others)]
+        return [gr.update(visible="drop" in used, label=label), *(gr.update(visible=name in used) for name in others)]
 
     meet.input(update_controls, meet, [drop_slider, drop_last, fraction, tflops, by], **SILENT)
     guiding.input(lambda chosen: gr.update(visible=chosen == "drop"), guiding, guiding_drop, **SILENT)

@@ -212,10 +212,10 @@ class Extraction:
         return [] if labels is None else [name for label, name in enumerate(classes) if label not in labels]
 
     def _check_disk(self, images: int) -> None:
-        each, features = self.layout.sample_bytes, self._companion(())
+        sample_bytes, features = self.layout.sample_bytes, self._companion(())
         if features and self.encoder:
-            each += math.prod(features.shape) * 2 * (1 + self.settings.hflip)
-        needed, free = images * each, shutil.disk_usage(self.directory).free
+            sample_bytes += math.prod(features.shape) * 2 * (1 + self.settings.hflip)
+        needed, free = images * sample_bytes, shutil.disk_usage(self.directory).free
         if needed > free:
             raise UserError(
                 f"{self.directory}: {decimal(needed)} are needed for {images} images, {decimal(free)} are free"

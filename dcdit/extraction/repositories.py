@@ -88,7 +88,7 @@ def find_files(source: str, pattern: str | None, ending: str, revision: str, str
         return LocalFiles(path.parent, [path.name], {})
     if not path.is_dir():
         raise UserError(f"source={source} is no folder, no file, and no hf://datasets/<owner>/<name>")
-    names = [each.relative_to(path).as_posix() for each in path.rglob(f"*{ending}")]
+    names = [file.relative_to(path).as_posix() for file in path.rglob(f"*{ending}")]
     return LocalFiles(path, choose(names, source, pattern, ending), {})
 
 
@@ -148,9 +148,9 @@ def _of_repository(source: str, pattern: str | None, ending: str, revision: str,
             if stream:
                 raise
             root = Path(snapshot_download(repository, **options, allow_patterns=[wanted], local_files_only=True))
-            cached = [each.relative_to(root).as_posix() for each in root.rglob(f"*{ending}")]
+            cached = [file.relative_to(root).as_posix() for file in root.rglob(f"*{ending}")]
             return LocalFiles(root, choose(cached, source, pattern, ending, folder), {"commit": root.name})
-        names = choose([each.rfilename for each in info.siblings or ()], source, pattern, ending, folder)
+        names = choose([sibling.rfilename for sibling in info.siblings or ()], source, pattern, ending, folder)
         if stream:
             return StreamedFiles(repository, str(info.sha), names, {"commit": str(info.sha)})
         # By the name of the revision, which the cache keeps, so that it is found where there is no network.

@@ -98,7 +98,7 @@ class Attention(nn.Module):
         """
         q, k, v = self.qkv(x).unflatten(1, (3, -1, self.channels)).unbind(1)  # of the heads that run
         if self.norms:  # in float32, as the norms' weights are
-            q, k = (norm(each.float()) for norm, each in zip(self.norms, (q, k), strict=True))
+            q, k = (norm(vectors.float()) for norm, vectors in zip(self.norms, (q, k), strict=True))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         return q.type_as(v), k.type_as(v), v
@@ -168,8 +168,8 @@ class DiTBlock(nn.Module):
     ) -> Tensor:
         before, after = type(self)._before, type(self)._after
         if self.compiled:
-            for each in (tokens, packing.sample, *([] if rotation is None else [rotation])):
-                torch._dynamo.mark_dynamic(each, 0)
+            for tensor in (tokens, packing.sample, *([] if rotation is None else [rotation])):
+                torch._dynamo.mark_dynamic(tensor, 0)
             before, after = fused(before), fused(after)
         per_sample = self.modulation(F.silu(c))  # (B, 6 D): the Linear runs once per sample
         q, k, v = before(self, tokens, per_sample, packing.sample, rotation)

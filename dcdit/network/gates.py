@@ -62,7 +62,7 @@ class Gating:
             heads, groups = (gates.mean(dim=(0, 2)).tolist() for gates in kinds)
         else:  # on the host already
             running = zip(*self.counts, strict=True)
-            heads, groups = ([n / gates.shape[2] for n in each] for gates, each in zip(kinds, running, strict=True))
+            heads, groups = ([n / gates.shape[2] for n in counts] for gates, counts in zip(kinds, running, strict=True))
         return heads, groups
 
     def block(self, number: int) -> BlockGates | None:

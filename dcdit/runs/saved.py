@@ -146,8 +146,8 @@ def _own_targets(*folders: Path) -> Mapping[str, frozenset[str]]:
     files = [
         path
         for group in ("callbacks", "logger", "features")
-        for each in folders
-        for path in Path(each, group).glob("*.yaml")
+        for folder in folders
+        for path in Path(folder, group).glob("*.yaml")
     ]
     sections = [value for path in files for _, value in _walk({"file": yaml.safe_load(path.read_text())})]
     named = [section for section in sections if isinstance(section, Mapping) and "_target_" in section]

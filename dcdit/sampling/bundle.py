@@ -140,7 +140,9 @@ class _Gathering:
         Two modules may bind a name by the same statement, such as ``T = TypeVar("T")``, which does no harm.
         """
         home = self.homes.setdefault(name, module)
-        one, other = ([ast.unparse(_read(each).body[n]) for n in _read(each).owners[name]] for each in (home, module))
+        one, other = (
+            [ast.unparse(_read(source).body[n]) for n in _read(source).owners[name]] for source in (home, module)
+        )
         if one != other and name.startswith("_"):
             self.renamed.setdefault(module, {})[name] = f"{name}_{module.rpartition('.')[2]}"
         else:
@@ -177,7 +179,7 @@ def _source_of(read: _Module, number: int) -> str:
     following = read.body[number + 1] if number + 1 < len(read.body) else None
     if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
         last = following  # the text below a constant
-    start = min([statement.lineno, *(each.lineno for each in getattr(statement, "decorator_list", []))])
+    start = min([statement.lineno, *(decorator.lineno for decorator in getattr(statement, "decorator_list", []))])
     while start > 1 and read.lines[start - 2].startswith("#"):
         start -= 1
     lines = list(read.lines[: last.end_lineno])

@@ -134,7 +134,7 @@ def plain_values(cls: Callable[..., Any], values: DictConfig) -> dict[str, Any]:
 
 def _is_open_section(hint: Any) -> bool:
     """Whether an annotation is of a section whose keys the class does not all know; others may refer to them."""
-    others = get_origin(hint) is Annotated and any(isinstance(each, WithOthers) for each in get_args(hint))
+    others = get_origin(hint) is Annotated and any(isinstance(argument, WithOthers) for argument in get_args(hint))
     return others or (get_origin(hint) or hint) in (dict, Mapping)
 
 

@@ -96,9 +96,9 @@ def source_pages(paths: Iterable[str]) -> dict[str, str]:
         if path in pages or not place_of(path).startswith("source/") or not file.exists() or path.startswith(".."):
             continue
         if file.is_dir():
-            inside = [f"{path}/{each.name}" for each in sorted(file.iterdir()) if _is_listed(each)]
+            inside = [f"{path}/{entry.name}" for entry in sorted(file.iterdir()) if _is_listed(entry)]
             waiting += inside
-            rows = "".join(f"- [`{posixpath.basename(each)}`]({posixpath.basename(each)})\n" for each in inside)
+            rows = "".join(f"- [`{posixpath.basename(path)}`]({posixpath.basename(path)})\n" for path in inside)
             pages[path] = f"# {path}/\n\n{rows.replace('](', f']({posixpath.basename(path)}/')}"
         elif file.suffix == ".md":
             pages[path] = _FRONT_MATTER.sub("", file.read_text())

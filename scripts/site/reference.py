@@ -207,7 +207,7 @@ def _module(name: str) -> str:
     options = ""
     if hasattr(module, "__path__") and not hasattr(module, "__all__"):  # a package's names are those that it imports
         names = [
-            each for each, value in vars(module).items() if not each.startswith("_") and not inspect.ismodule(value)
+            name for name, value in vars(module).items() if not name.startswith("_") and not inspect.ismodule(value)
         ]
         options = f"    options:\n      members: [{', '.join(names)}]\n"
     # A key is looked up more often than what is called from Python.
