@@ -5,8 +5,9 @@
 For each of three seeds: a DiT/2; a DC-DiT for as many steps as cost the same, without and with path drop; and a DC-DiT
 that begins with the DiT's blocks, for half of that. Prints, as soon as a run is measured and as means at the end, in
 Markdown: training compute (with the forward passes of the teacher), samples read as the requested class, FID, and FLOPs
-per image at several drop fractions. Further arguments are overrides of all runs; a trainer among them brings its
-precision along. If it is interrupted, the same command goes on. Made for a GPU; ``--steps 100`` tries it on a laptop.
+per image at several drop fractions. Draws the last three at the end. Further arguments are overrides of all runs; a
+trainer among them brings its precision along. If it is interrupted, the same command goes on. Made for a GPU;
+``--steps 100`` tries it on a laptop.
 """
 
 import argparse
@@ -16,8 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
 from digit_trials import (
     ROOT,
@@ -173,8 +176,38 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Draw FID and the share read as asked for over GFLOPs per image: a line for each network over its drop fractions,
+    with the range of the seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for variant in VARIANTS:
+        chosen = [row for row in rows if row["variant"] == variant]
+        points = [[row for row in chosen if row["drop"] == drop] for drop in sorted({row["drop"] for row in chosen})]
+        for axis, key in zip(axes, ("fid", "read"), strict=True) if points else ():
+            seeds = [[row[key] for row in point] for point in points]
+            bars = zip(*((mean(values) - min(values), max(values) - mean(values)) for values in seeds), strict=True)
+            gflops = [mean(row["gflops"] for row in point) for point in points]
+            label = f"{variant}, {chosen[0]['tflops']:.3g} TFLOPs of training"
+            axis.errorbar(
+                gflops,
+                list(map(mean, seeds)),
+                list(bars),
+                fmt="o-",
+                capsize=2,
+                label=label,
+                zorder=2 + (variant == DIT),
+            )
+    for axis, label in zip(axes, ("FID (digits features)", "read as asked for"), strict=True):
+        axis.set(xlabel="GFLOPs per image", ylabel=label, xlim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(0, None)
+    axes[1].yaxis.set_major_formatter("{x:.1%}")
+    axes[0].legend(fontsize="small")
+    figure.savefig(out, dpi=110)
+
+
 def main() -> None:
-    """Train all runs, measure them, and print the table."""
+    """Train all runs, measure them, print the table, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=SETUPS)
     parser.add_argument("overrides", nargs="*", help="of all runs, such as trainer=gpu")
@@ -203,7 +236,8 @@ def main() -> None:
             rows += [{**about, **figures} for figures in measured]
             print("\n".join(map(row_of, rows[-len(measured) :])), flush=True)
             (out / "measured.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"\n{table(rows)}\n\nThe judge reads {judge.on_unseen:.1%} of unseen real digits.")
+    draw(rows, out / "networks.png")
+    print(f"\n{table(rows)}\n\nThe judge reads {judge.on_unseen:.1%} of unseen real digits.\n\n{out / 'networks.png'}")
 
 
 _NAME = str.maketrans({"/": "", ",": "", " ": "_", "-": ""})
