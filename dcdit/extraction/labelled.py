@@ -105,7 +105,7 @@ def _table(text: str, separator: str, settings: Labels, origin: str) -> Iterator
     try:
         headings = [heading.strip() for heading in next(reader, [])]
         columns = []
-        for place, (key, name) in enumerate(
+        for number, (key, name) in enumerate(
             (("image_column", settings.image_column), ("label_column", settings.label_column))
         ):
             if (name is not None and name not in headings) or (name is None and len(headings) < 2):
@@ -113,7 +113,7 @@ def _table(text: str, separator: str, settings: Labels, origin: str) -> Iterator
                 raise UserError(
                     f"{origin}: {asked} is not among its headings: {', '.join(map(visible, headings[:20]))}"
                 )
-            columns.append(headings.index(name) if name is not None else place)
+            columns.append(headings.index(name) if name is not None else number)
         for row in reader:
             if not row:
                 continue

@@ -107,9 +107,9 @@ def find_results(paths: Sequence[str]) -> tuple[list[Result], list[str]]:
         The results by path, and what is wrong with the files that are left out.
 
     Raises:
-        UserError: if a place does not exist.
+        UserError: if a path does not exist.
     """
-    files = {file for place in paths for file in result_files(Path(place))}
+    files = {file for path in paths for file in result_files(Path(path))}
     results: dict[str, Result] = {}
     left_out: list[str] = []
     for file in sorted(files, key=lambda path: (path.lstat().st_mtime, path)):
@@ -123,14 +123,14 @@ def find_results(paths: Sequence[str]) -> tuple[list[Result], list[str]]:
     return sorted(results.values(), key=lambda result: result.path), left_out
 
 
-def result_files(place: Path) -> list[Path]:
-    """Return the files of results in and below ``place``, readable or not; UserError if it does not exist."""
-    if not place.exists():
-        raise UserError(f"runs={place} does not exist")
-    if place.is_file():
-        return [place]
-    pattern = "*.json" if place.name == "evaluation" else _NAMES  # of a folder that `out` named
-    return [*place.rglob("evaluation/*.json"), *place.glob(pattern)]
+def result_files(path: Path) -> list[Path]:
+    """Return the files of results in and below ``path``, readable or not; UserError if it does not exist."""
+    if not path.exists():
+        raise UserError(f"runs={path} does not exist")
+    if path.is_file():
+        return [path]
+    pattern = "*.json" if path.name == "evaluation" else _NAMES  # of a folder that `out` named
+    return [*path.rglob("evaluation/*.json"), *path.glob(pattern)]
 
 
 def find_scores(paths: Sequence[str]) -> tuple[list[Score], list[str]]:
@@ -139,8 +139,8 @@ def find_scores(paths: Sequence[str]) -> tuple[list[Score], list[str]]:
     Returns:
         The scores by path, and what is wrong with the files that are left out.
     """
-    files = {file for place in map(Path, paths) if place.is_dir() for file in place.rglob("scores/*.json")}
-    files |= {file for place in map(Path, paths) if place.name == "scores" for file in place.glob("*.json")}
+    files = {file for path in map(Path, paths) if path.is_dir() for file in path.rglob("scores/*.json")}
+    files |= {file for path in map(Path, paths) if path.name == "scores" for file in path.glob("*.json")}
     scores, left_out = [], []
     for file in sorted(files):
         try:

@@ -46,14 +46,14 @@ _OF_NUMBERS = re.compile(r"\b(range|interval|int|float|bool)\s*\(")
 def options_last(arguments: Sequence[str]) -> list[str]:
     """Command-line words for Hydra, whose options may not stand between overrides: each in its order, options last."""
     of_options = _values_of_options(arguments)
-    options = [place for place, word in enumerate(arguments) if word.startswith("-") or place in of_options]
-    overrides = [word for place, word in enumerate(arguments) if place not in options]
-    return [*overrides, *(arguments[place] for place in options)]
+    options = [index for index, word in enumerate(arguments) if word.startswith("-") or index in of_options]
+    overrides = [word for index, word in enumerate(arguments) if index not in options]
+    return [*overrides, *(arguments[index] for index in options)]
 
 
 def _values_of_options(arguments: Sequence[str]) -> set[int]:
     """The places of words that are the values of the option before them."""
-    return {place + 1 for place, word in enumerate(arguments) if word in _OPTIONS_WITH_VALUE}
+    return {index + 1 for index, word in enumerate(arguments) if word in _OPTIONS_WITH_VALUE}
 
 
 def plugins_named(arguments: Sequence[str]) -> object:
@@ -75,10 +75,10 @@ def plugins_named(arguments: Sequence[str]) -> object:
 def config_folder(arguments: Sequence[str]) -> str | None:
     """The folder that Hydra's option ``--config-dir`` names in command-line words; None without it."""
     folder = None
-    for place, word in enumerate(arguments):
+    for index, word in enumerate(arguments):
         option, given, value = word.partition("=")
         if option in ("--config-dir", "-cd"):
-            folder = value if given else next(iter(arguments[place + 1 :]), None)
+            folder = value if given else next(iter(arguments[index + 1 :]), None)
     return folder
 
 
@@ -91,12 +91,12 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
     of_options = _values_of_options(arguments)
     paths = [
         word
-        for place, word in enumerate(arguments)
-        if place not in of_options and not word.startswith("-") and ("=" not in word or Path(word).exists())
+        for index, word in enumerate(arguments)
+        if index not in of_options and not word.startswith("-") and ("=" not in word or Path(word).exists())
     ]
     if paths and any(word.startswith("runs=") for word in arguments):
         raise UserError(f"{paths[0]}: paths and runs=... are two ways to say the same, take one")
-    others = [word for place, word in enumerate(arguments) if place in of_options or word not in paths]
+    others = [word for index, word in enumerate(arguments) if index in of_options or word not in paths]
     return [*others, f"runs=[{','.join(json.dumps(path) for path in paths)}]"] if paths else others
 
 
