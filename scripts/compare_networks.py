@@ -26,6 +26,7 @@ from digit_trials import (
     ROOT,
     Judge,
     Trained,
+    error_bars,
     load_or_measure,
     real_digits,
     spread,
@@ -185,13 +186,12 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
         points = [[row for row in chosen if row["drop"] == drop] for drop in sorted({row["drop"] for row in chosen})]
         for axis, key in zip(axes, ("fid", "read"), strict=True) if points else ():
             seeds = [[row[key] for row in point] for point in points]
-            bars = zip(*((mean(values) - min(values), max(values) - mean(values)) for values in seeds), strict=True)
             gflops = [mean(row["gflops"] for row in point) for point in points]
             label = f"{variant}, {chosen[0]['tflops']:.3g} TFLOPs of training"
             axis.errorbar(
                 gflops,
                 list(map(mean, seeds)),
-                list(bars),
+                error_bars(seeds),
                 fmt="o-",
                 capsize=2,
                 label=label,

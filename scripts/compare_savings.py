@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 import torch
 from compare_networks import PATH_DROP as DEEP_PATH_DROP
 from compare_networks import SCRATCH, SETUPS, STEPS, Plan, Planned, plan, precision_of, run_of
-from digit_trials import ROOT, Figures, Judge, Trained, real_digits, spread, train_all, write_digits
+from digit_trials import ROOT, Figures, Judge, Trained, error_bars, real_digits, spread, train_all, write_digits
 
 from dcdit.diffusion.samplers import Sampler
 from dcdit.diffusion.settings import GuidanceSettings, Heun
@@ -235,11 +235,10 @@ def draw(savings: dict[str, Columns], out: Path) -> None:
     for axis, key, label in zip(axes, ("gflops", "milliseconds"), ("GFLOPs", "milliseconds"), strict=True):
         for number, (title, names) in enumerate(lines.items()):
             fids = [savings[name]["fid"] for name in names]
-            bars = zip(*((mean(seeds) - min(seeds), max(seeds) - mean(seeds)) for seeds in fids), strict=True)
             axis.errorbar(
                 [mean(savings[name][key]) for name in names],
                 list(map(mean, fids)),
-                list(bars),
+                error_bars(fids),
                 fmt="o-" if len(names) > 1 else "sDv^<>P*XpHd"[number % 12],
                 color="black" if number < 2 else plt.get_cmap("tab20")(2 * number % 20 + number // 10),
                 zorder=3 if number < 2 else 2,  # lines begin at ordinary guidance

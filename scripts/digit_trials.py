@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +77,11 @@ def load_or_measure(path: Path, measure: Callable[[], list[dict[str, float]]]) -
 def spread(values: Sequence[float], form: str) -> str:
     """The mean of values, with the least and the greatest in brackets, each formatted by ``form``."""
     return f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def error_bars(seeds: Sequence[Sequence[float]]) -> list[list[float]]:
+    """How far the least of each point's seeds lies below the mean, and how far the greatest above it: (2, points)."""
+    return [[mean(values) - min(values) for values in seeds], [max(values) - mean(values) for values in seeds]]
 
 
 def write_digits(directory: Path, source: HandwrittenDigits) -> str:

@@ -6,9 +6,9 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 ABOUT = """
 import json, torch
@@ -21,13 +21,13 @@ print(json.dumps(found))
 """
 
 
-def first_line(*command: str, **options: Any) -> str:
+def first_line(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
     """The first line that a command prints; "unknown" if there is none."""
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options).stdout
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=cwd, env=env)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return next(iter(found.strip().splitlines()), "unknown")
+    return next(iter(ended.stdout.strip().splitlines()), "unknown")
 
 
 def commit_of(root: Path) -> str:

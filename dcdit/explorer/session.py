@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dcdit.checkpoints.load import was_trained_without_backbone
 from dcdit.checkpoints.resolve import CheckpointSource
 from dcdit.checks import to_plain
 from dcdit.compute.flops import count
@@ -168,7 +169,7 @@ class Session:
     @property
     def drops_path(self) -> bool:
         """Whether a checkpoint was trained to leave its backbone out."""
-        return any((loaded.model.training.get("multi_budget") or {}).get("path_drop") for loaded in self.loaded)
+        return any(was_trained_without_backbone(loaded.model) for loaded in self.loaded)
 
     def command(self, side: int, choice: Choice, out: str) -> str:
         """The words for a terminal that make the same image in the folder ``out``."""

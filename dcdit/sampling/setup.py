@@ -173,9 +173,11 @@ def set_up_all(configs: Sequence[SamplingConfig], source: CheckpointSource) -> l
 
 def _note_unused(guidance: GuidanceSettings) -> None:
     """Say what is set of a guiding branch that does not run."""
+    if guidance.scale != 1:
+        return
     used = asdict(guidance.canonical)
     unused = [f"guidance.{key}={value}" for key, value in asdict(guidance).items() if value != used[key]]
-    if guidance.scale == 1 and unused:
+    if unused:
         print_once(f"{', '.join(unused)}: without effect at guidance.scale=1, give a scale above 1 such as 1.5")
 
 
