@@ -18,7 +18,7 @@ CHOICE = Choice(label=3, seed=5, sampler="ddim", steps=6, scale=2.0)
 
 def session_of(*checkpoints, most_steps=50):
     config = check(explore, compose_config(f"checkpoint={checkpoints[0]}", name="explore"))
-    return Session(config, [resolve_checkpoint(str(each), "runs") for each in checkpoints], most_steps)
+    return Session(config, [resolve_checkpoint(str(checkpoint), "runs") for checkpoint in checkpoints], most_steps)
 
 
 def quiet(done, steps, what):
@@ -155,6 +155,12 @@ def test_a_flow_network(tiny):
     generated = session.generate(0, replace(CHOICE, sampler="heun", drop=0.3), quiet)
     assert len(generated.moments) == 11
     assert generated.moments[0].timestep == 1000
+
+
+def test_guidance_without_backbone_is_offered_once_it_was_trained(tiny):
+    path_drop = "multi_budget.path_drop=0.5"  # which begins after step 2
+    early, late = (tiny(f"steps_{steps}", path_drop, f"trainer.max_steps={steps}") for steps in (2, 3))
+    assert [session_of(str(run)).drops_path for run in (early, late)] == [False, True]
 
 
 def test_what_the_command_said_of_a_sampler_holds():
